@@ -52,6 +52,11 @@ replay_options = _chain(
     click.option(
         "--out", type=click.Path(), metavar="RUN", help="Run directory.  [default: CHECKPOINTS.lca]"
     ),
+    click.option(
+        "--causes",
+        is_flag=True,
+        help="Tell what moved the weights: signal, noise, momentum, decay, rest.",
+    ),
     *(_option_of_setting(name, setting) for name, setting in SETTINGS.items()),
 )
 

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from ..errors import SpanError
-from .objective import Along, Evaluation, Motion, Numbers, blocks, distances, units_of
+from .objective import (
+    Along,
+    Evaluation,
+    Motion,
+    Numbers,
+    blocks,
+    distances,
+    unit_sums,
+    units_of,
+)
+from .parts import Parts, Split, sums_along
 from .quadrature import COMPOSITE, Family, Rule
 
 Point = Mapping[str, Tensor]
@@ -193,6 +203,8 @@ class SegmentAllocation:
         error_bound: estimates Σ|A − A*|; NaN for fixed rules.
         unreached: tensors the loss reached at no node.
         examples: the same of every example, by tensor; None where they are not told apart.
+        parts: what the parts of each tensor's motion are allocated, ([groups, ]parts) float64,
+            before their factors; None where there are none.
         gathered: whether its pieces were taken in as the sums were computed, see `Gathers`.
     """
 
@@ -210,6 +222,7 @@ class SegmentAllocation:
     error_bound: Numbers
     unreached: frozenset[str]
     examples: ExampleAllocation | None = None
+    parts: Mapping[str, Numbers] | None = None
     gathered: bool = False
 
     def pieces(
@@ -273,20 +286,70 @@ class Between(Mapping[str, Tensor]):
         return len(self._start)
 
 
-class _Segment(Protocol):
+@dataclass(frozen=True)
+class _Way:
+    """A motion along which gradients are wanted, and its parts."""
+
+    motion: Motion
+    split: Split | None
+
+    @property
+    def parts(self) -> Sequence[Motion]:
+        """Return the directions of the parts."""
+        return () if self.split is None else self.split.directions
+
+
+class _Segment:
     """One segment as the rules see it: evaluations at its nodes, and the motion by which their
     gradients are multiplied.
+
+    Args:
+        start: every tensor of the model at the first checkpoint.
+        end: the same at the next one.
+        objective: evaluates losses.
+        following: returns the motion after it, and its parts; None where there is none. It is not
+            asked for before the gradients between `start` and `end` are done, for which it is not
+            needed.
+        per_example: losses that tell their examples apart.
+        split: the parts of the motion; None where none are wanted.
     """
+
+    def __init__(
+        self,
+        start: Point,
+        end: Point,
+        objective: Evaluates,
+        following: Callable[[], _Way | None],
+        per_example: frozenset[str],
+        split: Split | None,
+    ) -> None:
+        self._objective, self._following = objective, following
+        self._per_example = per_example
+        self._own = _Way(Motion(start, end), split)
 
     @property
     def points(self) -> Motion:
         """Both ends; ends that are 1 apart where gradients are sums along the motion."""
+        return self._own.motion
 
     def distance(self, names: Iterable[str]) -> Mapping[str, float]:
         """Return Σ|θ′ − θ| of some tensors."""
+        return distances(self._own.motion, names)
 
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
         """Evaluate losses at θ + x(θ′ − θ), x < 1."""
+        start, end = self._own.motion.start, self._own.motion.end
+        point = start if x == 0 else Between(start, end, x)
+        begins = self._own.split if x == 0 else None
+        (evaluations,) = self._evaluate(point, losses, [self._own], gradient, begins)
+        return evaluations
+
+    def know_signal(self) -> None:
+        """Evaluate the gradient at θ that parts of the motion are made of, where it is not known
+        yet.
+        """
+        if self._own.split is not None:
+            self._signal(self._own.motion.start, self._own.split)
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
@@ -298,68 +361,96 @@ class _Segment(Protocol):
             here: whether this segment wants the gradient there.
             following: whether the one that follows wants it, if one does.
         """
+        raise NotImplementedError
 
-
-class _Parameters:
-    """A segment on which every parameter has a gradient of its own.
-
-    Args:
-        start: every tensor of the model at the first checkpoint.
-        end: the same at the next one.
-        objective: evaluates losses.
-        following: returns the checkpoint after that; None where there is none.
-        per_example: whether a loss tells its examples apart.
-    """
-
-    def __init__(
+    def _evaluate(
         self,
-        start: Point,
-        end: Point,
-        objective: Evaluates,
-        following: Callable[[], Point | None],
-        per_example: bool,
-    ) -> None:
-        self.points = Motion(start, end)
-        self._objective, self._following = objective, following
-        self._per_example = per_example
+        point: Point,
+        losses: list[str],
+        ways: list[_Way],
+        gradient: bool,
+        begins: Split | None,
+    ) -> list[dict[str, Evaluation]]:
+        """Return losses at a point, for each of some motions.
 
-    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
-        return distances(self.points, names)
+        Args:
+            point: where.
+            losses: names.
+            ways: the motions.
+            gradient: whether they want gradients; else losses alone.
+            begins: the parts of the motion that begins there.
+        """
+        raise NotImplementedError
 
-    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        start, end = self.points.start, self.points.end
-        point = start if x == 0 else Between(start, end, x)
-        motions = [self.points] if gradient else []
-        return _of_examples_along(self._evaluate(point, losses, gradient, motions), 0)
+    def _signal(self, point: Point, split: Split) -> Evaluation | None:
+        """Return the signal at a point where a motion begins; None where it is known already, or no
+        part is made of it.
+        """
+        if split.awaits is None:
+            return None
+        evaluation = self._objective.evaluate(point, [split.awaits])[split.awaits]
+        split.gradient = evaluation.gradient
+        return evaluation
+
+
+class _Parameters(_Segment):
+    """A segment on which every parameter has a gradient of its own."""
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        next_point = self._following() if following and (self._per_example or not here) else None
-        motions = [self.points] if here else []
-        motions += [] if next_point is None else [Motion(self.points.end, next_point)]
-        last = self._evaluate(self.points.end, losses, bool(motions), motions)
-        return _of_examples_along(last, 0), _of_examples_along(last, -1)
+        # where gradients alone are wanted, the next checkpoint need not be read yet
+        looks_ahead = self._per_example or self._own.split is not None or not here
+        coming = self._following() if following and looks_ahead else None
+        ways = [*([self._own] if here else []), *([] if coming is None else [coming])]
+        begins = None if coming is None else coming.split
+        last = self._evaluate(self._own.motion.end, losses, ways, bool(ways), begins)
+        return last[0], last[-1]
 
     def _evaluate(
-        self, point: Point, losses: list[str], gradient: bool, motions: list[Motion]
-    ) -> dict[str, Evaluation]:
-        if not self._per_example:
-            return self._objective.evaluate(point, losses, gradient=gradient)
-        return self._objective.evaluate(point, losses, gradient=gradient, examples=motions)
+        self,
+        point: Point,
+        losses: list[str],
+        ways: list[_Way],
+        gradient: bool,
+        begins: Split | None,
+    ) -> list[dict[str, Evaluation]]:
+        if self._per_example:
+            motions = [way.motion for way in ways] if gradient else []
+            evaluations = self._objective.evaluate(
+                point, losses, gradient=gradient, examples=motions
+            )
+        else:
+            evaluations = self._objective.evaluate(point, losses, gradient=gradient)
+        if begins is not None:
+            if gradient and begins.awaits in evaluations:
+                begins.gradient = evaluations[begins.awaits].gradient
+            self._signal(point, begins)
+        if not (ways and gradient):
+            return [evaluations]
+        return [
+            {
+                name: _with_parts(evaluation.examples_along(position), way)
+                for name, evaluation in evaluations.items()
+            }
+            for position, way in enumerate(ways)
+        ]
 
 
-class _Units:
+def _with_parts(evaluation: Evaluation, way: _Way) -> Evaluation:
+    """Return an evaluation with sums of its gradient along the parts of a motion."""
+    if not way.parts:
+        return evaluation
+    groups = np.size(evaluation.loss) if np.ndim(evaluation.loss) else None
+    return replace(evaluation, parts=sums_along(evaluation.gradient, way.parts, groups))
+
+
+class _Units(_Segment):
     """A segment on which gradients are summed along the motion, over units, and never held.
 
     Args:
         axes: of the units, by tensor; None where a tensor is one unit.
-        start: every tensor of the model at the first checkpoint.
-        end: the same at the next one.
-        objective: evaluates losses.
-        following: returns the checkpoint after that; None where there is none. It is not asked for
-            before the gradients between `start` and `end` are done, for which it is not needed.
-        per_example: whether a loss tells its examples apart.
+        others: as of a segment.
     """
 
     def __init__(
@@ -368,70 +459,96 @@ class _Units:
         start: Point,
         end: Point,
         objective: Evaluates,
-        following: Callable[[], Point | None],
-        per_example: bool,
+        following: Callable[[], _Way | None],
+        per_example: frozenset[str],
+        split: Split | None,
     ) -> None:
-        self._axes, self._objective, self._following = axes, objective, following
-        self._per_example = per_example
-        self._own = Motion(start, end)
+        super().__init__(start, end, objective, following, per_example, split)
+        self._axes = axes
 
     @functools.cached_property
     def points(self) -> Motion:
-        units = {name: units_of(self._own.start[name], axis) for name, axis in self._axes.items()}
-        return _unit_motion(self._own.start, units)
-
-    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
-        return distances(self._own, names)
-
-    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        start, end = self._own.start, self._own.end
-        evaluations = self._along(
-            start if x == 0 else Between(start, end, x), losses, [self._own] if gradient else []
-        )
-        return _of_direction(evaluations, 0) if gradient else evaluations
+        start = self._own.motion.start
+        units = {name: units_of(start[name], axis) for name, axis in self._axes.items()}
+        return _unit_motion(start, units)
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
         with self._held_once() if following else contextlib.nullcontext():
-            motions = [self._own] if here else []
-            if following and (next_point := self._following()) is not None:
-                motions.append(Motion(self._own.end, next_point))
-            last = self._along(self._own.end, losses, motions)
-        if not motions:
-            return last, last
-        return _of_direction(last, 0), _of_direction(last, -1)
+            coming = self._following() if following else None
+            ways = [*([self._own] if here else []), *([] if coming is None else [coming])]
+            begins = None if coming is None else coming.split
+            last = self._evaluate(self._own.motion.end, losses, ways, bool(ways), begins)
+        return last[0], last[-1]
 
     def _held_once(self) -> contextlib.AbstractContextManager[None]:
         """Hold the end in the model alone, while the point after it is in memory as well; one that
         is read where it is needed takes none.
         """
-        end = self._own.end
+        end = self._own.motion.end
         if isinstance(end, MutableMapping):
             return self._objective.holding(end)
         return contextlib.nullcontext()
 
+    def _evaluate(
+        self,
+        point: Point,
+        losses: list[str],
+        ways: list[_Way],
+        gradient: bool,
+        begins: Split | None,
+    ) -> list[dict[str, Evaluation]]:
+        # first, for losses are summed along it as well
+        name = None if begins is None else begins.awaits
+        signal = None if begins is None else self._signal(point, begins)
+        if not (ways and gradient):
+            return [self._objective.evaluate(point, losses, gradient=False)]
+        directions = [direction for way in ways for direction in (way.motion, *way.parts)]
+        known: dict[str, Evaluation] = {}
+        if signal is not None and name in losses and name not in self._per_example:
+            known[name] = self._summed(signal, directions)
+        others = [loss for loss in losses if loss not in known]
+        evaluations = known | self._along(point, others, directions, [way.motion for way in ways])
+        first = [0, *itertools.accumulate(1 + len(way.parts) for way in ways)]
+        return [
+            {
+                loss: evaluations[loss]
+                .along(first[position], len(way.parts))
+                .examples_along(position)
+                for loss in losses
+            }
+            for position, way in enumerate(ways)
+        ]
+
     def _along(
-        self, point: Point, losses: list[str], motions: list[Motion]
+        self,
+        point: Point,
+        losses: list[str],
+        directions: list[Motion],
+        motions: list[Motion],
     ) -> dict[str, Evaluation]:
-        along = Along(self._axes, motions) if motions else None
-        gradient = along is not None
+        """Return losses with sums along directions, and with the derivatives of their examples
+        along motions.
+        """
+        along = Along(self._axes, directions)
+        if not losses:
+            return {}
         if not self._per_example:
-            return self._objective.evaluate(point, losses, gradient=gradient, along=along)
-        return self._objective.evaluate(
-            point, losses, gradient=gradient, along=along, examples=motions
-        )
+            return self._objective.evaluate(point, losses, along=along)
+        return self._objective.evaluate(point, losses, along=along, examples=motions)
 
-
-def _of_direction(evaluations: Mapping[str, Evaluation], position: int) -> dict[str, Evaluation]:
-    return {name: evaluation.along(position) for name, evaluation in evaluations.items()}
-
-
-def _of_examples_along(
-    evaluations: Mapping[str, Evaluation], position: int
-) -> dict[str, Evaluation]:
-    """Return evaluations with the derivatives of their examples along one of the directions."""
-    return {name: evaluation.examples_along(position) for name, evaluation in evaluations.items()}
+    def _summed(self, signal: Evaluation, directions: list[Motion]) -> Evaluation:
+        """Return an evaluation with the sums of its gradient along directions in its place."""
+        sums = {
+            name: unit_sums(
+                gradient,
+                [(motion.start[name], motion.end[name]) for motion in directions],
+                self._axes[name],
+            )
+            for name, gradient in signal.gradient.items()
+        }
+        return replace(signal, gradient=sums)
 
 
 def _segment(
@@ -439,13 +556,14 @@ def _segment(
     end: Point,
     objective: Evaluates,
     axes: Axes | None,
-    following: Callable[[], Point | None],
-    per_example: bool = False,
+    following: Callable[[], _Way | None],
+    per_example: frozenset[str] = frozenset(),
+    split: Split | None = None,
 ) -> _Segment:
     """Return a segment on which parameters have gradients of their own, or units sums of them."""
     if axes is None:
-        return _Parameters(start, end, objective, following, per_example)
-    return _Units(axes, start, end, objective, following, per_example)
+        return _Parameters(start, end, objective, following, per_example, split)
+    return _Units(axes, start, end, objective, following, per_example, split)
 
 
 def _unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion:
@@ -714,11 +832,16 @@ class _Refinement:
             tensors = start.examples.gradient
             unit_motion = _unit_motion(tensors, dict.fromkeys(tensors, 1))
             self._examples = _Refinement(family, unit_motion, start.examples, end.examples)
+        self._parts: _Refinement | None = None
+        if start.parts is not None and end.parts is not None:
+            self._parts = _Refinement(family, points, _of_parts(start), _of_parts(end))
 
     def refine(self) -> None:
         """Go on to the next level, whose fresh nodes are taken in next."""
         if self._examples is not None:
             self._examples.refine()
+        if self._parts is not None:
+            self._parts.refine()
         older: list[_NodeSum] = []
         for part in (*self._older, *self._fresh):
             self._add(older, part)
@@ -729,6 +852,8 @@ class _Refinement:
         """Take in the gradient at a fresh node."""
         if self._examples is not None and evaluation.examples is not None:
             self._examples.take(node, evaluation.examples)
+        if self._parts is not None and evaluation.parts is not None:
+            self._parts.take(node, _of_parts(evaluation))
         self.unreached &= evaluation.unreached
         self._add(self._fresh, _NodeSum(node, evaluation.gradient))
 
@@ -794,6 +919,12 @@ class _Refinement:
             self._examples.start, self._examples.end, self._examples.points, self._examples.nodes
         )
 
+    def parts(self) -> Mapping[str, Numbers] | None:
+        """Return what the parts of the motion are allocated at this level; None where there are
+        none.
+        """
+        return None if self._parts is None else _weighted_sum(self._parts.nodes)
+
     def error_bound(self, calibration: float | None) -> Numbers:
         """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
         Σ|(g₁ − g₀)·Δθ|.
@@ -801,6 +932,21 @@ class _Refinement:
         if self.level:
             return self._change
         return self._change * (math.nan if calibration is None else calibration)
+
+
+def _of_parts(evaluation: Evaluation) -> Evaluation:
+    """Return the sums along parts of the motion in the place of the gradient."""
+    return Evaluation(evaluation.loss, dict(evaluation.parts or {}), evaluation.weight)
+
+
+def _weighted_sum(nodes: Sequence[Node]) -> dict[str, Numbers]:
+    """Return Σ weight · numbers of each tensor, float64."""
+    total: dict[str, Numbers] = {}
+    for weight, of_tensors in nodes:
+        for name, values in of_tensors.items():
+            product = weight * values.cpu().numpy()
+            total[name] = total[name] + product if name in total else product
+    return total
 
 
 def calibrate(
@@ -843,6 +989,8 @@ def allocate(
     following: Callable[[], Point | None] = lambda: None,
     at_least: int = 0,
     gather: Mapping[str, Gathers] | None = None,
+    split: Split | None = None,
+    following_split: Callable[[], Split | None] = lambda: None,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Allocate every loss on the segment from `start` to `end`.
 
@@ -859,6 +1007,8 @@ def allocate(
             `end`; None where there is none.
         at_least: the level a rule is refined to in any case, where it is refined at all.
         gather: takes in the pieces of a loss, where it has an entry.
+        split: the parts of the motion, for what they are allocated as well.
+        following_split: returns those of the motion after `end`, where there is one.
 
     Returns:
         The allocation of each loss, and the evaluations at `end` for the segment that follows.
@@ -866,8 +1016,13 @@ def allocate(
     Raises:
         SpanError: where a loss or a gradient is not finite.
     """
-    per_example = not method.per_example.isdisjoint(losses)
-    segment = _segment(start, end, objective, axes, following, per_example)
+    per_example = method.per_example.intersection(losses)
+
+    def next_way() -> _Way | None:
+        point = following()
+        return None if point is None else _Way(Motion(end, point), following_split())
+
+    segment = _segment(start, end, objective, axes, next_way, per_example, split)
     level = method.family.level_of(method.rule)
     gather = gather or {}
     if level is None:
@@ -884,6 +1039,7 @@ def _allocate_refined(
     gather: Mapping[str, Gathers],
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     first = at_start or segment.at(0.0, losses)
+    segment.know_signal()
     # those every loss will need, before the end, which may need the checkpoint after it as well
     early = [
         (node, segment.at(node, losses))
@@ -908,10 +1064,13 @@ def _allocate_refined(
                 if not (done[name].converged or name in method.never_refined)
             ]
         if not pending or level == method.family.finest:
-            with_examples = {
-                name: replace(done[name], examples=states[name].examples()) for name in losses
+            completed = {
+                name: replace(
+                    done[name], examples=states[name].examples(), parts=states[name].parts()
+                )
+                for name in losses
             }
-            return with_examples, known
+            return completed, known
         level += 1
         for name in pending:
             done.pop(name, None)
@@ -968,6 +1127,7 @@ def _allocate_fixed(
     """Use a rule as it stands; end losses that no node gives come from forward passes."""
     rule = method.rule
     first = at_start or segment.at(0.0, losses, gradient=rule.has_start)
+    segment.know_signal()
     nodes = [first if x == 0 else segment.at(x, losses) for x in rule.nodes]
     last, known = segment.at_end(losses, here=False, following=rule.has_start)
     distance = segment.distance(nodes[0][losses[0]].gradient)
@@ -999,6 +1159,7 @@ def _allocate_fixed(
             error_bound=np.full_like(residual, np.nan)[()],
             unreached=frozenset.intersection(*(node[name].unreached for node in nodes)),
             examples=_fixed_examples(rule, first[name], last[name], [node[name] for node in nodes]),
+            parts=_fixed_parts(rule, [node[name] for node in nodes]),
             gathered=gathering is not None,
         )
         done[name] = _checked(allocated, name)
@@ -1021,6 +1182,14 @@ def _fixed_examples(
     tensors = weighted[0][1]
     points = _unit_motion(tensors, dict.fromkeys(tensors, 1))
     return _of_every_example(first.examples, last.examples, points, weighted)
+
+
+def _fixed_parts(rule: Rule, nodes: Sequence[Evaluation]) -> dict[str, Numbers] | None:
+    """Return what the parts of the motion are allocated by a rule as it stands; None where there
+    are none.
+    """
+    of_nodes = [dict(node.parts) for node in nodes if node.parts is not None]
+    return _weighted_sum(list(zip(rule.weights, of_nodes, strict=True))) if of_nodes else None
 
 
 def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
@@ -1078,6 +1247,7 @@ def allocate_span(
     at_least: Iterable[int] = (),
     begin: Callable[[], None] = lambda: None,
     gathering: Callable[[int], Mapping[str, Gathers]] = lambda row: {},
+    parts: Callable[[int], Parts] | None = None,
 ) -> Iterator[dict[str, SegmentAllocation]]:
     """Allocate the segments between consecutive points in turn; each end is evaluated once and
     reused as the next start.
@@ -1094,6 +1264,8 @@ def allocate_span(
         begin: called before each segment is allocated, when of the points only its ends are in
             memory.
         gathering: returns what takes in the pieces of losses on the segment at a position.
+        parts: returns the parts of the motion of the segment at a position; None where none are
+            wanted.
 
     Yields:
         The allocation of every loss on one segment.
@@ -1104,9 +1276,12 @@ def allocate_span(
     walk, lowest = iter(points), itertools.chain(at_least, itertools.repeat(0))
     (step, start), upcoming = next(walk), next(walk, None)
     known: Mapping[str, Evaluation] | None = None
-    rows = itertools.count()
-    while upcoming is not None:
+    split = _split(parts, 0)
+    for row in itertools.count():
+        if upcoming is None:
+            return
         (next_step, end), ahead = upcoming, _Ahead(walk)
+        next_split = functools.cache(functools.partial(_split, parts, row + 1))
         begin()
         try:
             done, known = allocate(
@@ -1119,7 +1294,9 @@ def allocate_span(
                 at_start=known,
                 following=ahead.point,
                 at_least=next(lowest),
-                gather=gathering(next(rows)),
+                gather=gathering(row),
+                split=split,
+                following_split=next_split,
             )
         except SpanError as error:
             if error is ahead.failure:
@@ -1131,4 +1308,11 @@ def allocate_span(
         step, start = next_step, end
         yield done
         del done  # gradients at nodes that the next segment has no use for
+        split = None  # the signal where it began
         upcoming = ahead.item()
+        split = None if upcoming is None else next_split()
+
+
+def _split(parts: Callable[[int], Parts] | None, row: int) -> Split | None:
+    """Return the parts of the motion of the segment at a position, where they are wanted."""
+    return None if parts is None else Split(parts(row))

@@ -43,6 +43,8 @@ TENSOR_FIELDS = {
 OF_MOTION = ("motion",)  # the same for every group
 # numbers of every example and segment, float32, beside what each tensor contributes to its loss
 EXAMPLE_FIELDS = ("loss_start", "loss_end", "residual", "weight")
+# parts of the motion with a name, in the order in which they are stored
+CAUSES = ("signal", "noise", "momentum", "decay", "rest")
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 # examples on which the error of a precision is measured: a 64th of all, at most 256

@@ -204,6 +204,14 @@ class Settings(TypedDict):
             normalise=_as_list,
         ),
     ]
+    signal: Annotated[
+        str | None,
+        Setting(
+            help="With --causes: the training loss, whose full gradient is the signal.",
+            shown_default="the first of the losses",
+            metavar="LOSS",
+        ),
+    ]
     steps: Annotated[
         str | None,
         Setting(

@@ -5,7 +5,7 @@ No disk, no plots.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from .allocation import (
 from .objective import Numbers, blocks
 from .schema import (
     BINS,
+    CAUSES,
     EXAMPLE_FIELDS,
     MAGNITUDES,
     MAY_BE_NAN,
@@ -307,10 +308,12 @@ class SpanSums:
         groups: their number; None for a loss without groups.
         examples: of a loss that tells them apart, by the position of the group of each, which is 0
             without groups; None for others.
+        causes: whether what moved the weights is told.
 
     Attributes:
         since: the first segment of the span whose parameters are counted in `totals`: none of sums.
         examples: numbers of every example, by name: none where they are not told apart.
+        causes: what each cause of the motion is allocated, by name: none where that is not told.
     """
 
     def __init__(
@@ -321,6 +324,7 @@ class SpanSums:
         device: torch.device,
         groups: int | None = None,
         examples: np.ndarray[Any, Any] | None = None,
+        causes: bool = False,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
         self.steps: Arrays = {
@@ -341,6 +345,10 @@ class SpanSums:
             self.examples["allocated"] = np.zeros((*shape, len(table)), "float32")
             if groups is not None:
                 self.examples["group"] = np.broadcast_to(examples.astype("int32"), shape)
+        self.causes: Arrays = {}
+        if causes:
+            of_segment = (*self._axis(), len(CAUSES), len(table))
+            self.causes["allocated"] = np.zeros((length, *of_segment))
         self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
@@ -393,6 +401,14 @@ class SpanSums:
             self._add_tensor(row, position, spec, segment)
         if segment.examples is not None:
             self._add_examples(row, segment.examples)
+
+    def add_causes(self, row: int, shares: Mapping[str, Numbers]) -> None:
+        """Add what each cause is allocated on the segment at position `row` of the span, of the
+        groups of the block: ([groups, ]causes) of each tensor.
+        """
+        place = self._of_block(self.causes["allocated"], row)
+        for position, spec in enumerate(self._table):
+            place[..., position] = shares[spec.name]
 
     def _add_examples(self, row: int, segment: ExampleAllocation) -> None:
         for name in EXAMPLE_FIELDS:
@@ -453,12 +469,13 @@ class SpanStatistics(SpanSums):
         device: torch.device,
         groups: int | None = None,
         examples: np.ndarray[Any, Any] | None = None,
+        causes: bool = False,
         *,
         unit: float,
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
-        super().__init__(table, length, keep, device, groups, examples)
+        super().__init__(table, length, keep, device, groups, examples, causes)
         self.since, self._scratch, self._device = since, Scratch(device), device
         self._positions = {spec.name: position for position, spec in enumerate(table)}
         self._cuts = {

@@ -172,6 +172,7 @@ def plan(
     losses: Sequence[str] = (),
     out: str | Path | None = None,
     workers: int | None = None,
+    causes: bool = False,
     tell: Callable[[str], None] = lambda stage: None,
     **requested: object,
 ) -> Plan:
@@ -183,6 +184,7 @@ def plan(
         losses: as for `run`.
         out: where the run would go; tells whose free space counts.
         workers: how many would share the work; by default as for `run`.
+        causes: as for `run`.
         tell: called with a few words when a stage begins.
         requested: settings as for `run`.
 
@@ -199,7 +201,8 @@ def plan(
     workers = workers or local_workers(device)
     path = Path(out) if out is not None else _beside(checkpoints)
     destination = Destination(path=path, workers=workers)
-    ready, costs = _measured(trajectory, task, list(losses), settings, destination, tell)
+    causes = causes or settings["signal"] is not None
+    ready, costs = _measured(trajectory, task, list(losses), settings, destination, causes, tell)
     manifest = ready.manifest
     _, free = results.free_space(path)
     levels = {keep: ready.draft.at(keep) for keep in KEEP}
@@ -226,6 +229,7 @@ def _measured(
     losses: list[str],
     settings: Settings,
     destination: Destination,
+    causes: bool,
     tell: Callable[[str], None],
 ) -> tuple[Preparation, Costs]:
     """Probe a task in this process, and time a few batches of it."""
@@ -233,7 +237,7 @@ def _measured(
     with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")
-        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, destination)
+        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, destination, causes)
         any_measured = next(iter(ready.manifest.losses.values())).measured
         request = CostsRequest(
             setup=ready.setup,

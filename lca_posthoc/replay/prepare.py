@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from .. import results
 from ..base.text import count
+from ..checkpoints.optimizer_steps import read_optimizer_step
 from ..checkpoints.paths import absolute, below
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, Trajectory
 from ..cluster import Cluster, Crew, Done, Lost, Spec
@@ -175,6 +176,7 @@ def prepare(
     losses: list[str],
     settings: Settings,
     destination: Destination,
+    causes: bool = False,
 ) -> Preparation:
     """Describe and probe a task on one worker of the cluster, and lay out the run.
 
@@ -186,6 +188,7 @@ def prepare(
         losses: their names; empty for the first, `["all"]` for every one.
         settings: complete but for the level of `--keep`, which is chosen where it is None.
         destination: of the run.
+        causes: whether each allocation is to be split by what moved the weights.
 
     Raises:
         InputError: for anything wrong with the task or its fit to the checkpoints.
@@ -202,6 +205,15 @@ def prepare(
         digests={},
     )
     described = ask(cluster, describe, DescribeRequest(setup=setup))
+    signal = settings["signal"]
+    if causes and signal is None:
+        signal = next(iter(described.losses))
+    if signal is not None and signal not in described.losses:
+        setup = replace(setup, losses=[*described.losses, signal])
+        described = ask(cluster, describe, DescribeRequest(setup=setup))
+    notes = _about_signal(signal, described, trajectory)
+    settings = {**settings, "signal": signal}
+    setup = replace(setup, settings=RunSettings.of(settings))
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
         _known_splits(settings["subset"], described)
@@ -239,7 +251,46 @@ def prepare(
         workers=sample.workers_per_host,
         losses=len(described.losses.keys() - recorded.keys()),
     )
-    return _laid_out(setup, sample, draft, memory)
+    return _laid_out(setup, sample, draft, memory, notes)
+
+
+def _about_signal(signal: str | None, described: Description, trajectory: Trajectory) -> list[str]:
+    """Return what is worth knowing of the records of the optimiser's steps.
+
+    Raises:
+        InputError: where the signal is no loss that can be one, or no checkpoint has a record.
+    """
+    if signal is None:
+        return []
+    loss = described.losses.get(signal)
+    if loss is None:
+        raise InputError(
+            f"loss {signal!r} returns a dict, and is several losses. Name one of them with "
+            f"--signal: {', '.join(map(repr, described.losses))}."
+        )
+    if loss.on is None or loss.groups is not None:
+        what = "is no mean over data" if loss.on is None else "has groups"
+        raise InputError(
+            f"loss {signal!r} {what}, and the signal is the gradient of the training loss over all "
+            "of its data. Name that loss with --signal."
+        )
+    checkpoints = trajectory.checkpoints[1:]
+    looked_at = [checkpoints[place] for place in sorted({0, len(checkpoints) // 2, -1})]
+    without = [
+        checkpoint.step for checkpoint in looked_at if read_optimizer_step(checkpoint) is None
+    ]
+    if len(without) == len(looked_at):
+        raise InputError(
+            f"the checkpoints at steps {', '.join(map(str, without))} say nothing of the "
+            "optimiser's steps, from which --causes tells what moved the weights. Record a "
+            "training with recorder.attach(optimizer), or leave --causes out."
+        )
+    if not without:
+        return []
+    return [
+        f"some checkpoints say nothing of the optimiser's steps, such as that of step {without[0]}: "
+        "all that the weights moved there is rest"
+    ]
 
 
 def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
@@ -264,13 +315,14 @@ def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
 
 
 def _laid_out(
-    setup: TaskSetup, sample: Sample, draft: Draft, memory: MemoryOfLevels
+    setup: TaskSetup, sample: Sample, draft: Draft, memory: MemoryOfLevels, notes: list[str]
 ) -> Preparation:
-    """Lay out a probed run at its level of `--keep`."""
+    """Lay out a probed run at its level of `--keep`; `notes` are worth telling beside its own."""
     existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
     notes = [
+        *notes,
         *draft.probed.notes,
         *about_keep,
         *_not_told_apart(draft.matched.described, draft.probed, keep),

@@ -42,6 +42,7 @@ class RunSettings:
     batch_size: int | None
     subset: list[str]
     tensors: list[str]
+    signal: str | None
     rule: str
     tolerance: float | str
     allocation_tolerance: float | str

@@ -97,6 +97,8 @@ def run(
     norm_stats: str | None = None,
     tensors: Sequence[str] = (),
     subset: Sequence[str] = (),
+    causes: bool = False,
+    signal: str | None = None,
     steps: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
@@ -137,6 +139,10 @@ def run(
             kept as one remainder.
         subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are
             over; each split once.
+        causes: True to tell what moved the weights: each loss's allocation is split by signal,
+            noise, momentum, decay and rest, from what a recorder wrote of the optimiser.
+        signal: the training loss, whose full gradient is the signal; by default the first of
+            `losses`. It is replayed too.
         steps: `A:B[:K]`, training steps.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
@@ -181,6 +187,7 @@ def run(
         "norm_stats": norm_stats,
         "tensors": tensors,
         "subset": subset,
+        "signal": signal,
         "steps": steps,
         "pattern": pattern,
         "rename": rename,
@@ -209,6 +216,7 @@ def run(
             losses=list(losses or []),
             path=path,
             asked=asked,
+            causes=causes or signal is not None,
             span=span,
             durable=durable,
             ignore_space=ignore_space,
@@ -443,6 +451,7 @@ class _Job:
         durable: whether a span is on the disk before it counts.
         damage: to be computed again; None where it is no repair.
         ignore_space: whether to begin with too little space.
+        causes: whether allocations are to be split by what moved the weights.
     """
 
     checkpoints: Path
@@ -455,6 +464,7 @@ class _Job:
     durable: bool
     damage: list[results.Damage] | None = None
     ignore_space: bool = False
+    causes: bool = False
 
     def recorded(self) -> Manifest | None:
         """Return what is recorded of the run; None where there is none yet."""
@@ -547,6 +557,11 @@ class _Driver:
     def _run(self, where: ClusterConfig, stop: _Stop) -> None:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
+        if job.causes and recorded is not None and recorded.settings["signal"] is None:
+            raise InputError(
+                f"{job.path} was made without --causes. Leave it out to go on with the run, or "
+                "write another one with --out."
+            )
         status.begin("reading the headers of the checkpoints")
         trajectory = self._trajectory(settings, recorded)
         status.note(trajectory.notes)
@@ -646,6 +661,7 @@ class _Driver:
             job.losses,
             settings,
             Destination(path=job.path, existing=existing, span=job.span),
+            causes=job.causes,
         )
 
     def _replay(
@@ -1108,7 +1124,10 @@ def _span_request(
         durable: whether it is on the disk before it counts.
     """
     rows = manifest.rows(span)
-    positions = (*looks_back(rows.start), *range(rows.start, rows.stop + 1))
+    first = rows.start
+    if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
+        first = max(0, first - 1)
+    positions = (*looks_back(rows.start), *range(first, rows.stop + 1))
     return SpanRequest(
         setup=common.setup,
         points=replace(

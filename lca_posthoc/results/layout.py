@@ -14,6 +14,7 @@ import numpy as np
 
 from ..numerics.schema import (
     BINS,
+    CAUSES,
     EXAMPLE_FIELDS,
     OF_MOTION,
     PER_GROUP,
@@ -149,6 +150,8 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
     yield from plans.of_tensors(keep)
     if loss.per is not None and loss.rows is not None:
         yield from plans.of_examples(loss.per, loss.rows)
+    if manifest.settings["signal"] is not None:
+        yield plans.of_causes()
     if holds(keep, "statistics"):
         yield from plans.of_histogram()
     for tensor in manifest.allocated:
@@ -216,6 +219,10 @@ class _Plans:
             yield self._rows("examples/group", inner, "int32", grouped=False)
         inner = {**inner, "tensor": len(self._manifest.allocated)}
         yield self._rows("examples/allocated", inner, "float32", grouped=False)
+
+    def of_causes(self) -> ArrayPlan:
+        inner = {"cause": len(CAUSES), "tensor": len(self._manifest.allocated)}
+        return self._rows("causes/allocated", inner, "float64", {"units": "loss"})
 
     def of_histogram(self) -> Iterator[ArrayPlan]:
         yield self._rows("histogram/count", {"bin": BINS}, "int64")

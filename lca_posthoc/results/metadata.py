@@ -14,7 +14,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from ..numerics.schema import TOTAL_FIELDS, histogram_edges
+from ..numerics.schema import CAUSES, TOTAL_FIELDS, histogram_edges
 from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
 
@@ -91,7 +91,7 @@ def _json(document: dict[str, object]) -> bytes:
 
 
 def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
-    if part in ("tensors", "examples"):
+    if part in ("tensors", "examples", "causes"):
         specs = [tensor.spec for tensor in manifest.allocated]
         return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
     return {"field": list(TOTAL_FIELDS[part][0])} if part in TOTAL_FIELDS else {}
@@ -110,6 +110,8 @@ def _coordinates(
         coordinates["step_end"] = [checkpoint.step for checkpoint in manifest.checkpoints[1:]]
     if groups is not None and part != "examples":
         coordinates["group"] = groups
+    if part == "causes":
+        coordinates["cause"] = list(CAUSES)
     if part == "histogram":
         coordinates["edge"] = histogram_edges().tolist()
     return coordinates

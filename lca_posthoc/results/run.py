@@ -226,13 +226,13 @@ class LossResults:
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
-        if part in ("steps", "tensors", "histogram", "examples"):
+        if part in ("steps", "tensors", "histogram", "examples", "causes"):
             data = data.assign_coords(
                 step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
             )
         if self.record.groups is not None and part != "examples":
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
-            if part in ("steps", "tensors", "histogram"):
+            if part in ("steps", "tensors", "histogram", "causes"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
         return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
 
@@ -336,6 +336,32 @@ class LossResults:
         if positions_of_labels is None:
             return data
         return data.assign_coords(group=("example", labels[positions_of_labels]))
+
+    @property
+    def causes(self) -> xr.Dataset:
+        """The causes of the motion, of a run with `--causes`: `allocated` (step[, group], cause,
+        tensor), float64, in units of loss.
+
+        Causes are `signal`, `noise`, `momentum`, `decay` and `rest`, see `lca_posthoc.numerics
+        .causes`; over them `allocated` adds up to that of `tensors`.
+
+        Raises:
+            InputError: where the run was made without them.
+        """
+        if self.manifest.settings["signal"] is None:
+            raise InputError(
+                f"{self.path} was made without --causes. Run again with it into another directory: "
+                "--causes --out OTHER.lca."
+            )
+        specs = [tensor.spec for tensor in self.manifest.allocated]
+        return (
+            self._open("causes")
+            .load()
+            .assign_coords(
+                tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+                kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+            )
+        )
 
     @property
     def histogram(self) -> xr.Dataset:

@@ -613,6 +613,7 @@ class RunWriter:
             "tensors": statistics.tensors,
             "histogram": statistics.histogram,
             "examples": statistics.examples,
+            "causes": statistics.causes,
         }
         arrays = {
             f"{part}/{name}": values

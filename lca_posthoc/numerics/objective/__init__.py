@@ -11,6 +11,7 @@ from .directions import (
     WholeGradients,
     blocks,
     distances,
+    unit_sums,
     units_of,
 )
 from .draws import Draws
@@ -74,6 +75,7 @@ __all__ = [
     "statistics_of",
     "tensor_table",
     "texts_of",
+    "unit_sums",
     "units_of",
     "weights_of_sample",
 ]

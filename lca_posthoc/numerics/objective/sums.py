@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +26,9 @@ class Evaluation:
     gradient its own shape or (groups, *shape); sums of it along directions are float64 and have
     shape ([groups, ]directions, units). `unreached` names the tensors the loss did not reach; their
     gradient is zero. `examples`, where they are told apart, is the same with every example as a
-    group and every tensor as one unit; the numbers of an example without weight are 0.
+    group and every tensor as one unit; the numbers of an example without weight are 0. `parts`,
+    where they are asked for, are sums of a tensor's gradient along parts of the motion, float64,
+    ([groups, ]parts).
     """
 
     loss: Numbers
@@ -33,11 +36,23 @@ class Evaluation:
     weight: Numbers
     unreached: frozenset[str] = frozenset()
     examples: Evaluation | None = None
+    parts: Mapping[str, Tensor] | None = None
 
-    def along(self, direction: int) -> Evaluation:
-        """Return the same with the sums along one of its directions, ([groups, ]units)."""
+    def along(self, direction: int, parts: int = 0) -> Evaluation:
+        """Return the same with the sums along one of its directions, ([groups, ]units).
+
+        Args:
+            direction: its position.
+            parts: the number of directions after it that are parts of it.
+        """
         chosen = {name: values.select(-2, direction) for name, values in self.gradient.items()}
-        return replace(self, gradient=chosen).examples_along(direction)
+        if not parts:
+            return replace(self, gradient=chosen)
+        of_parts = {
+            name: values.narrow(-2, direction + 1, parts).sum(-1)
+            for name, values in self.gradient.items()
+        }
+        return replace(self, gradient=chosen, parts=of_parts)
 
     def examples_along(self, direction: int) -> Evaluation:
         """Return the same with those of the examples along one of the directions."""

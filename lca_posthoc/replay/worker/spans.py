@@ -27,6 +27,7 @@ from ..requests import (
     from_plain,
     to_plain,
 )
+from .causes import CausesOfSpan
 from .out_of_memory import with_smaller_batches
 from .read_ahead import PointsAhead
 from .state import (
@@ -231,6 +232,7 @@ class _SpanReplay:
             if tensor.spec.kind == "parameter"
         }
         self.blocks = self.records[losses[0]].blocks
+        self.signal = request.setup.settings.signal
         self.axes = unit_axes(objective.allocated, self.tensors, writer.keep)
         settings = request.setup.settings
         self.method = Method(
@@ -326,12 +328,17 @@ class _SpanReplay:
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
         for part_before, block in enumerate(self.blocks):
-            part = self.objective if len(self.blocks) == 1 else _Only(self.objective, block)
+            part = (
+                self.objective
+                if len(self.blocks) == 1
+                else _Only(self.objective, block, self.signal)
+            )
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
             with PointsAhead(self.request.points, self.rows, self.objective) as points:
+                causes = self._causes()
                 segments = allocate_span(
-                    points,
+                    points if causes is None else causes.remember(points),
                     part,
                     every,
                     self.method,
@@ -340,10 +347,11 @@ class _SpanReplay:
                     # two are in memory then
                     begin=points.begin_next,
                     gathering=self._gathering_at,
+                    parts=None if causes is None else causes.of,
                 )
                 for row in range(self.length):
                     # no name holds a segment, with its gradients, while the next one is computed
-                    levels_of_losses, residual = self._take(row, next(segments))
+                    levels_of_losses, residual = self._take(row, next(segments), causes)
                     reached[row] |= levels_of_losses
                     reached_segments = (
                         len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
@@ -352,6 +360,12 @@ class _SpanReplay:
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
+
+    def _causes(self) -> CausesOfSpan | None:
+        """Return what tells the causes of the motion; None where they are not asked for."""
+        if self.signal is None:
+            return None
+        return CausesOfSpan(self.request.points, self.rows, self.objective, self.signal)
 
     def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
         """Return what takes in a segment of each loss as it is computed; nothing of sums."""
@@ -368,13 +382,17 @@ class _SpanReplay:
         from ...numerics.statistics import SpanStatistics, SpanSums
 
         of_span = (self.tensors, self.length, self.writer.keep, self.objective.device)
+        causes = self.signal is not None
         groups = {
             name: len(record.groups) if record.groups else None
             for name, record in self.records.items()
         }
         examples = {name: self._groups_of_examples(name) for name in self.records}
         if self.axes is not None:
-            return {name: SpanSums(*of_span, groups[name], examples[name]) for name in self.records}
+            return {
+                name: SpanSums(*of_span, groups[name], examples[name], causes)
+                for name in self.records
+            }
         statistics: dict[str, SpanStatistics] = {}
         first: dict[int, SpanStatistics] = {}  # by the segment from which on they count
         for name, record in self.records.items():
@@ -383,6 +401,7 @@ class _SpanReplay:
                 *of_span,
                 groups[name],
                 examples[name],
+                causes,
                 unit=record.unit,
                 since=since,
                 like=first.get(since),
@@ -404,12 +423,18 @@ class _SpanReplay:
         assert not isinstance(order, ElementOrder), "groups of a loss per example are of examples"
         return order.codes.numpy()
 
-    def _take(self, row: int, done: dict[str, SegmentAllocation]) -> tuple[set[int], float]:
+    def _take(
+        self, row: int, done: dict[str, SegmentAllocation], causes: CausesOfSpan | None
+    ) -> tuple[set[int], float]:
         """Add a segment to the statistics; return the levels that losses reached, and the largest
         residual.
         """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
+        if causes is not None:
+            for name, shares in causes.shares(row, done).items():
+                if name in self.statistics:
+                    self.statistics[name].add_causes(row, shares)
         for name, hidden in self.replicates.items():
             sums = done[hidden].sums
             self.parts[name][row] = np.stack([sums[tensor.name] for tensor in self.tensors], -1)
@@ -469,10 +494,16 @@ class _SpanReplay:
 
 
 class _Only:
-    """An objective over some of the groups of its losses."""
+    """An objective over some of the groups of its losses.
 
-    def __init__(self, objective: Objective, groups: range) -> None:
-        self._objective, self._groups = objective, groups
+    Args:
+        objective: over all of them.
+        groups: some.
+        whole: a loss without groups, which is evaluated as it is; None for none.
+    """
+
+    def __init__(self, objective: Objective, groups: range, whole: str | None) -> None:
+        self._objective, self._groups, self._whole = objective, groups, whole
 
     def evaluate(
         self,
@@ -488,7 +519,7 @@ class _Only:
             losses,
             gradient=gradient,
             along=along,
-            only=self._groups,
+            only=None if losses == [self._whole] else self._groups,
             # once, with the first of the groups
             examples=examples if self._groups.start == 0 else None,
         )

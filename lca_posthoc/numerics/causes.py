@@ -1,0 +1,392 @@
+r"""Split the motion of one optimiser step by what caused it.
+
+$\Delta\theta = u_\text{signal} + u_\text{noise} + u_\text{momentum} + u_\text{decay} +
+u_\text{rest}$, each part allocated as the motion is. *Signal* is the step that the gradient of the
+whole training loss would have made in this position of the optimiser, *noise* what the gradient it
+was given made beside that, *momentum* the memory of earlier gradients and of earlier decay, *decay*
+that of this step. *Rest* is what no formula explains.
+
+Formulas are torch's own, of its documentation of `torch.optim`. With $f$ a number for each tensor,
+and $P$ the numbers by which an adaptive optimiser multiplies, or 1:
+
+| optimiser | signal | momentum | decay |
+|---|---|---|---|
+| SGD | $-\eta(1-\tau)\,g$ | $\mu\,\eta/\eta_{t-1}\,\Delta\theta_{t-1}$ | $-\eta(1-\tau)\lambda\,\theta$ |
+| Adam | $-\kappa(1-\beta_1)\,P g$ | $-\kappa\beta_1 P m$ | $-\kappa(1-\beta_1)\lambda\,P\theta$ |
+| AdamW | the same | the same | $-\eta\lambda\,\theta$ |
+| RMSprop, Adagrad | $-\eta\,P g$ | | $-\eta\lambda\,P\theta$ |
+
+$\tau$ is the dampening, 0 in an optimiser's first step, $\kappa=\eta/(1-\beta_1^t)$.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..checkpoints.optimizer_steps import GroupStep, OptimizerStep
+from .objective import Motion, Numbers, blocks
+from .parts import Only, Point, displacement
+from .schema import CAUSES
+
+_NO_SUMS = np.zeros(0)
+_ADAM = ("Adam", "AdamW")
+_SCALED = ("RMSprop", "Adagrad")
+# by how much the norm of a gradient that is reckoned from weights may differ from that of the real
+# one, as a share of it and in roundings of the weights; more than the second share is lost in them
+_SAME_NORM, _ROUNDINGS, _LOST = 1e-3, 4.0, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Formula:
+    """The formula by which one step of an optimiser moved one tensor.
+
+    Attributes:
+        signal: factor of the gradient, or of P times it.
+        factor: the same without clipping, of the gradient as the optimiser was given it.
+        momentum: factor of the motion before, or of P times the first moment.
+        decay: factor of the weights, or of P times them where `scales_decay`.
+        scale: the numbers P of second moments; None where P is 1.
+        first: β₁, where first moments are the momentum and tell the gradient that was given; None
+            where what no other cause explains is what that gradient did.
+        scales_decay: whether the decay came in through the gradient.
+        norm: of the gradient the optimiser was given; NaN where it is not known.
+        unknown: why nothing but the decay is known; "" where all is.
+    """
+
+    signal: float = 0.0
+    factor: float = 0.0
+    momentum: float = 0.0
+    decay: float = 0.0
+    scale: Callable[[Tensor], Tensor] | None = None
+    first: float | None = None
+    scales_decay: bool = False
+    norm: float = math.nan
+    unknown: str = ""
+
+    @property
+    def follows_motion(self) -> bool:
+        """Tell whether the momentum is made of the motion before."""
+        return self.momentum != 0.0 and self.first is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Reads the moments of tensors before and after a step; a function returns None where there are
+    none of a tensor.
+
+    Attributes:
+        first_before: Σ of earlier gradients, as Adam keeps it.
+        first_after: the same after the step.
+        second_after: of the squares of gradients, after the step.
+    """
+
+    first_before: Callable[[str], Tensor | None]
+    first_after: Callable[[str], Tensor | None]
+    second_after: Callable[[str], Tensor | None]
+
+
+def formulas(
+    step: OptimizerStep | None,
+    before: OptimizerStep | None,
+    since: int,
+    has_second: Callable[[str], bool],
+) -> dict[str, Formula]:
+    """Return how the tensors of a model moved on one segment, by their names in the files.
+
+    Args:
+        step: the record of what led to its end; None where there is none.
+        before: of what led to its start; None where that is no step that followed on the checkpoint
+            before.
+        since: the training step of its start.
+        has_second: whether second moments after the step are there, by the name of a tensor.
+    """
+    if step is None or step.optimizer_steps != 1 or step.since != since:
+        return {}
+    earlier = {
+        name: group
+        for group in (before.groups if before is not None and before.optimizer_steps == 1 else ())
+        for name in group.tensors
+    }
+    clip = 1.0 if step.clip is None else step.clip
+    return {
+        name: replace(_formula(group, earlier.get(name), clip, has_second(name)), norm=norm)
+        for group in step.groups
+        for name, norm in zip(group.tensors, group.gradient_norms, strict=True)
+    }
+
+
+def _formula(group: GroupStep, before: GroupStep | None, clip: float, has_second: bool) -> Formula:
+    if group.optimizer == "SGD":
+        return _of_sgd(group, before, clip)
+    if group.optimizer in _ADAM and not group.amsgrad:
+        return _of_adam(group, clip, has_second)
+    if group.optimizer == "RMSprop" and not (group.momentum or group.centered):
+        return _of_scaled(group, group.lr, clip, has_second)
+    if group.optimizer == "Adagrad":
+        rate = group.lr / (1 + (group.steps - 1) * (group.lr_decay or 0.0))
+        return _of_scaled(group, rate, clip, has_second)
+    return _decay_alone(group, f"no formula for {group.optimizer} with these settings")
+
+
+def _of_sgd(group: GroupStep, before: GroupStep | None, clip: float) -> Formula:
+    if group.nesterov:
+        formula = _decay_alone(group, "no formula for Nesterov's momentum")
+        return replace(formula, decay=-group.lr * (1 + group.momentum) * group.weight_decay)
+    remembers = bool(group.momentum) and group.has_memory
+    factor = -group.lr * (1 - group.dampening if remembers else 1.0)
+    known = Formula(
+        signal=_signed(factor, group) * clip, factor=factor, decay=factor * group.weight_decay
+    )
+    if not remembers:
+        return known
+    # the motion before is what the momentum was, but for the rate
+    if before is None or before.optimizer != "SGD" or not before.momentum or before.nesterov:
+        return replace(known, unknown="the step before it is not recorded")
+    if not before.lr:
+        return replace(known, unknown="the rate of the step before it was 0")
+    return replace(known, momentum=group.momentum * group.lr / before.lr)
+
+
+def _of_adam(group: GroupStep, clip: float, has_second: bool) -> Formula:
+    if group.betas is None or group.eps is None or not has_second:
+        return _decay_alone(group, "no moments are recorded")
+    (beta1, beta2), eps = group.betas, group.eps
+    rate = group.lr / (1 - beta1**group.steps)
+    correction = 1 - beta2**group.steps
+    factor = -rate * (1 - beta1)
+    return Formula(
+        signal=_signed(factor, group) * clip,
+        factor=factor,
+        momentum=-rate * beta1 if group.has_memory else 0.0,
+        decay=(-group.lr if group.decoupled else factor) * group.weight_decay,
+        scale=lambda second: 1 / ((second / correction).sqrt() + eps),
+        first=beta1,
+        scales_decay=not group.decoupled,
+    )
+
+
+def _of_scaled(group: GroupStep, rate: float, clip: float, has_second: bool) -> Formula:
+    if group.eps is None or not has_second:
+        return _decay_alone(group, "no moments are recorded")
+    eps = group.eps
+    return Formula(
+        signal=_signed(-rate, group) * clip,
+        factor=-rate,
+        decay=-rate * group.weight_decay,
+        scale=lambda second: 1 / (second.sqrt() + eps),
+        scales_decay=True,
+    )
+
+
+def _decay_alone(group: GroupStep, why: str) -> Formula:
+    """Return what is known of any optimiser: decay apart from the gradient."""
+    return Formula(decay=-group.lr * group.weight_decay if group.decoupled else 0.0, unknown=why)
+
+
+def _signed(factor: float, group: GroupStep) -> float:
+    return -factor if group.maximize else factor
+
+
+class SegmentCauses:
+    """The causes of the motion of one segment, as `Parts` of it.
+
+    Directions of SGD are points that are held anyway. Those of an adaptive optimiser are computed
+    once, and held: three of every parameter, or four where decay comes in through the gradient.
+
+    Args:
+        signal: the training loss.
+        formulas: by tensor; a tensor without one moved by no known cause.
+        start: every tensor of the model at the segment's start.
+        before: the same one checkpoint earlier; None where no formula needs it.
+        moments: of the tensors.
+    """
+
+    def __init__(
+        self,
+        signal: str,
+        formulas: Mapping[str, Formula],
+        start: Point,
+        before: Point | None,
+        moments: Moments,
+    ) -> None:
+        needs_signal = any(formula.signal for formula in formulas.values())
+        self.signal: str | None = signal if needs_signal else None
+        self._formulas, self._start, self._before = formulas, start, before
+        self._moments = moments
+        self._directions: dict[str, Motion] | None = None
+
+    def directions(self, signal: Point | None) -> Sequence[Motion]:
+        """Return the directions of the causes that have one on this segment."""
+        if self._directions is None:
+            assert signal is not None or self.signal is None, "it is known where a segment begins"
+            self._directions = self._computed(signal or {})
+        return list(self._directions.values())
+
+    def _computed(self, signal: Point) -> dict[str, Motion]:
+        """Return the direction of each cause, and of the gradient the optimiser was given where
+        first moments tell it.
+        """
+        start, formulas = self._start, self._formulas
+        scaled: dict[str, dict[str, Tensor]] = {
+            name: {} for name in ("signal", "momentum", "decay", "gradient")
+        }
+        for name, formula in formulas.items():
+            if formula.scale is not None:
+                for kind, values in self._scaled(name, formula, signal[name]):
+                    scaled[kind][name] = values
+        plain = [name for name, formula in formulas.items() if formula.scale is None]
+        directions = {}
+        follow = {
+            "signal": [name for name in plain if formulas[name].signal],
+            "decay": [
+                name
+                for name, formula in formulas.items()
+                if formula.decay and not formula.scales_decay
+            ],
+        }
+        for kind, point in (("signal", signal), ("decay", start)):
+            of_kind = {name: point[name] for name in follow[kind]} | scaled[kind]
+            if of_kind:
+                directions[kind] = displacement(of_kind, start)
+        moved = [name for name in plain if formulas[name].momentum]
+        if moved:
+            assert self._before is not None, "the checkpoint before is read where it is needed"
+            # of tensors of two optimisers, those of the other one begin at 0
+            directions["momentum"] = Motion(
+                Only(self._before, moved, start),
+                _Joined(Only(start, moved, start), scaled["momentum"]),
+            )
+        elif scaled["momentum"]:
+            directions["momentum"] = displacement(scaled["momentum"], start)
+        if scaled["gradient"]:
+            directions["gradient"] = displacement(scaled["gradient"], start)
+        return directions
+
+    def _scaled(self, name: str, formula: Formula, signal: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield the directions of a tensor that an adaptive optimiser moves, in the type of the
+        model.
+        """
+        assert formula.scale is not None
+        dtype, weights = signal.dtype, self._start[name]
+        second = self._moments.second_after(name)
+        assert second is not None, "a formula with a scale has second moments"
+        scale = formula.scale(second.double())
+        yield "signal", (scale * signal).to(dtype)
+        if formula.decay and formula.scales_decay:
+            yield "decay", (scale * weights).to(dtype)
+        if formula.first is None:
+            return
+        after, before = self._moments.first_after(name), self._moments.first_before(name)
+        assert after is not None, "first moments are stored with the second"
+        gradient = after.double()
+        if before is not None:
+            gradient = gradient - formula.first * before.double()
+            if formula.momentum:
+                yield "momentum", (scale * before).to(dtype)
+        yield "gradient", (scale * (gradient / (1 - formula.first))).to(dtype)
+
+    def shares(
+        self, end: Point, allocated: Mapping[str, Numbers], sums: Mapping[str, Numbers]
+    ) -> dict[str, Numbers]:
+        """Return what each cause is allocated, ([groups, ]causes) of each tensor, in units of loss;
+        the causes of a tensor add up to its allocation.
+
+        Args:
+            end: every tensor at the end of the segment.
+            allocated: to each tensor.
+            sums: along the directions, ([groups, ]directions) of each tensor.
+        """
+        return {
+            name: self._of_tensor(name, end, numbers, sums.get(name, _NO_SUMS))
+            for name, numbers in allocated.items()
+        }
+
+    def _of_tensor(self, name: str, end: Point, allocated: Numbers, sums: Numbers) -> Numbers:
+        formula = self._formulas.get(name, Formula(unknown="no record"))
+        factors = {
+            "signal": formula.signal,
+            "momentum": formula.momentum,
+            "decay": formula.decay,
+            "gradient": formula.factor,
+        }
+        known: dict[str, Numbers] = {cause: np.zeros_like(allocated) for cause in CAUSES}
+        of_gradient: Numbers | None = None
+        for position, kind in enumerate(self._directions or ()):
+            product = factors[kind] * np.asarray(sums)[..., position]
+            if kind == "gradient":
+                of_gradient = product
+            else:
+                known[kind] = product
+        left = allocated - known["signal"] - known["momentum"] - known["decay"]
+        if formula.first is not None and of_gradient is not None:
+            decay = known["decay"] if formula.scales_decay else 0.0
+            known["noise"] = of_gradient - decay - known["signal"]
+            known["rest"] = left - known["noise"]
+        elif formula.unknown or not self._tells_gradient(name, formula, end):
+            known["rest"] = left
+        else:
+            known["noise"] = left
+        return np.stack([np.asarray(known[cause]) for cause in CAUSES], -1)
+
+    def _tells_gradient(self, name: str, formula: Formula, end: Point) -> bool:
+        """Tell whether what momentum and decay leave of a tensor's motion is a gradient of the norm
+        that the optimiser was given; where that is not known, it is believed.
+        """
+        if math.isnan(formula.norm) or not formula.factor:
+            return True
+        norm, lost = self._gradient_norm(name, formula, end)
+        if lost > _LOST * formula.norm:
+            return False
+        return abs(norm - formula.norm) <= _SAME_NORM * formula.norm + lost
+
+    def _gradient_norm(self, name: str, formula: Formula, end: Point) -> tuple[float, float]:
+        """Return the norm of the gradient that a tensor's motion tells, and by how much roundings
+        of the weights may change it.
+        """
+        flat = [point[name].reshape(1, -1) for point in (self._start, end)]
+        before = None if self._before is None else self._before[name].reshape(1, -1)
+        second = None if formula.scale is None else self._moments.second_after(name)
+        scales = None if second is None else second.reshape(1, -1)
+        squares, roundings = [], []
+        spacing = _ROUNDINGS * torch.finfo(flat[0].dtype).eps
+        for place in blocks(*flat[0].shape):
+            start, after = (tensor[place].double() for tensor in flat)
+            moved = after - start
+            scale: Tensor | float = 1.0
+            if scales is not None and formula.scale is not None:
+                scale = formula.scale(scales[place].double())
+            if formula.momentum and before is not None:
+                moved = moved - formula.momentum * (start - before[place].double())
+            moved = moved - formula.decay * start * (scale if formula.scales_decay else 1.0)
+            squares.append(float((moved / scale).square().sum()))
+            roundings.append(float((start / scale).square().sum()))
+        size = abs(formula.factor)
+        lost = spacing * (1 + abs(formula.momentum)) * math.sqrt(math.fsum(roundings)) / size
+        return math.sqrt(math.fsum(squares)) / size, lost
+
+
+class _Joined(Mapping[str, Tensor]):
+    """A point some of whose tensors are others.
+
+    Args:
+        point: with all tensors.
+        others: in the place of some.
+    """
+
+    def __init__(self, point: Point, others: Point) -> None:
+        self._point, self._others = point, others
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._others[name] if name in self._others else self._point[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._point)
+
+    def __len__(self) -> int:
+        return len(self._point)

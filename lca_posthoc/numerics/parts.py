@@ -1,0 +1,116 @@
+r"""Parts of the motion of a segment: directions along which the gradients at its nodes are taken as
+well.
+
+What a part $u$ of the motion did to the loss is $\sum_q w_q \langle g(\theta_q), u\rangle$, the
+same sum as for the motion itself. Directions are multiplied by their factors once the sums are
+there, so that points which are held anyway serve as directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .objective import Motion, unit_sums
+
+Point = Mapping[str, Tensor]
+
+
+class Parts(Protocol):
+    """The parts of the motion of one segment."""
+
+    @property
+    def signal(self) -> str | None:
+        """Return the loss whose gradient at the start of the segment is one of the directions; None
+        where none is needed.
+        """
+
+    def directions(self, signal: Point | None) -> Sequence[Motion]:
+        """Return the directions, the same ones each time.
+
+        Args:
+            signal: the gradient of that loss, where one is needed.
+        """
+
+
+@dataclass
+class Split:
+    """The parts of a segment's motion, and the gradient at its start once that is known.
+
+    Attributes:
+        parts: of the motion.
+        gradient: of the signal at the start of the segment; None until it is known, and where no
+            part needs it.
+    """
+
+    parts: Parts
+    gradient: Point | None = None
+
+    @property
+    def awaits(self) -> str | None:
+        """Return the loss whose gradient at the start is needed and not known yet."""
+        return self.parts.signal if self.gradient is None else None
+
+    @property
+    def directions(self) -> Sequence[Motion]:
+        """Return the directions."""
+        return self.parts.directions(self.gradient)
+
+
+class Only(Mapping[str, Tensor]):
+    """Some tensors of a point; all others are 0.
+
+    Args:
+        values: a point that has these.
+        names: of these.
+        like: tensors of the shapes of all.
+    """
+
+    def __init__(self, values: Point, names: Collection[str], like: Point) -> None:
+        self._values, self._names, self._like = values, frozenset(names), like
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._names:
+            return self._values[name]
+        like = self._like[name]
+        return like.new_zeros(()).expand(like.shape)  # takes no memory
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
+
+
+def displacement(values: Point, like: Point) -> Motion:
+    """Return a direction that is no difference of two points.
+
+    Args:
+        values: of some tensors; it is 0 in all others.
+        like: tensors of the shapes of all.
+    """
+    return Motion(Only({}, (), like), Only(values, values.keys(), like))
+
+
+@torch.no_grad()
+def sums_along(
+    gradient: Mapping[str, Tensor], directions: Sequence[Motion], groups: int | None
+) -> dict[str, Tensor]:
+    """Return Σ gradient · direction of each tensor, ([groups, ]directions) float64.
+
+    Args:
+        gradient: of every tensor, ([groups, ]*shape).
+        directions: along which.
+        groups: their number; None without groups.
+    """
+    total = {}
+    for name, values in gradient.items():
+        ends = [(motion.start[name], motion.end[name]) for motion in directions]
+        rows = values[None] if groups is None else values
+        sums = torch.stack([unit_sums(row, ends, None)[:, 0] for row in rows])
+        total[name] = sums[0] if groups is None else sums
+    return total
