@@ -247,7 +247,7 @@ def _parse(
         raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
     try:
         entries = json.loads(
-            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_int=_count
+            text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=short_integer
         )
     except (ValueError, RecursionError) as error:
         raise _damaged(path, f"its header is not valid JSON ({str(error)[:80]})") from None
@@ -275,15 +275,24 @@ def _parse(
     return tensors, metadata, places
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a table of JSON.
+
+    Raises:
+        ValueError: where a name stands twice.
+    """
     table = dict(pairs)
     if len(table) != len(pairs):
         raise ValueError("a name stands twice")
     return table
 
 
-def _count(text: str) -> int:
-    """Return a size as safetensors reads it: at most 64 bits, no sign."""
+def short_integer(text: str) -> int:
+    """Return a size as safetensors reads it: at most 64 bits, no sign.
+
+    Raises:
+        ValueError: where the number is out of that range.
+    """
     if len(text) > 19 or text.startswith("-"):
         raise ValueError("a number out of range")
     return int(text)

@@ -17,6 +17,7 @@ from .headers import GGUF
 
 WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
+MOMENTS = "moments"  # a recorder's folder of an optimiser's moments, beside the checkpoints
 IMPORTED = (".ckpt", ".pt", ".pth", ".bin", ".tar", ".h5", ".hdf5")
 BESIDE_THE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|training_args|rng_state|random_states)(_\d+)?\.\w+"

@@ -20,6 +20,7 @@ from ..errors import InputError, NotFiniteError, SpanError, few
 from .headers import HALF, Header, TensorHeader, read_header
 from .layouts import (
     IMPORTED,
+    MOMENTS,
     both_count,
     count_epochs,
     epochs_are_meant,
@@ -545,6 +546,8 @@ def _files(path: Path) -> tuple[Path, ...]:
     if path.suffix == ".safetensors" and is_remote(path):
         return (path,)
     if path.is_dir():
+        if path.name == MOMENTS:
+            return ()
         if (path / _INDEX).is_file():
             return shards(path / _INDEX)
         inside = [
