@@ -119,7 +119,7 @@ class _Group:
 
     Args:
         numbers: the group's settings.
-        held: settings that are tensors: the index of each among the numbers held.
+        indices: settings that are tensors: the index of each among the numbers held.
         flags: settings that are true or false.
         members: the tensors that have a gradient.
         has_memory: of each, whether the optimiser remembers earlier gradients of it.
@@ -127,7 +127,7 @@ class _Group:
     """
 
     numbers: dict[str, float]
-    held: dict[str, int]
+    indices: dict[str, int]
     flags: dict[str, bool]
     members: list[_Member]
     has_memory: list[bool]
@@ -161,7 +161,7 @@ class _Step:
         optimizer = self._optimizer()
         if optimizer is None:
             return
-        held: list[Tensor] = []
+        scalars: list[Tensor] = []
         self.groups = []
         for group in optimizer.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -169,33 +169,35 @@ class _Step:
                 continue
             norms = None
             if self._measures:
-                norms = len(held)
-                held += _norms([parameter.grad for parameter in trained])
+                norms = len(scalars)
+                scalars += _norms([parameter.grad for parameter in trained])
             states = [_state_of(optimizer, parameter) for parameter in trained]
             numbers, tensors = _numbers(group)
             self.groups.append(
                 _Group(
-                    numbers,
-                    dict(zip(tensors, range(len(held), len(held) + len(tensors)), strict=True)),
-                    {name: group.get(name) is True for name in _FLAGS},
-                    [member_of(parameter) for parameter in trained],
-                    [any(state.get(name) is not None for name in _MEMORIES) for state in states],
-                    norms,
+                    numbers=numbers,
+                    indices=_indices(tensors, len(scalars)),
+                    flags={name: group.get(name) is True for name in _FLAGS},
+                    members=[member_of(parameter) for parameter in trained],
+                    has_memory=[
+                        any(state.get(name) is not None for name in _MEMORIES) for state in states
+                    ],
+                    norms=norms,
                 )
             )
-            held += tensors.values()
+            scalars += tensors.values()
         scaler = {
             name: number
             for name in ("grad_scale", "found_inf")  # of one that unscales gradients itself
             if isinstance(number := getattr(optimizer, name, None), Tensor)
         }
-        self._scaler = dict(zip(scaler, range(len(held), len(held) + len(scaler)), strict=True))
-        self._before = _Held([*held, *scaler.values()])
+        self._scaler = _indices(scaler, len(scalars))
+        self._before = _Held([*scalars, *scaler.values()])
 
     def finish(self) -> None:
         """Take the counts of steps, once the step is made."""
         optimizer = self._optimizer()
-        held: list[Tensor] = []
+        scalars: list[Tensor] = []
         self._counts = []
         for member in itertools.chain.from_iterable(group.members for group in self.groups):
             member.steps += 1
@@ -205,11 +207,11 @@ class _Step:
             if optimizer is not None and parameter is not None:
                 count = _state_of(optimizer, parameter).get("step")
             if isinstance(count, Tensor):
-                held.append(count)
+                scalars.append(count)
                 self._counts.append(None)
             else:
                 self._counts.append(count if type(count) is int else member.steps)
-        self._after = _Held(held)
+        self._after = _Held(scalars)
 
     def resolve(self, names: Mapping[int, str]) -> dict[str, tuple[GroupStep, float]] | None:
         """Return, for every tensor, its settings as a group without tensors, and its norm; None
@@ -225,7 +227,7 @@ class _Step:
         counts = iter(self._counts)
         resolved: dict[str, tuple[GroupStep, float]] = {}
         for group in self.groups:
-            numbers = group.numbers | {name: before[index] for name, index in group.held.items()}
+            numbers = group.numbers | {name: before[index] for name, index in group.indices.items()}
             kinds: dict[tuple[int, bool], GroupStep | None] = {}
             for index, member in enumerate(group.members):
                 count = next(counts)
@@ -237,6 +239,11 @@ class _Step:
                     norm = math.nan if group.norms is None else before[group.norms + index] / scale
                     resolved[names[id(member)]] = kind, norm
         return resolved
+
+
+def _indices(names: Iterable[str], first: int) -> dict[str, int]:
+    """Return consecutive indices of some names, from the first one on."""
+    return {name: index for index, name in enumerate(names, first)}
 
 
 def _state_of(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
@@ -312,6 +319,25 @@ def _without_tensors(
         steps=max(1, steps),
         has_memory=has_memory,
     )
+
+
+def total_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return ‖g‖₂ of the gradients of all parameters together, one number on their device; 0 where
+    there are none.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not gradients:
+        return torch.zeros(())
+    norms = _norms(gradients)
+    total: Tensor = torch.linalg.vector_norm(
+        torch.stack([norm.to(norms[0].device) for norm in norms])
+    )
+    return total
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return the factor by which torch clips gradients of a norm."""
+    return torch.clamp(torch.div(max_norm, norm.detach() + 1e-6), max=1.0)
 
 
 def _whole(tensor: Tensor) -> Tensor:
@@ -441,17 +467,37 @@ class StepNumbers:
         if running is not None:  # of a class whose `step` calls that of its base
             running.depth += 1
             return None
-        wanted = self._measures()
-        step = _Step(optimizer, wanted is not None and wanted())
+        measures = self._measures()
+        step = _Step(optimizer, measures is not None and measures())
         self._running[id(optimizer)] = step
         self._remember(optimizer)
-        measure = functools.partial(step.measure, self._member_of)
         if len(arguments) > 1 and callable(arguments[1]):
-            return (arguments[0], _followed(arguments[1], measure), *arguments[2:]), options
+            closure = self._followed(arguments[1], step, id(optimizer))
+            return (arguments[0], closure, *arguments[2:]), options
         if callable(options.get("closure")):
-            return arguments, {**options, "closure": _followed(options["closure"], measure)}
-        measure()
+            closure = self._followed(options["closure"], step, id(optimizer))
+            return arguments, {**options, "closure": closure}
+        step.measure(self._member_of)
         return None
+
+    def _followed(
+        self, closure: Callable[..., Any], step: _Step, identity: int
+    ) -> Callable[..., Any]:
+        """Return a closure that takes numbers of the gradients it has made; where it fails, there
+        is no step.
+        """
+
+        @functools.wraps(closure)
+        def followed(*arguments: object, **options: object) -> Any:
+            try:
+                loss = closure(*arguments, **options)
+            except BaseException:
+                self._running.pop(identity, None)
+                raise
+            step.measure(self._member_of)
+            return loss
+
+        return followed
 
     def _after_any(self, optimizer: Optimizer, *_: object) -> None:
         running = self._running.get(id(optimizer))
@@ -565,18 +611,6 @@ class StepNumbers:
         for reference in self._optimizers:
             if (optimizer := reference()) is not None:
                 yield optimizer
-
-
-def _followed(closure: Callable[..., Any], measure: Callable[[], None]) -> Callable[..., Any]:
-    """Return a closure that takes numbers of the gradients it has made."""
-
-    @functools.wraps(closure)
-    def followed(*arguments: object, **options: object) -> Any:
-        loss = closure(*arguments, **options)
-        measure()
-        return loss
-
-    return followed
 
 
 def _is_moment(value: object, parameter: Tensor) -> bool:

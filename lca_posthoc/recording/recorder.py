@@ -23,7 +23,7 @@ from ..checkpoints.trajectory import reserved
 from ..errors import InputError, LCAError, ResourceError, amount, few
 from .moments import MomentStager
 from .optimizer_guard import Takeover, Trainers, trains
-from .optimizer_numbers import StepNumbers, stateful
+from .optimizer_numbers import StepNumbers, clip_factor, stateful
 from .outermost import Call, Outermost, Told, can_follow, runs_hooks
 from .staging import Contents, Layout, Stager, refuse_flattened
 from .writer import Writer, step_of
@@ -168,8 +168,8 @@ class Recorder:
             raise
         self._step = step
         takeover = Takeover(trainers, optimizers)
-        told = Told(self._begins_step, self._made_step, self._hold_buffers, self._save_step)
-        outermost = Outermost(told, takeover, optimizers)
+        listener = Told(self._begins_step, self._made_step, self._hold_buffers, self._save_step)
+        outermost = Outermost(listener, takeover, optimizers)
         self._attached = [
             weakref.finalize(self, takeover.end),
             # the optimisers keep it alive, and it keeps this recorder alive
@@ -253,8 +253,7 @@ class Recorder:
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_norm, **options)
         if self._numbers is not None:
-            factor = torch.clamp(max_norm / (norm.detach() + 1e-6), max=1.0)  # as torch's
-            self._numbers.note_clipping(factor, parameters)
+            self._numbers.note_clipping(clip_factor(norm, max_norm), parameters)
         return norm
 
     def note_clipping(self, factor: float | Tensor) -> None:

@@ -150,9 +150,11 @@ class Contents:
                     "record from the start with frozen=True, which writes frozen parameters as "
                     "well."
                 )
-        kept = {written: own[name] for name, written in self._names.items() if written is not None}
-        self.names_by_id = {id(tensor): written for written, tensor in kept.items()}
-        tensors = {written: _whole(tensor) for written, tensor in kept.items()}
+        present = {
+            written: own[name] for name, written in self._names.items() if written is not None
+        }
+        self.names_by_id = {id(tensor): written for written, tensor in present.items()}
+        tensors = {written: _whole(tensor) for written, tensor in present.items()}
         if self._added:
             state = self._model.state_dict(keep_vars=True)
             tensors |= {
