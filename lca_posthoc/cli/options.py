@@ -34,6 +34,11 @@ def _option_of_setting(name: str, setting: Setting) -> Callable[[F], F]:
     )
 
 
+trajectory_options = _chain(
+    click.argument("checkpoints", type=click.Path()),
+    *(_option_of_setting(name, SETTINGS[name]) for name in ("steps", "pattern", "rename")),
+)
+
 replay_options = _chain(
     click.argument("checkpoints", type=click.Path()),
     click.option(
