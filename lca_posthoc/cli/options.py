@@ -62,6 +62,13 @@ replay_options = _chain(
         is_flag=True,
         help="Tell what moved the weights: signal, noise, momentum, decay, rest.",
     ),
+    click.option(
+        "--along",
+        type=click.Path(),
+        metavar="FILE",
+        help="Tell what the loss changed by along each direction of a file, as lca basis writes "
+        "it.",
+    ),
     *(_option_of_setting(name, setting) for name, setting in SETTINGS.items()),
 )
 
