@@ -33,6 +33,7 @@ _SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a le
 _OF_CAUSES = 1  # numbers of every parameter: the checkpoint before the start
 _OF_SIGNAL = 2  # the signal where a motion begins, and where the next one does
 _OF_MOMENTS = 8  # four directions of an optimiser with moments, of two motions
+_OF_DIRECTION = 2  # as it is read, and orthonormal
 
 # --- levels with numbers of every parameter -------------------------------------------------------
 
@@ -125,7 +126,7 @@ def _bytes_of_parts(
         if _has_moments(request):
             of_parameter += _OF_MOMENTS * number
     if settings.directions is not None:
-        of_parameter += settings.directions["directions"] * number
+        of_parameter += _OF_DIRECTION * settings.directions["directions"] * number
     return of_parameter * _elements(objective.allocated)
 
 
