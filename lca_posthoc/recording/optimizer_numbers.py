@@ -16,6 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -293,7 +294,7 @@ def _numbers(group: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tens
     numbers = {
         name: float(value)
         for name, value in settings.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, Real) and not isinstance(value, bool)
     }
     tensors = {
         name: value
