@@ -42,9 +42,10 @@ class ExampleAxis:
 
 
 FIRST = ExampleAxis(0)
+Signature = tuple[str, tuple[str, ...]]  # an operation, and the parameters it has
 # by position of an operation with parameters what it is, and where the examples are in its output;
 # None where no axis is theirs
-Axes = Sequence[tuple[str, ExampleAxis | None]]
+Axes = Sequence[tuple[Signature, ExampleAxis | None]]
 
 
 def recorded(axes: Axes) -> list[SiteRecord]:
@@ -52,10 +53,11 @@ def recorded(axes: Axes) -> list[SiteRecord]:
     return [
         {
             "operation": operation,
+            "tensors": list(tensors),
             "axis": None if place is None else place.axis,
             "is_inner": place is not None and place.is_inner,
         }
-        for operation, place in axes
+        for (operation, tensors), place in axes
     ]
 
 
@@ -63,7 +65,7 @@ def recalled(records: Iterable[SiteRecord]) -> Axes:
     """Return axes from what a run records of them."""
     return [
         (
-            record["operation"],
+            (record["operation"], tuple(record["tensors"])),
             None if record["axis"] is None else ExampleAxis(record["axis"], record["is_inner"]),
         )
         for record in records

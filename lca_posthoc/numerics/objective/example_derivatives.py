@@ -21,7 +21,9 @@ class Derivatives(Protocol):
     """Takes the derivatives of the examples of a batch along directions."""
 
     def of(self, part: GroupValues, examples: int) -> Mapping[str, Tensor]:
-        """Return them for each tensor the values depend on, (directions, examples) float64."""
+        """Return them for each tensor the values depend on, by use, see `ExampleShares`,
+        (directions, examples, uses) float64.
+        """
 
 
 class TappedDerivatives:
@@ -70,7 +72,7 @@ class SingleDerivatives:
         shares: dict[str, Tensor] = {}
 
         def take(name: str, sums: Tensor) -> None:
-            shares[name] = sums
+            shares[name] = sums[..., None]
 
         total = part.values.double().sum()
         if total.requires_grad:

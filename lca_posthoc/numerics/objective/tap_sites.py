@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .directions import Motion
+from .example_axis import Signature
 from .out_of_memory import is_out_of_memory
 from .tangents import (
     LAYERS,
@@ -179,9 +180,9 @@ class Site:
         self.operands, self.versions = {}, Versions(self.call)
 
     @property
-    def signature(self) -> str:
+    def signature(self) -> Signature:
         """Return what tells it from others: the function, and the tensors."""
-        return f"{self.call.function.__name__} of {', '.join(sources_of(self.operands))}"
+        return self.call.function.__name__, sources_of(self.operands)
 
     def record(self, above: Tensor, recorder: Recorder, directions: int) -> None:
         """Hand the products of the output's gradient to a recorder."""

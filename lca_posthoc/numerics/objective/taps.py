@@ -18,6 +18,7 @@ them, is not known here: `tap_check.check` compares with single examples.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -27,9 +28,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..schema import uses_of
 from .containers import tensors_of
 from .directions import Motion
-from .example_axis import FIRST, ExampleAxis
+from .example_axis import FIRST, Axes, ExampleAxis
 from .tangents import (
     ADDITIONS,
     LIKE_ANOTHER,
@@ -267,11 +269,12 @@ class ExampleShares:
         tensors: Mapping[str, Tensor],
         directions: int,
         examples: int,
-        axes: Sequence[tuple[str, ExampleAxis | None]] | None,
+        axes: Axes | None,
     ) -> None:
         self._tensors, self._examples, self._axes = tensors, examples, axes
-        self._shape = directions, examples
-        self._sums: dict[str, list[Tensor | None]] = {}  # by tensor, of each direction
+        self._uses = uses_of(signature for signature, _ in axes or ())
+        self._directions = directions
+        self._sums: dict[str, dict[tuple[int, int], Tensor]] = {}  # by tensor, direction and use
         self._axis_of: dict[int, ExampleAxis] = {}  # by position of a site
         self.untold: dict[str, str] = {}
 
@@ -281,32 +284,44 @@ class ExampleShares:
         zero where the values do not depend on a tensor.
         """
         reached = self.reached
+        shape = self._directions, self._examples
         return {
-            name: reached[name]
+            name: reached[name].sum(-1)
             if name in reached
-            else torch.zeros(self._shape, dtype=torch.float64, device=tensor.device)
+            else torch.zeros(shape, dtype=torch.float64, device=tensor.device)
             for name, tensor in self._tensors.items()
             if name not in self.untold
         }
 
     @property
     def reached(self) -> dict[str, Tensor]:
-        """Return those of the tensors that the values depend on."""
+        """Return those of the tensors that the values depend on, by use, see `uses_of`,
+        (directions, examples, uses) float64.
+        """
         return {
-            name: torch.stack([along for along in sums if along is not None])
+            name: self._by_use(name, sums)
             for name, sums in self._sums.items()
             if name not in self.untold
         }
+
+    def _by_use(self, name: str, sums: Mapping[tuple[int, int], Tensor]) -> Tensor:
+        uses = len(self._uses.get(name, ("",)))
+        none = torch.zeros_like(next(iter(sums.values())))
+        rows = [
+            sums.get(place, none)
+            for place in itertools.product(range(self._directions), range(uses))
+        ]
+        return torch.stack(rows).reshape(self._directions, uses, -1).transpose(1, 2)
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
         """Add the sums of each example."""
         if site.position not in self._axis_of:
             self._axis_of[site.position] = self._axis(site, products.shape)
         sums = products.sums(self._axis_of[site.position], self._examples)
-        if source not in self._sums:
-            self._sums[source] = [None] * self._shape[0]
-        before = self._sums[source][index]
-        self._sums[source][index] = sums if before is None else before + sums
+        uses = self._uses.get(source)
+        place = index, 0 if uses is None else uses.index(site.signature[0])
+        of_tensor = self._sums.setdefault(source, {})
+        of_tensor[place] = of_tensor[place] + sums if place in of_tensor else sums
 
     def _axis(self, site: Site, shape: torch.Size) -> ExampleAxis:
         if self._axes is None:
@@ -314,7 +329,7 @@ class ExampleShares:
                 raise Untold("the first axis of its output is not that of the examples")
             return FIRST
         signature, axis = (
-            self._axes[site.position] if site.position < len(self._axes) else ("", None)
+            self._axes[site.position] if site.position < len(self._axes) else (("", ()), None)
         )
         if signature != site.signature:
             raise Untold("the model ran otherwise than where the axes were found")

@@ -373,8 +373,12 @@ class _SpanReplay:
             for name, record in self.records.items()
         }
         examples = {name: self._groups_of_examples(name) for name in self.records}
+        uses = {name: self.writer.manifest.uses(record) for name, record in self.records.items()}
         if self.axes is not None:
-            return {name: SpanSums(*of_span, groups[name], examples[name]) for name in self.records}
+            return {
+                name: SpanSums(*of_span, groups[name], examples[name], uses[name])
+                for name in self.records
+            }
         statistics: dict[str, SpanStatistics] = {}
         first: dict[int, SpanStatistics] = {}  # by the segment from which on they count
         for name, record in self.records.items():
@@ -383,6 +387,7 @@ class _SpanReplay:
                 *of_span,
                 groups[name],
                 examples[name],
+                uses[name],
                 unit=record.unit,
                 since=since,
                 like=first.get(since),
