@@ -37,8 +37,9 @@
     if (!groups.some(([group]) => group === state.group)) state.group = "";
     pick.replaceChildren(...groups.map(([group, label]) => new Option(label, group, false, group === state.group)));
     pick.parentElement.hidden = !groups.length;
-    for (const element of document.querySelectorAll(".of[data-panel]")) element.hidden = element.dataset.panel !== key && element.dataset.panel !== "*";
-    for (const element of document.querySelectorAll("[data-panels]")) element.hidden = !element.dataset.panels.split(" ").some((one) => one === key || one === "*");
+    const hides = (panels) => !panels.split(" ").some((one) => one === key || one === "*");
+    for (const element of document.querySelectorAll(".of[data-panel]")) element.hidden = hides(element.dataset.panel);
+    for (const element of document.querySelectorAll("[data-panels]")) element.hidden = hides(element.dataset.panels);
     const [low, high] = page.panels[key].steps;
     for (const id of ["from", "to"]) Object.assign(find(id), { min: low, max: high });
     steps();
@@ -105,7 +106,7 @@
   find("controls").addEventListener("submit", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("[data-show]")) button.addEventListener("click", () => panel(button.dataset.show));
   for (const pick of document.querySelectorAll("select[data-section]")) pick.addEventListener("change", () => {
-    state.choices[`${pick.dataset.section}|${state.panel}`] = pick.value;
+    state.choices[`${pick.dataset.section}|${pick.dataset.panel.split(" ")[0]}`] = pick.value;
     lcaFigures.show();
   });
   for (const table of document.querySelectorAll("table[data-live]")) table.addEventListener("change", () => lcaFigures.fill(table.dataset.live));
