@@ -20,7 +20,7 @@ from torch import Tensor
 from .headers import TensorHeader, fingerprint, fingerprint_of, tensor_places
 from .paths import is_remote, read
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -61,7 +61,7 @@ def fingerprint_and_tensors(
         return fingerprint_of(data), {name: tensors[name] for name in names if name in tensors}
     with path.open("rb") as file:
         tensors = {
-            name: _read(file, header, place)
+            name: read_place(file, header, place)
             for name, (header, place) in tensor_places(path, file).items()
             if name in names
         }
@@ -71,12 +71,17 @@ def fingerprint_and_tensors(
     return own, tensors
 
 
-def _read(file: BinaryIO, header: TensorHeader, place: range) -> Tensor:
+def read_place(file: BinaryIO, header: TensorHeader, place: range) -> Tensor:
+    """Return the tensor of this type and shape whose bytes lie at a place of an open file.
+
+    Raises:
+        OSError: where the file ends early.
+    """
     file.seek(place.start)
     data = np.fromfile(file, "uint8", len(place))
     if len(data) < len(place):
         raise OSError(f"it ends {len(place) - len(data):,} bytes early")
-    dtype = _DTYPES[header.dtype]
+    dtype = DTYPES[header.dtype]
     if not len(data):  # whose bytes cannot be taken as numbers of another size
         return torch.empty(header.shape, dtype=dtype)
     return torch.from_numpy(data).view(dtype).reshape(header.shape)

@@ -19,6 +19,7 @@ from ..errors import InputError, Interrupted, LCAError
 from ..replay.display import Stream, open_standard_descriptors, showable, stderr, wrapped
 
 COMMANDS = {
+    "basis": "Write the directions in which training moved the weights most.",
     "compare": "Set runs beside each other: layer sums, intervals, p-values.",
     "demo": "Train, record and replay a small real model: the first minute.",
     "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",

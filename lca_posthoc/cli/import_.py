@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..base.text import count
-from .show import prints_to_stderr, say, stderr, stdout
+from .show import bar, prints_to_stderr, say, stdout
 
 
 @click.command("import")
@@ -56,7 +53,7 @@ def command(source: str, directory: str, **options: Any) -> None:
     from ..convert import convert
     from ..errors import amount
 
-    with prints_to_stderr(), _bar() as progress:
+    with prints_to_stderr(), bar("checkpoints ·") as progress:
         done = convert(source, directory, say=say, progress=progress, **options)
     before = f"; {done.present:,} were there" if done.present else ""
     stdout().print(
@@ -64,23 +61,3 @@ def command(source: str, directory: str, **options: Any) -> None:
         f"to {done.steps[-1]}), {amount(done.bytes)}, to {directory}{before}",
         markup=False,
     )
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """Show how far an import is, on a terminal."""
-    console = stderr()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("checkpoints ·"),
-        TimeElapsedColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.file.isatty(), transient=True
-    ) as shown:
-        bar = shown.add_task("", total=None)
-        yield lambda what, done, total: shown.update(
-            bar, description=what, completed=done, total=total
-        )

@@ -34,6 +34,11 @@ def _option_of_setting(name: str, setting: Setting) -> Callable[[F], F]:
     )
 
 
+trajectory_options = _chain(
+    click.argument("checkpoints", type=click.Path()),
+    *(_option_of_setting(name, SETTINGS[name]) for name in ("steps", "pattern", "rename")),
+)
+
 replay_options = _chain(
     click.argument("checkpoints", type=click.Path()),
     click.option(
@@ -56,6 +61,13 @@ replay_options = _chain(
         "--causes",
         is_flag=True,
         help="Tell what moved the weights: signal, noise, momentum, decay, rest.",
+    ),
+    click.option(
+        "--along",
+        type=click.Path(),
+        metavar="FILE",
+        help="Tell what the loss changed by along each direction of a file, as lca basis writes "
+        "it.",
     ),
     *(_option_of_setting(name, setting) for name, setting in SETTINGS.items()),
 )

@@ -500,13 +500,15 @@ class _Units(_Segment):
         begins: Split | None,
     ) -> list[dict[str, Evaluation]]:
         # first, for losses are summed along it as well
-        name = None if begins is None else begins.awaits
         signal = None if begins is None else self._signal(point, begins)
         if not (ways and gradient):
             return [self._objective.evaluate(point, losses, gradient=False)]
         directions = [direction for way in ways for direction in (way.motion, *way.parts)]
         known: dict[str, Evaluation] = {}
-        if signal is not None and name in losses and name not in self._per_example:
+        name = self._summed_whole(losses)
+        if name is not None and (begins is not None or point is self._own.motion.end):
+            if signal is None:
+                signal = self._objective.evaluate(point, [name])[name]
             known[name] = self._summed(signal, directions)
         others = [loss for loss in losses if loss not in known]
         evaluations = known | self._along(point, others, directions, [way.motion for way in ways])
@@ -520,6 +522,14 @@ class _Units(_Segment):
             }
             for position, way in enumerate(ways)
         ]
+
+    def _summed_whole(self, losses: list[str]) -> str | None:
+        """Return the loss whose sums at checkpoints are those of its whole gradient, which is there
+        where a motion begins; at all of them, so that bits do not depend on where spans end.
+        """
+        split = self._own.split
+        name = None if split is None else split.parts.signal
+        return name if name in losses and name not in self._per_example else None
 
     def _along(
         self,

@@ -215,8 +215,8 @@ class SegmentCauses:
         before: Point | None,
         moments: Moments,
     ) -> None:
-        needs_signal = any(formula.signal for formula in formulas.values())
-        self.signal: str | None = signal if needs_signal else None
+        self.signal: str | None = signal
+        self.needs_signal = any(formula.signal for formula in formulas.values())
         self._formulas, self._start, self._before = formulas, start, before
         self._moments = moments
         self._directions: dict[str, Motion] | None = None
@@ -224,7 +224,8 @@ class SegmentCauses:
     def directions(self, signal: Point | None) -> Sequence[Motion]:
         """Return the directions of the causes that have one on this segment."""
         if self._directions is None:
-            assert signal is not None or self.signal is None, "it is known where a segment begins"
+            known = signal is not None or not self.needs_signal
+            assert known, "the signal is known where a segment begins"
             self._directions = self._computed(signal or {})
         return list(self._directions.values())
 

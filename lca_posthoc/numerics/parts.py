@@ -25,15 +25,19 @@ class Parts(Protocol):
 
     @property
     def signal(self) -> str | None:
-        """Return the loss whose gradient at the start of the segment is one of the directions; None
-        where none is needed.
+        """Return the loss whose gradient at the start of a segment is one of the directions; None
+        where it never is.
         """
+
+    @property
+    def needs_signal(self) -> bool:
+        """Tell whether it is on this segment."""
 
     def directions(self, signal: Point | None) -> Sequence[Motion]:
         """Return the directions, the same ones each time.
 
         Args:
-            signal: the gradient of that loss, where one is needed.
+            signal: the gradient of that loss, where it is needed.
         """
 
 
@@ -53,7 +57,8 @@ class Split:
     @property
     def awaits(self) -> str | None:
         """Return the loss whose gradient at the start is needed and not known yet."""
-        return self.parts.signal if self.gradient is None else None
+        known = self.gradient is not None or not self.parts.needs_signal
+        return None if known else self.parts.signal
 
     @property
     def directions(self) -> Sequence[Motion]:

@@ -230,6 +230,15 @@ class SiteRecord(TypedDict):
     is_inner: bool
 
 
+class DirectionsRecord(TypedDict):
+    """A file of directions as a run records it, see `checkpoints.directions_file`."""
+
+    file: str  # absolute
+    digest: int  # the CRC-32C of its bytes
+    directions: int  # how many
+    labels: list[str]  # one for each, or none
+
+
 class RecalibrationRecord(TypedDict):
     """The settings of a recalibration as a run records them, see
     `objective.recalibration.Recalibration` for those without a comment.

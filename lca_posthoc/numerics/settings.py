@@ -11,7 +11,7 @@ from typing import Annotated, NotRequired, TypedDict, cast, get_args, get_type_h
 from ..errors import InputError
 from .precisions import PRECISIONS
 from .quadrature import RULES
-from .schema import KEEP, RecalibrationRecord
+from .schema import KEEP, DirectionsRecord, RecalibrationRecord
 
 Value = str | int | float | list[str] | None
 
@@ -95,7 +95,7 @@ class Settings(TypedDict):
     """The settings a run records, in their order; `SETTINGS` reads the table off this class.
 
     `statistics` is what recalibration settled when the run was created; runs in other modes have
-    none.
+    none. `directions` is the file of `--along`, where one was given.
     """
 
     rule: Annotated[
@@ -234,6 +234,7 @@ class Settings(TypedDict):
         ),
     ]
     statistics: NotRequired[RecalibrationRecord]
+    directions: NotRequired[DirectionsRecord]
 
 
 SETTINGS: dict[str, Setting] = {

@@ -309,11 +309,14 @@ class SpanSums:
         examples: of a loss that tells them apart, by the position of the group of each, which is 0
             without groups; None for others.
         causes: whether what moved the weights is told.
+        directions: how many are told apart; 0 for none.
 
     Attributes:
         since: the first segment of the span whose parameters are counted in `totals`: none of sums.
         examples: numbers of every example, by name: none where they are not told apart.
         causes: what each cause of the motion is allocated, by name: none where that is not told.
+        along: what directions are allocated, and how far the weights moved along them, by name:
+            none without directions.
     """
 
     def __init__(
@@ -325,6 +328,7 @@ class SpanSums:
         groups: int | None = None,
         examples: np.ndarray[Any, Any] | None = None,
         causes: bool = False,
+        directions: int = 0,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
         self.steps: Arrays = {
@@ -349,6 +353,13 @@ class SpanSums:
         if causes:
             of_segment = (*self._axis(), len(CAUSES), len(table))
             self.causes["allocated"] = np.zeros((length, *of_segment))
+        self.along: Arrays = {}
+        if directions:
+            self.along = {
+                "allocated": np.zeros((length, *self._axis(), directions)),
+                "motion": np.zeros((length, directions)),
+                "distance": np.zeros(length),
+            }
         self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
@@ -410,6 +421,16 @@ class SpanSums:
         for position, spec in enumerate(self._table):
             place[..., position] = shares[spec.name]
 
+    def add_along(
+        self, row: int, allocated: Numbers, motion: Sequence[float], distance: float
+    ) -> None:
+        """Add what directions are allocated on the segment at position `row` of the span, of the
+        groups of the block, ([groups, ]directions), and the motion along each and in all.
+        """
+        self._of_block(self.along["allocated"], row)[:] = allocated
+        self.along["motion"][row] = motion
+        self.along["distance"][row] = distance
+
     def _add_examples(self, row: int, segment: ExampleAllocation) -> None:
         for name in EXAMPLE_FIELDS:
             self.examples[name][row] = getattr(segment, name)
@@ -470,12 +491,13 @@ class SpanStatistics(SpanSums):
         groups: int | None = None,
         examples: np.ndarray[Any, Any] | None = None,
         causes: bool = False,
+        directions: int = 0,
         *,
         unit: float,
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
-        super().__init__(table, length, keep, device, groups, examples, causes)
+        super().__init__(table, length, keep, device, groups, examples, causes, directions)
         self.since, self._scratch, self._device = since, Scratch(device), device
         self._positions = {spec.name: position for position, spec in enumerate(table)}
         self._cuts = {

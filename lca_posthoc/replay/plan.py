@@ -28,6 +28,7 @@ from ..numerics.settings import Settings, on_device, resolve
 from ..recording import Recorder
 from ..results import Manifest
 from ..tasks.task import Task, loaded, pack_task
+from .parts import PartsAsked
 from .prepare import Destination, Preparation, prepare, unwrapped
 from .requests import Costs, CostsRequest, answered, to_plain
 from .run import default_out
@@ -173,6 +174,7 @@ def plan(
     out: str | Path | None = None,
     workers: int | None = None,
     causes: bool = False,
+    along: str | Path | None = None,
     tell: Callable[[str], None] = lambda stage: None,
     **requested: object,
 ) -> Plan:
@@ -185,6 +187,7 @@ def plan(
         out: where the run would go; tells whose free space counts.
         workers: how many would share the work; by default as for `run`.
         causes: as for `run`.
+        along: as for `run`.
         tell: called with a few words when a stage begins.
         requested: settings as for `run`.
 
@@ -201,8 +204,8 @@ def plan(
     workers = workers or local_workers(device)
     path = Path(out) if out is not None else _beside(checkpoints)
     destination = Destination(path=path, workers=workers)
-    causes = causes or settings["signal"] is not None
-    ready, costs = _measured(trajectory, task, list(losses), settings, destination, causes, tell)
+    parts = PartsAsked(causes=causes or settings["signal"] is not None, along=along)
+    ready, costs = _measured(trajectory, task, list(losses), settings, destination, parts, tell)
     manifest = ready.manifest
     _, free = results.free_space(path)
     levels = {keep: ready.draft.at(keep) for keep in KEEP}
@@ -229,7 +232,7 @@ def _measured(
     losses: list[str],
     settings: Settings,
     destination: Destination,
-    causes: bool,
+    parts: PartsAsked,
     tell: Callable[[str], None],
 ) -> tuple[Preparation, Costs]:
     """Probe a task in this process, and time a few batches of it."""
@@ -237,7 +240,7 @@ def _measured(
     with open_cluster(ClusterConfig("inline"), settings["device"], threading.Event()) as cluster:
         parcel = cluster.deliver(data)
         tell("building the task, and probing it on a sample")
-        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, destination, causes)
+        ready = prepare(cluster, trajectory, entry, parcel, losses, settings, destination, parts)
         any_measured = next(iter(ready.manifest.losses.values())).measured
         request = CostsRequest(
             setup=ready.setup,

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 from .. import results
 from ..base.text import count
-from ..checkpoints.optimizer_steps import read_optimizer_step
 from ..checkpoints.paths import absolute, below
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, Trajectory
 from ..cluster import Cluster, Crew, Done, Lost, Spec
@@ -37,6 +36,7 @@ from ..results import LossRecord, Manifest, StoredTensor
 from ..results.keys import encode_all
 from ..tasks.task import Entry, digest, parse_subsets
 from .levels import MemoryOfLevels, highest_that_fits
+from .parts import PartsAsked, about_signal
 from .requests import (
     Admission,
     AdmissionRequest,
@@ -176,7 +176,7 @@ def prepare(
     losses: list[str],
     settings: Settings,
     destination: Destination,
-    causes: bool = False,
+    parts: PartsAsked,
 ) -> Preparation:
     """Describe and probe a task on one worker of the cluster, and lay out the run.
 
@@ -188,7 +188,7 @@ def prepare(
         losses: their names; empty for the first, `["all"]` for every one.
         settings: complete but for the level of `--keep`, which is chosen where it is None.
         destination: of the run.
-        causes: whether each allocation is to be split by what moved the weights.
+        parts: the parts of the motion that are asked for.
 
     Raises:
         InputError: for anything wrong with the task or its fit to the checkpoints.
@@ -205,14 +205,12 @@ def prepare(
         digests={},
     )
     described = ask(cluster, describe, DescribeRequest(setup=setup))
-    signal = settings["signal"]
-    if causes and signal is None:
-        signal = next(iter(described.losses))
+    signal = parts.signal(settings, described)
     if signal is not None and signal not in described.losses:
         setup = replace(setup, losses=[*described.losses, signal])
         described = ask(cluster, describe, DescribeRequest(setup=setup))
-    notes = _about_signal(signal, described, trajectory)
-    settings = {**settings, "signal": signal}
+    notes = about_signal(signal, described, trajectory)
+    settings = parts.settled(settings, described, signal)
     setup = replace(setup, settings=RunSettings.of(settings))
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
@@ -252,45 +250,6 @@ def prepare(
         losses=len(described.losses.keys() - recorded.keys()),
     )
     return _laid_out(setup, sample, draft, memory, notes)
-
-
-def _about_signal(signal: str | None, described: Description, trajectory: Trajectory) -> list[str]:
-    """Return what is worth knowing of the records of the optimiser's steps.
-
-    Raises:
-        InputError: where the signal is no loss that can be one, or no checkpoint has a record.
-    """
-    if signal is None:
-        return []
-    loss = described.losses.get(signal)
-    if loss is None:
-        raise InputError(
-            f"loss {signal!r} returns a dict, and is several losses. Name one of them with "
-            f"--signal: {', '.join(map(repr, described.losses))}."
-        )
-    if loss.on is None or loss.groups is not None:
-        what = "is no mean over data" if loss.on is None else "has groups"
-        raise InputError(
-            f"loss {signal!r} {what}, and the signal is the gradient of the training loss over all "
-            "of its data. Name that loss with --signal."
-        )
-    checkpoints = trajectory.checkpoints[1:]
-    looked_at = [checkpoints[place] for place in sorted({0, len(checkpoints) // 2, -1})]
-    without = [
-        checkpoint.step for checkpoint in looked_at if read_optimizer_step(checkpoint) is None
-    ]
-    if len(without) == len(looked_at):
-        raise InputError(
-            f"the checkpoints at steps {', '.join(map(str, without))} say nothing of the "
-            "optimiser's steps, from which --causes tells what moved the weights. Record a "
-            "training with recorder.attach(optimizer), or leave --causes out."
-        )
-    if not without:
-        return []
-    return [
-        f"some checkpoints say nothing of the optimiser's steps, such as that of step {without[0]}: "
-        "all that the weights moved there is rest"
-    ]
 
 
 def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:

@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from ..checkpoints.trajectory import Checkpoint, TensorSpec
 from ..cluster import Spec
 from ..errors import LCAError, PackedError, unpack_error
-from ..numerics.schema import RecalibrationRecord, SiteRecord
+from ..numerics.schema import DirectionsRecord, RecalibrationRecord, SiteRecord
 from ..tasks.task import Entry
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ class RunSettings:
     """The settings of a run that workers compute by, under the names of `settings.Settings`.
 
     `statistics` is what recalibration settled when the run was created; None before, and in other
-    modes.
+    modes. `directions` is the file of `--along`; None where none was given.
     """
 
     device: str
@@ -47,13 +47,15 @@ class RunSettings:
     tolerance: float | str
     allocation_tolerance: float | str
     statistics: RecalibrationRecord | None
+    directions: DirectionsRecord | None
 
     @classmethod
     def of(cls, settings: Mapping[str, object]) -> RunSettings:
         """Pick them out of the settings of a run."""
-        names = [field.name for field in fields(cls) if field.name != "statistics"]
+        settled = ("statistics", "directions")
+        names = [field.name for field in fields(cls) if field.name not in settled]
         plain = {name: settings[name] for name in names}
-        return from_plain(cls, {**plain, "statistics": settings.get("statistics")})
+        return from_plain(cls, plain | {name: settings.get(name) for name in settled})
 
 
 @dataclass(frozen=True, kw_only=True)

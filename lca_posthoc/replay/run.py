@@ -59,6 +59,7 @@ from .events import (
     Stage,
     Stopping,
 )
+from .parts import PartsAsked
 from .prepare import Destination, Preparation, ask, calibrated, check_workers, prepare, relative
 from .requests import (
     CompressionsRequest,
@@ -99,6 +100,7 @@ def run(
     subset: Sequence[str] = (),
     causes: bool = False,
     signal: str | None = None,
+    along: str | Path | None = None,
     steps: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
@@ -143,6 +145,8 @@ def run(
             noise, momentum, decay and rest, from what a recorder wrote of the optimiser.
         signal: the training loss, whose full gradient is the signal; by default the first of
             `losses`. It is replayed too.
+        along: a file of directions, as `lca basis` writes it: what the loss changed by along each
+            of them is told as well.
         steps: `A:B[:K]`, training steps.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
@@ -216,7 +220,7 @@ def run(
             losses=list(losses or []),
             path=path,
             asked=asked,
-            causes=causes or signal is not None,
+            parts=PartsAsked(causes=causes or signal is not None, along=along),
             span=span,
             durable=durable,
             ignore_space=ignore_space,
@@ -451,7 +455,7 @@ class _Job:
         durable: whether a span is on the disk before it counts.
         damage: to be computed again; None where it is no repair.
         ignore_space: whether to begin with too little space.
-        causes: whether allocations are to be split by what moved the weights.
+        parts: the parts of the motion that are asked for.
     """
 
     checkpoints: Path
@@ -464,7 +468,7 @@ class _Job:
     durable: bool
     damage: list[results.Damage] | None = None
     ignore_space: bool = False
-    causes: bool = False
+    parts: PartsAsked = field(default_factory=PartsAsked)
 
     def recorded(self) -> Manifest | None:
         """Return what is recorded of the run; None where there is none yet."""
@@ -557,11 +561,8 @@ class _Driver:
     def _run(self, where: ClusterConfig, stop: _Stop) -> None:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
-        if job.causes and recorded is not None and recorded.settings["signal"] is None:
-            raise InputError(
-                f"{job.path} was made without --causes. Leave it out to go on with the run, or "
-                "write another one with --out."
-            )
+        if recorded is not None:
+            job.parts.refuse_new(recorded.settings)
         status.begin("reading the headers of the checkpoints")
         trajectory = self._trajectory(settings, recorded)
         status.note(trajectory.notes)
@@ -661,7 +662,7 @@ class _Driver:
             job.losses,
             settings,
             Destination(path=job.path, existing=existing, span=job.span),
-            causes=job.causes,
+            job.parts,
         )
 
     def _replay(

@@ -152,6 +152,8 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
         yield from plans.of_examples(loss.per, loss.rows)
     if manifest.settings["signal"] is not None:
         yield plans.of_causes()
+    if (directions := manifest.settings.get("directions")) is not None:
+        yield from plans.along(directions["directions"])
     if holds(keep, "statistics"):
         yield from plans.of_histogram()
     for tensor in manifest.allocated:
@@ -223,6 +225,13 @@ class _Plans:
     def of_causes(self) -> ArrayPlan:
         inner = {"cause": len(CAUSES), "tensor": len(self._manifest.allocated)}
         return self._rows("causes/allocated", inner, "float64", {"units": "loss"})
+
+    def along(self, directions: int) -> Iterator[ArrayPlan]:
+        """Yield the arrays of directions; those of the motion are the same for every group."""
+        inner = {"direction": directions}
+        yield self._rows("along/allocated", inner, "float64", {"units": "loss"})
+        yield self._rows("along/motion", inner, "float64", grouped=False)
+        yield self._rows("along/distance", {}, "float64", grouped=False)
 
     def of_histogram(self) -> Iterator[ArrayPlan]:
         yield self._rows("histogram/count", {"bin": BINS}, "int64")

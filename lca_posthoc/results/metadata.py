@@ -110,6 +110,9 @@ def _coordinates(
         coordinates["step_end"] = [checkpoint.step for checkpoint in manifest.checkpoints[1:]]
     if groups is not None and part != "examples":
         coordinates["group"] = groups
+    directions = manifest.settings.get("directions")
+    if part == "along" and directions is not None and directions["labels"]:
+        coordinates["direction"] = directions["labels"]
     if part == "causes":
         coordinates["cause"] = list(CAUSES)
     if part == "histogram":

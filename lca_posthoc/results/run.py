@@ -226,13 +226,13 @@ class LossResults:
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
-        if part in ("steps", "tensors", "histogram", "examples", "causes"):
+        if part in ("steps", "tensors", "histogram", "examples", "causes", "along"):
             data = data.assign_coords(
                 step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
             )
         if self.record.groups is not None and part != "examples":
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
-            if part in ("steps", "tensors", "histogram", "causes"):
+            if part in ("steps", "tensors", "histogram", "causes", "along"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
         return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
 
@@ -361,6 +361,35 @@ class LossResults:
                 tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
                 kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
             )
+        )
+
+    @property
+    def along(self) -> xr.Dataset:
+        """The loss along directions, of a run with `--along`: `allocated` (step[, group],
+        direction), float64, in units of loss.
+
+        `remainder` (step[, group]) is what the rest of the motion did: what all tensors were
+        allocated less the directions. `motion` (step, direction) is how far the weights moved along
+        each, `distance` (step) how far in all, and `captured` (step) the share of its square that
+        the directions hold; NaN where nothing moved.
+
+        Raises:
+            InputError: where the run was made without them.
+        """
+        if "directions" not in self.manifest.settings:
+            raise InputError(
+                f"{self.path} was made without --along. Run again with it into another directory: "
+                "--along FILE --out OTHER.lca."
+            )
+        data = self._open("along").load()
+        steps = self.steps
+        whole = self.tensors["allocated"].sum("tensor")
+        if "remainder" in steps:  # of tensors that are not stored
+            whole = whole + steps["remainder"]
+        squares = data["distance"] ** 2
+        return data.assign(
+            remainder=whole - data["allocated"].sum("direction"),
+            captured=(data["motion"] ** 2).sum("direction") / squares.where(squares > 0),
         )
 
     @property

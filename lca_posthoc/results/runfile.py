@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ..checkpoints.trajectory import RESERVED, Checkpoint, TensorSpec
 from ..errors import InputError, LCAError, amount
-from ..numerics.schema import KEEP, SiteRecord
+from ..numerics.schema import KEEP, DirectionsRecord, SiteRecord
 from ..numerics.settings import Settings
 from . import disk
 from .files import read_json, sealed_json
@@ -406,8 +406,23 @@ def _settings(value: object) -> Settings:
     ):
         _check(name in value, f"settings.{name}", "there", "nothing")
         read(value[name], f"settings.{name}")
+    _check("signal" in value, "settings.signal", "there", "nothing")
+    _maybe(_text, value["signal"], "settings.signal")
+    if "directions" in value:
+        _directions(value["directions"])
     _one_of(value["keep"], "settings.keep", KEEP)
     return cast("Settings", dict(value))
+
+
+def _directions(value: object) -> None:
+    entry = _exactly(value, tuple(DirectionsRecord.__annotations__), "settings.directions.")
+    _text(entry["file"], "settings.directions.file")
+    _whole(entry["digest"], "settings.directions.digest")
+    count = _whole(entry["directions"], "settings.directions.directions", 1)
+    labels = _texts(entry["labels"], "settings.directions.labels")
+    _check(
+        len(labels) in (0, count), "settings.directions.labels", "one for each direction", labels
+    )
 
 
 def _losses(value: object) -> dict[str, LossRecord]:

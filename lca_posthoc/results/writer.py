@@ -614,6 +614,7 @@ class RunWriter:
             "histogram": statistics.histogram,
             "examples": statistics.examples,
             "causes": statistics.causes,
+            "along": statistics.along,
         }
         arrays = {
             f"{part}/{name}": values

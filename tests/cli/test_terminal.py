@@ -176,6 +176,7 @@ def calls(place: Path, out: Path) -> dict[str, list[object]]:
     run, task = place / "r.lca", place / "task.py"
     copy = out / "copy.lca"
     return {
+        "basis": ["basis", place / "ck", "-o", out / "größe"],
         "compare": ["compare", run, f"größer={run}"],
         "demo": ["demo", out / "démo"],
         "export": ["export", run, "-o", out / "größe", "--format", "csv"],

@@ -1,10 +1,9 @@
-"""The causes of the motion on every segment of a span: what the checkpoints say of the optimiser's
-steps, and the points the formulas need.
+"""The causes of the motion on a segment: what the checkpoints say of the optimiser's steps, and the
+points the formulas need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,89 +17,58 @@ from ...checkpoints.optimizer_steps import (
 )
 from ...checkpoints.paths import located
 from ...errors import InputError, SpanError
-from .state import checkpoint_at, stored_point_at
+from .passed import Passed
+from .state import checkpoint_at
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...numerics.allocation import SegmentAllocation
     from ...numerics.causes import Moments, SegmentCauses
-    from ...numerics.objective import Numbers, Objective
+    from ...numerics.objective import Objective
     from ..requests import StoredPoints
-
-Walk = Iterator[tuple[int, Mapping[str, "Tensor"]]]
 
 
 class CausesOfSpan:
-    """Tells the causes of every segment of a span, in turn.
-
-    Of the checkpoints that a replay goes through, the last three are kept: the motion before a
-    segment is its momentum.
+    """Tells the causes of the motion on the segments of a span.
 
     Args:
         points: the checkpoints, the one before the span among them where there is one.
-        rows: the segments.
+        passed: those that the replay has gone through.
         objective: evaluates the losses.
         signal: the training loss.
     """
 
     def __init__(
-        self, points: StoredPoints, rows: slice, objective: Objective, signal: str
+        self, points: StoredPoints, passed: Passed, objective: Objective, signal: str
     ) -> None:
-        self._points, self._rows, self._objective = points, rows, objective
+        self._points, self._passed, self._objective = points, passed, objective
         self._signal = signal
         # names in the files → of the model
         self._names = {source: name for name, source in points.names.items()}
-        self._passed: dict[int, Mapping[str, Tensor]] = {}
-        self._causes: dict[int, SegmentCauses] = {}
 
-    def remember(self, walk: Walk) -> Walk:
-        """Yield the checkpoints of the span, and keep them as long as they are needed."""
-        for index, (step, point) in enumerate(walk, self._rows.start):
-            self._passed[index] = point
-            yield step, point
-
-    def of(self, row: int) -> SegmentCauses:
-        """Return the causes of the segment at a position of the span; the checkpoint it starts from
-        has gone by.
-        """
+    def of(self, index: int) -> SegmentCauses:
+        """Return the causes of the motion from a checkpoint on, which has gone by."""
         from ...numerics.causes import SegmentCauses, formulas
 
-        if row not in self._causes:
-            index = self._rows.start + row
-            moments, seconds = self._moments(index)
-            by_source = formulas(
-                self._step(index + 1),
-                self._step(index),
-                self._points.checkpoints[index].step,
-                lambda source: source in seconds,
-            )
-            self._causes[row] = SegmentCauses(
-                self._signal,
-                {
-                    self._names[source]: formula
-                    for source, formula in by_source.items()
-                    if source in self._names
-                },
-                self._passed[index],
-                self._before(index) if any(f.follows_motion for f in by_source.values()) else None,
-                moments,
-            )
-        return self._causes[row]
-
-    def shares(
-        self, row: int, segments: Mapping[str, SegmentAllocation]
-    ) -> dict[str, dict[str, Numbers]]:
-        """Return what each cause of the segment at a position of the span is allocated, by loss and
-        tensor, and give up what later segments have no use for.
-        """
-        causes, index = self._causes.pop(row), self._rows.start + row
-        shares = {
-            name: causes.shares(self._passed[index + 1], segment.sums, segment.parts or {})
-            for name, segment in segments.items()
-        }
-        self._passed.pop(index - 1, None)
-        return shares
+        moments, seconds = self._moments(index)
+        by_source = formulas(
+            self._step(index + 1),
+            self._step(index),
+            self._points.checkpoints[index].step,
+            lambda source: source in seconds,
+        )
+        follows = any(formula.follows_motion for formula in by_source.values())
+        return SegmentCauses(
+            self._signal,
+            {
+                self._names[source]: formula
+                for source, formula in by_source.items()
+                if source in self._names
+            },
+            self._passed.at(index),
+            self._passed.at(index - 1) if follows else None,
+            moments,
+        )
 
     def _step(self, index: int) -> OptimizerStep | None:
         """Return the record of the step that led to a checkpoint, where it followed on the
@@ -114,12 +82,6 @@ class CausesOfSpan:
         except InputError as error:
             raise SpanError(str(error)) from None
         return step if step is not None and step.since == before.step else None
-
-    def _before(self, index: int) -> Mapping[str, Tensor]:
-        """Return the checkpoint before one."""
-        if index - 1 not in self._passed:
-            self._passed[index - 1] = stored_point_at(self._points, index - 1, self._objective)
-        return self._passed[index - 1]
 
     def _moments(self, index: int) -> tuple[Moments, frozenset[str]]:
         """Return the moments around the segment from a checkpoint on, and the tensors, as the files

@@ -27,8 +27,8 @@ from ..requests import (
     from_plain,
     to_plain,
 )
-from .causes import CausesOfSpan
 from .out_of_memory import with_smaller_batches
+from .parts import PartsOfSpan
 from .read_ahead import PointsAhead
 from .state import (
     StoredPoint,
@@ -336,9 +336,9 @@ class _SpanReplay:
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
             with PointsAhead(self.request.points, self.rows, self.objective) as points:
-                causes = self._causes()
+                parts = self._parts()
                 segments = allocate_span(
-                    points if causes is None else causes.remember(points),
+                    points if parts is None else parts.remember(points),
                     part,
                     every,
                     self.method,
@@ -347,11 +347,11 @@ class _SpanReplay:
                     # two are in memory then
                     begin=points.begin_next,
                     gathering=self._gathering_at,
-                    parts=None if causes is None else causes.of,
+                    parts=None if parts is None else parts.of,
                 )
                 for row in range(self.length):
                     # no name holds a segment, with its gradients, while the next one is computed
-                    levels_of_losses, residual = self._take(row, next(segments), causes)
+                    levels_of_losses, residual = self._take(row, next(segments), parts)
                     reached[row] |= levels_of_losses
                     reached_segments = (
                         len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
@@ -361,11 +361,12 @@ class _SpanReplay:
                 self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
 
-    def _causes(self) -> CausesOfSpan | None:
-        """Return what tells the causes of the motion; None where they are not asked for."""
-        if self.signal is None:
+    def _parts(self) -> PartsOfSpan | None:
+        """Return what tells the parts of the motion; None where none are asked for."""
+        settings = self.request.setup.settings
+        if settings.signal is None and settings.directions is None:
             return None
-        return CausesOfSpan(self.request.points, self.rows, self.objective, self.signal)
+        return PartsOfSpan(self.request.points, self.rows, self.objective, settings)
 
     def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
         """Return what takes in a segment of each loss as it is computed; nothing of sums."""
@@ -382,7 +383,8 @@ class _SpanReplay:
         from ...numerics.statistics import SpanStatistics, SpanSums
 
         of_span = (self.tensors, self.length, self.writer.keep, self.objective.device)
-        causes = self.signal is not None
+        directions = self.request.setup.settings.directions
+        parts = (self.signal is not None, 0 if directions is None else directions["directions"])
         groups = {
             name: len(record.groups) if record.groups else None
             for name, record in self.records.items()
@@ -390,7 +392,7 @@ class _SpanReplay:
         examples = {name: self._groups_of_examples(name) for name in self.records}
         if self.axes is not None:
             return {
-                name: SpanSums(*of_span, groups[name], examples[name], causes)
+                name: SpanSums(*of_span, groups[name], examples[name], *parts)
                 for name in self.records
             }
         statistics: dict[str, SpanStatistics] = {}
@@ -401,7 +403,7 @@ class _SpanReplay:
                 *of_span,
                 groups[name],
                 examples[name],
-                causes,
+                *parts,
                 unit=record.unit,
                 since=since,
                 like=first.get(since),
@@ -424,17 +426,15 @@ class _SpanReplay:
         return order.codes.numpy()
 
     def _take(
-        self, row: int, done: dict[str, SegmentAllocation], causes: CausesOfSpan | None
+        self, row: int, done: dict[str, SegmentAllocation], parts: PartsOfSpan | None
     ) -> tuple[set[int], float]:
         """Add a segment to the statistics; return the levels that losses reached, and the largest
         residual.
         """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
-        if causes is not None:
-            for name, shares in causes.shares(row, done).items():
-                if name in self.statistics:
-                    self.statistics[name].add_causes(row, shares)
+        if parts is not None:
+            parts.add(row, done, self.statistics)
         for name, hidden in self.replicates.items():
             sums = done[hidden].sums
             self.parts[name][row] = np.stack([sums[tensor.name] for tensor in self.tensors], -1)

@@ -1,0 +1,367 @@
+"""Read files of directions, vectors in the space of parameters along which gradients are taken, and
+make directions orthonormal.
+
+A file is safetensors: every tensor NAME of the model, or some of them, as (k, *shape of NAME), the
+same k for all; where a tensor is missing, the directions are 0. The metadata may say under
+`directions`, in JSON, of which kind they are, their labels, singular values and seed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import google_crc32c
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InputError, few
+from .headers import FLOATING, TensorHeader, read_header, tensor_places
+from .paths import here
+from .reading import DTYPES, read_place
+from .trajectory import drop_options, normalise
+
+METADATA_KEY = "directions"
+MAX_DIRECTIONS = 1024
+_SHOWN = 3  # of names in an error
+_MAX_METADATA = 2**20
+_MAX_WORD = 1000  # letters of a label
+_NUMBERS_AT_A_TIME = 2**20
+# of a direction's squared length outside those before it: less is rounding of float32
+_LEAST_OUTSIDE = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionsAbout:
+    """The metadata of a file of directions, each entry None or empty where it says nothing."""
+
+    kind: str | None = None
+    seed: int | None = None
+    labels: tuple[str, ...] = ()
+    singular_values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionsFile:
+    """A checked file of directions.
+
+    Attributes:
+        path: of the file.
+        directions: k, how many there are.
+        digest: the CRC32C of the file's bytes.
+        about: its metadata.
+        sources: the model's name of each tensor → its name inside the file.
+        tensors: the model's name of each tensor → its type and shape in the file.
+    """
+
+    path: Path
+    directions: int
+    digest: int
+    about: DirectionsAbout
+    sources: dict[str, str]
+    tensors: dict[str, TensorHeader]
+
+    def read(self) -> dict[str, Tensor]:
+        """Return the directions by the model's names, each (k, *shape), on the CPU, in the type
+        they are stored in.
+
+        Raises:
+            InputError: where the file is not the one that was opened.
+        """
+        names = {source: name for name, source in self.sources.items()}
+        tensors: dict[str, Tensor] = {}
+        with _opened(self.path) as file:
+            if _digest(file) != self.digest:
+                raise InputError(
+                    f"{self.path} changed since it was opened. Run again when nothing writes there."
+                )
+            for source, (header, place) in tensor_places(self.path, file).items():
+                tensors[names[source]] = read_place(file, header, place)
+        return tensors
+
+
+def open_directions(
+    path: str | Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    aliases: Mapping[str, str] | None = None,
+) -> DirectionsFile:
+    """Open a file of directions and check it, numbers included.
+
+    Args:
+        path: of the file.
+        shapes: of the tensors of the model that directions may have a part in, by name.
+        aliases: other names of tied tensors → the name in `shapes`.
+
+    Raises:
+        InputError: where the file is damaged, its tensors are not the model's, or a number is not
+            finite.
+    """
+    place = here(path, "directions are read from a file system. Copy the file here first.")
+    header = read_header(place)
+    names = {normalise(name): name for name in shapes}
+    names |= {normalise(alias): name for alias, name in (aliases or {}).items()}
+    sources = _sources(place, list(header.tensors), names)
+    directions = _count(place, header.tensors)
+    for name, source in sources.items():
+        _check_shape(place, source, header.tensors[source], (directions, *shapes[name]))
+    with _opened(place) as file:
+        _refuse_not_finite(place, file)
+        digest = _digest(file)
+    return DirectionsFile(
+        path=place,
+        directions=directions,
+        digest=digest,
+        about=_about(place, header.metadata.get(METADATA_KEY), directions),
+        sources=sources,
+        tensors={name: header.tensors[source] for name, source in sources.items()},
+    )
+
+
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror}. Check the path and its permissions."
+        ) from None
+
+
+def _sources(path: Path, stored: list[str], names: Mapping[str, str]) -> dict[str, str]:
+    """Return the model's name of every tensor of a file → its name inside the file."""
+    unknown = [source for source in stored if normalise(source) not in names]
+    if unknown:
+        raise InputError(
+            f"{path} has directions for {few([*map(repr, unknown)], _SHOWN)}, which the model does not "
+            f"have among its parameters (it has {few([*map(repr, names.values())], _SHOWN)}). Make the "
+            f"file without: lca basis … {drop_options([*map(normalise, unknown)][:_SHOWN])}"
+        )
+    sources: dict[str, str] = {}
+    for source in stored:
+        name = names[normalise(source)]
+        if name in sources:
+            raise InputError(
+                f"{sources[name]!r} and {source!r} in {path} are both tensor {name!r} of the "
+                "model. Leave one of them out of the file."
+            )
+        sources[name] = source
+    return sources
+
+
+def _count(path: Path, tensors: Mapping[str, TensorHeader]) -> int:
+    """Return how many directions a file holds, by its first tensor."""
+    if not tensors:
+        raise InputError(f"{path} holds no tensors, so no directions.")
+    name, first = next(iter(tensors.items()))
+    if not first.shape or not first.shape[0]:
+        raise InputError(
+            f"tensor {name!r} in {path} has shape {list(first.shape)}; directions have the shape "
+            "(k, *shape of the model's tensor), with k at least 1."
+        )
+    if first.shape[0] > MAX_DIRECTIONS:
+        raise InputError(
+            f"{path} holds {first.shape[0]:,} directions; at most {MAX_DIRECTIONS:,} are taken. "
+            "Split it, and run once for each part."
+        )
+    return first.shape[0]
+
+
+def _check_shape(path: Path, name: str, header: TensorHeader, shape: tuple[int, ...]) -> None:
+    if header.dtype not in FLOATING:
+        raise InputError(
+            f"tensor {name!r} in {path} is of type {header.dtype}; directions are floating numbers."
+        )
+    if header.shape != shape:
+        raise InputError(
+            f"tensor {name!r} in {path} has shape {list(header.shape)}, and {list(shape)} is "
+            f"needed: {shape[0]} directions, as the file's first tensor has, each of the shape of "
+            "the model's tensor."
+        )
+
+
+def _digest(file: BinaryIO) -> int:
+    """Return the CRC32C of an open file."""
+    file.seek(0)
+    crc = 0
+    while part := file.read(2**22):
+        crc = google_crc32c.extend(crc, part)
+    return int(crc)
+
+
+def _refuse_not_finite(path: Path, file: BinaryIO) -> None:
+    for name, (header, place) in tensor_places(path, file).items():
+        size = DTYPES[header.dtype].itemsize
+        for start in range(place.start, place.stop, size * _NUMBERS_AT_A_TIME):
+            part = range(start, min(place.stop, start + size * _NUMBERS_AT_A_TIME))
+            numbers = read_place(file, TensorHeader(header.dtype, (len(part) // size,)), part)
+            if not bool(numbers.double().isfinite().all()):
+                raise InputError(
+                    f"tensor {name!r} in {path} holds NaN or Inf. Write the directions again."
+                )
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def _about(path: Path, text: str | None, directions: int) -> DirectionsAbout:
+    """Return the metadata of a file, which anybody may have written."""
+    if text is None:
+        return DirectionsAbout()
+    try:
+        entries = json.loads(text) if len(text) <= _MAX_METADATA else None
+    except (ValueError, RecursionError):
+        entries = None
+    if not isinstance(entries, dict):
+        raise _odd(path, "is no table in JSON")
+    kind, seed = entries.get("kind"), entries.get("seed")
+    if kind is not None and not _is_word(kind):
+        raise _odd(path, "has a kind that is no word")
+    if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
+        raise _odd(path, "has a seed that is no whole number from 0 to 2⁶³")
+    labels, values = entries.get("labels", []), entries.get("singular_values", [])
+    if not _is_list(labels, directions, _is_word):
+        raise _odd(path, f"does not have a word for each of {directions} directions as labels")
+    if not _is_list(values, directions, _is_size):
+        raise _odd(path, f"does not have a number for each of {directions} singular values")
+    return DirectionsAbout(
+        kind=kind,
+        seed=seed,
+        labels=tuple(labels),
+        singular_values=tuple(map(float, values)),
+    )
+
+
+def _is_list(value: object, length: int, is_item: Callable[[object], bool]) -> bool:
+    """Tell whether a value is a list that is empty or of this length, every item as it must be."""
+    return (
+        isinstance(value, list)
+        and len(value) in (0, length)
+        and all(is_item(item) for item in value)
+    )
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and len(value) <= _MAX_WORD
+
+
+def _is_size(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
+
+
+def _odd(path: Path, what: str) -> InputError:
+    return InputError(
+        f"the metadata {METADATA_KEY!r} of {path} {what}. Correct it, or leave it out of the file."
+    )
+
+
+# --- orthonormal directions -----------------------------------------------------------------------
+
+
+def orthonormal(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return directions with the same span that are orthonormal over all tensors together.
+
+    Direction j is a combination of those up to j, with a positive share of the given one, as
+    Gram and Schmidt make it; computed by Cholesky's factor of the products, twice, in float64.
+
+    Args:
+        directions: of each tensor (k, *shape), on one device.
+
+    Returns:
+        Tensors of the same shapes, float64 where the given one is, else float32.
+
+    Raises:
+        InputError: where a direction is a combination of those before it, or 0.
+    """
+    count = next(iter(directions.values())).shape[0]
+    width = max(1, _NUMBERS_AT_A_TIME // count)
+    flat = {
+        name: tensor.reshape(count, tensor.numel() // count) for name, tensor in directions.items()
+    }
+
+    def blocks() -> Iterator[Tensor]:
+        for tensor in flat.values():
+            for part in _in_columns(tensor, width):
+                yield part.double()
+
+    factors = orthonormal_factors(blocks, range(count))
+    result: dict[str, Tensor] = {}
+    for name, tensor in flat.items():
+        dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        rows = torch.empty_like(tensor, dtype=dtype)
+        for part, target in zip(_in_columns(tensor, width), _in_columns(rows, width), strict=True):
+            target.copy_(mixed(factors, part.double()))
+        result[name] = rows.reshape(directions[name].shape)
+    return result
+
+
+def _in_columns(tensor: Tensor, width: int) -> Iterator[Tensor]:
+    """Yield views of a matrix of at most so many columns."""
+    for start in range(0, tensor.shape[1], width):
+        yield tensor[:, start : start + width]
+
+
+def orthonormal_factors(
+    blocks: Callable[[], Iterable[Tensor]], numbers: Sequence[int]
+) -> list[Tensor]:
+    """Return lower triangular matrices (k, k), float64, which make the rows of B orthonormal when
+    `mixed` multiplies the same blocks by them.
+
+    Args:
+        blocks: returns, each time it is called, the columns of B in blocks (k, width) in float64.
+        numbers: of the k directions, for errors.
+
+    Raises:
+        InputError: where a row of B is a combination of those before it, or 0.
+    """
+    factors: list[Tensor] = []
+    for _ in range(2):  # the second time for what the first one's rounding left
+        products = torch.zeros(len(numbers), len(numbers), dtype=torch.float64)
+        for block in blocks():
+            rows = mixed(factors, block)
+            products += (rows @ rows.T).cpu()
+        factors.append(torch.from_numpy(_inverse_factor(products.numpy(), numbers)))
+    return factors
+
+
+def mixed(factors: Sequence[Tensor], block: Tensor) -> Tensor:
+    """Return a block of float64 multiplied by each of the factors in turn; their product would
+    round more.
+    """
+    for factor in factors:
+        block = factor.to(block.device) @ block
+    return block
+
+
+def _inverse_factor(products: NDArray[np.float64], numbers: Sequence[int]) -> NDArray[np.float64]:
+    """Return the inverse of Cholesky's factor of a matrix of products.
+
+    Raises:
+        InputError: where a direction is a combination of those before it, or 0.
+    """
+    lengths = np.sqrt(np.diag(products))
+    for index, length in enumerate(lengths):
+        if not length > 0:
+            raise InputError(
+                f"direction {numbers[index]} (counted from 0) is 0. Leave it out of the file."
+            )
+    cosines = products / np.outer(lengths, lengths)
+    inverse = np.zeros_like(cosines)
+    for index in range(len(lengths)):
+        before = inverse[:index, :index]
+        along = before @ cosines[:index, index]
+        outside = cosines[index, index] - along @ along
+        if outside < _LEAST_OUTSIDE:
+            raise InputError(
+                f"direction {numbers[index]} (counted from 0) is a combination of those before it, "
+                "as far as float32 can tell. Leave it out of the file."
+            )
+        inverse[index, :index] = -(along @ before) / math.sqrt(outside)
+        inverse[index, index] = 1 / math.sqrt(outside)
+    scaled: NDArray[np.float64] = inverse / lengths
+    return scaled

@@ -1,0 +1,128 @@
+"""The parts of the motion that a run tells: its causes, and directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..checkpoints.optimizer_steps import read_optimizer_step
+from ..checkpoints.trajectory import Trajectory
+from ..errors import InputError
+from ..numerics.schema import DirectionsRecord
+from ..numerics.settings import Settings
+
+if TYPE_CHECKING:
+    from .requests import Description
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartsAsked:
+    """The parts of the motion that are asked for.
+
+    Attributes:
+        causes: whether each allocation is to be split by what moved the weights.
+        along: a file of directions; None for none.
+    """
+
+    causes: bool = False
+    along: str | Path | None = None
+
+    def refuse_new(self, recorded: Settings) -> None:
+        """Refuse parts that a run was made without.
+
+        Raises:
+            InputError: naming the option.
+        """
+        for option, asked, there in (
+            ("--causes", self.causes, recorded["signal"] is not None),
+            ("--along", self.along is not None, "directions" in recorded),
+        ):
+            if asked and not there:
+                raise InputError(
+                    f"this run was made without {option}. Leave it out to go on with the run, or "
+                    "write another one with --out."
+                )
+
+    def signal(self, settings: Settings, described: Description) -> str | None:
+        """Return the loss whose gradient is the signal, by default the first; None where causes are
+        not told.
+        """
+        if self.causes and settings["signal"] is None:
+            return next(iter(described.losses))
+        return settings["signal"]
+
+    def settled(self, settings: Settings, described: Description, signal: str | None) -> Settings:
+        """Return settings with the signal, and with the record of the file of directions where
+        there is one.
+
+        Raises:
+            InputError: where the file is not of this model, or other than the one that is recorded.
+        """
+        recorded = settings.get("directions")
+        path = self.along if self.along is not None or recorded is None else recorded["file"]
+        if path is None:
+            return {**settings, "signal": signal}
+        record = _record_of(path, described)
+        if recorded is not None and record["digest"] != recorded["digest"]:
+            raise InputError(
+                f"{path} holds other directions than this run was made with ({recorded['file']}). "
+                "Name that file with --along, or write another run with --out."
+            )
+        return {**settings, "signal": signal, "directions": record}
+
+
+def _record_of(path: str | Path, described: Description) -> DirectionsRecord:
+    from ..checkpoints.directions_file import open_directions
+
+    parameters = [spec for spec in described.tensors if spec.kind == "parameter"]
+    file = open_directions(
+        path,
+        {spec.name: spec.shape for spec in parameters},
+        {alias: spec.name for spec in parameters for alias in spec.aliases},
+    )
+    return DirectionsRecord(
+        file=str(Path(path).expanduser().absolute()),
+        digest=file.digest,
+        directions=file.directions,
+        labels=list(file.about.labels),
+    )
+
+
+def about_signal(signal: str | None, described: Description, trajectory: Trajectory) -> list[str]:
+    """Return what is worth knowing of the records of the optimiser's steps.
+
+    Raises:
+        InputError: where the signal is no loss that can be one, or no checkpoint has a record.
+    """
+    if signal is None:
+        return []
+    loss = described.losses.get(signal)
+    if loss is None:
+        raise InputError(
+            f"loss {signal!r} returns a dict, and is several losses. Name one of them with "
+            f"--signal: {', '.join(map(repr, described.losses))}."
+        )
+    if loss.on is None or loss.groups is not None:
+        what = "is no mean over data" if loss.on is None else "has groups"
+        raise InputError(
+            f"loss {signal!r} {what}, and the signal is the gradient of the training loss over all "
+            "of its data. Name that loss with --signal."
+        )
+    checkpoints = trajectory.checkpoints[1:]
+    looked_at = [checkpoints[place] for place in sorted({0, len(checkpoints) // 2, -1})]
+    without = [
+        checkpoint.step for checkpoint in looked_at if read_optimizer_step(checkpoint) is None
+    ]
+    if len(without) == len(looked_at):
+        raise InputError(
+            f"the checkpoints at steps {', '.join(map(str, without))} say nothing of the "
+            "optimiser's steps, from which --causes tells what moved the weights. Record a "
+            "training with recorder.attach(optimizer), or leave --causes out."
+        )
+    if not without:
+        return []
+    return [
+        f"some checkpoints say nothing of the optimiser's steps, such as that of step {without[0]}: "
+        "all that the weights moved there is rest"
+    ]

@@ -1,0 +1,135 @@
+"""The parts of the motion that a run tells, on every segment of a span: its causes, and directions
+of a file.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ...checkpoints.directions_file import open_directions, orthonormal
+from ...errors import InputError, SpanError
+from .causes import CausesOfSpan
+from .passed import Passed, Walk
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.allocation import SegmentAllocation
+    from ...numerics.along import SegmentDirections, Together
+    from ...numerics.causes import SegmentCauses
+    from ...numerics.objective import Objective
+    from ...numerics.schema import DirectionsRecord
+    from ...numerics.statistics import SpanSums
+    from ..requests import RunSettings, StoredPoints
+
+_BASES: OrderedDict[tuple[int, str], dict[str, Tensor]] = OrderedDict()  # the last one
+
+
+@dataclass(frozen=True)
+class _OfSegment:
+    """The parts of the motion of one segment."""
+
+    causes: SegmentCauses | None
+    directions: SegmentDirections | None
+    together: Together
+
+
+class PartsOfSpan:
+    """Tells the parts of the motion on every segment of a span, in turn.
+
+    Of the checkpoints that a replay goes through, the last three are kept: the motion before a
+    segment is its momentum.
+
+    Args:
+        points: the checkpoints, the one before the span among them where there is one.
+        rows: the segments.
+        objective: evaluates the losses.
+        settings: of the run, with parts to tell.
+    """
+
+    def __init__(
+        self, points: StoredPoints, rows: slice, objective: Objective, settings: RunSettings
+    ) -> None:
+        self._first, self._objective = rows.start, objective
+        self._passed = Passed(points, rows.start, objective)
+        self._causes = self._basis = None
+        if settings.signal is not None:
+            self._causes = CausesOfSpan(points, self._passed, objective, settings.signal)
+        if settings.directions is not None:
+            self._basis = _basis(settings.directions, objective)
+        self._parts: dict[int, _OfSegment] = {}
+
+    def remember(self, walk: Walk) -> Walk:
+        """Yield the checkpoints of the span, and keep them as long as they are needed."""
+        return self._passed.remember(walk)
+
+    def of(self, row: int) -> Together:
+        """Return the parts of the segment at a position of the span; the checkpoint it starts from
+        has gone by.
+        """
+        from ...numerics.along import SegmentDirections, Together
+
+        if row not in self._parts:
+            index = self._first + row
+            causes = None if self._causes is None else self._causes.of(index)
+            directions = None
+            if self._basis is not None:
+                parameters = [
+                    spec.name for spec in self._objective.allocated if spec.kind == "parameter"
+                ]
+                directions = SegmentDirections(self._basis, parameters, self._passed.at(index))
+            both = [part for part in (causes, directions) if part is not None]
+            self._parts[row] = _OfSegment(causes, directions, Together(both))
+        return self._parts[row].together
+
+    def add(
+        self,
+        row: int,
+        segments: Mapping[str, SegmentAllocation],
+        statistics: Mapping[str, SpanSums],
+    ) -> None:
+        """Add what the parts of the segment at a position of the span are allocated to the
+        statistics of each loss, and give up what later segments have no use for.
+        """
+        parts, index = self._parts.pop(row), self._first + row
+        end = self._passed.at(index + 1)
+        for name, of_loss in statistics.items():
+            segment = segments[name]
+            sums = iter(parts.together.divided(segment.parts or {}))
+            if parts.causes is not None:
+                of_loss.add_causes(row, parts.causes.shares(end, segment.sums, next(sums)))
+            if parts.directions is not None:
+                along = parts.directions.shares(end, next(sums))
+                of_loss.add_along(row, along.allocated, along.motion, along.distance)
+        self._passed.forget(index - 1)
+
+
+def _basis(record: DirectionsRecord, objective: Objective) -> dict[str, Tensor]:
+    """Return the directions of a file, orthonormal, on the device of an objective; kept for the
+    spans that follow.
+    """
+    key = record["digest"], str(objective.device)
+    if key not in _BASES:
+        _BASES.clear()
+        parameters = [spec for spec in objective.table if spec.kind == "parameter"]
+        try:
+            file = open_directions(
+                record["file"],
+                {spec.name: spec.shape for spec in parameters},
+                {alias: spec.name for spec in parameters for alias in spec.aliases},
+            )
+            if file.digest != record["digest"]:
+                raise InputError(
+                    f"{file.path} holds other directions than the run was made with. Restore the "
+                    "file, or write another run with --out."
+                )
+            basis = orthonormal(file.read())
+        except InputError as error:
+            raise SpanError(str(error)) from None
+        _BASES[key] = {
+            name: rows.to(objective.device, objective.dtype) for name, rows in basis.items()
+        }
+    return _BASES[key]
