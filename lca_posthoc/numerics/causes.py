@@ -91,11 +91,20 @@ class Moments:
     second_after: Callable[[str], Tensor | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredMoments:
+    """The names, as in the files, of the tensors that moments are stored of; as in `Moments`."""
+
+    first_before: frozenset[str]
+    first_after: frozenset[str]
+    second_after: frozenset[str]
+
+
 def formulas(
     step: OptimizerStep | None,
     before: OptimizerStep | None,
     since: int,
-    has_second: Callable[[str], bool],
+    stored: StoredMoments,
 ) -> dict[str, Formula]:
     """Return how the tensors of a model moved on one segment, by their names in the files.
 
@@ -104,7 +113,7 @@ def formulas(
         before: of what led to its start; None where that is no step that followed on the checkpoint
             before.
         since: the training step of its start.
-        has_second: whether second moments after the step are there, by the name of a tensor.
+        stored: the moments there are.
     """
     if step is None or step.optimizer_steps != 1 or step.since != since:
         return {}
@@ -115,17 +124,21 @@ def formulas(
     }
     clip = 1.0 if step.clip is None else step.clip
     return {
-        name: replace(_formula(group, earlier.get(name), clip, has_second(name)), norm=norm)
+        name: replace(_formula(name, group, earlier.get(name), clip, stored), norm=norm)
         for group in step.groups
         for name, norm in zip(group.tensors, group.gradient_norms, strict=True)
     }
 
 
-def _formula(group: GroupStep, before: GroupStep | None, clip: float, has_second: bool) -> Formula:
+def _formula(
+    name: str, group: GroupStep, before: GroupStep | None, clip: float, stored: StoredMoments
+) -> Formula:
+    has_second = name in stored.second_after
     if group.optimizer == "SGD":
         return _of_sgd(group, before, clip)
     if group.optimizer in _ADAM and not group.amsgrad:
-        return _of_adam(group, clip, has_second)
+        has_before = not group.has_memory or name in stored.first_before
+        return _of_adam(group, clip, has_second, has_before and name in stored.first_after)
     if group.optimizer == "RMSprop" and not (group.momentum or group.centered):
         return _of_scaled(group, group.lr, clip, has_second)
     if group.optimizer == "Adagrad":
@@ -153,22 +166,24 @@ def _of_sgd(group: GroupStep, before: GroupStep | None, clip: float) -> Formula:
     return replace(known, momentum=group.momentum * group.lr / before.lr)
 
 
-def _of_adam(group: GroupStep, clip: float, has_second: bool) -> Formula:
+def _of_adam(group: GroupStep, clip: float, has_second: bool, has_first: bool) -> Formula:
     if group.betas is None or group.eps is None or not has_second:
         return _decay_alone(group, "no moments are recorded")
     (beta1, beta2), eps = group.betas, group.eps
     rate = group.lr / (1 - beta1**group.steps)
     correction = 1 - beta2**group.steps
     factor = -rate * (1 - beta1)
-    return Formula(
+    known = Formula(
         signal=_signed(factor, group) * clip,
         factor=factor,
-        momentum=-rate * beta1 if group.has_memory else 0.0,
         decay=(-group.lr if group.decoupled else factor) * group.weight_decay,
         scale=lambda second: 1 / ((second / correction).sqrt() + eps),
-        first=beta1,
         scales_decay=not group.decoupled,
     )
+    if not has_first:
+        return replace(known, unknown="no first moments are recorded, or none before the step")
+    momentum = -rate * beta1 if group.has_memory else 0.0
+    return replace(known, first=beta1, momentum=momentum)
 
 
 def _of_scaled(group: GroupStep, rate: float, clip: float, has_second: bool) -> Formula:
