@@ -38,7 +38,8 @@ _NO_SUMS = np.zeros(0)
 _ADAM = ("Adam", "AdamW")
 _SCALED = ("RMSprop", "Adagrad")
 # by how much the norm of a gradient that is reckoned from weights may differ from that of the real
-# one, as a share of it and in roundings of the weights; more than the second share is lost in them
+# one, as a share of it and in roundings of the weights; noise of which these are a larger share than
+# the last is lost in them
 _SAME_NORM, _ROUNDINGS, _LOST = 1e-3, 4.0, 0.1
 
 
@@ -339,37 +340,45 @@ class SegmentCauses:
                 of_gradient = product
             else:
                 known[kind] = product
+        told = self._told(name, formula, end)
+        if not told.is_step:
+            # of the motion before, or of this one, something else made a part
+            known["momentum"] = np.zeros_like(allocated)
         left = allocated - known["signal"] - known["momentum"] - known["decay"]
         if formula.first is not None and of_gradient is not None:
             decay = known["decay"] if formula.scales_decay else 0.0
             known["noise"] = of_gradient - decay - known["signal"]
             known["rest"] = left - known["noise"]
-        elif formula.unknown or not self._tells_gradient(name, formula, end):
-            known["rest"] = left
         else:
-            known["noise"] = left
+            known["noise" if told.is_step and told.tells_noise else "rest"] = left
         return np.stack([np.asarray(known[cause]) for cause in CAUSES], -1)
 
-    def _tells_gradient(self, name: str, formula: Formula, end: Point) -> bool:
-        """Tell whether what momentum and decay leave of a tensor's motion is a gradient of the norm
-        that the optimiser was given; where that is not known, it is believed.
+    def _told(self, name: str, formula: Formula, end: Point) -> _Told:
+        """Return what the motion of a tensor tells of the gradient that the optimiser was given, by
+        its norm; where this is not known, the formula is believed.
         """
-        if math.isnan(formula.norm) or not formula.factor:
-            return True
-        norm, lost = self._gradient_norm(name, formula, end)
-        if lost > _LOST * formula.norm:
-            return False
-        return abs(norm - formula.norm) <= _SAME_NORM * formula.norm + lost
+        if formula.unknown:
+            return _Told(tells_noise=False)
+        if formula.first is not None or math.isnan(formula.norm) or not formula.factor:
+            return _Told()
+        norm, noise, lost = self._reckoned(name, formula, end)
+        return _Told(
+            is_step=abs(norm - formula.norm) <= _SAME_NORM * formula.norm + lost,
+            tells_noise=lost <= _LOST * noise,
+        )
 
-    def _gradient_norm(self, name: str, formula: Formula, end: Point) -> tuple[float, float]:
-        """Return the norm of the gradient that a tensor's motion tells, and by how much roundings
-        of the weights may change it.
+    def _reckoned(self, name: str, formula: Formula, end: Point) -> tuple[float, float, float]:
+        """Return the norms of the gradient that a tensor's motion tells and of its noise, and by how
+        much roundings of the weights may change them.
         """
         flat = [point[name].reshape(1, -1) for point in (self._start, end)]
         before = None if self._before is None else self._before[name].reshape(1, -1)
         second = None if formula.scale is None else self._moments.second_after(name)
         scales = None if second is None else second.reshape(1, -1)
-        squares, roundings = [], []
+        signal = None
+        if formula.signal and self._directions is not None:
+            signal = self._directions["signal"].end[name].reshape(1, -1)
+        squares, of_noise, roundings = [], [], []
         spacing = _ROUNDINGS * torch.finfo(flat[0].dtype).eps
         for place in blocks(*flat[0].shape):
             start, after = (tensor[place].double() for tensor in flat)
@@ -381,10 +390,28 @@ class SegmentCauses:
                 moved = moved - formula.momentum * (start - before[place].double())
             moved = moved - formula.decay * start * (scale if formula.scales_decay else 1.0)
             squares.append(float((moved / scale).square().sum()))
+            if signal is not None:
+                moved = moved - formula.signal * signal[place].double()
+            of_noise.append(float((moved / scale).square().sum()))
             roundings.append(float((start / scale).square().sum()))
         size = abs(formula.factor)
-        lost = spacing * (1 + abs(formula.momentum)) * math.sqrt(math.fsum(roundings)) / size
-        return math.sqrt(math.fsum(squares)) / size, lost
+        norm, noise, rounding = (
+            math.sqrt(math.fsum(parts)) / size for parts in (squares, of_noise, roundings)
+        )
+        return norm, noise, spacing * (1 + abs(formula.momentum)) * rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """Tells what can be made of a motion that no other cause explains.
+
+    Attributes:
+        is_step: whether it may have moved by the formula alone.
+        tells_noise: whether what no other cause explains is noise.
+    """
+
+    is_step: bool = True
+    tells_noise: bool = True
 
 
 class _Joined(Mapping[str, Tensor]):
