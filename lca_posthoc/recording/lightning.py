@@ -29,7 +29,7 @@ class RecorderCallback(Recording, Callback):
 
     What the optimisers did is recorded with every iterate, see `Recorder.attach`; of clipping, the
     factor where the trainer clips the norm itself (`gradient_clip_val`), and none where it clips
-    values or the module clips.
+    values or the module clips, as it may under manual optimisation.
 
     Args:
         directory: as `Recorder`'s.
@@ -59,7 +59,8 @@ class RecorderCallback(Recording, Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
         """Note the factor of the clipping that follows."""
-        if is_overridden("configure_gradient_clipping", pl_module):
+        clips_itself = is_overridden("configure_gradient_clipping", pl_module)
+        if clips_itself or not pl_module.automatic_optimization:
             factor = torch.tensor(math.nan)
         elif not trainer.gradient_clip_val:
             factor = torch.ones(())

@@ -16,6 +16,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -40,7 +41,6 @@ from ..checkpoints.optimizer_steps import FIRST, SECOND, GroupStep, OptimizerSte
 from .optimizer_guard import Trainers
 from .outermost import Call, optimizers_in
 
-_MEMORIES = ("momentum_buffer", "exp_avg")
 _MOMENTS = {FIRST: ("exp_avg",), SECOND: ("exp_avg_sq", "square_avg", "sum")}
 # the moments that each weight will have, of optimisers that have made no step yet
 _MOMENTS_OF: tuple[tuple[tuple[type[Optimizer], ...], int], ...] = (
@@ -49,6 +49,7 @@ _MOMENTS_OF: tuple[tuple[tuple[type[Optimizer], ...], int], ...] = (
 )
 _DECOUPLED = ("AdamW", "Muon", "Adafactor")  # always; others say so in their groups
 _NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "alpha", "lr_decay")
+_WIDE = frozenset((torch.float32, torch.float64))
 _MOST_CLIPS = 64  # that are remembered, of different tensors
 _FLAGS = ("nesterov", "maximize", "amsgrad", "centered", "decoupled_weight_decay")
 
@@ -62,21 +63,29 @@ class _Held:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        places: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, tensor in enumerate(tensors):
-            places.setdefault((tensor.device, tensor.dtype), []).append(index)
         self._count = len(tensors)
-        self._parts = [
-            (indices, torch.stack([tensors[index].detach().reshape(()) for index in indices]))
-            for indices in places.values()
-        ]
-        self._copied = []
-        for position, (indices, part) in enumerate(self._parts):
-            if part.is_cuda:
-                self._parts[position] = indices, part.to("cpu", non_blocking=True)
-                event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-                event.record(torch.cuda.current_stream(part.device))
-                self._copied.append(event)
+        self._parts: list[tuple[Sequence[int], Tensor]] = []
+        self._copied: list[torch.cuda.Event] = []
+        scalars = [tensor if tensor.dim() == 0 else tensor.reshape(()) for tensor in tensors]
+        if not scalars:
+            return
+        try:
+            self._hold(range(len(scalars)), scalars)
+        except RuntimeError:  # on several devices
+            for device in {tensor.device for tensor in scalars}:
+                indices = [index for index, tensor in enumerate(scalars) if tensor.device == device]
+                self._hold(indices, [scalars[index] for index in indices])
+
+    @torch.no_grad()
+    def _hold(self, indices: Sequence[int], scalars: list[Tensor]) -> None:
+        part = torch.stack(scalars)  # of types unlike each other, of one that holds them all
+        if part.is_cuda:
+            device = part.device
+            part = part.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(device))
+            self._copied.append(event)
+        self._parts.append((indices, part))
 
     def read(self) -> list[float]:
         """Return the numbers, in the order they were given in."""
@@ -164,14 +173,18 @@ class _Step:
         scalars: list[Tensor] = []
         self.groups = []
         for group in optimizer.param_groups:
-            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            trained, gradients, has_memory = [], [], []
+            for parameter in group["params"]:
+                if (gradient := parameter.grad) is not None:
+                    trained.append(parameter)
+                    gradients.append(gradient)
+                    has_memory.append(_remembers(_state_of(optimizer, parameter)))
             if not trained:
                 continue
             norms = None
             if self._measures:
                 norms = len(scalars)
-                scalars += _norms([parameter.grad for parameter in trained])
-            states = [_state_of(optimizer, parameter) for parameter in trained]
+                scalars += _norms(gradients)
             numbers, tensors = _numbers(group)
             self.groups.append(
                 _Group(
@@ -179,9 +192,7 @@ class _Step:
                     indices=_indices(tensors, len(scalars)),
                     flags={name: group.get(name) is True for name in _FLAGS},
                     members=[member_of(parameter) for parameter in trained],
-                    has_memory=[
-                        any(state.get(name) is not None for name in _MEMORIES) for state in states
-                    ],
+                    has_memory=has_memory,
                     norms=norms,
                 )
             )
@@ -246,20 +257,23 @@ def _indices(names: Iterable[str], first: int) -> dict[str, int]:
     return {name: index for index, name in enumerate(names, first)}
 
 
-def _state_of(optimizer: Optimizer, parameter: Tensor) -> Mapping[str, Any]:
+def _state_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
     """Return the state that an optimiser has of a tensor, without making one."""
-    state = optimizer.state.get(parameter, {})
-    return state if isinstance(state, Mapping) else {}
+    state = optimizer.state.get(parameter)
+    return state if isinstance(state, dict) else {}
+
+
+def _remembers(state: Mapping[str, object]) -> bool:
+    """Tell whether a state holds earlier gradients."""
+    return state.get("exp_avg") is not None or state.get("momentum_buffer") is not None
 
 
 @torch.no_grad()
 def _norms(gradients: list[Tensor]) -> list[Tensor]:
     """Return ‖g‖₂ of each gradient, on its device; NaN of a sparse one."""
-    if all(
-        gradient.layout == torch.strided and gradient.dtype in (torch.float32, torch.float64)
-        for gradient in gradients
-    ):
-        return [_whole(norm) for norm in torch._foreach_norm(gradients)]
+    if all(gradient.layout is torch.strided and gradient.dtype in _WIDE for gradient in gradients):
+        norms = torch._foreach_norm(gradients)
+        return list(norms) if type(norms[0]) is Tensor else list(map(_whole, norms))
     return [_norm(gradient) for gradient in gradients]
 
 
@@ -280,7 +294,7 @@ def _numbers(group: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tens
     numbers = {
         name: float(value)
         for name, value in settings.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(value, Real) and not isinstance(value, bool)
     }
     tensors = {
         name: value

@@ -184,11 +184,11 @@ class Recorder:
         save: Literal["scalars", "moments"] = "scalars",
     ) -> Self:
         """Record what optimisers do, as `attach`, and leave it to the caller to `save` each
-        iterate; the steps of other optimisers of `torch.optim` that train the model are recorded
-        too.
+        iterate. The first iterate saved from here on has no record, for nobody saw what led to it.
 
         Args:
-            optimizers: those whose moments are saved with the first iterate already.
+            optimizers: those that have moments to be saved with that iterate already; the steps
+                of all that train the model are seen.
             step: as for `attach`.
             save: as for `attach`.
 
@@ -209,6 +209,7 @@ class Recorder:
         if save not in ("scalars", "moments"):
             raise InputError(f"save={save!r}: choose 'scalars' or 'moments'.")
         self._end_following()
+        self._saved = None
         self._numbers = StepNumbers(
             self._model,
             trainers,

@@ -391,12 +391,17 @@ def test_a_recorder_that_is_not_attached_records_what_it_is_told_to_follow(
         gradients(model, 0)
         optimizer.step()
         recorder.save(1)
-        recorder.follow(optimizer, step=1, save="moments")
+        optimizer.step()  # which nobody sees
+        recorder.follow(optimizer, step=2, save="moments")
         optimizer.step()
-        recorder.save(2)
-    assert records(tmp_path)[1] is None
-    assert record(tmp_path, 2).groups[0].steps == 2
-    assert moments_path(tmp_path, 2).exists()
+        recorder.save(3)
+        optimizer.step()
+        recorder.save(4)
+    stated = records(tmp_path)
+    assert [stated[step] for step in (0, 1, 3)] == [None] * 3
+    last = record(tmp_path, 4)
+    assert (last.since, last.optimizer_steps, last.groups[0].steps) == (3, 1, 4)
+    assert moments_path(tmp_path, 3).exists()
 
 
 # --- gradient scalers -----------------------------------------------------------------------------
