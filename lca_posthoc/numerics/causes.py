@@ -38,7 +38,8 @@ _NO_SUMS = np.zeros(0)
 _ADAM = ("Adam", "AdamW")
 _SCALED = ("RMSprop", "Adagrad")
 # by how much the norm of a gradient that is reckoned from weights may differ from that of the real
-# one, as a share of it and in roundings of the weights; more than the second share is lost in them
+# one, as a share of it and in roundings of the weights; noise of which these are a larger share than
+# the last is lost in them
 _SAME_NORM, _ROUNDINGS, _LOST = 1e-3, 4.0, 0.1
 
 
@@ -91,11 +92,20 @@ class Moments:
     second_after: Callable[[str], Tensor | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoredMoments:
+    """The names, as in the files, of the tensors that moments are stored of; as in `Moments`."""
+
+    first_before: frozenset[str]
+    first_after: frozenset[str]
+    second_after: frozenset[str]
+
+
 def formulas(
     step: OptimizerStep | None,
     before: OptimizerStep | None,
     since: int,
-    has_second: Callable[[str], bool],
+    stored: StoredMoments,
 ) -> dict[str, Formula]:
     """Return how the tensors of a model moved on one segment, by their names in the files.
 
@@ -104,7 +114,7 @@ def formulas(
         before: of what led to its start; None where that is no step that followed on the checkpoint
             before.
         since: the training step of its start.
-        has_second: whether second moments after the step are there, by the name of a tensor.
+        stored: the moments there are.
     """
     if step is None or step.optimizer_steps != 1 or step.since != since:
         return {}
@@ -115,17 +125,21 @@ def formulas(
     }
     clip = 1.0 if step.clip is None else step.clip
     return {
-        name: replace(_formula(group, earlier.get(name), clip, has_second(name)), norm=norm)
+        name: replace(_formula(name, group, earlier.get(name), clip, stored), norm=norm)
         for group in step.groups
         for name, norm in zip(group.tensors, group.gradient_norms, strict=True)
     }
 
 
-def _formula(group: GroupStep, before: GroupStep | None, clip: float, has_second: bool) -> Formula:
+def _formula(
+    name: str, group: GroupStep, before: GroupStep | None, clip: float, stored: StoredMoments
+) -> Formula:
+    has_second = name in stored.second_after
     if group.optimizer == "SGD":
         return _of_sgd(group, before, clip)
     if group.optimizer in _ADAM and not group.amsgrad:
-        return _of_adam(group, clip, has_second)
+        has_before = not group.has_memory or name in stored.first_before
+        return _of_adam(group, clip, has_second, has_before and name in stored.first_after)
     if group.optimizer == "RMSprop" and not (group.momentum or group.centered):
         return _of_scaled(group, group.lr, clip, has_second)
     if group.optimizer == "Adagrad":
@@ -153,22 +167,24 @@ def _of_sgd(group: GroupStep, before: GroupStep | None, clip: float) -> Formula:
     return replace(known, momentum=group.momentum * group.lr / before.lr)
 
 
-def _of_adam(group: GroupStep, clip: float, has_second: bool) -> Formula:
+def _of_adam(group: GroupStep, clip: float, has_second: bool, has_first: bool) -> Formula:
     if group.betas is None or group.eps is None or not has_second:
         return _decay_alone(group, "no moments are recorded")
     (beta1, beta2), eps = group.betas, group.eps
     rate = group.lr / (1 - beta1**group.steps)
     correction = 1 - beta2**group.steps
     factor = -rate * (1 - beta1)
-    return Formula(
+    known = Formula(
         signal=_signed(factor, group) * clip,
         factor=factor,
-        momentum=-rate * beta1 if group.has_memory else 0.0,
         decay=(-group.lr if group.decoupled else factor) * group.weight_decay,
         scale=lambda second: 1 / ((second / correction).sqrt() + eps),
-        first=beta1,
         scales_decay=not group.decoupled,
     )
+    if not has_first:
+        return replace(known, unknown="no first moments are recorded, or none before the step")
+    momentum = -rate * beta1 if group.has_memory else 0.0
+    return replace(known, first=beta1, momentum=momentum)
 
 
 def _of_scaled(group: GroupStep, rate: float, clip: float, has_second: bool) -> Formula:
@@ -324,37 +340,45 @@ class SegmentCauses:
                 of_gradient = product
             else:
                 known[kind] = product
+        told = self._told(name, formula, end)
+        if not told.is_step:
+            # of the motion before, or of this one, something else made a part
+            known["momentum"] = np.zeros_like(allocated)
         left = allocated - known["signal"] - known["momentum"] - known["decay"]
         if formula.first is not None and of_gradient is not None:
             decay = known["decay"] if formula.scales_decay else 0.0
             known["noise"] = of_gradient - decay - known["signal"]
             known["rest"] = left - known["noise"]
-        elif formula.unknown or not self._tells_gradient(name, formula, end):
-            known["rest"] = left
         else:
-            known["noise"] = left
+            known["noise" if told.is_step and told.tells_noise else "rest"] = left
         return np.stack([np.asarray(known[cause]) for cause in CAUSES], -1)
 
-    def _tells_gradient(self, name: str, formula: Formula, end: Point) -> bool:
-        """Tell whether what momentum and decay leave of a tensor's motion is a gradient of the norm
-        that the optimiser was given; where that is not known, it is believed.
+    def _told(self, name: str, formula: Formula, end: Point) -> _Told:
+        """Return what the motion of a tensor tells of the gradient that the optimiser was given, by
+        its norm; where this is not known, the formula is believed.
         """
-        if math.isnan(formula.norm) or not formula.factor:
-            return True
-        norm, lost = self._gradient_norm(name, formula, end)
-        if lost > _LOST * formula.norm:
-            return False
-        return abs(norm - formula.norm) <= _SAME_NORM * formula.norm + lost
+        if formula.unknown:
+            return _Told(tells_noise=False)
+        if formula.first is not None or math.isnan(formula.norm) or not formula.factor:
+            return _Told()
+        norm, noise, lost = self._reckoned(name, formula, end)
+        return _Told(
+            is_step=abs(norm - formula.norm) <= _SAME_NORM * formula.norm + lost,
+            tells_noise=lost <= _LOST * noise,
+        )
 
-    def _gradient_norm(self, name: str, formula: Formula, end: Point) -> tuple[float, float]:
-        """Return the norm of the gradient that a tensor's motion tells, and by how much roundings
-        of the weights may change it.
+    def _reckoned(self, name: str, formula: Formula, end: Point) -> tuple[float, float, float]:
+        """Return the norms of the gradient that a tensor's motion tells and of its noise, and by how
+        much roundings of the weights may change them.
         """
         flat = [point[name].reshape(1, -1) for point in (self._start, end)]
         before = None if self._before is None else self._before[name].reshape(1, -1)
         second = None if formula.scale is None else self._moments.second_after(name)
         scales = None if second is None else second.reshape(1, -1)
-        squares, roundings = [], []
+        signal = None
+        if formula.signal and self._directions is not None:
+            signal = self._directions["signal"].end[name].reshape(1, -1)
+        squares, of_noise, roundings = [], [], []
         spacing = _ROUNDINGS * torch.finfo(flat[0].dtype).eps
         for place in blocks(*flat[0].shape):
             start, after = (tensor[place].double() for tensor in flat)
@@ -366,10 +390,28 @@ class SegmentCauses:
                 moved = moved - formula.momentum * (start - before[place].double())
             moved = moved - formula.decay * start * (scale if formula.scales_decay else 1.0)
             squares.append(float((moved / scale).square().sum()))
+            if signal is not None:
+                moved = moved - formula.signal * signal[place].double()
+            of_noise.append(float((moved / scale).square().sum()))
             roundings.append(float((start / scale).square().sum()))
         size = abs(formula.factor)
-        lost = spacing * (1 + abs(formula.momentum)) * math.sqrt(math.fsum(roundings)) / size
-        return math.sqrt(math.fsum(squares)) / size, lost
+        norm, noise, rounding = (
+            math.sqrt(math.fsum(parts)) / size for parts in (squares, of_noise, roundings)
+        )
+        return norm, noise, spacing * (1 + abs(formula.momentum)) * rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """Tells what can be made of a motion that no other cause explains.
+
+    Attributes:
+        is_step: whether it may have moved by the formula alone.
+        tells_noise: whether what no other cause explains is noise.
+    """
+
+    is_step: bool = True
+    tells_noise: bool = True
 
 
 class _Joined(Mapping[str, Tensor]):

@@ -110,7 +110,8 @@ def about_signal(signal: str | None, described: Description, trajectory: Traject
             "of its data. Name that loss with --signal."
         )
     checkpoints = trajectory.checkpoints[1:]
-    looked_at = [checkpoints[place] for place in sorted({0, len(checkpoints) // 2, -1})]
+    places = {0, len(checkpoints) // 2, len(checkpoints) - 1}
+    looked_at = [checkpoints[place] for place in sorted(places)]
     without = [
         checkpoint.step for checkpoint in looked_at if read_optimizer_step(checkpoint) is None
     ]

@@ -23,7 +23,7 @@ from .state import checkpoint_at
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...numerics.causes import Moments, SegmentCauses
+    from ...numerics.causes import Moments, SegmentCauses, StoredMoments
     from ...numerics.objective import Objective
     from ..requests import StoredPoints
 
@@ -50,12 +50,12 @@ class CausesOfSpan:
         """Return the causes of the motion from a checkpoint on, which has gone by."""
         from ...numerics.causes import SegmentCauses, formulas
 
-        moments, seconds = self._moments(index)
+        moments, stored = self._moments(index)
         by_source = formulas(
             self._step(index + 1),
             self._step(index),
             self._points.checkpoints[index].step,
-            lambda source: source in seconds,
+            stored,
         )
         follows = any(formula.follows_motion for formula in by_source.values())
         return SegmentCauses(
@@ -83,14 +83,11 @@ class CausesOfSpan:
             raise SpanError(str(error)) from None
         return step if step is not None and step.since == before.step else None
 
-    def _moments(self, index: int) -> tuple[Moments, frozenset[str]]:
-        """Return the moments around the segment from a checkpoint on, and the tensors, as the files
-        name them, that have second ones after it.
-        """
-        from ...numerics.causes import Moments
+    def _moments(self, index: int) -> tuple[Moments, StoredMoments]:
+        """Return the moments around the segment from a checkpoint on, and which there are."""
+        from ...numerics.causes import Moments, StoredMoments
 
         before, after = (self._moments_of(place) for place in (index, index + 1))
-        seconds = frozenset(name.removeprefix(SECOND) for name in after.names(SECOND))
         sources = self._points.names
         return (
             Moments(
@@ -98,7 +95,11 @@ class CausesOfSpan:
                 first_after=lambda name: after.tensor(FIRST + sources[name]),
                 second_after=lambda name: after.tensor(SECOND + sources[name]),
             ),
-            seconds,
+            StoredMoments(
+                first_before=before.tensors(FIRST),
+                first_after=after.tensors(FIRST),
+                second_after=after.tensors(SECOND),
+            ),
         )
 
     def _moments_of(self, index: int) -> _MomentsFile:
@@ -126,9 +127,11 @@ class _MomentsFile:
         self._path, self._step, self._objective = path, step, objective
         self._tensors = frozenset[str]() if path is None else frozenset(read_header(path).tensors)
 
-    def names(self, prefix: str) -> list[str]:
-        """Return the names of the tensors that begin so."""
-        return [name for name in self._tensors if name.startswith(prefix)]
+    def tensors(self, prefix: str) -> frozenset[str]:
+        """Return the names of the tensors that moments of a prefix are stored of."""
+        return frozenset(
+            name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)
+        )
 
     def tensor(self, name: str) -> Tensor | None:
         """Return a tensor on the device; None where the file has none of this name."""
