@@ -28,23 +28,48 @@ def trains(optimizer: Optimizer, model: nn.Module) -> bool:
     )
 
 
+class Trainers:
+    """Tell which optimisers train a model; neither they nor the model are kept alive.
+
+    Args:
+        model: the one that is recorded.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        # by id: the number of groups, and whether they train the model
+        self._known: dict[int, tuple[weakref.ref[Optimizer], int, bool]] = {}
+
+    def include(self, optimizer: Optimizer) -> bool:
+        """Tell whether an optimiser trains the model; computed anew only where groups were added,
+        for every step of every one asks.
+        """
+        groups = len(optimizer.param_groups)
+        known = self._known.get(id(optimizer))
+        if known is not None and known[0]() is optimizer and known[1] == groups:
+            return known[2]
+        model = self._model()
+        is_trainer = model is not None and trains(optimizer, model)
+        self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
+        self._known[id(optimizer)] = (weakref.ref(optimizer), groups, is_trainer)
+        return is_trainer
+
+
 class Takeover:
     """Warn once when another optimiser trains the model in place of the attached ones.
 
     Steps that others make inside a step of an attached optimiser, as the parts of a composed one
     do, belong to that step. Optimisers are told apart by identity, whatever they say they equal,
-    and neither they nor the model are kept alive.
+    and are not kept alive.
 
     Args:
-        model: the one that is recorded.
+        trainers: tells which optimisers train the model.
         attached: the optimisers whose steps are recorded.
     """
 
-    def __init__(self, model: nn.Module, attached: Collection[Optimizer]) -> None:
-        self._model = weakref.ref(model)
+    def __init__(self, trainers: Trainers, attached: Collection[Optimizer]) -> None:
+        self._trainers = trainers
         self._attached = [weakref.ref(optimizer) for optimizer in attached]
-        # by id: the number of groups, and whether they train the model
-        self._known: dict[int, tuple[weakref.ref[Optimizer], int, bool]] = {}
         self._alone = 0
         self._inside = self._said = False
         self.inner_steps = 0
@@ -65,7 +90,7 @@ class Takeover:
         self._inside, self._alone = False, 0
 
     def _after_any(self, optimizer: Optimizer, *_: object) -> None:
-        if self._is_attached(optimizer) or not self._trains(optimizer):
+        if self._is_attached(optimizer) or not self._trainers.include(optimizer):
             return
         if self._inside:
             self.inner_steps += 1
@@ -84,20 +109,6 @@ class Takeover:
 
     def _is_attached(self, optimizer: Optimizer) -> bool:
         return any(reference() is optimizer for reference in self._attached)
-
-    def _trains(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimiser trains the model; computed anew only where groups were added,
-        for every step of every one asks.
-        """
-        groups = len(optimizer.param_groups)
-        known = self._known.get(id(optimizer))
-        if known is not None and known[0]() is optimizer and known[1] == groups:
-            return known[2]
-        model = self._model()
-        is_trainer = model is not None and trains(optimizer, model)
-        self._known = {key: entry for key, entry in self._known.items() if entry[0]() is not None}
-        self._known[id(optimizer)] = (weakref.ref(optimizer), groups, is_trainer)
-        return is_trainer
 
 
 def _level_of_step() -> int:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from .optimizer_guard import Takeover
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments that `step` is called with
 _DEPTH = 3  # of wrappers within wrappers that are looked into
 
 
@@ -55,10 +56,11 @@ def can_follow(thing: object) -> bool:
 
 @dataclass(frozen=True)
 class Told:
-    """Functions to call when an attached optimiser has made a step, when the end of the step will
-    not be seen, and when it is over.
+    """Functions to call when an attached optimiser begins a step, as torch's hooks are called, when
+    it has made one, when the end of the step will not be seen, and when it is over.
     """
 
+    begins: Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Call | None]
     stepped: Callable[[], None]
     unseen: Callable[[], None]
     over: Callable[[], None]
@@ -88,7 +90,7 @@ class Outermost:
         self._counted = False
         self._handles = []
         for optimizer in attached:
-            inner = list(_optimizers_in(optimizer))
+            inner = list(optimizers_in(optimizer))
             if runs_hooks(optimizer):
                 self._handles.append(optimizer.register_step_pre_hook(self._before_step))
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -111,9 +113,12 @@ class Outermost:
                 if before is not None:
                     vars(owner)[name] = before
 
-    def _before_step(self, *_: object) -> None:
+    def _before_step(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> Call | None:
         self._listener.over()
         self._takeover.begin()
+        return self._listener.begins(optimizer, arguments, options)
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         callers = list(self._callers())
@@ -277,7 +282,7 @@ def _methods_of(wrapper: object) -> list[str]:
     ]
 
 
-def _optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:
+def optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:
     """Yield the optimisers that an object has as attributes, or in a list or table among these, and
     those in them.
     """
@@ -292,4 +297,4 @@ def _optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:
         for part in parts:
             if part is not wrapper and is_optimizer(part):
                 yield part
-                yield from _optimizers_in(part, depth - 1)
+                yield from optimizers_in(part, depth - 1)

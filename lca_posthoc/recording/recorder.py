@@ -7,21 +7,24 @@ import functools
 import shutil
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..base.locks import DirectoryLock
 from ..base.text import count
+from ..checkpoints.layouts import MOMENTS
 from ..checkpoints.paths import here, nearest
 from ..checkpoints.trajectory import reserved
 from ..errors import InputError, LCAError, ResourceError, amount, few
-from .optimizer_guard import Takeover, trains
-from .outermost import Outermost, Told, can_follow
+from .moments import MomentStager
+from .optimizer_guard import Takeover, Trainers, trains
+from .optimizer_numbers import StepNumbers, clip_factor, stateful
+from .outermost import Call, Outermost, Told, can_follow, runs_hooks
 from .staging import Contents, Layout, Stager, refuse_flattened
 from .writer import Writer, step_of
 
@@ -87,14 +90,17 @@ class Recorder:
         self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
         self._last = -1
+        self._saved: int | None = None  # the last step that was one of those to be recorded
+        self._numbers: StepNumbers | None = None
+        self._moments: MomentStager | None = None
+        self._ends_following: Callable[[], object] | None = None
         self._attached: list[Callable[[], object]] = []  # what detaches
         self._series: _Series | None = None
         self._closed = False
         # of the attached optimisers; whether the last one is to be saved yet
         self._step, self._is_due = 0, False
         self._buffers: dict[str, Tensor] = {}  # of a step that is over at a time which is not seen
-        if until is not None or self._steps is not None:
-            self.require_space(until if until is not None else max(self._steps or (), default=0))
+        self._require_space_for_all()
 
     def __enter__(self) -> Self:
         return self
@@ -118,37 +124,144 @@ class Recorder:
         """Return the steps that were left out for lack of space, under `on_full="pause"`."""
         return [] if self._series is None else self._series.left_out
 
-    def attach(self, *optimizers: torch.optim.Optimizer, step: int = 0) -> Self:
+    def attach(
+        self,
+        *optimizers: torch.optim.Optimizer,
+        step: int = 0,
+        save: Literal["scalars", "moments"] = "scalars",
+    ) -> Self:
         """Save the model as it is now, and from here on after every step of the optimisers, in any
-        loop.
+        loop; and with each what the optimisers did.
 
-        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips does not count.
-        Steps of several optimisers are counted together. Where something wraps an optimiser
-        (Lookahead, SAM, accelerate's), give the wrapper or the optimiser inside: the model is saved
-        once the outermost of them is done with the step.
+        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips does not count,
+        but for one that a `fused` optimiser skips on the device itself: its iterate equals the one
+        before and has no record. Steps of several optimisers are counted together. Where something
+        wraps an optimiser (Lookahead, SAM, accelerate's), give the wrapper or the optimiser inside:
+        the model is saved once the outermost of them is done with the step.
 
         Args:
             optimizers: those that train the model; a wrapper has `step`, `zero_grad` and
                 `param_groups`.
             step: the number of optimiser steps before this call, where training is resumed.
+            save: "scalars" writes the numbers of the step into the file of the iterate it led to:
+                learning rate, decay, momentum or betas of each parameter group, the norm of each
+                gradient. "moments" saves `exp_avg` and `exp_avg_sq` of the Adam family too (of
+                RMSprop and Adagrad the one they have) in files of their own in the folder
+                `moments`: three times the bytes of iterates alone, on the disk, in flight (three
+                sets, or 64 MiB of iterates and as much of moments) and, for what a CUDA device
+                has, once on the device. Optimisers without moments are recorded as by "scalars".
 
         Raises:
             InputError: where an optimiser does not train the model, or one is attached already;
                 further as `save`.
+            ResourceError: where `steps` or `until` tell how many moments will come and there is no
+                space for them.
         """
         self._refuse_optimizers(optimizers)
-        self.save(step)
+        trainers = Trainers(self._model)
+        self._follow(optimizers, save, trainers, step, filter(runs_hooks, optimizers))
+        try:
+            self._require_space_for_all()
+            self.save(step)
+        except BaseException:
+            self._end_following()
+            raise
         self._step = step
-        takeover = Takeover(self._model, optimizers)
-        outermost = Outermost(
-            Told(self._made_step, self._hold_buffers, self._save_step), takeover, optimizers
-        )
+        takeover = Takeover(trainers, optimizers)
+        listener = Told(self._begins_step, self._made_step, self._hold_buffers, self._save_step)
+        outermost = Outermost(listener, takeover, optimizers)
         self._attached = [
             weakref.finalize(self, takeover.end),
             # the optimisers keep it alive, and it keeps this recorder alive
             functools.partial(_end, weakref.ref(outermost)),
         ]
         return self
+
+    def follow(
+        self,
+        *optimizers: torch.optim.Optimizer,
+        step: int = 0,
+        save: Literal["scalars", "moments"] = "scalars",
+    ) -> Self:
+        """Record what optimisers do, as `attach`, and leave it to the caller to `save` each
+        iterate; the steps of other optimisers of `torch.optim` that train the model are recorded
+        too.
+
+        Args:
+            optimizers: those whose moments are saved with the first iterate already.
+            step: as for `attach`.
+            save: as for `attach`.
+
+        Raises:
+            InputError: where `save` is neither of the two.
+        """
+        self._follow(optimizers, save, Trainers(self._model), step)
+        return self
+
+    def _follow(
+        self,
+        optimizers: Sequence[object],
+        save: str,
+        trainers: Trainers,
+        step: int,
+        announced: Iterable[torch.optim.Optimizer] = (),
+    ) -> None:
+        if save not in ("scalars", "moments"):
+            raise InputError(f"save={save!r}: choose 'scalars' or 'moments'.")
+        self._end_following()
+        self._numbers = StepNumbers(
+            self._model,
+            trainers,
+            weakref.WeakMethod(self._measures_next),
+            step,
+            announced,
+            stateful(optimizers),
+        )
+        self._moments = MomentStager() if save == "moments" else None
+        self._ends_following = weakref.finalize(self, self._numbers.end)
+
+    def _end_following(self) -> None:
+        if self._ends_following is not None:
+            self._ends_following()
+        self._ends_following = self._numbers = self._moments = None
+
+    def _measures_next(self) -> bool:
+        return self._is_wanted(1 + max(self._step, self._last))
+
+    def _begins_step(
+        self,
+        optimizer: torch.optim.Optimizer,
+        arguments: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Call | None:
+        return None if self._numbers is None else self._numbers.begin(optimizer, arguments, options)
+
+    def clip_grad_norm_(
+        self, parameters: Tensor | Iterable[Tensor], max_norm: float, **options: Any
+    ) -> Tensor:
+        """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, and note the factor in the
+        record of the step that follows.
+
+        Args:
+            parameters: those whose gradients are clipped, all together.
+            max_norm: the largest norm that stays as it is.
+            options: further ones of torch's function.
+
+        Returns:
+            The norm before clipping, one number.
+        """
+        parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm, **options)
+        if self._numbers is not None:
+            self._numbers.note_clipping(clip_factor(norm, max_norm), parameters)
+        return norm
+
+    def note_clipping(self, factor: float | Tensor) -> None:
+        """Note the factor that all gradients were multiplied by before the step that follows: for
+        clipping by other means than `clip_grad_norm_`; 1 where they stayed as they were.
+        """
+        if self._numbers is not None:
+            self._numbers.note_clipping(factor, None)
 
     def _refuse_optimizers(self, optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
         if not optimizers or not all(map(can_follow, optimizers)):
@@ -222,7 +335,8 @@ class Recorder:
                 )
                 weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
-            self._series.save(step, buffers)
+            self._series.save(step, buffers, self._numbers, self._moments, self._saved)
+            self._saved = step
         elif self._series is not None:
             self._series.check()
         self._last = step
@@ -252,8 +366,18 @@ class Recorder:
         try:
             self._save_step()
         finally:
+            self._end_following()
             if self._series is not None:
                 self._series.close()
+
+    def _require_space_for_all(self) -> None:
+        """Refuse to record, or warn, where it is known how many iterates will come and there is no
+        space for them.
+        """
+        if self._until is not None or self._steps is not None:
+            self.require_space(
+                self._until if self._until is not None else max(self._steps or (), default=0)
+            )
 
     def require_space(self, until: int) -> None:
         """Refuse to record up to a step for which there is no space; where recording pauses on a
@@ -263,6 +387,8 @@ class Recorder:
             ResourceError: with the space needed and the space free.
         """
         size = Layout(Contents(self._model, self._frozen).tensors()).bytes
+        if self._numbers is not None and self._moments is not None:
+            size += self._numbers.moment_bytes(self._model)
         place = nearest(self.directory.absolute())
         first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
         last = until if self._until is None else min(until, self._until)
@@ -324,8 +450,9 @@ def _locked(directory: Path) -> DirectoryLock:
             "torch.distributed.init_process_group."
         ) from None
     # of a process that was killed
-    for path in directory.glob(".step_*.safetensors.*.tmp") if lock.locked else ():
-        path.unlink()
+    for folder in (directory, directory / MOMENTS) if lock.locked else ():
+        for path in folder.glob(".step_*.safetensors.*.tmp"):
+            path.unlink()
     return lock
 
 
@@ -402,18 +529,34 @@ class _Series:
     def copied_buffers(self) -> dict[str, Tensor]:
         return self._contents.copied_buffers()
 
-    def save(self, step: int, buffers: Mapping[str, Tensor]) -> None:
+    def save(
+        self,
+        step: int,
+        buffers: Mapping[str, Tensor],
+        numbers: StepNumbers | None,
+        moments: MomentStager | None,
+        since: int | None,
+    ) -> None:
+        """Save an iterate, with the numbers of the steps since the one before and, where there is a
+        stager of them, the moments.
+        """
         self.check()
         tensors = {**self._contents.tensors(), **buffers}
+        names = self._contents.names_by_id
+        record = None if numbers is None else numbers.take(since, names)
+        beside = {} if numbers is None or moments is None else numbers.moments(names)
         if self._writer is not None:
             self._layout.check(tensors)
             staging = self._writer.buffer()
             try:
                 self._stager.stage(tensors, staging)
+                staged = None if moments is None else moments.stage(beside)
             except BaseException:
                 self._writer.give_back(staging)
                 raise
-            self._writer.write(step, staging)
+            self._writer.write(step, staging, record, staged)
+        if numbers is not None:
+            numbers.forget()
 
     def check(self) -> None:
         if self._writer is not None:

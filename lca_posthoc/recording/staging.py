@@ -11,6 +11,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,8 @@ class Contents:
             for name, parameter in model.named_parameters()
             if not frozen and not parameter.requires_grad
         }
+        # the names in the file of the model's own tensors, as `tensors` last returned them
+        self.names_by_id: dict[int, str] = {}
         self._settle()
 
     def _settle(self) -> None:
@@ -147,11 +150,11 @@ class Contents:
                     "record from the start with frozen=True, which writes frozen parameters as "
                     "well."
                 )
-        tensors = {
-            written: _whole(own[name])
-            for name, written in self._names.items()
-            if written is not None
+        present = {
+            written: own[name] for name, written in self._names.items() if written is not None
         }
+        self.names_by_id = {id(tensor): written for written, tensor in present.items()}
+        tensors = {written: _whole(tensor) for written, tensor in present.items()}
         if self._added:
             state = self._model.state_dict(keep_vars=True)
             tensors |= {
@@ -277,12 +280,20 @@ class Layout:
                     "tensors: record the changed model into another directory."
                 )
 
-    def header(self, step: int) -> bytes:
+    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+        """Tell whether tensors have the names, types, shapes and devices of this layout."""
+        return self.places.keys() == tensors.keys() and all(
+            _kind(place) == _kind(tensors[name]) for name, place in self.places.items()
+        )
+
+    def header(self, step: int, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
         """Return the bytes before those of the tensors in the file of a step, padded so that these
         are aligned.
         """
         every = {} if self.every == 1 else {"every": str(self.every)}
-        table: dict[str, object] = {"__metadata__": {"format": "pt", "step": str(step), **every}}
+        table: dict[str, object] = {
+            "__metadata__": {"format": "pt", "step": str(step), **every, **metadata}
+        }
         for name, place in self.places.items():
             table[name] = {
                 "dtype": CODES[place.dtype],
@@ -400,6 +411,11 @@ class Stager:
             _copy({name: staging.views[name] for name in self._others}, tensors)
         staging.copied = [run.stage(tensors, staging) for run in self._runs]
 
+    def wait(self) -> None:
+        """Wait until what was staged last has left the devices."""
+        for run in self._runs:
+            run.wait()
+
 
 class _Run:
     """Tensors of one CUDA device that lie side by side in a file."""
@@ -410,6 +426,9 @@ class _Run:
         self._buffer = torch.empty(last.stop - first.start, dtype=torch.uint8, device=device)
         self.views = {name: place.view(self._buffer, first.start) for name, place in places.items()}
         self._stream, self._copied = torch.cuda.Stream(device), _event()  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        self._copied.synchronize()
 
     def stage(self, tensors: Mapping[str, Tensor], staging: Staging) -> torch.cuda.Event:
         current = torch.cuda.current_stream(self._buffer.device)

@@ -12,13 +12,16 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from ..checkpoints.optimizer_steps import METADATA_KEY, moments_path, to_metadata
 from ..errors import InputError, LCAError, ResourceError, amount
+from .optimizer_numbers import PendingRecord
 from .staging import Layout, Staging, same_bytes
 
 FEWEST = 3  # iterates in memory: one is written, others wait
@@ -50,11 +53,78 @@ def name_of(step: int) -> str:
     return f"step_{step:08d}.safetensors"
 
 
+class Pool:
+    """Memory for the tensors of one layout on their way to the disk: for at most three iterates, or
+    64 MiB of small ones.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
+        self._room = max(FEWEST, min(_MOST_ITERATES, _MEMORY // max(1, layout.bytes)))
+
+    def take(self) -> Staging:
+        """Return memory for an iterate, to be given back; wait until there is some."""
+        if self._room and self._free.empty():
+            staging = Staging(self.layout)
+            self._room -= 1
+            return staging
+        return self._free.get()
+
+    def give_back(self, staging: Staging) -> None:
+        """Take back memory whose content is written, or is not needed."""
+        self._free.put(staging)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """Tensors in memory, and the pool that the memory is of."""
+
+    pool: Pool
+    staging: Staging
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self.pool.give_back(self.staging)
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file to be written: its path, and its bytes."""
+
+    path: str
+    header: bytes
+    body: memoryview
+
+    @classmethod
+    def of(cls, path: str | Path, step: int, staged: Staged, metadata: Mapping[str, str]) -> _File:
+        header = staged.pool.layout.header(step, metadata)
+        body = memoryview(staged.staging.data.numpy())  # type: ignore[arg-type]
+        return cls(str(path), header, body)
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + len(self.body)
+
+    def put(self) -> None:
+        """Write it under a temporary name, and rename it."""
+        directory, name = os.path.split(self.path)
+        temporary = f"{directory}/.{name}.{os.getpid()}.tmp"
+        try:
+            _put(temporary, self.header, self.body)
+            os.replace(temporary, self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
 class Writer:
     """Write files under a temporary name and rename them, in the order they are given.
 
-    At most three iterates are in memory, or 64 MiB of small ones: `buffer` waits for one to be
-    written. After an error nothing more is written, so that no iterate is missing before the last
+    As many iterates are in memory as their pool has room for: `buffer` waits for one to be
+    written. Moments go before the iterate they belong to, so that an iterate that is there has its
+    own, also after a crash. After an error nothing more is written, so that no iterate is missing before the last
     file; `check` raises the error.
 
     Args:
@@ -66,19 +136,13 @@ class Writer:
     """
 
     def __init__(self, directory: Path, layout: Layout, before: int, pauses: bool) -> None:
-        self._directory, self._layout, self._before, self._pauses = (
-            directory,
-            layout,
-            before,
-            pauses,
-        )
+        self._directory, self._before, self._pauses = directory, before, pauses
         self.left_out: list[int] = []
         self.raised = False
         self._is_full = False
         self._last: int | None = None
         self._error: BaseException | None = None
-        self._free: queue.SimpleQueue[Staging] = queue.SimpleQueue()
-        self._room = max(FEWEST, min(_MOST_ITERATES, _MEMORY // max(1, layout.bytes)))
+        self._pool = Pool(layout)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._unflushed: list[str] = []
         self._flushed = time.monotonic()
@@ -108,19 +172,29 @@ class Writer:
         """Return memory for an iterate, to be passed to `write` or `give_back`; wait until there is
         some.
         """
-        if self._room and self._free.empty():
-            staging = Staging(self._layout)
-            self._room -= 1
-            return staging
-        return self._free.get()
+        return self._pool.take()
 
     def give_back(self, staging: Staging) -> None:
         """Take back memory that no iterate was staged into."""
-        self._free.put(staging)
+        self._pool.give_back(staging)
 
-    def write(self, step: int, staging: Staging) -> None:
-        """Let the thread write an iterate, which frees its memory afterwards."""
-        self._jobs.put(functools.partial(self._write_and_free, step, staging))
+    def write(
+        self,
+        step: int,
+        staging: Staging,
+        record: PendingRecord | None = None,
+        moments: Staged | None = None,
+    ) -> None:
+        """Let the thread write an iterate, which frees its memory afterwards.
+
+        Args:
+            step: the iterate's.
+            staging: its tensors.
+            record: of the optimiser's step that led to it.
+            moments: those of the optimisers at the same moment, which go into a file of their own.
+        """
+        iterate = Staged(self._pool, staging)
+        self._jobs.put(functools.partial(self._write_and_free, step, iterate, record, moments))
 
     def flush(self) -> None:
         """Wait until every iterate passed to `write` is on the disk; raise as `check` does."""
@@ -183,36 +257,63 @@ class Writer:
         except BaseException as error:
             self._error = self._error or error
 
-    def _write_and_free(self, step: int, staging: Staging) -> None:
+    def _write_and_free(
+        self, step: int, iterate: Staged, record: PendingRecord | None, moments: Staged | None
+    ) -> None:
+        parts = [part for part in (moments, iterate) if part is not None]
         try:
-            staging.wait()
+            for part in parts:
+                part.staging.wait()
             if self._error is None:
-                self._write(step, staging)
+                self._write(step, iterate, record, moments)
         finally:
-            self._free.put(staging)
+            for part in parts:
+                part.free()
 
-    def _write(self, step: int, staging: Staging) -> None:
+    def _write(
+        self, step: int, iterate: Staged, record: PendingRecord | None, moments: Staged | None
+    ) -> None:
         path = f"{self._directory}/{name_of(step)}"
-        header, body = self._layout.header(step), memoryview(staging.data.numpy())  # type: ignore[arg-type]
-        temporary = f"{self._directory}/.{name_of(step)}.{self._process}.tmp"
-        try:
-            if step <= self._before or os.path.exists(path):
-                self._compare(path, staging)
-                return
-            if self._is_full and shutil.disk_usage(self._directory).free < len(header) + len(body):
-                self.left_out.append(step)
-                return
-            _put(temporary, header, body)
-            os.replace(temporary, path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            self._failed(step, path, error)
+        is_there = step <= self._before or os.path.exists(path)
+        if is_there:
+            self._compare(path, iterate.staging)
+        files = []
+        if moments is not None:
+            beside = moments_path(self._directory, step)
+            if not (is_there and beside.exists()):
+                files.append(_File.of(beside, step, moments, {}))
+        if not is_there:
+            led = None if record is None else record.resolve()
+            metadata = {} if led is None else {METADATA_KEY: to_metadata(led)}
+            files.append(_File.of(path, step, iterate, metadata))
+        needed = sum(file.bytes for file in files)
+        if self._is_full and shutil.disk_usage(self._directory).free < needed:
+            self.left_out.append(step)
             return
-        self._last, self._is_full = step, False
-        self._unflushed.append(path)
+        try:
+            self._put(files)
+        except OSError as error:
+            self._failed(step, path, error, needed)
+            return
+        if not is_there:
+            self._last = step
+        self._is_full = False
+        self._unflushed += [file.path for file in files]
         if not self._due():
             self._sync()
+
+    def _put(self, files: Sequence[_File]) -> None:
+        """Write the files of a step in order; where one cannot be, remove those before it."""
+        for index, file in enumerate(files):
+            try:
+                if os.path.dirname(file.path) != str(self._directory):
+                    os.makedirs(os.path.dirname(file.path), exist_ok=True)
+                file.put()
+            except OSError:
+                for earlier in files[:index]:
+                    with contextlib.suppress(OSError):
+                        os.unlink(earlier.path)
+                raise
 
     def _compare(self, path: str, staging: Staging) -> None:
         """Refuse an iterate unlike the file of its step: a resumed training may only pass the
@@ -239,13 +340,13 @@ class Writer:
                 "directory, or, to go on from an earlier step, remove the files after it."
             )
 
-    def _failed(self, step: int, path: str, error: OSError) -> None:
+    def _failed(self, step: int, path: str, error: OSError, size: int) -> None:
         if self._pauses and error.errno in _FULL:
             self.left_out.append(step)
             if not self._is_full:
                 self._is_full = True
                 warnings.warn(
-                    f"no space for {path} ({amount(self._layout.bytes)}): recording pauses until "
+                    f"no space for {path} ({amount(size)}): recording pauses until "
                     "there is; the iterates meanwhile are left out, and the segment across them is "
                     "a long one",
                     stacklevel=2,
@@ -264,7 +365,8 @@ class Writer:
     def _sync(self) -> None:
         """Flush the files written since, and their names, to the disk."""
         paths, self._unflushed = self._unflushed, []
-        for path in [*paths, str(self._directory)] if paths else []:
+        folders = dict.fromkeys(os.path.dirname(path) for path in paths)
+        for path in [*paths, *folders]:
             try:
                 _flush(path)
             except FileNotFoundError:  # taken away meanwhile, by who uploads or thins out

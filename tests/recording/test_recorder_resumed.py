@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lca_posthoc import Recorder
+from lca_posthoc.checkpoints.optimizer_steps import moments_path
 from lca_posthoc.errors import InputError, ResourceError
 from lca_posthoc.recording import writer
 from tests.helpers.numbered_training import become, network
@@ -148,21 +149,22 @@ def test_two_recorders_of_one_directory_are_one_too_many(tmp_path: Path, linear:
 
 
 @pytest.mark.moment
-@pytest.mark.parametrize("kills", [12])
+@pytest.mark.parametrize("moments", [False, True], ids=["iterates", "moments"])
 def test_a_training_that_is_killed_leaves_whole_files_without_a_hole(
-    tmp_path: Path, kills: int
+    tmp_path: Path, moments: bool
 ) -> None:
     """kill -9 at random moments, again and again in one directory; the full number:
     `tests/benchmarks/recorder.py --kills`.
     """
-    assert kill_again_and_again(tmp_path, kills) >= kills
+    assert kill_again_and_again(tmp_path, 12, moments) >= 12
 
 
-def kill_again_and_again(directory: Path, kills: int) -> int:
+def kill_again_and_again(directory: Path, kills: int, moments: bool = False) -> int:
     """Kill trainings that go on with one series; returns how many iterates there are in the end."""
     chance, found = random.Random(7), 0
+    options = ["moments"] if moments else []
     trainings = subprocess.Popen(
-        [sys.executable, "-m", "tests.helpers.numbered_training", directory],
+        [sys.executable, "-m", "tests.helpers.numbered_training", directory, *options],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -179,16 +181,18 @@ def kill_again_and_again(directory: Path, kills: int) -> int:
                 time.sleep(chance.random() / 1000)
             os.kill(training, signal.SIGKILL)
             assert trainings.stdout.readline() == "ended\n"
-            left = [path for path in names(directory) if path.name.startswith(".")]
+            assert len([*directory.rglob(".*")]) <= 1
             steps = [
                 int(path.stem.removeprefix("step_"))
-                for path in names(directory)
-                if path not in left
+                for path in sorted(directory.glob("step_*.safetensors"))
             ]
-            assert len(left) <= 1
             assert steps == list(range(len(steps)))
             for step in range(found, len(steps)):
                 tensors = load_file(directory / f"step_{step:08d}.safetensors")
                 assert all((each == step).all() for each in tensors.values())
+                if moments:
+                    beside = load_file(moments_path(directory, step))
+                    assert len(beside) == 2 * 5
+                    assert all((each == step).all() for each in beside.values())
             found = len(steps)
     return found

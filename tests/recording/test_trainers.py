@@ -4,6 +4,7 @@ several processes, one series.
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -19,7 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lca_posthoc
-from lca_posthoc import Loss, Task
+from lca_posthoc import Loss, Task, open_trajectory
+from lca_posthoc.checkpoints.optimizer_steps import (
+    OptimizerStep,
+    moments_path,
+    read_optimizer_step,
+)
 from lca_posthoc.errors import ResourceError
 
 # trainers warn of what is not ours: a directory that is not empty, data that cannot be resumed
@@ -67,7 +73,12 @@ class WithLoss(nn.Module):
 
 
 def with_transformers(
-    directory: Path, until: int = OPTIMISER_STEPS, resume: bool = False, **options: Any
+    directory: Path,
+    until: int = OPTIMISER_STEPS,
+    resume: bool = False,
+    decays: bool = False,
+    max_norm: float = 1.0,
+    **options: Any,
 ) -> nn.Module:
     from transformers import Trainer, TrainingArguments
 
@@ -79,7 +90,8 @@ def with_transformers(
         gradient_accumulation_steps=ACCUMULATE,
         max_steps=until,
         learning_rate=0.05,
-        lr_scheduler_type="constant",
+        lr_scheduler_type="linear" if decays else "constant",
+        max_grad_norm=max_norm,
         save_steps=4,
         save_strategy="steps",
         report_to=[],
@@ -97,7 +109,12 @@ def with_transformers(
 
 
 def with_lightning(
-    directory: Path, until: int = OPTIMISER_STEPS, resume: bool = False, **options: Any
+    directory: Path,
+    until: int = OPTIMISER_STEPS,
+    resume: bool = False,
+    decays: bool = False,
+    max_norm: float = 1.0,
+    **options: Any,
 ) -> nn.Module:
     import lightning
     from lightning.pytorch.callbacks import ModelCheckpoint
@@ -112,13 +129,16 @@ def with_lightning(
         def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.Adam(self.parameters(), lr=0.05)
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW(self.parameters(), lr=0.05)
+            rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, OPTIMISER_STEPS)
+            return ([optimizer], [{"scheduler": rate, "interval": "step"}]) if decays else optimizer
 
     kept = ModelCheckpoint(directory / "out", every_n_train_steps=4, save_last=True, save_top_k=-1)
     trainer = lightning.Trainer(
         max_steps=until,
         accumulate_grad_batches=ACCUMULATE,
+        gradient_clip_val=max_norm or None,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
@@ -142,8 +162,18 @@ def trainer(request: pytest.FixtureRequest) -> Callable[..., nn.Module]:
 def iterates(directory: Path) -> dict[int, dict[str, Tensor]]:
     return {
         int(path.stem.removeprefix("step_")): load_file(path)
-        for path in sorted(directory.iterdir())
+        for path in sorted(directory.glob("step_*.safetensors"))
     }
+
+
+def records(directory: Path) -> dict[int, OptimizerStep]:
+    """Return the records of all iterates but the first, which has none."""
+    stated = {
+        checkpoint.step: read_optimizer_step(checkpoint)
+        for checkpoint in open_trajectory(directory).checkpoints
+    }
+    assert stated.pop(0) is None
+    return {step: record for step, record in stated.items() if record is not None}
 
 
 class Held(nn.Module):
@@ -238,6 +268,48 @@ def test_a_trainer_takes_the_recorders_options(
     assert list(iterates(tmp_path / "checkpoints")) == [0, 5, 10]
 
 
+def test_a_trainer_records_what_its_optimiser_did(
+    tmp_path: Path, trainer: Callable[..., nn.Module]
+) -> None:
+    model = trainer(tmp_path, decays=True, save="moments", max_norm=0.0)
+    stated = records(tmp_path / "checkpoints")
+    assert list(stated) == list(range(1, OPTIMISER_STEPS + 1))
+    for step, record in stated.items():
+        assert (record.since, record.optimizer_steps, record.clip) == (step - 1, 1, 1.0)
+        assert {name for group in record.groups for name in group.tensors} == {
+            name for name, _ in model.named_parameters()
+        }
+        for group in record.groups:
+            assert group.optimizer == "AdamW"
+            assert group.lr == pytest.approx(0.05 * (1 - (step - 1) / OPTIMISER_STEPS))
+            assert (group.steps, group.has_memory) == (step, step > 1)
+            beside = load_file(moments_path(tmp_path / "checkpoints", step))
+            assert group.betas is not None
+            if step == 1:  # whose moments are of the first gradient alone
+                norms = [float(beside[f"exp_avg/{name}"].norm()) for name in group.tensors]
+                expected = [norm / (1 - group.betas[0]) for norm in norms]
+                assert group.gradient_norms == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_trainers_clipping_is_noted_as_far_as_it_tells(
+    tmp_path: Path, trainer: Callable[..., nn.Module]
+) -> None:
+    trainer(tmp_path / "far", max_norm=1e6)
+    far = records(tmp_path / "far" / "checkpoints")
+    assert {record.clip for record in far.values()} == {1.0}
+    trainer(tmp_path / "near", max_norm=0.01)
+    near = records(tmp_path / "near" / "checkpoints")
+    (before,), (after,) = (
+        [sum(norm**2 for group in first.groups for norm in group.gradient_norms) ** 0.5]
+        for first in (far[1], near[1])
+    )
+    assert after == pytest.approx(0.01, rel=1e-3)
+    if trainer is with_lightning:
+        assert near[1].clip == pytest.approx(0.01 / before, rel=1e-3)
+    else:
+        assert {record.clip for record in near.values()} == {None}
+
+
 def test_a_trainer_that_will_not_find_space_does_not_begin(
     tmp_path: Path, trainer: Callable[..., nn.Module]
 ) -> None:
@@ -270,7 +342,7 @@ if how != "alone":
 else:
     wrapped = model
 optimizer = torch.optim.Adam(wrapped.parameters(), lr=0.05)
-with Recorder(f"{place}/checkpoints", wrapped).attach(optimizer):
+with Recorder(f"{place}/checkpoints", wrapped).attach(optimizer, save="moments"):
     for step in range(5):
         optimizer.zero_grad()
         F.cross_entropy(wrapped(inputs), targets).backward()  # the same batch on both: the mean of two equal gradients is exact
@@ -297,6 +369,19 @@ def together(place: Path, how: str, processes: int) -> dict[int, dict[str, Tenso
 def test_two_processes_record_one_series_equal_to_that_of_one(tmp_path: Path, how: str) -> None:
     alone, both = together(tmp_path / "alone", "alone", 1), together(tmp_path / how, how, 2)
     assert list(both) == list(alone) == list(range(6))
+    own, shared = (records(tmp_path / name / "checkpoints") for name in ("alone", how))
+    for step, record in own.items():
+        (group,), (other,) = record.groups, shared[step].groups
+        assert other.gradient_norms == pytest.approx(group.gradient_norms, rel=1e-5)
+        plain = dataclasses.replace(group, tensors=(), gradient_norms=())
+        assert dataclasses.replace(other, tensors=(), gradient_norms=()) == plain
+        moments, others = (
+            load_file(moments_path(tmp_path / name / "checkpoints", step))
+            for name in ("alone", how)
+        )
+        others = {name.replace("module.", ""): moment for name, moment in others.items()}
+        assert others.keys() == moments.keys()
+        assert all(torch.equal(others[name], moment) for name, moment in moments.items())
     for step, tensors in alone.items():
         assert both[step].keys() == tensors.keys()
         assert all(torch.equal(both[step][name], each) for name, each in tensors.items())
