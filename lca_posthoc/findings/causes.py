@@ -14,12 +14,14 @@ from .common import (
     about,
     cumulated,
     described,
+    grouping,
     label_of,
     moving_buffers,
     part_of,
     tables,
     unfinished,
 )
+from .names import shorten
 
 FINDING = Finding(
     question="What moved the weights: how much each layer did by signal, noise, momentum and decay; "
@@ -31,6 +33,7 @@ FINDING = Finding(
 )
 LARGE = 0.05  # a share of rest from which on a split is not taken at its word
 _NAMED = 3  # layers in a sentence
+_LETTERS = 40  # of their names
 
 
 def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
@@ -61,10 +64,7 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
         InputError: where the run was made without `--causes`, and for another `by`.
     """
     table, data = tables(results), part_of(results, "causes")
-    names = [str(name) for name in table["tensor"].values]
-    members, buffers = dict[str, list[int]](), moving_buffers(table)
-    for position, name in enumerate(names):
-        members.setdefault(label_of(name, by, buffers), []).append(position)
+    members = _members(table, by)
     groups = [dim for dim in data["allocated"].dims if dim == "group"]
     by_tensor = data["allocated"].transpose("step", *groups, "tensor", "cause")
     allocated = _summed(by_tensor, members)
@@ -109,6 +109,17 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
             "signal": str(results.manifest.settings["signal"]),
         },
     )
+
+
+def _members(table: xr.Dataset, by: str | int) -> dict[str, list[int]]:
+    """Return the positions of the tensors of every layer; buffers come after what they belong to."""
+    names, buffers = [str(name) for name in table["tensor"].values], moving_buffers(table)
+    members: dict[str, list[int]] = {}
+    for positions in grouping(names, by).values():
+        for position in sorted(positions, key=lambda place: names[place] in buffers):
+            label = label_of(names[position], by, buffers).strip()
+            members.setdefault(label, []).append(position)
+    return members
 
 
 def _summed(by_tensor: xr.DataArray, members: dict[str, list[int]]) -> xr.DataArray:
@@ -206,9 +217,10 @@ def _layers_with_rest(finding: xr.Dataset) -> str:
     large = [position for position in order if shares.values[position] > LARGE]
     if not large or len(large) == len(order):
         return ""
+    shown = large[:_NAMED]
     parts = [
-        f"{layers['layer'].values[position]} ({percent(float(shares.values[position]))})"
-        for position in large[:_NAMED]
+        f"{name} ({percent(float(shares.values[position]))})"
+        for name, position in zip(_names(layers, shown), shown, strict=True)
     ]
     more = f" and {len(large) - _NAMED:,} more" if len(large) > _NAMED else ""
     return f" It is large in {', '.join(parts)}{more}."
@@ -253,12 +265,14 @@ def culprits(finding: xr.Dataset, most: int = _NAMED) -> str:
     if not order:
         return "No layer hurt."
     parts = []
-    for position in order[:most]:
+    for name, position in zip(_names(finding, order[:most]), order, strict=False):
         cause = str(finding["hurts"].values[position])
         part = float(finding["total"].sel(cause=cause).values[position])
-        parts.append(
-            f"{finding['layer'].values[position]} ({amount(total[position])}) by {cause} "
-            f"({amount(part)})"
-        )
+        parts.append(f"{name} ({amount(total[position])}) by {cause} ({amount(part)})")
     more = f" and {len(order) - most:,} more" if len(order) > most else ""
     return f"Layers that hurt: {', '.join(parts)}{more}."
+
+
+def _names(finding: xr.Dataset, positions: list[int]) -> list[str]:
+    """Return the names of some layers, as short as fits a sentence."""
+    return shorten([str(finding["layer"].values[position]) for position in positions], _LETTERS)

@@ -68,11 +68,12 @@ def causes(found: xr.Dataset, *, figure: Figure | None = None, top: int | None =
     grid = figure.add_gridspec(down, 1 + _ACROSS, width_ratios=(1.25, *(1,) * _ACROSS))
     _bars(figure.add_subplot(grid[:, 0]), rows)
     first: Axes | None = None
-    for position in range(strong.sizes["layer"]):
+    names = labels([str(name) for name in strong["layer"].values], 20)
+    for position, name in enumerate(names):
         place = grid[position // _ACROSS, 1 + position % _ACROSS]
         ax = figure.add_subplot(place, sharex=first)
-        _lines(ax, strong.isel(layer=position), labels(strong["layer"].values, 20)[position])
-        ax.set_xlabel("" if position + _ACROSS < strong.sizes["layer"] else "training step")
+        _lines(ax, strong.isel(layer=position), name)
+        ax.set_xlabel("" if position + _ACROSS < len(names) else "training step")
         first = first or ax
     if first is not None:
         figure.legend(
