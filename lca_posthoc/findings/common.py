@@ -21,7 +21,7 @@ from ..results import LossResults
 
 BLOCK = 2**22  # numbers that are in memory at a time
 ROLES = ("kernel", "bias", "normalisation", "buffer", "other")
-_SETTINGS = {"causes": "signal", "along": "along"}  # recorded where a run has the part
+_SETTINGS = {"causes": "signal", "along": "directions"}  # recorded where a run has the part
 _FLAGS = {"causes": "--causes", "along": "--along FILE"}
 _PARAMETER = re.compile(r"(?P<name>.+?)\[(?P<indices>\d+(?:\s*,\s*\d+)*)?\]", re.DOTALL)
 
