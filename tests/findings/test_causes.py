@@ -28,7 +28,8 @@ from lca_posthoc.report import write_report
 
 from ..helpers import made_up_parts as parts
 from ..helpers import quadratic_bowl as bowl
-from ..helpers.cli import lca, refused
+from ..helpers import sample_findings
+from ..helpers.cli import UNSAFE, lca, refused
 from ..helpers.made_up_parts import OtherParts, OtherRun
 
 mpl.use("agg")
@@ -305,6 +306,39 @@ def test_the_figure_draws_each_cause_in_its_colour_and_the_sum_in_ink(plain: Run
     assert size_of_rest(found)[:20] in said
     with pytest.raises(InputError, match="1 or more, got 0"):
         plots.causes(found, top=0)
+
+
+@pytest.mark.parametrize("name", ["causes", "directions"])
+def test_no_line_is_drawn_over_missing_segments(name: str) -> None:
+    figure = getattr(plots, name)(getattr(sample_findings, name)(gap=True))
+    drawn = [line for ax in figure.axes for line in ax.lines if len(line.get_ydata()) > 4]
+    drawn = [line for line in drawn if line.get_marker() != "D"]
+    assert len(drawn) > 4
+    assert all(np.isnan(np.asarray(line.get_ydata(), float)).sum() == 1 for line in drawn)
+
+
+@pytest.mark.parametrize("name", ["causes", "directions"])
+def test_names_add_no_tag_to_the_report(
+    plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    find, dim = getattr(findings, name), {"causes": "layer", "directions": "direction"}[name]
+
+    def hostile(results: OtherParts) -> xr.Dataset:
+        found = find(results)
+        if name == "causes":
+            raised, noise = abs(found["layer_total"]), xr.full_like(found["hurts"], "noise")
+            found = found.assign(layer_total=raised, hurts=noise)
+        names = [
+            f"</script><img src=x onerror=a()>{UNSAFE[0]}{at}" for at in range(found.sizes[dim])
+        ]
+        return found.assign_coords({dim: np.array(names, dtype=object)})
+
+    monkeypatch.setattr(findings, name, hostile)
+    text = write_report([OtherRun(plain)], tmp_path / "r.html").read_text()
+    assert f'<section id="{name}"' in text
+    assert "<img" not in text
+    assert "onerror=a()" in text
+    assert UNSAFE[0] not in text
 
 
 def test_the_page_has_the_colours_of_the_figures() -> None:
