@@ -4,6 +4,8 @@ points the formulas need.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +70,23 @@ class CausesOfSpan:
             self._passed.at(index),
             self._passed.at(index - 1) if follows else None,
             moments,
+            self._spacing(index),
         )
+
+    def _spacing(self, index: int) -> Callable[[str], float]:
+        """Return what tells, of a tensor, the distance from 1 to the next number of the type that a
+        checkpoint stores it in.
+        """
+        import torch
+
+        from ...checkpoints.reading import DTYPES
+
+        @functools.cache
+        def types() -> dict[str, str]:
+            headers = map(read_header, checkpoint_at(self._points, index).files)
+            return {name: of.dtype for header in headers for name, of in header.tensors.items()}
+
+        return lambda name: torch.finfo(DTYPES[types()[self._points.names[name]]]).eps
 
     def _step(self, index: int) -> OptimizerStep | None:
         """Return the record of the step that led to a checkpoint, where it followed on the
