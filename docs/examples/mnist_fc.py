@@ -103,13 +103,12 @@ def record(
     """
     images, labels = examples
     with Recorder(directory, model) as recorder:
-        recorder.save(0)
+        recorder.attach(optimizer)  # the initial weights, and every step from here on
         for step, batch in enumerate(batches(len(labels), size, iterates), start=1):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(images[batch]), labels[batch])
             loss.backward()
             optimizer.step()
-            recorder.save(step)
             if step % 20 == 0:
                 print(f"step {step}: loss of the batch {loss.item():.4f}", flush=True)
 

@@ -181,7 +181,8 @@ def _check_numbers(directions: int | None, random: int | None, seed: int | None)
 
 def _refuse_inside(place: Path, root: Path) -> None:
     """Refuse to write among the checkpoints, where the file would be taken for one."""
-    if place.parent.resolve() == root.resolve():
+    parent = place.parent.resolve()
+    if root.resolve() in (parent, *parent.parents):
         raise InputError(
             f"{place} would lie among the checkpoints and be taken for one. Choose another place "
             "with -o."

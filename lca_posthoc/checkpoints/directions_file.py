@@ -263,14 +263,15 @@ def _odd(path: Path, what: str) -> InputError:
 # --- orthonormal directions -----------------------------------------------------------------------
 
 
-def orthonormal(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def orthonormal(directions: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return directions with the same span that are orthonormal over all tensors together.
 
     Direction j is a combination of those up to j, with a positive share of the given one, as
     Gram and Schmidt make it; computed by Cholesky's factor of the products, twice, in float64.
 
     Args:
-        directions: of each tensor (k, *shape), on one device.
+        directions: of each tensor (k, *shape), on one device. They are taken out of the dict one
+            after the other, so that hardly more than one of both is in memory.
 
     Returns:
         Tensors of the same shapes, float64 where the given one is, else float32.
@@ -280,24 +281,27 @@ def orthonormal(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     count = next(iter(directions.values())).shape[0]
     width = max(1, _NUMBERS_AT_A_TIME // count)
-    flat = {
-        name: tensor.reshape(count, tensor.numel() // count) for name, tensor in directions.items()
-    }
 
     def blocks() -> Iterator[Tensor]:
-        for tensor in flat.values():
-            for part in _in_columns(tensor, width):
+        for tensor in directions.values():
+            for part in _in_columns(_flat(tensor), width):
                 yield part.double()
 
     factors = orthonormal_factors(blocks, range(count))
     result: dict[str, Tensor] = {}
-    for name, tensor in flat.items():
+    for name in list(directions):
+        tensor = directions.pop(name)
         dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        rows = torch.empty_like(tensor, dtype=dtype)
-        for part, target in zip(_in_columns(tensor, width), _in_columns(rows, width), strict=True):
+        result[name] = torch.empty_like(tensor, dtype=dtype)
+        targets = _in_columns(_flat(result[name]), width)
+        for part, target in zip(_in_columns(_flat(tensor), width), targets, strict=True):
             target.copy_(mixed(factors, part.double()))
-        result[name] = rows.reshape(directions[name].shape)
     return result
+
+
+def _flat(directions: Tensor) -> Tensor:
+    """Return the directions of a tensor as rows."""
+    return directions.reshape(len(directions), -1)
 
 
 def _in_columns(tensor: Tensor, width: int) -> Iterator[Tensor]:

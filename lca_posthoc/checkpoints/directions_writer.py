@@ -145,6 +145,8 @@ def writing(place: Path) -> Iterator[BinaryIO]:
     """
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
+        # of a process that was killed and had the same number, as those in containers do
+        temporary.unlink(missing_ok=True)
         with temporary.open("x+b") as file:
             yield file
             file.flush()

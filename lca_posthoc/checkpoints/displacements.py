@@ -23,6 +23,7 @@ from .trajectory import Checkpoint, Trajectory
 Matrix = NDArray[np.float64]
 
 _BLOCK_BYTES = 2**27  # of one block; two are held at a time
+_OF_NUMPY = frozenset({"F16", "F32", "F64"})
 _FEWEST_COLUMNS = 2**14  # shorter reads would wait for the disk more than they read
 
 
@@ -177,9 +178,12 @@ class Displacements:
         size = DTYPES[dtype].itemsize
         start = stored.places[self._source(piece)]
         place = range(start + piece.start * size, start + piece.stop * size)
-        numbers = read_place(file, TensorHeader(dtype, (piece.width,)), place).double()
-        values: NDArray[np.float64] = numbers.numpy()
-        return values
+        numbers = read_place(file, TensorHeader(dtype, (piece.width,)), place)
+        if dtype not in _OF_NUMPY:
+            numbers = numbers.double()
+        # by numpy where it can: torch would share this little work out among threads, which wait
+        # for each other where other programs compute too
+        return numbers.numpy().astype(np.float64)
 
 
 def _stored_files(

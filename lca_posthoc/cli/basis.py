@@ -145,7 +145,9 @@ def print_basis(basis: Basis, console: Console) -> None:
         console.print(_singular_values(first))
     if first.name is None:
         on_average = "" if first.singular_values else "on average "
-        shares = ", ".join(f"{number}: {share(first.share(number))}" for number in _shown(first))
+        shares = ", ".join(
+            f"{number}: {100 * first.share(number):.3g} %" for number in _shown(first)
+        )
         console.print(f"share of Σ‖Δθ‖² that the first directions {on_average}capture: {shares}")
     for some in basis.left_out:
         console.print(f"left out ({some.reason}): {few([*map(safe, some.names)], 6)}")

@@ -24,6 +24,7 @@ from .common import (
     tables,
     unfinished,
 )
+from .per_example import open_examples
 from .units import in_stretches
 
 FINDING = Finding(
@@ -124,7 +125,8 @@ def blocks(results: LossResults, *, heads: int | None = None) -> xr.Dataset:
         `total` and `mean` (component, depth[, group]; the mean is per parameter), sums over
         training in units of loss, NaN where a block has no such component, with coordinates
         `stack`, `name` of component and `parameters` (component, depth); `outside`
-        (outside_layer[, group]), of the layers in no block. With `heads`, `head_total`
+        (outside_layer[, group]), of the layers in no block, one for each use of a tensor that an
+        embedding shares with another operation where the loss tells its examples apart. With `heads`, `head_total`
         (projection, depth, head[, group]), with coordinates `projection_stack` and `role`.
 
     Raises:
@@ -144,16 +146,19 @@ def blocks(results: LossResults, *, heads: int | None = None) -> xr.Dataset:
     components = _components(places, buffers)
     depths = sorted({place.depth for place in places.values()})
     variables, parameters = _table(table, values, components, depths, group)
-    outside: dict[str, list[int]] = {}
+    outside, by_use = dict[str, Numbers](), _by_use(results)
     for position, name in enumerate(names):
         if name not in places:
-            outside.setdefault(label_of(name, "module", buffers), []).append(position)
+            layer = label_of(name, "module", buffers)
+            parts = {layer: values[position]}
+            if name in by_use:
+                parts = {f"{layer} ({use})": part for use, part in by_use[name].items()}
+            for label, part in parts.items():
+                outside[label] = outside.get(label, 0) + part
     variables["outside"] = described(
         (
             ("outside_layer", *group),
-            np.array([values[members].sum(axis=0) for members in outside.values()]).reshape(
-                len(outside), *values.shape[1:]
-            ),
+            np.array(list(outside.values())).reshape(len(outside), *values.shape[1:]),
         ),
         "loss",
         "Σ allocation over training",
@@ -171,6 +176,35 @@ def blocks(results: LossResults, *, heads: int | None = None) -> xr.Dataset:
         of_heads, about_heads = _heads(results, table, places, heads, depths, left_out)
         variables, coords = variables | of_heads, coords | about_heads
     return xr.Dataset(variables, coords=coords, attrs=about(results, "blocks", left_out))
+
+
+def _by_use(results: LossResults) -> dict[str, dict[str, Numbers]]:
+    """Return what each tensor whose uses are told apart did in each of them over training, by
+    operation, () or (groups,): the weighted mean over examples.
+    """
+    if not results.manifest.uses(results.record):
+        return {}
+    reader = open_examples(results)
+    labels, of = results.record.groups, reader.data.coords.get("group")
+    sums = np.zeros((1 if labels is None else len(labels), reader.data.sizes["use"]))
+    weights = np.zeros(len(sums))
+    for part in reader.blocks():
+        shares = np.zeros((part.stop - part.start, reader.data.sizes["use"]))
+        for rows in reader.rows():
+            stored = reader.data["uses"].isel(step=rows, example=part)
+            shares += stored.transpose("step", "example", "use").values.sum(0, dtype=np.float64)
+        member = np.ones((1, len(shares)))
+        if labels is not None and of is not None:
+            member = (of.values[part] == np.array(labels)[:, None]).astype(float)
+        weighted = member * reader.weights(part)
+        sums, weights = sums + weighted @ shares, weights + weighted.sum(1)
+    means = sums / weights[:, None]
+    by_use: dict[str, dict[str, Numbers]] = {}
+    names, operations = (reader.data[name].values for name in ("used_tensor", "operation"))
+    for use, (name, operation) in enumerate(zip(names, operations, strict=True)):
+        mean = means[0, use] if labels is None else means[:, use]
+        by_use.setdefault(str(name), {})[str(operation)] = mean
+    return by_use
 
 
 def _joined(stack: str, name: str) -> str:

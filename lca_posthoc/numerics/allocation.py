@@ -164,6 +164,7 @@ class ExampleAllocation:
 
     Attributes:
         sums: what each tensor contributes to it, in units of loss.
+        uses: the same by use, (examples, uses), of tensors of which uses are told apart.
         loss_start: at the first checkpoint.
         loss_end: at the next one.
         weight: the sum of the weights of an example's elements.
@@ -171,6 +172,7 @@ class ExampleAllocation:
     """
 
     sums: Mapping[str, Numbers]
+    uses: Mapping[str, Numbers]
     loss_start: Numbers
     loss_end: Numbers
     weight: Numbers
@@ -587,6 +589,11 @@ def _unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion
     return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
 
 
+def _unit_motion_by_use(gradient: Gradient) -> Motion:
+    """Return the same for derivatives of examples, (examples, uses)."""
+    return _unit_motion(gradient, {name: of.shape[-1] for name, of in gradient.items()})
+
+
 def _of_every_example(
     start: Evaluation, end: Evaluation, points: Motion, nodes: Sequence[Node]
 ) -> ExampleAllocation:
@@ -596,8 +603,14 @@ def _of_every_example(
     total = np.zeros_like(start.loss)
     for contribution in sums.values():
         total = total + contribution
+    uses = {
+        name: sum_of(weight * gradient[name].cpu().numpy() for weight, gradient in nodes)
+        for name, motion in points.end.items()
+        if len(motion) > 1
+    }
     return ExampleAllocation(
         sums=sums,
+        uses=uses,
         loss_start=start.loss,
         loss_end=end.loss,
         weight=start.weight,
@@ -839,8 +852,7 @@ class _Refinement:
         # refined alike
         self._examples: _Refinement | None = None
         if start.examples is not None and end.examples is not None:
-            tensors = start.examples.gradient
-            unit_motion = _unit_motion(tensors, dict.fromkeys(tensors, 1))
+            unit_motion = _unit_motion_by_use(start.examples.gradient)
             self._examples = _Refinement(family, unit_motion, start.examples, end.examples)
         self._parts: _Refinement | None = None
         if start.parts is not None and end.parts is not None:
@@ -1189,8 +1201,7 @@ def _fixed_examples(
         for weight, node in zip(rule.weights, nodes, strict=True)
         if node.examples is not None
     ]
-    tensors = weighted[0][1]
-    points = _unit_motion(tensors, dict.fromkeys(tensors, 1))
+    points = _unit_motion_by_use(weighted[0][1])
     return _of_every_example(first.examples, last.examples, points, weighted)
 
 

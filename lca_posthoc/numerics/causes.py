@@ -162,6 +162,8 @@ def _of_sgd(group: GroupStep, before: GroupStep | None, clip: float) -> Formula:
     # the motion before is what the momentum was, but for the rate
     if before is None or before.optimizer != "SGD" or not before.momentum or before.nesterov:
         return replace(known, unknown="the step before it is not recorded")
+    if before.steps + 1 != group.steps:
+        return replace(known, unknown="it remembers a step that another one came after")
     if not before.lr:
         return replace(known, unknown="the rate of the step before it was 0")
     return replace(known, momentum=group.momentum * group.lr / before.lr)

@@ -225,7 +225,8 @@ class SiteRecord(TypedDict):
     `objective.example_axis.ExampleAxis`.
     """
 
-    operation: str  # the function, and the tensors
+    operation: str
+    tensors: list[str]  # which meet data there
     axis: int | None  # None where no axis is that of the examples
     is_inner: bool
 
@@ -249,3 +250,27 @@ class RecalibrationRecord(TypedDict):
     examples: int  # of the split
     batch_size: int
     kept: list[str]
+
+
+def uses_of(calls: Iterable[tuple[str, Iterable[str]]]) -> dict[str, tuple[str, ...]]:
+    """Return how a model uses each tensor that an embedding looks up and another operation takes
+    too, as where input and output are tied.
+
+    Args:
+        calls: operations in which tensors meet data, with their names.
+
+    Returns:
+        The operations of each of these tensors, in the order of their first calls.
+
+    >>> uses_of([("embedding", ["wte"]), ("linear", ["up"]), ("linear", ["bias", "wte"])])
+    {'wte': ('embedding', 'linear')}
+    """
+    operations: dict[str, dict[str, None]] = {}
+    for operation, tensors in calls:
+        for name in tensors:
+            operations.setdefault(name, {})[operation] = None
+    return {
+        name: tuple(of_tensor)
+        for name, of_tensor in operations.items()
+        if len(of_tensor) > 1 and not of_tensor.keys().isdisjoint(("embedding", "embedding_bag"))
+    }

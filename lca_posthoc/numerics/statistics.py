@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,7 @@ class SpanSums:
         groups: their number; None for a loss without groups.
         examples: of a loss that tells them apart, by the position of the group of each, which is 0
             without groups; None for others.
+        uses: those that are told apart of tensors of the table, see `schema.uses_of`.
         causes: whether what moved the weights is told.
         directions: how many are told apart; 0 for none.
 
@@ -327,10 +329,12 @@ class SpanSums:
         device: torch.device,
         groups: int | None = None,
         examples: np.ndarray[Any, Any] | None = None,
+        uses: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         causes: bool = False,
         directions: int = 0,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
+        self._uses = uses
         self.steps: Arrays = {
             name: np.full(
                 (length, *self._axis(name in PER_GROUP)), np.nan if name in MAY_BE_NAN else 0, dtype
@@ -347,6 +351,9 @@ class SpanSums:
             shape = (length, len(examples))
             self.examples = {name: np.zeros(shape, "float32") for name in EXAMPLE_FIELDS}
             self.examples["allocated"] = np.zeros((*shape, len(table)), "float32")
+            if uses:
+                count = sum(map(len, uses.values()))
+                self.examples["uses"] = np.zeros((*shape, count), "float32")
             if groups is not None:
                 self.examples["group"] = np.broadcast_to(examples.astype("int32"), shape)
         self.causes: Arrays = {}
@@ -436,6 +443,9 @@ class SpanSums:
             self.examples[name][row] = getattr(segment, name)
         for position, spec in enumerate(self._table):
             self.examples["allocated"][row, :, position] = segment.sums[spec.name]
+        if self._uses:
+            by_use = [segment.uses[name] for name in self._uses]
+            self.examples["uses"][row] = np.concatenate(by_use, axis=-1)
 
     def _add_tensor(
         self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
@@ -490,6 +500,7 @@ class SpanStatistics(SpanSums):
         device: torch.device,
         groups: int | None = None,
         examples: np.ndarray[Any, Any] | None = None,
+        uses: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         causes: bool = False,
         directions: int = 0,
         *,
@@ -497,7 +508,7 @@ class SpanStatistics(SpanSums):
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
-        super().__init__(table, length, keep, device, groups, examples, causes, directions)
+        super().__init__(table, length, keep, device, groups, examples, uses, causes, directions)
         self.since, self._scratch, self._device = since, Scratch(device), device
         self._positions = {spec.name: position for position, spec in enumerate(table)}
         self._cuts = {

@@ -76,10 +76,12 @@ const lcaFigures = (() => {
   };
 
   function view(name) {
-    const of = page.views[name] ?? {}, here = of[state.panel] ?? of["*"];
+    // A string names the panel whose section is shown, see `_views`.
+    const of = page.views[name] ?? {}, own = typeof of[state.panel] === "string" ? of[state.panel] : of[state.panel] ? state.panel : "*";
+    const here = of[own];
     if (!here) return null;
     const element = document.querySelector(`figure[data-figure="${name}"]`);
-    const choice = state.choices[`${element.dataset.section}|${state.panel}`] ?? "0";
+    const choice = state.choices[`${element.dataset.section}|${own}`] ?? "0";
     for (const key of [`${state.group}|${choice}`, `|${choice}`, `${state.group}|`, "|"]) if (here[key]) return here[key];
     return null;
   }

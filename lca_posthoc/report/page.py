@@ -22,10 +22,11 @@ from markupsafe import Markup
 
 from .. import __version__
 from ..base import colours
+from ..base.declarations import declared_findings
 from ..errors import InputError, LCAError, amount
 from ..findings.common import findings_beyond
 from ..results import Run
-from .content import Block, Section, View, cell, clean, listed
+from .content import Block, Section, cell, clean, listed
 from .downsample import Json
 from .microscope import BYTES, microscope
 from .panels import MOST_GROUPS, Panel, Room, beside, choose, run_labels
@@ -41,7 +42,8 @@ _COLOURS = {
 }
 _PROVENANCE = 4000  # characters of a value
 
-Shown: TypeAlias = tuple[Section, dict[str, Block]]  # with its content by panel, "*" for all
+# with its content by panel, "*" for all; by several, such as "2 0", of the first of them
+Shown: TypeAlias = tuple[Section, dict[str, Block]]
 
 
 def write_report(
@@ -187,7 +189,9 @@ def _sections(
             shown.append((compare.section(), {"*": block}))
     for name, module in section_modules().items():
         blocks = {
-            str(panel.key): module.block(panel, room) for panel in panels if panel.allows(name)
+            _keys(panel, panels, name): module.block(panel, room)
+            for panel in panels
+            if panel.allows(name)
         }
         some = {key: block for key, block in blocks.items() if block is not None}
         if some:
@@ -200,6 +204,19 @@ def _sections(
                 filled = candidates.of_layers_alone(filled)
             shown.append((filled, some))
     return shown
+
+
+def _keys(panel: Panel, panels: Sequence[Panel], name: str) -> str:
+    """Return the panels that show a section of one: itself; and of a section about examples, where it
+    is the first of its run that tells them apart, those that do not.
+    """
+    of_run = [other for other in panels if other.run is panel.run]
+    if not declared_findings()[name].examples or panel is not next(
+        other for other in of_run if other.allows(name)
+    ):
+        return str(panel.key)
+    others = [other for other in of_run if not other.allows(name)]
+    return " ".join(str(one.key) for one in (panel, *others))
 
 
 def _data(shown: Sequence[Shown], panels: Sequence[Panel]) -> Mapping[str, object]:
@@ -256,12 +273,15 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
 
 
 def _views(shown: Sequence[Shown]) -> Json:
-    """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"."""
-    views: dict[str, dict[str, Mapping[str, View]]] = {}
+    """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"; for panels
+    that show the section of another, that one.
+    """
+    views: dict[str, dict[str, Json]] = {}
     for _, blocks in shown:
-        for key, block in blocks.items():
+        for keys, block in blocks.items():
+            own, *others = keys.split()
             for name, of in block.views.items():
-                views.setdefault(name, {})[key] = of
+                views.setdefault(name, {}).update({own: of, **dict.fromkeys(others, own)})
     return views
 
 
@@ -311,7 +331,7 @@ def _block_notes(shown: Sequence[Shown], panels: Sequence[Panel]) -> Iterator[st
             of = (
                 ""
                 if len(keys) == len(blocks)
-                else f" ({listed([panels[int(key)].label for key in keys])})"
+                else f" ({listed([panels[int(key.split()[0])].label for key in keys])})"
             )
             yield f"{section.title}{of}: {note}"
 

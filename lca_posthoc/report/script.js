@@ -37,8 +37,9 @@
     if (!groups.some(([group]) => group === state.group)) state.group = "";
     pick.replaceChildren(...groups.map(([group, label]) => new Option(label, group, false, group === state.group)));
     pick.parentElement.hidden = !groups.length;
-    for (const element of document.querySelectorAll(".of[data-panel]")) element.hidden = element.dataset.panel !== key && element.dataset.panel !== "*";
-    for (const element of document.querySelectorAll("[data-panels]")) element.hidden = !element.dataset.panels.split(" ").some((one) => one === key || one === "*");
+    const hides = (panels) => !panels.split(" ").some((one) => one === key || one === "*");
+    for (const element of document.querySelectorAll(".of[data-panel]")) element.hidden = hides(element.dataset.panel);
+    for (const element of document.querySelectorAll("[data-panels]")) element.hidden = hides(element.dataset.panels);
     const [low, high] = page.panels[key].steps;
     for (const id of ["from", "to"]) Object.assign(find(id), { min: low, max: high });
     steps();
@@ -64,8 +65,10 @@
     for (const table of document.querySelectorAll(`table[data-live][data-panel="${state.panel}"]`)) {
       const columns = page.views[`@${table.dataset.live}`]?.[state.panel]?.[`${state.group}|`];
       if (!columns) continue;
+      const extent = (keys) => Math.max(...keys.flatMap((key) => columns[key].map(Math.abs))) || 1;
+      const barred = Object.keys(columns).filter((key) => table.querySelector(`td[data-column="${key}"] i`));
       for (const key in columns) {
-        const widest = Math.max(...columns[key].map(Math.abs)) || 1;
+        const widest = extent("shared" in table.dataset ? barred : [key]);
         table.querySelectorAll(`td[data-column="${key}"]`).forEach((cell, at) => {
           const value = columns[key][at], bar = cell.querySelector("i");
           if (bar) {
@@ -105,7 +108,7 @@
   find("controls").addEventListener("submit", (event) => event.preventDefault());
   for (const button of document.querySelectorAll("[data-show]")) button.addEventListener("click", () => panel(button.dataset.show));
   for (const pick of document.querySelectorAll("select[data-section]")) pick.addEventListener("change", () => {
-    state.choices[`${pick.dataset.section}|${state.panel}`] = pick.value;
+    state.choices[`${pick.dataset.section}|${pick.dataset.panel.split(" ")[0]}`] = pick.value;
     lcaFigures.show();
   });
   for (const table of document.querySelectorAll("table[data-live]")) table.addEventListener("change", () => lcaFigures.fill(table.dataset.live));

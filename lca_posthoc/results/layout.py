@@ -212,13 +212,25 @@ class _Plans:
 
     def of_examples(self, per: str, rows: int) -> Iterator[ArrayPlan]:
         """Yield the arrays of every example, or element; `group` holds the position of its group,
-        the same in every row.
+        the same in every row, `uses` the allocation of tensors that are used in several operations.
         """
         inner = {per: rows}
         for name in EXAMPLE_FIELDS:
             yield self._rows(f"examples/{name}", inner, "float32", grouped=False)
         if self._loss.groups is not None:
             yield self._rows("examples/group", inner, "int32", grouped=False)
+        uses = [
+            (name, operation)
+            for name, operations in self._manifest.uses(self._loss).items()
+            for operation in operations
+        ]
+        if uses:
+            attributes = {
+                "tensor": [name for name, _ in uses],
+                "operation": [operation for _, operation in uses],
+            }
+            by_use = {**inner, "use": len(uses)}
+            yield self._rows("examples/uses", by_use, "float32", {**attributes}, grouped=False)
         inner = {**inner, "tensor": len(self._manifest.allocated)}
         yield self._rows("examples/allocated", inner, "float32", grouped=False)
 

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, is_statistic
-from ..numerics.schema import SiteRecord
+from ..numerics.schema import SiteRecord, uses_of
 from ..numerics.settings import Settings
 
 Identity = list[dict[str, float] | None]
@@ -224,6 +224,16 @@ class Manifest:
         if record.covers is None or record.covers >= self.segments:
             return self
         return replace(self, checkpoints=self.checkpoints[: record.covers + 1])
+
+    def uses(self, record: LossRecord) -> dict[str, tuple[str, ...]]:
+        """Return the operations in which a loss per example uses each tensor whose uses are told
+        apart, see `uses_of`.
+        """
+        if record.per is None:
+            return {}
+        told = uses_of((site["operation"], site["tensors"]) for site in record.sites or ())
+        names = [tensor.spec.name for tensor in self.allocated]
+        return {name: told[name] for name in names if name in told}
 
     def of(self, loss: str) -> Manifest:
         """Return `covered_by` of a loss, by its name."""

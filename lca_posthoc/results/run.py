@@ -297,6 +297,10 @@ class LossResults:
         loss has groups, `text` what `Task.show` says of it; `index` is that of an element among
         those of its example.
 
+        Where an embedding and another operation share a tensor, as where input and output are tied,
+        `uses` (step, example, use) are its shares in `allocated` by operation, with the coordinates
+        `used_tensor` and `operation`.
+
         Raises:
             InputError: where the loss is stated neither per example nor per element.
         """
@@ -321,6 +325,11 @@ class LossResults:
             tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
             kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
         )
+        if "uses" in data:
+            data = data.assign_coords(
+                used_tensor=("use", np.array(data["uses"].attrs["tensor"], dtype=object)),
+                operation=("use", np.array(data["uses"].attrs["operation"], dtype=object)),
+            )
         if per == "element":
             index = np.tile(np.arange(elements), self.record.examples)
             data = data.assign_coords(index=(per, index))

@@ -477,10 +477,12 @@ def _sites(value: object) -> list[SiteRecord]:
 
 
 def _site(value: object) -> SiteRecord:
-    site = _exactly(value, ("operation", "axis", "is_inner"), "losses.sites.")
+    site = _exactly(value, ("operation", "tensors", "axis", "is_inner"), "losses.sites.")
+    tensors = _list(site["tensors"], "losses.sites.tensors")
     _check(type(site["is_inner"]) is bool, "losses.sites.is_inner", "true or false", value)
     return {
         "operation": _text(site["operation"], "losses.sites.operation"),
+        "tensors": [_text(name, "losses.sites.tensors") for name in tensors],
         "axis": _maybe(_whole, site["axis"], "losses.sites.axis"),
         "is_inner": site["is_inner"],
     }

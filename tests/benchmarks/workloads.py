@@ -175,11 +175,8 @@ def train(workload: Workload, directory: Path, iterates: int, device: str) -> No
     model = task.model().to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=workload.learning_rate, momentum=0.9)
     with Recorder(directory, model) as recorder:
-        recorder.save(0)
-        for step, rows in enumerate(
-            mnist_fc_example.batches(len(inputs), workload.training_batch, iterates), start=1
-        ):
+        recorder.attach(optimizer)
+        for rows in mnist_fc_example.batches(len(inputs), workload.training_batch, iterates):
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[rows]).flatten(0, -2), targets[rows].flatten()).backward()
             optimizer.step()
-            recorder.save(step)

@@ -4,8 +4,11 @@ whole matrix of displacements; random ones; what has none.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
+import shutil
 import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lca_posthoc.checkpoints import basis as basis_module
+from lca_posthoc.checkpoints import directions_writer
 from lca_posthoc.checkpoints.basis import Basis, write_basis
 from lca_posthoc.checkpoints.directions_file import MAX_DIRECTIONS, open_directions
 from lca_posthoc.checkpoints.displacements import BlockSize, Displacements
@@ -394,6 +398,8 @@ def test_nothing_is_written_over_or_among_the_checkpoints(
     assert (tmp_path / "b").read_text() == "mine"
     with pytest.raises(InputError, match="taken for one"):
         write_basis(checkpoints, checkpoints / "b.safetensors", say=silent)
+    with pytest.raises(InputError, match="taken for one"):
+        write_basis(checkpoints, checkpoints / "bases" / "b.safetensors", say=silent)
     with pytest.raises(InputError, match=r"cannot be written: No such file or directory"):
         write_basis(checkpoints, tmp_path / "no" / "b", say=silent)
     with pytest.raises(InputError, match="is a URL"):
@@ -406,3 +412,28 @@ def test_more_segments_than_memory_holds_are_refused(
     monkeypatch.setattr(basis_module, "free_memory", lambda: 1000.0)
     with pytest.raises(ResourceError, match=r"1\.94 kB, and 1 kB .* --steps ::K"):
         write_basis(checkpoints, tmp_path / "b", say=silent)
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_not_in_the_way(
+    checkpoints: Path, tmp_path: Path
+) -> None:
+    (tmp_path / f".b.{os.getpid()}.tmp").write_text("half")
+    write_basis(checkpoints, tmp_path / "b", say=silent)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "ck"]
+
+
+def test_a_disk_without_room_is_an_error_of_the_environment_and_nothing_is_left(
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directions_writer.DirectionsWriter, "write", full)
+        with pytest.raises(ResourceError, match="no space left"):
+            write_basis(checkpoints, tmp_path / "b", say=silent)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2399)
+    monkeypatch.setattr(directions_writer.shutil, "disk_usage", lambda place: usage)
+    with pytest.raises(ResourceError, match=r"takes 2\.4 kB, and 2\.4 kB are free"):
+        write_basis(checkpoints, tmp_path / "b", say=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["ck"]

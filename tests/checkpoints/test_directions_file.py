@@ -168,7 +168,7 @@ def test_directions_become_what_qr_makes_of_them(
     dtype: torch.dtype, result: torch.dtype, error: float
 ) -> None:
     tensors = {**directions(6, dtype), "none": torch.zeros(6, 0, 3, dtype=dtype)}
-    found = orthonormal(tensors)
+    found = orthonormal(dict(tensors))
     assert {name: tuple(tensor.shape) for name, tensor in found.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
@@ -201,4 +201,4 @@ def test_directions_that_depend_on_each_other_are_named(
 ) -> None:
     tensors = {name: combine(tensor[0], tensor[1]) for name, tensor in directions().items()}
     with pytest.raises(InputError, match=words):
-        orthonormal(tensors)
+        orthonormal(dict(tensors))

@@ -42,7 +42,7 @@ def test_the_command_writes_the_file_and_says_what_is_in_it(
         done.stdout,
         "6 segments, steps 0 to 60; directions over 556 parameters in 4 tensors",
         *(f"{value:.6g}" for value in part.singular_values),
-        f"1: {100 * part.share(1):.1f} %, 2: {100 * part.share(2):.1f} %",
+        f"1: {100 * part.share(1):.3g} %, 2: {100 * part.share(2):.3g} %",
         f"wrote 6 directions, {out.stat().st_size / 1000:.3g} kB, to {out}",
     )
     # nothing else lies there, and the file is as readable as any other that one writes
@@ -81,7 +81,7 @@ def test_matrices_and_random_directions_are_shown(checkpoints: Path, tmp_path: P
         "wrote 4 directions",
     )
     random = lca("basis", checkpoints, "-o", tmp_path / "r", "--random", 5, "--seed", 1)
-    says(random.stdout, "first directions on average capture", f"5: {500 / 556:.1f} %")
+    says(random.stdout, "first directions on average capture", f"5: {500 / 556:.3g} %")
     says(random.stdout, "wrote 5 directions")
     document = json.loads(
         lca("basis", checkpoints, "-o", tmp_path / "s", "--random", 5, "--json").stdout

@@ -12,8 +12,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,20 +124,27 @@ def task() -> Task:
 
 def train(directory: Path, steps: int) -> None:
     """Record some steps of SGD, each on one sequence."""
+    train_with(directory, steps, lambda parameters: torch.optim.SGD(parameters, lr=0.05))
+
+
+def train_with(
+    directory: Path,
+    steps: int,
+    optimizer_of: Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer],
+    save: Literal["scalars", "moments"] = "scalars",
+) -> None:
+    """Record some steps of an optimiser, each on one sequence."""
     torch.manual_seed(0)
     shape = Shape.of_environment()
     model, (inputs, targets) = Transformer(shape), data(shape)
+    optimizer = optimizer_of(model.parameters())
     with Recorder(directory, model) as recorder:
-        recorder.save(0)
+        recorder.attach(optimizer, save=save)
         for step in range(1, steps + 1):
             row = slice(step % shape.sequences, step % shape.sequences + 1)
-            model.zero_grad()
+            optimizer.zero_grad()
             next_token(model, (inputs[row], targets[row])).mean().backward()
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    assert parameter.grad is not None
-                    parameter -= 0.05 * parameter.grad
-            recorder.save(step)
+            optimizer.step()
 
 
 def parameters() -> int:
@@ -144,9 +153,15 @@ def parameters() -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def replay(checkpoints: Path, segments: int, keep: str, losses: list[str] | None = None) -> Figures:
+def replay(
+    checkpoints: Path,
+    segments: int,
+    keep: str,
+    losses: list[str] | None = None,
+    **options: Any,
+) -> Figures:
     """Replay some segments of the first loss, or of those that are named, inline, and say what it
-    took; where losses are named, one sequence at a time.
+    took; where losses are named, one sequence at a time. `options` are further ones of `run`.
     """
     import lca_posthoc
     from lca_posthoc.replay.events import Planned, SpanDone
@@ -171,6 +186,7 @@ def replay(checkpoints: Path, segments: int, keep: str, losses: list[str] | None
             cluster="inline",
             steps=f"0:{segments}",
             progress=listen,
+            **options,
         )
         highest, first = peak_memory(), next(iter(run.values()))
         files = (file for file in Path(folder).rglob("*") if file.is_file())

@@ -303,7 +303,7 @@ def test_a_subset_keeps_its_positions(tmp_path: Path) -> None:
     assert_closed(probe)
 
 
-@pytest.mark.parametrize("name", ["transformer", "lstm"])
+@pytest.mark.parametrize("name", ["transformer", "conv net", "lstm"])
 def test_the_same_bits_however_a_run_is_cut(name: str, tmp_path: Path) -> None:
     recorded(CASES[name], tmp_path / "ck")
     whole = replay(CASES[name], tmp_path, "whole").examples.load()

@@ -91,7 +91,9 @@ PROBED: dict[str, Any] = {
     "scale": {"a": 2.0},
     "replicates": {"a": 8},
     "sites": {
-        "a": Sites(found=[{"operation": "linear of w", "axis": 0, "is_inner": False}], why=""),
+        "a": Sites(
+            found=[{"operation": "linear", "tensors": ["w"], "axis": 0, "is_inner": False}], why=""
+        ),
         "b": Sites(found=None, why="one example"),
     },
     "measured": True,

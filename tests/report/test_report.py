@@ -39,6 +39,7 @@ from lca_posthoc.report.panels import choose
 from lca_posthoc.report.sections import candidates
 from tests.helpers.browser import CHROMIUM, SIZES, Browser, browser
 from tests.helpers.cli import lca, record, refused, run_lca, says, steering, write_task
+from tests.helpers.example_runs import tell
 from tests.helpers.large_runs import NASTY, deep, hostile
 from tests.helpers.sample_findings import module
 from tests.helpers.synthetic_runs import build
@@ -545,6 +546,31 @@ def test_a_page_of_sums_is_whole_in_a_browser(
         opened.page.select_option("#panel", "2")
         opened.page.select_option("#group", "1")
         assert not re.search(r"NaN|undefined", opened.text("main"))
+        assert opened.faults == []
+
+
+def test_examples_of_another_loss_are_shown_with_its_name(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    path = write_report(
+        [tell(tmp_path).run], tmp_path / "it.html", losses=["plain", "train", "classes"]
+    )
+    with chromium.opened(path) as opened:
+        for panel in ("0", "2"):
+            opened.page.select_option("#panel", panel)
+            assert {"examples", "clusters"} <= set(opened.js(SEEN))
+            assert opened.js(SEEN) == opened.js(LINKED)
+            assert opened.js(EMPTY) == []
+            for name in ("examples", "clusters"):
+                says(opened.text(f"#{name} .note"), "This is of loss train.")
+        first = opened.source("story", "story loss")
+        opened.page.select_option("#examples select", "1")
+        other = opened.source("story", "story loss")
+        assert other["y"] != first["y"]
+        opened.page.locator("#examples .note [data-show]").click()
+        assert opened.page.locator("#panel").input_value() == "1"
+        assert opened.source("story", "story loss") == other  # of the example that was picked
+        assert opened.page.locator("#examples .note >> visible=true").count() == 0
         assert opened.faults == []
 
 

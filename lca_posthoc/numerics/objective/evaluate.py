@@ -27,6 +27,7 @@ from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError
 from ...tasks.task import Task, convert_module
 from ..precisions import PRECISIONS
+from ..schema import uses_of
 from .batches import Groups, Order, Split, automatic_batch_size, saved_bytes
 from .containers import copied, fresh
 from .copies import copy_in
@@ -394,8 +395,9 @@ class Objective:
             derivatives = TappedDerivatives(taps, tensors, axes)
         elif motions is not None:
             derivatives = SingleDerivatives(tensors, motions)
-        names = [] if motions is None else list(tensors)
-        sums = EveryExample(names, len(motions or ()), examples, self.device, derivatives)
+        told = uses_of(signature for signature, _ in axes or ())
+        uses = {} if motions is None else {tensor: len(told.get(tensor, "1")) for tensor in tensors}
+        sums = EveryExample(uses, len(motions or ()), examples, self.device, derivatives)
         source = id(self.losses[name].source), origin(self.task, name)[1]
         run_pass(self.loss_values, batches, {source: name}, {source: sums}, taps)
         return sums
@@ -415,8 +417,8 @@ class Objective:
             batches: in the order of the data.
             elements: of all batches.
         """
-        names = [] if motions is None else list(self.tensors.differentiable)
-        sums = EveryExample(names, len(motions or ()), elements, self.device)
+        uses = {} if motions is None else dict.fromkeys(self.tensors.differentiable, 1)
+        sums = EveryExample(uses, len(motions or ()), elements, self.device)
         derivatives = self._element_derivatives(name)
         with self.mode():
             for batch in batches:
@@ -424,7 +426,9 @@ class Objective:
                 values = told.values.double().reshape(-1)
                 weights = torch.ones_like(values) if told.weights is None else told.weights
                 totals = torch.stack([values, weights.double().reshape(-1)], 1)
-                moving = {tensor: share for tensor, share in told.shares.items() if share.any()}
+                moving = {
+                    tensor: share[..., None] for tensor, share in told.shares.items() if share.any()
+                }
                 sums.put(totals, moving)
         return sums
 

@@ -4,7 +4,7 @@ what a loss over all of them comes to follows from these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ class EveryExample:
     element of the loss on it, taken in in their order.
 
     Args:
-        names: of the tensors; none where the loss alone is wanted.
+        uses: of each tensor, how many are told apart, see `uses_of`; no tensor where the loss alone
+            is wanted.
         directions: their number.
         rows: examples, or elements, of the split.
         device: where the sums are.
@@ -30,7 +31,7 @@ class EveryExample:
 
     def __init__(
         self,
-        names: Sequence[str],
+        uses: Mapping[str, int],
         directions: int,
         rows: int,
         device: torch.device,
@@ -38,9 +39,9 @@ class EveryExample:
     ) -> None:
         self._derivatives, self._next = derivatives, 0
         self._totals = torch.zeros((rows, 2), dtype=torch.float64, device=device)
-        shape = (rows, directions)
         self._shares: Mapping[str, Tensor] = {
-            name: torch.zeros(shape, dtype=torch.float64, device=device) for name in names
+            name: torch.zeros((rows, directions, count), dtype=torch.float64, device=device)
+            for name, count in uses.items()
         }
         self._reached: set[str] = set()
 
@@ -54,14 +55,15 @@ class EveryExample:
         assert part.codes is not None, "the batch does not say which examples it holds"
         examples = len(part.codes)
         shares = {} if self._derivatives is None else self._derivatives.of(part, examples)
-        self.put(totals_by_example(part, examples), shares)
+        with torch._C.DisableTorchFunction():  # taps watch what the loss does, not this
+            self.put(totals_by_example(part, examples), shares)
 
     def put(self, totals: Tensor, shares: Mapping[str, Tensor]) -> None:
         """Take in the next rows.
 
         Args:
             totals: Σ values and Σ weights of each, (rows, 2) float64.
-            shares: by tensor that the values depend on, their derivatives, (directions, rows)
+            shares: by tensor that the values depend on, their derivatives, (directions, rows, uses)
                 float64.
 
         Raises:
@@ -76,7 +78,7 @@ class EveryExample:
             )
         self._totals[rows] = totals
         for name, share in shares.items():
-            self._shares[name][rows] = share.T
+            self._shares[name][rows] = share.transpose(0, 1)
             self._reached.add(name)
 
     def evaluation(self, order: Order | None, where: str) -> Evaluation:
@@ -112,6 +114,7 @@ class EveryExample:
                 f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least "
                 "one element a weight."
             )
+        shares = {name: by_use.sum(-1, keepdim=True) for name, by_use in shares.items()}
         return self._mean(totals, shares, self._mean(self._totals, self._shares, None))
 
     def _mean(
@@ -119,11 +122,11 @@ class EveryExample:
     ) -> Evaluation:
         """Return sums divided by their weights; 0 where there is none."""
         sums, weights = totals.unbind(-1)
-        weightless, divisors = weights == 0, weights[..., None]
+        weightless, divisors = weights == 0, weights[..., None, None]
         return Evaluation(
             (sums / weights).masked_fill_(weightless, 0.0).cpu().numpy()[()],
             {
-                name: (values / divisors).masked_fill_(weightless[..., None], 0.0)[..., None]
+                name: (values / divisors).masked_fill_(weightless[..., None, None], 0.0)
                 for name, values in shares.items()
             },
             weights.cpu().numpy()[()],

@@ -34,15 +34,18 @@ class ExampleAxis:
 
     def fold(self, along: Tensor, examples: int) -> Tensor:
         """Return sums by example of sums along the axis, (examples,)."""
+        if len(along) == examples:
+            return along
         if self.is_inner:
             return along.reshape(-1, examples).sum(0)
         return along.reshape(examples, -1).sum(1)
 
 
 FIRST = ExampleAxis(0)
+Signature = tuple[str, tuple[str, ...]]  # an operation, and the parameters it has
 # by position of an operation with parameters what it is, and where the examples are in its output;
 # None where no axis is theirs
-Axes = Sequence[tuple[str, ExampleAxis | None]]
+Axes = Sequence[tuple[Signature, ExampleAxis | None]]
 
 
 def recorded(axes: Axes) -> list[SiteRecord]:
@@ -50,10 +53,11 @@ def recorded(axes: Axes) -> list[SiteRecord]:
     return [
         {
             "operation": operation,
+            "tensors": list(tensors),
             "axis": None if place is None else place.axis,
             "is_inner": place is not None and place.is_inner,
         }
-        for operation, place in axes
+        for (operation, tensors), place in axes
     ]
 
 
@@ -61,7 +65,7 @@ def recalled(records: Iterable[SiteRecord]) -> Axes:
     """Return axes from what a run records of them."""
     return [
         (
-            record["operation"],
+            (record["operation"], tuple(record["tensors"])),
             None if record["axis"] is None else ExampleAxis(record["axis"], record["is_inner"]),
         )
         for record in records
@@ -84,10 +88,11 @@ def possible_axes(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:
 def sums_along(products: Tensor, axis: int) -> Tensor:
     """Return the sum over all axes but one, float64.
 
-    The last axis, where it is another, is first summed in the type of the products, by halves:
-    torch's sums of float32 numbers in float64 take twenty times as long.
+    The last axes, all but one of those behind it, or the last alone, are first summed in the type of
+    the products, by halves: torch's sums of float32 numbers in float64 take twenty times as long.
     """
-    if axis < products.dim() - 1:
-        products = products.sum(-1)
+    last = products.dim() - 1
+    if axis < last:
+        products = products.flatten(max(axis + 1, min(axis + 2, last))).sum(-1)
     others = [other for other in range(products.dim()) if other != axis]
     return products.sum(others, dtype=torch.float64) if others else products.double()

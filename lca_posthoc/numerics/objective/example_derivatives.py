@@ -21,7 +21,9 @@ class Derivatives(Protocol):
     """Takes the derivatives of the examples of a batch along directions."""
 
     def of(self, part: GroupValues, examples: int) -> Mapping[str, Tensor]:
-        """Return them for each tensor the values depend on, (directions, examples) float64."""
+        """Return them for each tensor the values depend on, by use, see `ExampleShares`,
+        (directions, examples, uses) float64.
+        """
 
 
 class TappedDerivatives:
@@ -50,7 +52,8 @@ class TappedDerivatives:
                 f"though it could on a sample: {why}. Run again into another directory with --keep "
                 'units for a loss with groups; for Loss(per="example"), with --batch-size 1.'
             )
-        return shares.reached
+        with torch._C.DisableTorchFunction():  # taps watch what the loss does, not this
+            return shares.reached
 
 
 class SingleDerivatives:
@@ -70,7 +73,7 @@ class SingleDerivatives:
         shares: dict[str, Tensor] = {}
 
         def take(name: str, sums: Tensor) -> None:
-            shares[name] = sums
+            shares[name] = sums[..., None]
 
         total = part.values.double().sum()
         if total.requires_grad:

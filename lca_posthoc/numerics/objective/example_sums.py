@@ -57,7 +57,7 @@ class SumsByExample(Sums):
             return
         shares = self._derivatives.of(part, examples)
         for name, share in shares.items():
-            self._rows[name][members.rows, :, 0] += members.sums(share.T)
+            self._rows[name][members.rows, :, 0] += members.sums(share.sum(-1).T)
         self._reached.update(shares)
 
     def _close(self) -> None:

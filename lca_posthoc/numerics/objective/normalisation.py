@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ...errors import InputError
 
@@ -72,10 +73,36 @@ class NormalisationCall:
 
     def with_running_statistics(self, mean: Tensor, variance: Tensor) -> Tensor:
         """Return the layer's output with these running statistics, which have a gradient."""
-        weight, bias = _affine(mean, variance, self.weight, self.bias, self.eps)
-        return self.native(
-            self.input, mean.detach(), variance.detach(), weight, bias, False, 0.0, self.eps
-        )
+        return normalised(self.input, mean, variance, self.weight, self.bias, self.eps, self.native)
+
+
+def normalised(
+    input: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    native: Native,
+) -> Tensor:
+    """Return the output of a layer with running statistics, which have a gradient; a function of
+    torch's to modes, which see one call.
+
+    Args:
+        input: (examples, channels, ...).
+        mean: (channels,).
+        variance: (channels,).
+        weight: (channels,), or None.
+        bias: (channels,), or None.
+        eps: added to the variance.
+        native: `F.batch_norm` or `F.instance_norm`.
+    """
+    tensors = (input, mean, variance, weight, bias)
+    if has_torch_function(tensors):
+        output: Tensor = handle_torch_function(normalised, tensors, *tensors, eps, native)
+        return output
+    weight, bias = _affine(mean, variance, weight, bias, eps)
+    return native(input, mean.detach(), variance.detach(), weight, bias, False, 0.0, eps)
 
 
 Behaviour = Callable[[NormalisationCall], Tensor]

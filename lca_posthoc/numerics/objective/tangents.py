@@ -7,9 +7,8 @@ draws random numbers nor writes, is differentiated in forward mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,31 +16,38 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .normalisation import normalised
+
 Place = tuple[int | str, int | None]  # a position or keyword, and a position in the list there
 Function = Callable[..., Any]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call:
     """One call of a function of torch's."""
 
     function: Function
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    _operands: dict[Place, Tensor] | None = field(default=None, init=False)
 
-    @cached_property
+    @property
     def operands(self) -> dict[Place, Tensor]:
         """Return the tensors it is called with, those in lists too."""
-        operands: dict[Place, Tensor] = {}
-        arguments: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
-        for key, value in arguments:
-            if isinstance(value, Tensor):
-                operands[key, None] = value
-            elif isinstance(value, (list, tuple)):
-                for index, entry in enumerate(value):
-                    if isinstance(entry, Tensor):
-                        operands[key, index] = entry
-        return operands
+        if self._operands is None:
+            operands: dict[Place, Tensor] = {}
+            arguments: Iterable[tuple[int | str, Any]] = enumerate(self.args)
+            if self.kwargs:
+                arguments = (*arguments, *self.kwargs.items())
+            for key, value in arguments:
+                if isinstance(value, Tensor):
+                    operands[key, None] = value
+                elif isinstance(value, (list, tuple)):
+                    for index, entry in enumerate(value):
+                        if isinstance(entry, Tensor):
+                            operands[key, index] = entry
+            self._operands = operands
+        return self._operands
 
     def with_operands(self, tensors: Mapping[Place, Tensor | None]) -> Call:
         """Return the same call with other tensors in some places."""
@@ -108,6 +114,20 @@ def multilinear(call: Call, place: Place, direction: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class ByChannel:
+    """A derivative along an operand that has one number for each channel: the direction, times a
+    factor of the channel, and times what the layer's weight scales.
+
+    Attributes:
+        is_scale: whether it is times what the weight scales.
+        factor: (channels,); None for 1.
+    """
+
+    is_scale: bool
+    factor: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Layer:
     """A layer with a weight and a bias.
 
@@ -128,36 +148,57 @@ class Layer:
         """Return the derivative, see `Rule`."""
         name = self._name(place)
         if name == "bias":
-            return direction.reshape(*direction.shape, *(1,) * self._behind(call))
+            return direction.reshape(*direction.shape, *(1,) * self.behind(call))
         if name not in self.linear_in:
             return in_forward_mode(call, place, direction)
-        result: Tensor = self._without_bias(call).with_operands({place: direction}).run()
+        result: Tensor = self._without(call, "bias").with_operands({place: direction}).run()
         return result
 
-    def factor(self, call: Call, place: Place) -> tuple[Tensor | None, int] | None:
-        """Return the factor by which an operand with a number for each channel enters the output,
-        None for 1, and the number of axes behind that of the channels; None for other operands.
+    def by_channel(self, call: Call, place: Place) -> ByChannel | None:
+        """Return how an operand with a number for each channel enters the output; None for other
+        operands.
         """
         if call.operands[place].dim() != 1:
             return None
-        if self._name(place) == "bias":
-            return None, self._behind(call)
-        if self._name(place) == "weight" and self.scales:
-            factor: Tensor = self._without_bias(call).with_operands({place: None}).run()
-            return factor, self._behind(call)
+        name = self._name(place)
+        if name == "bias":
+            return ByChannel(is_scale=False)
+        if name == "weight" and self.scales:
+            return ByChannel(is_scale=True)
+        if name in ("mean", "variance"):
+            weight, precision = self._argument(call, "weight"), 1 / (call.args[2] + call.args[5])
+            if name == "mean":
+                factor = -precision.sqrt() if weight is None else -weight * precision.sqrt()
+                return ByChannel(is_scale=False, factor=factor)
+            factor = -0.5 * precision if weight is None else -0.5 * weight * precision
+            return ByChannel(is_scale=True, factor=factor)
         return None
+
+    def scaled(self, call: Call) -> Tensor:
+        """Return what the weight scales, of the shape of the output."""
+        factor: Tensor = self._without(call, "weight", "bias").run()
+        return factor
+
+    def behind(self, call: Call) -> int:
+        """Return the number of the output's axes behind that of the channels."""
+        return call.args[0].dim() - 2 if self.axes_behind is None else self.axes_behind
 
     def _name(self, place: Place) -> str:
         return self.names[place[0]] if isinstance(place[0], int) else place[0]
 
-    def _behind(self, call: Call) -> int:
-        return call.args[0].dim() - 2 if self.axes_behind is None else self.axes_behind
+    def _argument(self, call: Call, name: str) -> Any:
+        return call.argument(self.names.index(name), name, None)
 
-    def _without_bias(self, call: Call) -> Call:
-        position = self.names.index("bias") if "bias" in self.names else len(call.args)
-        if position < len(call.args):
-            return call.with_operands({(position, None): None})
-        return call.with_operands({("bias", None): None}) if "bias" in call.kwargs else call
+    def _without(self, call: Call, *names: str) -> Call:
+        """Return the call with None for some of its arguments."""
+        places: dict[Place, Tensor | None] = {}
+        for name in names:
+            position = self.names.index(name) if name in self.names else len(call.args)
+            if position < len(call.args):
+                places[position, None] = None
+            elif name in call.kwargs:
+                places[name, None] = None
+        return call.with_operands(places) if places else call
 
 
 def _sum(first: float, second: float, scaled: int = 1) -> Rule:
@@ -239,6 +280,7 @@ def _attention(call: Call, place: Place, direction: Tensor) -> Tensor:
 _WEIGHTED = ("input", "weight", "bias")
 _NORM = ("input", "normalized_shape", "weight", "bias")
 _STATISTICS = ("input", "weight", "bias", "running_mean", "running_var")
+_NORMALISED = ("input", "mean", "variance", "weight", "bias")
 _T: Any = torch.Tensor
 _V: Any = torch._C._VariableFunctions
 
@@ -273,6 +315,7 @@ LAYERS: dict[Function, Layer] = {
     ),
     torch.batch_norm: Layer(_STATISTICS, ("weight",), None, scales=True),
     torch.instance_norm: Layer(_STATISTICS, ("weight",), None, scales=True),
+    normalised: Layer(_NORMALISED, ("weight",), None, scales=True),
 }
 NAMES |= {function: layer.names for function, layer in LAYERS.items()}
 

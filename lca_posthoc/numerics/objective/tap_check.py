@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .directions import Along, Motion, SumsAlong
-from .example_axis import Axes, ExampleAxis, possible_axes
+from .example_axis import Axes, ExampleAxis, Signature, possible_axes
 from .tap_products import Products
 from .tap_sites import Site
 from .taps import ExampleShares, Taps
@@ -113,7 +113,7 @@ class _EveryAxis:
     def __init__(self, examples: int) -> None:
         self._examples = examples
         self.untold: dict[str, str] = {}
-        self.signatures: dict[int, str] = {}
+        self.signatures: dict[int, Signature] = {}
         self.sums: dict[int, dict[ExampleAxis, dict[Direction, Tensor]]] = {}
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
@@ -131,7 +131,7 @@ class _Alone:
 
     def __init__(self) -> None:
         self.untold: dict[str, str] = {}
-        self.signatures: dict[int, str] = {}
+        self.signatures: dict[int, Signature] = {}
         self.sums: dict[int, dict[Direction, Tensor]] = {}
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
@@ -228,7 +228,8 @@ def _find_axes(
         for position, single in alone.items():
             taps.begin(single)
             taps.backward(values(single).double().sum(), singles[position])
-    axes: list[tuple[str, ExampleAxis | None]] = [("", None)] * (1 + max(together.sums, default=-1))
+    axes: list[tuple[Signature, ExampleAxis | None]]
+    axes = [(("", ()), None)] * (1 + max(together.sums, default=-1))
     for site, signature in together.signatures.items():
         recorded = {
             position: single.sums[site]

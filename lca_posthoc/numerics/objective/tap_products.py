@@ -73,7 +73,12 @@ class Channels:
 
 
 class ChannelProducts:
-    """Products of one direction of an operand that has one number for each channel."""
+    """Products of one direction of an operand that has one number for each channel.
+
+    Args:
+        channels: what all directions share.
+        direction: (channels,).
+    """
 
     def __init__(self, channels: Channels, direction: Tensor) -> None:
         self._channels, self._direction = channels, direction

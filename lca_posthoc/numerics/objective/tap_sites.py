@@ -12,8 +12,20 @@ import torch
 from torch import Tensor
 
 from .directions import Motion
+from .example_axis import Signature
 from .out_of_memory import is_out_of_memory
-from .tangents import LAYERS, RESHAPING, Call, Place, Rule, jvp, multilinear, rule_of
+from .tangents import (
+    LAYERS,
+    RESHAPING,
+    ByChannel,
+    Call,
+    Layer,
+    Place,
+    Rule,
+    jvp,
+    multilinear,
+    rule_of,
+)
 from .tap_products import ChannelProducts, Channels, EntryProducts, Products
 
 
@@ -24,23 +36,30 @@ class Untold(Exception):
 # --- directions of tensors made of parameters -----------------------------------------------------
 
 
-@dataclass(frozen=True)
 class Parameter:
-    """A parameter, or a buffer that moves."""
+    """A parameter, or a buffer that moves.
 
-    tensor: Tensor
-    name: str
-    motions: Sequence[Motion]
+    Args:
+        tensor: the parameter.
+        name: its name.
+        motions: the directions of all tensors.
+        keeps: whether its own are kept from batch to batch, rather than computed again.
+    """
 
-    @property
-    def sources(self) -> frozenset[str]:
-        """Return the name."""
-        return frozenset((self.name,))
+    def __init__(self, tensor: Tensor, name: str, motions: Sequence[Motion], keeps: bool) -> None:
+        self.tensor, self.sources = tensor, (name,)
+        self._motions, self._keeps = motions, keeps
+        self._kept: dict[int, Tensor] = {}
 
     def direction(self, source: str, index: int) -> Tensor:
         """Return the difference of the points of a motion."""
-        motion = self.motions[index]
-        return torch.sub(motion.end[source], motion.start[source]).to(self.tensor.dtype)
+        if index in self._kept:
+            return self._kept[index]
+        motion = self._motions[index]
+        difference = torch.sub(motion.end[source], motion.start[source]).to(self.tensor.dtype)
+        if self._keeps:
+            self._kept[index] = difference
+        return difference
 
 
 class Derived:
@@ -55,9 +74,7 @@ class Derived:
 
     def __init__(self, tensor: Tensor, call: Call, operands: Operands, output: int | None) -> None:
         self.tensor, self._call, self._operands, self._output = tensor, call, operands, output
-        self.sources: frozenset[str] = frozenset[str]().union(
-            *(made.sources for made in operands.values())
-        )
+        self.sources = sources_of(operands)
         self._versions = Versions(call)
         self._known: dict[tuple[str, int], Tensor] = {}
 
@@ -98,6 +115,11 @@ class Derived:
 
 Made = Parameter | Derived  # a tensor made of parameters alone
 Operands = Mapping[Place, Made]
+
+
+def sources_of(operands: Operands) -> tuple[str, ...]:
+    """Return the names of the parameters that operands are made of, in ascending order."""
+    return tuple(sorted({source for made in operands.values() for source in made.sources}))
 
 
 class Versions:
@@ -158,39 +180,24 @@ class Site:
         self.operands, self.versions = {}, Versions(self.call)
 
     @property
-    def signature(self) -> str:
+    def signature(self) -> Signature:
         """Return what tells it from others: the function, and the tensors."""
-        names = sorted(set().union(*(made.sources for made in self.operands.values())))
-        return f"{self.call.function.__name__} of {', '.join(names)}"
+        return self.call.function.__name__, sources_of(self.operands)
 
     def record(self, above: Tensor, recorder: Recorder, directions: int) -> None:
         """Hand the products of the output's gradient to a recorder."""
-        call = self._as_computed()
+        products = _ProductsOf(self._as_computed(), self.rule, above)
         for place, made in self.operands.items():
-            layer = LAYERS.get(call.function)
-            factor = None if layer is None else layer.factor(call, place)
-            channels = None if factor is None else Channels(above, *factor)
-            for source in sorted(made.sources):
+            for source in made.sources:
                 try:
                     self.versions.check()
                     for index in range(directions):
                         direction = made.direction(source, index)
-                        if channels is None:
-                            products: Products = self._products(call, place, direction, above)
-                        else:
-                            products = ChannelProducts(channels, direction)
-                        recorder.take(self, source, index, products)
+                        recorder.take(self, source, index, products.along(place, direction))
                 except (Untold, RuntimeError) as error:
                     if is_out_of_memory(error):
                         raise
                     recorder.untold[source] = f"{self.call.function.__name__}: {error}"
-
-    def _products(
-        self, call: Call, place: Place, direction: Tensor, above: Tensor
-    ) -> EntryProducts:
-        tangent = self.rule(call, place, direction)
-        is_own = tangent.untyped_storage().data_ptr() != direction.untyped_storage().data_ptr()
-        return EntryProducts(above, tangent, is_own)
 
     def _as_computed(self) -> Call:
         """Return the call with operands of the type of its parameters."""
@@ -204,3 +211,40 @@ class Site:
                 if tensor.is_floating_point()
             }
         )
+
+
+class _ProductsOf:
+    """Products of the gradient of a call's output and its derivatives.
+
+    Args:
+        call: with operands of the type they are computed in.
+        rule: the derivative of the call.
+        above: the gradient of its output.
+    """
+
+    def __init__(self, call: Call, rule: Rule, above: Tensor) -> None:
+        self._call, self._rule, self._above = call, rule, above
+        self._layer = LAYERS.get(call.function)
+        self._by_channel: dict[Place, ByChannel | None] = {}
+        self._channels: dict[bool, Channels] = {}  # by whether they are what the weight scales
+
+    def along(self, place: Place, direction: Tensor) -> Products:
+        """Return those along a direction of an operand."""
+        if self._layer is not None:
+            if place not in self._by_channel:
+                self._by_channel[place] = self._layer.by_channel(self._call, place)
+            by_channel = self._by_channel[place]
+            if by_channel is not None:
+                if by_channel.factor is not None:
+                    direction = direction * by_channel.factor
+                return ChannelProducts(self._shared(self._layer, by_channel.is_scale), direction)
+        tangent = self._rule(self._call, place, direction)
+        is_own = tangent.untyped_storage().data_ptr() != direction.untyped_storage().data_ptr()
+        return EntryProducts(self._above, tangent, is_own)
+
+    def _shared(self, layer: Layer, is_scale: bool) -> Channels:
+        """Return what all directions of some operands share."""
+        if is_scale not in self._channels:
+            scaled = layer.scaled(self._call) if is_scale else None
+            self._channels[is_scale] = Channels(self._above, scaled, layer.behind(self._call))
+        return self._channels[is_scale]

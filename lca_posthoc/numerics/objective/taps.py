@@ -18,6 +18,7 @@ them, is not known here: `tap_check.check` compares with single examples.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -27,9 +28,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..schema import uses_of
 from .containers import tensors_of
 from .directions import Motion
-from .example_axis import FIRST, ExampleAxis
+from .example_axis import FIRST, Axes, ExampleAxis
 from .tangents import (
     ADDITIONS,
     LIKE_ANOTHER,
@@ -50,6 +52,16 @@ _DERIVATIVES: frozenset[Function] = frozenset(
 # their functions in Python would hide from a mode what they call
 _PYTHON_FUNCTIONS: tuple[Any, ...] = (torch.nn.functional, torch.functional, torch._tensor)
 _PLAIN: tuple[type, ...] = (Tensor, torch.nn.Parameter)
+# what tells of a tensor or of a mode, and returns no tensor
+_TELLING: frozenset[Function] = frozenset(
+    (
+        *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.data_ptr),
+        *(Tensor.is_floating_point, Tensor.is_complex, Tensor.is_contiguous, Tensor.is_inference),
+        *(torch.is_floating_point, torch.is_complex, torch.is_inference, torch.numel),
+        torch._C._set_grad_enabled,
+    )
+)
+KEPT = 2**26  # bytes: directions of models up to it are computed once for all batches
 
 
 class _Anchor(torch.autograd.Function):
@@ -89,17 +101,17 @@ class _Batch:
         if call.function in _DERIVATIVES:
             self.differentiated = True
             return call.run()
-        made, meets_data = self._operands(call)
+        made = self._operands(call)
         if made and call.kwargs and call.function in NAMES:
             call = call.by_position(NAMES[call.function])
-            made, meets_data = self._operands(call)
+            made = self._operands(call)
         if not made or not torch.is_grad_enabled() or _is_transformed():
-            return self._marked(call, call.run(), meets_data)
-        if not meets_data or call.function in LIKE_ANOTHER:
+            return self._marked(call, call.run())
+        if call.function in LIKE_ANOTHER or not self._meets_data(call):
             return self._derived(call, made)
         rule = rule_of(call)
         if rule is None or not _suits(call):
-            return self._marked(call, self._left(call, made), True)
+            return self._marked(call, self._left(call, made))
         return self._tapped(call, made, rule)
 
     def release(self) -> None:
@@ -108,23 +120,36 @@ class _Batch:
             site.release()
         self._made.clear()
 
-    def _operands(self, call: Call) -> tuple[dict[Place, Made], bool]:
-        """Return the operands that are made of parameters, and whether others depend on data."""
-        made, meets_data = {}, False
-        for place, tensor in call.operands.items():
-            if id(tensor) in self._made:
-                made[place] = self._made[id(tensor)]
-            else:
-                meets_data = meets_data or tensor.requires_grad or tensor in self._data
-        return made, meets_data
+    def _operands(self, call: Call) -> dict[Place, Made]:
+        """Return the operands that are made of parameters."""
+        known = self._made
+        return {
+            place: known[id(tensor)]
+            for place, tensor in call.operands.items()
+            if id(tensor) in known
+        }
 
-    def _marked(self, call: Call, result: Any, is_data: bool) -> Any:
-        """Remember that a result depends on data; one that requires a gradient tells by itself."""
-        if is_data:
-            written = call.args[0] if call.function is torch.Tensor.__setitem__ else result
-            for tensor in written if isinstance(written, (list, tuple)) else (written,):
-                if isinstance(tensor, Tensor) and not tensor.requires_grad:
-                    self._data[tensor] = True
+    def _meets_data(self, call: Call) -> bool:
+        """Tell whether an operand depends on data."""
+        return any(
+            tensor.requires_grad or tensor in self._data
+            for tensor in call.operands.values()
+            if id(tensor) not in self._made
+        )
+
+    def _marked(self, call: Call, result: Any) -> Any:
+        """Remember that a result depends on data, where an operand does; one that requires a
+        gradient tells by itself.
+        """
+        written = call.args[0] if call.function is torch.Tensor.__setitem__ else result
+        unmarked = [
+            tensor
+            for tensor in (written if isinstance(written, (list, tuple)) else (written,))
+            if isinstance(tensor, Tensor) and not tensor.requires_grad
+        ]
+        if unmarked and self._meets_data(call):
+            for tensor in unmarked:
+                self._data[tensor] = True
         return result
 
     def _left(self, call: Call, made: Operands) -> Any:
@@ -244,11 +269,13 @@ class ExampleShares:
         tensors: Mapping[str, Tensor],
         directions: int,
         examples: int,
-        axes: Sequence[tuple[str, ExampleAxis | None]] | None,
+        axes: Axes | None,
     ) -> None:
         self._tensors, self._examples, self._axes = tensors, examples, axes
-        self._shape = directions, examples
-        self._sums: dict[str, Tensor] = {}
+        self._uses = uses_of(signature for signature, _ in axes or ())
+        self._directions = directions
+        self._sums: dict[str, dict[tuple[int, int], Tensor]] = {}  # by tensor, direction and use
+        self._axis_of: dict[int, ExampleAxis] = {}  # by position of a site
         self.untold: dict[str, str] = {}
 
     @property
@@ -256,26 +283,45 @@ class ExampleShares:
         """Return the derivatives of the tensors that can be told, (directions, examples) float64;
         zero where the values do not depend on a tensor.
         """
+        reached = self.reached
+        shape = self._directions, self._examples
         return {
-            name: self._sums[name] if name in self._sums else self._zeros(tensor)
+            name: reached[name].sum(-1)
+            if name in reached
+            else torch.zeros(shape, dtype=torch.float64, device=tensor.device)
             for name, tensor in self._tensors.items()
             if name not in self.untold
         }
 
     @property
     def reached(self) -> dict[str, Tensor]:
-        """Return those of the tensors that the values depend on."""
-        return {name: sums for name, sums in self._sums.items() if name not in self.untold}
+        """Return those of the tensors that the values depend on, by use, see `uses_of`,
+        (directions, examples, uses) float64.
+        """
+        return {
+            name: self._by_use(name, sums)
+            for name, sums in self._sums.items()
+            if name not in self.untold
+        }
+
+    def _by_use(self, name: str, sums: Mapping[tuple[int, int], Tensor]) -> Tensor:
+        uses = len(self._uses.get(name, ("",)))
+        none = torch.zeros_like(next(iter(sums.values())))
+        rows = [
+            sums.get(place, none)
+            for place in itertools.product(range(self._directions), range(uses))
+        ]
+        return torch.stack(rows).reshape(self._directions, uses, -1).transpose(1, 2)
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
         """Add the sums of each example."""
-        sums = products.sums(self._axis(site, products.shape), self._examples)
-        if source not in self._sums:
-            self._sums[source] = self._zeros(sums)
-        self._sums[source][index] += sums
-
-    def _zeros(self, like: Tensor) -> Tensor:
-        return torch.zeros(self._shape, dtype=torch.float64, device=like.device)
+        if site.position not in self._axis_of:
+            self._axis_of[site.position] = self._axis(site, products.shape)
+        sums = products.sums(self._axis_of[site.position], self._examples)
+        uses = self._uses.get(source)
+        place = index, 0 if uses is None else uses.index(site.signature[0])
+        of_tensor = self._sums.setdefault(source, {})
+        of_tensor[place] = of_tensor[place] + sums if place in of_tensor else sums
 
     def _axis(self, site: Site, shape: torch.Size) -> ExampleAxis:
         if self._axes is None:
@@ -283,7 +329,7 @@ class ExampleShares:
                 raise Untold("the first axis of its output is not that of the examples")
             return FIRST
         signature, axis = (
-            self._axes[site.position] if site.position < len(self._axes) else ("", None)
+            self._axes[site.position] if site.position < len(self._axes) else (("", ()), None)
         )
         if signature != site.signature:
             raise Untold("the model ran otherwise than where the axes were found")
@@ -303,8 +349,10 @@ class Taps(TorchFunctionMode):
     def __init__(self, tensors: Mapping[str, Tensor], motions: Sequence[Motion]) -> None:
         super().__init__()
         self._tensors, self.directions = tensors, len(motions)
+        one = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        keeps = one * len(motions) <= KEPT
         self._made: dict[int, Made] = {
-            id(tensor): Parameter(tensor, name, motions) for name, tensor in tensors.items()
+            id(tensor): Parameter(tensor, name, motions, keeps) for name, tensor in tensors.items()
         }
         self._batch: _Batch | None = None
         self._recorder: Recorder | None = None
@@ -337,9 +385,10 @@ class Taps(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self._batch is None:
+        name = function.__name__
+        if self._batch is None or name == "__set__" or function in _TELLING:
             return function(*args, **kwargs)
-        if function.__name__ == "__get__" and function not in RESHAPING:  # a shape, a type
+        if name == "__get__" and function not in RESHAPING:  # a shape, a type
             result = function(*args)
             if not isinstance(result, Tensor):
                 return result
@@ -370,6 +419,7 @@ class Taps(TorchFunctionMode):
             self._recorder = None
             if not retain_graph:
                 self._batch.release()
+                self._batch = None
 
     def _watch(self, name: str) -> Callable[[Tensor], None]:
         """Return a hook that frees a gradient which reaches a tensor itself."""
@@ -386,7 +436,7 @@ class Taps(TorchFunctionMode):
             assert self._batch is not None
             self._batch.differentiated = True
             return
-        with torch.no_grad(), torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             site.record(above, self._recorder, self.directions)
         if not self._is_retained:
             site.release()

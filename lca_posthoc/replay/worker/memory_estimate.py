@@ -8,6 +8,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ...base import available_memory
+from ...checkpoints.optimizer_steps import moments_of
+from ...checkpoints.paths import located
 from ...numerics.schema import EXAMPLE_FIELDS, holds
 from ..requests import SampleRequest
 
@@ -25,6 +27,13 @@ _POINTS = 4  # numbers of every parameter: the model, the start, the end and the
 
 _GRADIENTS = 1  # of the largest tensor, which are there at a time
 _SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a level, of a segment
+
+# --- parts of the motion ---------------------------------------------------------------------------
+
+_OF_CAUSES = 1  # numbers of every parameter: the checkpoint before the start
+_OF_SIGNAL = 2  # the signal where a motion begins, and where the next one does
+_OF_MOMENTS = 8  # four directions of an optimiser with moments, of two motions
+_OF_DIRECTION = 2  # as it is read, and orthonormal
 
 # --- levels with numbers of every parameter -------------------------------------------------------
 
@@ -98,7 +107,33 @@ def bytes_needed(
         needed = int(_HEAP * needed)
     else:
         needed += _GRADIENTS * objective.dtype.itemsize * largest
+    needed += _bytes_of_parts(request, objective, names, keep)
     return float(needed + _activations(request, objective, names))
+
+
+def _bytes_of_parts(
+    request: SampleRequest[Any], objective: Objective, names: list[str], keep: str
+) -> int:
+    """Return the bytes that the parts of the motion take: points and directions of every
+    parameter.
+    """
+    settings, number = request.setup.settings, objective.dtype.itemsize
+    of_parameter = 0
+    if settings.signal is not None:
+        of_parameter += _OF_CAUSES * number
+        if settings.signal not in names or not holds(keep, "statistics"):  # else it is a node
+            of_parameter += _OF_SIGNAL * number + _SUM
+        if _has_moments(request):
+            of_parameter += _OF_MOMENTS * number
+    if settings.directions is not None:
+        of_parameter += _OF_DIRECTION * settings.directions["directions"] * number
+    return of_parameter * _elements(objective.allocated)
+
+
+def _has_moments(request: SampleRequest[Any]) -> bool:
+    """Tell whether moments are stored beside the last of the checkpoints that are looked at."""
+    points = request.sample.points
+    return moments_of(points.checkpoints[max(points.checkpoints)], located(points.root)) is not None
 
 
 def bookkeeping(

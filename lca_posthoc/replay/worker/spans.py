@@ -390,9 +390,10 @@ class _SpanReplay:
             for name, record in self.records.items()
         }
         examples = {name: self._groups_of_examples(name) for name in self.records}
+        uses = {name: self.writer.manifest.uses(record) for name, record in self.records.items()}
         if self.axes is not None:
             return {
-                name: SpanSums(*of_span, groups[name], examples[name], *parts)
+                name: SpanSums(*of_span, groups[name], examples[name], uses[name], *parts)
                 for name in self.records
             }
         statistics: dict[str, SpanStatistics] = {}
@@ -403,6 +404,7 @@ class _SpanReplay:
                 *of_span,
                 groups[name],
                 examples[name],
+                uses[name],
                 *parts,
                 unit=record.unit,
                 since=since,
