@@ -107,7 +107,11 @@ class OtherParts(LossResults):
     def __init__(
         self, results: LossResults, *, rest: float = 1e-3, rows: Array | None = None
     ) -> None:
-        settings: Any = {**results.manifest.settings, "signal": "train", "directions": {"directions": 3}}
+        settings: Any = {
+            **results.manifest.settings,
+            "signal": "train",
+            "directions": {"directions": 3},
+        }
         super().__init__(results.path, replace(results.manifest, settings=settings), results.name)
         self._rest, self._basis = rest, basis() if rows is None else rows
 
