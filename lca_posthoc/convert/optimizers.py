@@ -27,7 +27,7 @@ from .series import Beside, Progress, Tensors, separate
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SAMPLE = 2**13  # numbers of a tensor whose motion is compared
-_MOST_PAIRS = 16  # of checkpoints from which names are told
+_MOST_PAIRS = 256  # of checkpoints from which names are told
 # by how much a motion may differ from that of a formula: roundings of the weights, and a share of
 # the motion, which a bias correction in float32 changes by 3e-5
 _ROUNDINGS, _SHARE = 2.0, 1e-4
@@ -340,7 +340,7 @@ class _Follower:
         for index, member in point.state.members.items():
             shape = member.first.shape
             if shape not in shapes or self._shapes.setdefault(index, shape) != shape:
-                raise _Untold("their parameters are not those of the weights beside it")
+                raise _Untold("their parameters are not those of the weights beside them")
 
     def pairs(self) -> Iterator[tuple[int, _Point, _Point]]:
         """Yield consecutive checkpoints with states, by the step of the later one."""
@@ -448,23 +448,26 @@ def _named(index: int, point: _Point) -> frozenset[str]:
 
 
 def _eliminated(possible: Mapping[int, frozenset[str]]) -> dict[int, frozenset[str]]:
-    """Return names without those that another member has for certain.
+    """Return names without those that other members have for certain: some members that have as many
+    names between them as they are have these for themselves.
 
     Raises:
-        _Untold: where two members have the same one.
+        _Untold: where members have fewer names than they are.
     """
     left = dict(possible)
-    while True:
-        certain = [next(iter(names)) for names in left.values() if len(names) == 1]
-        taken = frozenset(certain)
-        narrower = {
-            index: names if len(names) == 1 else names - taken for index, names in left.items()
-        }
-        if len(taken) < len(certain) or not all(narrower.values()):
-            raise _Untold("their parameters are not those of the weights beside it")
-        if narrower == left:
-            return left
-        left = narrower
+    waiting = sorted({*left.values()}, key=len)
+    while waiting:
+        names = waiting.pop(0)
+        owners = [index for index, others in left.items() if others <= names]
+        if len(owners) > len(names):
+            raise _Untold("their parameters are not those of the weights beside them")
+        if len(owners) < len(names):
+            continue
+        for index, others in left.items():
+            if not others <= names and others & names:
+                left[index] = others - names
+                waiting.append(left[index])
+    return left
 
 
 def _groups(

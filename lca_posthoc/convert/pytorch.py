@@ -2,7 +2,8 @@
 
 Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of
 other classes, such as parsed arguments and paths, are read past: a stand-in takes whatever a file
-gives it and does nothing (`standins`). Functions are refused.
+gives it and does nothing (`standins`). Functions are refused. Safetensors are read where a trainer
+saved them at every step with its optimiser beside them.
 """
 
 from __future__ import annotations

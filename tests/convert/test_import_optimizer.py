@@ -478,6 +478,34 @@ def test_tensors_that_move_alike_are_left_out(tmp_path: Path) -> None:
     assert_told(tmp_path / "imported", tmp_path / "recorded", but=("one", "two"))
 
 
+def test_tensors_that_moved_less_than_a_rounding_leave_the_names_of_others(tmp_path: Path) -> None:
+    class Norms(nn.Module):
+        """Weights of 1, which cannot move by 1e-8, and biases of 0, which can, of one shape."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(36, 6)
+            self.norms = nn.ModuleList(nn.LayerNorm(6) for _ in range(3))
+            self.out = nn.Linear(6, 4)
+            nn.init.zeros_(self.first.bias)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            """Return (examples, classes)."""
+            features = self.first(inputs.flatten(1))
+            for norm in self.norms:
+                features = features + torch.tanh(norm(features))
+            return self.out(features)
+
+    training = Training(
+        optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-8), model=Norms
+    )
+    training.run(tmp_path, of_trainer)
+    heard = " ".join(told(tmp_path / "saved", tmp_path / "imported"))
+    says(heard, "which tensors 3 of 10 states of the optimiser belong to cannot be told")
+    weights = ("norms.0.weight", "norms.1.weight", "norms.2.weight")
+    assert_told(tmp_path / "imported", tmp_path / "recorded", but=weights)
+
+
 def test_checkpoints_that_are_steps_apart_have_no_record(tmp_path: Path) -> None:
     def seldom(place: Path, step: int, state: Mapping[str, Tensor], **beside: State) -> None:
         if step % 2 == 0:
