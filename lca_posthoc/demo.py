@@ -78,13 +78,12 @@ def train(checkpoints: Path) -> None:
     order = torch.Generator().manual_seed(0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     with Recorder(checkpoints, model) as recorder:
-        recorder.save(0)
-        for step in range(1, STEPS + 1):
+        recorder.attach(optimizer)
+        for _ in range(STEPS):
             batch = torch.randint(len(inputs), (_BATCH,), generator=order)
             optimizer.zero_grad()
             F.cross_entropy(model(inputs[batch]), targets[batch]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            recorder.save(step)
 
 
 def demo(directory: Path, progress: Listener | None = None) -> Run:
@@ -106,7 +105,11 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
         )
     train(directory / "checkpoints")
     opened = run(
-        directory / "checkpoints", "lca_posthoc.demo:task", losses=["all"], progress=progress
+        directory / "checkpoints",
+        "lca_posthoc.demo:task",
+        losses=["all"],
+        causes=True,
+        progress=progress,
     )
     write_report([opened], directory / REPORT)
     return opened

@@ -34,3 +34,7 @@ DIVERGING_DARK: Final = (
 # Layers, groups and runs: none looks like helping or hurting.
 LAYERS: Final = ("#3b2c85", "#ddaa33", "#56b4e9", "#8c2f5f", "#0072b2", "#9e9e9e", "#5f4418")
 LAYERS_DARK: Final = ("#7a6ff0", "#ddaa33", "#e07fb0", "#fff0a0", "#c49a6c", "#b7a6ff", "#f5f5f5")
+
+# Causes of the motion: signal, noise, momentum, decay; what no formula explains is grey.
+CAUSES: Final = ("#0072b2", "#ddaa33", "#8c2f5f", "#5f4418", "#a9a9a9")
+CAUSES_DARK: Final = ("#5b8ff9", "#ddaa33", "#e07fb0", "#fff0a0", "#6a6a6a")

@@ -46,6 +46,7 @@ class Finding:
         level: the least level of `--keep` that allows it.
         losses: how many losses of a run it is of.
         examples: whether these must tell their examples apart, `Loss(…, per="example")`.
+        part: of the results, that it is of and that a run has only where it was asked for.
         runs: "one", several drawn "beside" each other, or several "compared" in one result.
         options: of `lca plot`.
         on_request: whether `lca export` writes it only where it is named, because it is large.
@@ -57,6 +58,7 @@ class Finding:
     level: str = "tensors"
     losses: int = 1
     examples: bool = False
+    part: Literal["", "causes", "along"] = ""
     runs: Literal["one", "beside", "compared"] = "one"
     options: tuple[Option, ...] = ()
     on_request: bool = False

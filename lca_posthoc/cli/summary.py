@@ -81,6 +81,7 @@ def command(
         print_json({"schema": 1, "losses": summaries})
     else:
         print_summary(summaries, opened.path, top=top, everything=everything)
+        print_causes(opened, summaries)
         print_examples(opened, summaries)
 
 
@@ -151,6 +152,37 @@ def print_examples(run: Run, losses: Iterable[str]) -> None:
                 f"{_quoted(run.path)} examples --loss {safe(shlex.quote(name))}`"
             )
             console.print(Text(wrapped(line, console)))
+
+
+def print_causes(run: Run, losses: Iterable[str]) -> None:
+    """Print, of a run with causes, how large rest is of each loss, and what the causes did."""
+    from ..findings import causes
+    from ..findings.causes import LARGE, amount, percent
+    from ..findings.common import has_part
+
+    console = stdout()
+    for name in losses:
+        if not has_part(run[name], "causes"):
+            return
+        finding = causes(run[name])
+        share = float(finding["rest_overall"].max())
+        large = ", too large to believe the others" if share > LARGE else ""
+        within = " in the group with most" if "group" in finding.dims else ""
+        sums = (
+            []
+            if "group" in finding.dims
+            else [
+                f"{cause} {amount(float(finding['total'].sel(cause=cause).sum()))}"
+                for cause in finding["cause"].values
+                if cause != "rest"
+            ]
+        )
+        line = (
+            f"causes of {safe(name)!r}: rest is {percent(share)} of Σ|A|{within}{large}"
+            f"{'; ' if sums else ''}{', '.join(sums)}: `lca plot {_quoted(run.path)} causes --loss "
+            f"{safe(shlex.quote(name))}`"
+        )
+        console.print(Text(wrapped(line, console)))
 
 
 def _have_more_tensors(summaries: dict[str, Summary]) -> bool:

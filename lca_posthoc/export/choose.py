@@ -9,7 +9,7 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import InputError
-from ..findings.common import findings_beyond
+from ..findings.common import findings_beyond, has_part, without_part
 from ..findings.generalisation import no_two_splits, two_splits
 from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
@@ -32,7 +32,8 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
         run: an open run.
         losses: their names; all where empty.
         requested: names of findings; where empty, all that the run allows but `microscope`, and
-            those of examples of the losses alone that tell them apart.
+            those of examples of the losses alone that tell them apart, those of causes and
+            directions of the runs alone that have them.
         say: called with a sentence on what is left out, and why.
 
     Raises:
@@ -47,11 +48,7 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     pair, opened, calls = _pair(run, names), {name: run[name] for name in names}, 0
     for loss in names:
         for name in wanted:
-            if (
-                not requested
-                and declared_findings()[name].examples
-                and not tells_examples(run[loss])
-            ):
+            if not requested and not _has_subject(run[loss], name):
                 continue
             paired = declared_findings()[name].losses == 2
             if paired and pair is not None and loss != pair[0].name:
@@ -83,6 +80,12 @@ def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> N
             raise InputError(
                 f"there is no finding {name!r} to export; there are {', '.join(known())}."
             )
+
+
+def _has_subject(results: LossResults, name: str) -> bool:
+    """Tell whether a loss has the examples and the part of results that a finding is of."""
+    finding = declared_findings()[name]
+    return has_part(results, finding.part) and (not finding.examples or tells_examples(results))
 
 
 def _unasked() -> list[str]:
@@ -135,6 +138,8 @@ def _obstacle(
         return too_little
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
+    if not has_part(results, declared_findings()[name].part):
+        return without_part(results, declared_findings()[name].part)
     if declared_findings()[name].examples and not tells_examples(results):
         return 'it does not tell its examples apart. State it with Loss(…, per="example").'
     if declared_findings()[name].losses != 2:

@@ -3,9 +3,11 @@
 from ..base.declarations import declared_findings
 from .blocks import blocks as blocks
 from .candidates import candidates as candidates
+from .causes import causes as causes
 from .clusters import clusters as clusters
 from .compare import compare as compare
 from .curve import curve as curve
+from .directions import directions as directions
 from .distribution import distribution as distribution
 from .examples import examples as examples
 from .generalisation import generalisation as generalisation

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Hashable, Iterable, Iterator
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,8 @@ from ..results import LossResults
 
 BLOCK = 2**22  # numbers that are in memory at a time
 ROLES = ("kernel", "bias", "normalisation", "buffer", "other")
+_SETTINGS = {"causes": "signal", "along": "directions"}  # recorded where a run has the part
+_FLAGS = {"causes": "--causes", "along": "--along FILE"}
 _PARAMETER = re.compile(r"(?P<name>.+?)\[(?P<indices>\d+(?:\s*,\s*\d+)*)?\]", re.DOTALL)
 
 Numbers = np.ndarray[Any, Any]
@@ -109,6 +111,40 @@ def unfinished(results: LossResults) -> list[str]:
         f"{done['segments_done']:,} of {count(done['segments'], 'segment')} "
         f"{'is' if done['segments_done'] == 1 else 'are'} there: run `lca run` again to finish.",
     ]
+
+
+def has_part(results: LossResults, part: str) -> bool:
+    """Tell whether a run has a part of the results that is there only where it was asked for; ""
+    is none of them.
+    """
+    settings: Mapping[str, object] = results.manifest.settings
+    return not part or settings.get(_SETTINGS[part]) is not None
+
+
+def without_part(results: LossResults, part: str) -> str:
+    """Say that a run has no such part of the results, and the way out."""
+    flag = _FLAGS[part]
+    return (
+        f"{results.path} was made without {flag}. Run again with it into another directory: {flag} "
+        "--out OTHER.lca."
+    )
+
+
+def part_of(results: LossResults, part: str) -> xr.Dataset:
+    """Return a part of the results, "causes" or "along".
+
+    Raises:
+        InputError: where the run was made without it.
+    """
+    if not has_part(results, part):
+        raise InputError(without_part(results, part))
+    data: xr.Dataset = getattr(results, part)
+    return data
+
+
+def cumulated(data: xr.DataArray) -> xr.DataArray:
+    """Return the sums over the steps so far, with the axes where they were."""
+    return data.cumsum("step").transpose(*data.dims)
 
 
 def tables(results: LossResults, level: str = "tensors", what: str = "findings") -> xr.Dataset:

@@ -38,9 +38,9 @@ _NO_SUMS = np.zeros(0)
 _ADAM = ("Adam", "AdamW")
 _SCALED = ("RMSprop", "Adagrad")
 # by how much the norm of a gradient that is reckoned from weights may differ from that of the real
-# one, as a share of it and in roundings of the weights; noise of which these are a larger share than
-# the last is lost in them
-_SAME_NORM, _ROUNDINGS, _LOST = 1e-3, 4.0, 0.1
+# one, as a share of it and in roundings of the weights; noise or momentum of which these are a larger
+# share than the last is lost in them
+_SAME_NORM, _ROUNDINGS, _LOST = 1e-4, 4.0, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +162,8 @@ def _of_sgd(group: GroupStep, before: GroupStep | None, clip: float) -> Formula:
     # the motion before is what the momentum was, but for the rate
     if before is None or before.optimizer != "SGD" or not before.momentum or before.nesterov:
         return replace(known, unknown="the step before it is not recorded")
+    if before.steps + 1 != group.steps:
+        return replace(known, unknown="it remembers a step that another one came after")
     if not before.lr:
         return replace(known, unknown="the rate of the step before it was 0")
     return replace(known, momentum=group.momentum * group.lr / before.lr)
@@ -221,6 +223,8 @@ class SegmentCauses:
         start: every tensor of the model at the segment's start.
         before: the same one checkpoint earlier; None where no formula needs it.
         moments: of the tensors.
+        spacing: returns, of a tensor, the distance from 1 to the next number of the type that it is
+            stored in.
     """
 
     def __init__(
@@ -230,11 +234,13 @@ class SegmentCauses:
         start: Point,
         before: Point | None,
         moments: Moments,
+        spacing: Callable[[str], float],
     ) -> None:
         self.signal: str | None = signal
         self.needs_signal = any(formula.signal for formula in formulas.values())
         self._formulas, self._start, self._before = formulas, start, before
-        self._moments = moments
+        self._moments, self._spacing = moments, spacing
+        self._told: dict[str, _Told] = {}  # the same for every loss
         self._directions: dict[str, Motion] | None = None
 
     def directions(self, signal: Point | None) -> Sequence[Motion]:
@@ -340,9 +346,10 @@ class SegmentCauses:
                 of_gradient = product
             else:
                 known[kind] = product
-        told = self._told(name, formula, end)
-        if not told.is_step:
-            # of the motion before, or of this one, something else made a part
+        if name not in self._told:
+            self._told[name] = self._telling(name, formula, end)
+        told = self._told[name]
+        if not told.momentum:
             known["momentum"] = np.zeros_like(allocated)
         left = allocated - known["signal"] - known["momentum"] - known["decay"]
         if formula.first is not None and of_gradient is not None:
@@ -350,26 +357,30 @@ class SegmentCauses:
             known["noise"] = of_gradient - decay - known["signal"]
             known["rest"] = left - known["noise"]
         else:
-            known["noise" if told.is_step and told.tells_noise else "rest"] = left
+            known["noise" if told.noise else "rest"] = left
         return np.stack([np.asarray(known[cause]) for cause in CAUSES], -1)
 
-    def _told(self, name: str, formula: Formula, end: Point) -> _Told:
-        """Return what the motion of a tensor tells of the gradient that the optimiser was given, by
-        its norm; where this is not known, the formula is believed.
+    def _telling(self, name: str, formula: Formula, end: Point) -> _Told:
+        """Return what the motion of a tensor tells, by the norm of the gradient that the optimiser
+        was given; where this is not known, the formula is believed.
         """
         if formula.unknown:
-            return _Told(tells_noise=False)
+            return _Told(noise=False)
         if formula.first is not None or math.isnan(formula.norm) or not formula.factor:
             return _Told()
-        norm, noise, lost = self._reckoned(name, formula, end)
+        norms = self._norms(name, formula, end)
+        lost = norms["rounding"]
+        if abs(norms["gradient"] - formula.norm) > _SAME_NORM * formula.norm + lost:
+            # something else made a part of this motion, or of the one before
+            return _Told(momentum=False, noise=False)
         return _Told(
-            is_step=abs(norm - formula.norm) <= _SAME_NORM * formula.norm + lost,
-            tells_noise=lost <= _LOST * noise,
+            momentum=lost <= _LOST * norms["momentum"], noise=lost <= _LOST * norms["noise"]
         )
 
-    def _reckoned(self, name: str, formula: Formula, end: Point) -> tuple[float, float, float]:
-        """Return the norms of the gradient that a tensor's motion tells and of its noise, and by how
-        much roundings of the weights may change them.
+    def _norms(self, name: str, formula: Formula, end: Point) -> dict[str, float]:
+        """Return the norms of the gradient that a tensor's motion tells, of its noise and of the
+        momentum, in units of the gradient, and by how much roundings of the weights may change
+        them.
         """
         flat = [point[name].reshape(1, -1) for point in (self._start, end)]
         before = None if self._before is None else self._before[name].reshape(1, -1)
@@ -378,40 +389,41 @@ class SegmentCauses:
         signal = None
         if formula.signal and self._directions is not None:
             signal = self._directions["signal"].end[name].reshape(1, -1)
-        squares, of_noise, roundings = [], [], []
-        spacing = _ROUNDINGS * torch.finfo(flat[0].dtype).eps
+        squares: dict[str, list[float]] = {}
         for place in blocks(*flat[0].shape):
             start, after = (tensor[place].double() for tensor in flat)
-            moved = after - start
+            gradient, momentum = after - start, torch.zeros_like(start)
             scale: Tensor | float = 1.0
             if scales is not None and formula.scale is not None:
                 scale = formula.scale(scales[place].double())
             if formula.momentum and before is not None:
-                moved = moved - formula.momentum * (start - before[place].double())
-            moved = moved - formula.decay * start * (scale if formula.scales_decay else 1.0)
-            squares.append(float((moved / scale).square().sum()))
+                momentum = formula.momentum * (start - before[place].double())
+            decay = formula.decay * start * (scale if formula.scales_decay else 1.0)
+            gradient = gradient - momentum - decay
+            noise = gradient
             if signal is not None:
-                moved = moved - formula.signal * signal[place].double()
-            of_noise.append(float((moved / scale).square().sum()))
-            roundings.append(float((start / scale).square().sum()))
-        size = abs(formula.factor)
-        norm, noise, rounding = (
-            math.sqrt(math.fsum(parts)) / size for parts in (squares, of_noise, roundings)
-        )
-        return norm, noise, spacing * (1 + abs(formula.momentum)) * rounding
+                noise = gradient - formula.signal * signal[place].double()
+            parts = {"gradient": gradient, "noise": noise, "momentum": momentum, "rounding": start}
+            for part, values in parts.items():
+                squares.setdefault(part, []).append(float((values / scale).square().sum()))
+        norms = {
+            part: math.sqrt(math.fsum(sums)) / abs(formula.factor) for part, sums in squares.items()
+        }
+        norms["rounding"] *= _ROUNDINGS * self._spacing(name) * (1 + abs(formula.momentum))
+        return norms
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
-    """Tells what can be made of a motion that no other cause explains.
+    """Tells what is known of a tensor's motion; what is not is rest.
 
     Attributes:
-        is_step: whether it may have moved by the formula alone.
-        tells_noise: whether what no other cause explains is noise.
+        momentum: whether that of the motion before is.
+        noise: whether what no other cause explains is.
     """
 
-    is_step: bool = True
-    tells_noise: bool = True
+    momentum: bool = True
+    noise: bool = True
 
 
 class _Joined(Mapping[str, Tensor]):

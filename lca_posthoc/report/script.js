@@ -65,8 +65,10 @@
     for (const table of document.querySelectorAll(`table[data-live][data-panel="${state.panel}"]`)) {
       const columns = page.views[`@${table.dataset.live}`]?.[state.panel]?.[`${state.group}|`];
       if (!columns) continue;
+      const extent = (keys) => Math.max(...keys.flatMap((key) => columns[key].map(Math.abs))) || 1;
+      const barred = Object.keys(columns).filter((key) => table.querySelector(`td[data-column="${key}"] i`));
       for (const key in columns) {
-        const widest = Math.max(...columns[key].map(Math.abs)) || 1;
+        const widest = extent("shared" in table.dataset ? barred : [key]);
         table.querySelectorAll(`td[data-column="${key}"]`).forEach((cell, at) => {
           const value = columns[key][at], bar = cell.querySelector("i");
           if (bar) {

@@ -54,7 +54,12 @@ def wrote(result: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "finding", [name for name in findings_drawn() if not declared_findings()[name].examples]
+    "finding",
+    [
+        name
+        for name in findings_drawn()
+        if not (declared_findings()[name].examples or declared_findings()[name].part)
+    ],
 )
 def test_a_finding_is_drawn_into_a_file_of_its_name(here: Path, finding: str) -> None:
     wrote(lca("plot", here / "a.lca", finding), f"{finding}.png")
@@ -164,7 +169,7 @@ def test_runs_beside_each_other_have_one_scale(
         (
             ("a.lca", "curve", "--by", "tensor"),
             r"--by does not go with curve; it is for "
-            r"candidates, clusters, compare, examples",
+            r"candidates, causes, clusters, compare, examples",
         ),
         (("a.lca", "layers", "--by", "words"), r"by is .*got 'words'"),
         (

@@ -141,10 +141,14 @@ def expected(run: Run, loss: str, name: str) -> xr.Dataset:
     return _expected(run.path, loss, name)
 
 
+def _is_of_any_run(name: str) -> bool:
+    return not (declared_findings()[name].examples or declared_findings()[name].part)
+
+
 def exported(run: Run, *names: str) -> Iterator[tuple[str, str]]:
     """The losses and findings that are exported of the run."""
     for loss in run:
-        for name in names or (name for name in known() if not declared_findings()[name].examples):
+        for name in names or (name for name in known() if _is_of_any_run(name)):
             if name != "microscope" and (name != "generalisation" or loss == "a/../b"):
                 yield loss, name
 

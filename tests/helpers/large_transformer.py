@@ -166,13 +166,13 @@ def replay(
     import lca_posthoc
     from lca_posthoc.replay.events import Planned, SpanDone
 
-    began, ended = [0.0], [0.0]
+    began, ended = [(0.0, 0.0)], [(0.0, 0.0)]
 
     def listen(event: object) -> None:
         if isinstance(event, Planned):
-            began[0] = time.perf_counter()
+            began[0] = time.perf_counter(), time.process_time()
         if isinstance(event, SpanDone):
-            ended[0] = time.perf_counter()
+            ended[0] = time.perf_counter(), time.process_time()
 
     with tempfile.TemporaryDirectory(dir=checkpoints.parent) as folder:
         run = lca_posthoc.run(
@@ -191,7 +191,8 @@ def replay(
         highest, first = peak_memory(), next(iter(run.values()))
         files = (file for file in Path(folder).rglob("*") if file.is_file())
         return {
-            "seconds": (ended[0] - began[0]) / segments,
+            "seconds": (ended[0][0] - began[0][0]) / segments,
+            "processor": (ended[0][1] - began[0][1]) / segments,
             "residual": float(abs(first.steps["residual"]).max()),
             "peak": highest,
             "parameters": run.manifest.parameters,

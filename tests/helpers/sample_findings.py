@@ -20,6 +20,7 @@ from lca_posthoc import Run, findings
 from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import LCAWarning
 from lca_posthoc.findings.examples import FATES
+from lca_posthoc.numerics.schema import CAUSES
 
 STEPS = 12
 LAYERS = ("fc1", "_fc$2", "fc3")
@@ -307,6 +308,63 @@ def blocks(groups: bool = False) -> xr.Dataset:
     return made("blocks", variables, **(coords | ({"group": list(GROUPS)} if groups else {})))
 
 
+def causes(groups: bool = False, gap: bool = False) -> xr.Dataset:
+    group, extent = (("group",), (3,)) if groups else ((), ())
+    allocated = noise(STEPS, *extent, 3, len(CAUSES))
+    allocated[..., -1] *= 0.3
+    total = np.moveaxis(allocated.sum(0), 0, -1) if groups else allocated.sum(0)
+    layer_total = total.sum(1)
+    variables: dict[str, Any] = {
+        "allocated": (("step", *group, "layer", "cause"), allocated),
+        "cumulative": (("step", *group, "layer", "cause"), np.cumsum(allocated, axis=0)),
+        "total": (("layer", "cause", *group), total),
+        "layer_total": (("layer", *group), layer_total),
+        "hurts": (("layer", *group), np.where(layer_total > 0, "noise", "").astype(object)),
+        "rest_share": (("layer", *group), abs(noise(3, *extent))),
+        "rest_overall": (group, np.full(extent, 0.12)),
+        "rest_size": (("step", *group), np.full((STEPS, *extent), 0.06)),
+        "size": (("step", *group), np.full((STEPS, *extent), 0.5)),
+    }
+    coords: dict[str, Any] = {
+        "layer": list(LAYERS),
+        "cause": list(CAUSES),
+        "elements": ("layer", [24, 24, 24]),
+        "kind": ("layer", ["parameter"] * 3),
+    }
+    found = made("causes", variables, gap, **(coords | ({"group": list(GROUPS)} if groups else {})))
+    return found.assign_attrs(signal="tr$ain")
+
+
+def directions(groups: bool = False, gap: bool = False, null: bool = True) -> xr.Dataset:
+    group, extent = (("group",), (3,)) if groups else ((), ())
+    allocated, outside = noise(STEPS, *extent, 4), noise(STEPS, *extent) / 3
+    shares = np.random.default_rng(3).random(STEPS)
+    series = {"inside": allocated.sum(-1), "outside": outside}
+    if null:
+        series["null_inside"] = 0.1 * series["inside"]
+    variables: dict[str, Any] = {
+        "allocated": (("step", *group, "direction"), allocated),
+        "cumulative": (("step", *group, "direction"), np.cumsum(allocated, axis=0)),
+        "total": (("direction", *group), allocated.sum(0).T),
+        "captured": ("step", shares),
+        "captured_total": ((), 0.6),
+        "captured_direction": ("direction", [0.3, 0.1, 0.1, 0.1]),
+        "captured_by_chance": ((), 0.02),
+    }
+    for name, values in series.items():
+        variables |= {
+            name: (("step", *group), values),
+            f"{name}_cumulative": (("step", *group), np.cumsum(values, axis=0)),
+            f"{name}_total": (group, values.sum(0)),
+        }
+    if null:
+        variables |= {"null_captured": ("step", shares / 30), "null_captured_total": ((), 0.02)}
+    coords: dict[str, Any] = {"direction": ["_fc$2", "first", "2", "3"]}
+    return made(
+        "directions", variables, gap, **(coords | ({"group": list(GROUPS)} if groups else {}))
+    )
+
+
 def examples() -> xr.Dataset:
     count, stretch = 9, np.arange(4) * 15
     layer, both = ("layer",), ("step", "layer")
@@ -470,7 +528,13 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
         return _large_microscope(count, min(steps, 60))
     base, random = MADE[finding](), np.random.default_rng(count)
     tensors = [f"{module(at)}.{part}" for at in range(count) for part in ("weight", "bias")]
-    extents = {"layer": count, "tensor": 2 * count, "unit": 3 * count, "step": steps}
+    extents = {
+        "direction": count,
+        "layer": count,
+        "tensor": 2 * count,
+        "unit": 3 * count,
+        "step": steps,
+    }
     extents |= {"component": count, "outside_layer": count, "depth": min(steps, 60)}
     if finding == "candidates":
         extents |= {"unit": 20}
@@ -489,6 +553,7 @@ def large(finding: str, count: int, steps: int) -> xr.Dataset:
         many["cumulative"] = (many["allocated"].dims, np.cumsum(many["allocated"].values, axis=0))
     modules = [module(at) for at in range(count)]
     names: dict[str, Any] = {"layer": modules, "tensor": tensors, "outside_layer": modules}
+    names |= {"direction": modules}
     coords: dict[str, Any] = {dim: names[dim] for dim in names if dim in many.dims}
     if "unit" in many.dims and finding == "units":
         coords |= {"layer": ("unit", [module(at // 3) for at in range(3 * count)])}

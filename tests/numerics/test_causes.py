@@ -270,7 +270,7 @@ def test_every_cause_that_a_training_is_to_have_is_there(lab: Lab, name: str) ->
     wanted = lab.training(name).allocated()
     absent = {"SGD": {"momentum", "decay"}, "RMSprop": {"momentum"}, "Adagrad": {"momentum"}}
     for cause in ("signal", "noise", "momentum", "decay"):
-        assert (share_of(wanted, cause) > 1e-3) == (cause not in absent.get(name, ())), cause
+        assert (share_of(wanted, cause) > 1e-4) == (cause not in absent.get(name, ())), cause
     tensors = {name: values for name, values in wanted.items() if "running" not in name}
     assert share_of(tensors, "rest") < 1e-5
 
@@ -513,6 +513,24 @@ def test_a_gradient_that_is_lost_in_the_rounding_of_the_weights_is_rest(tmp_path
     }
     assert share_of(wanted, "rest") > 0.1
     assert_close(causes_of(replay(recorded, tmp_path / "run.lca")["train"]), wanted)
+
+
+def test_of_checkpoints_in_half_precision_noise_and_momentum_are_rest(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Weights are rounded by more than a step moves them, and the motion of biases that begin at 0
+    alone is known.
+    """
+    recorded = copied(lab.training("SGD, clipped"), tmp_path / "checkpoints")
+    for path in recorded.directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
+        save_file(halves, path, metadata)
+    found = causes_of(replay(recorded, tmp_path / "run.lca")["train"])
+    kept = {tensor: values for tensor, values in found.items() if tensor != "norm.bias"}
+    assert (share_of(kept, "noise"), share_of(kept, "momentum")) == (0, 0)
+    assert min(share_of(kept, "signal"), share_of(kept, "rest")) > 0.1
 
 
 def test_clipping_that_nobody_noted_is_noise(tmp_path: Path) -> None:

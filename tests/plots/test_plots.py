@@ -32,7 +32,7 @@ from tests.helpers.sample_findings import MADE
 mpl.use("agg")
 SINGLE = tuple(name for name in MADE if "ax" in inspect.signature(getattr(plots, name)).parameters)
 SEVERAL = tuple(name for name in MADE if name not in SINGLE)
-ONE_GROUP = ("blocks", "distribution", "helping", "oscillation", "units")
+ONE_GROUP = ("blocks", "causes", "directions", "distribution", "helping", "oscillation", "units")
 
 
 @pytest.fixture(autouse=True)
@@ -745,7 +745,11 @@ def test_the_scale_is_balanced_and_its_sides_are_told_apart(
         assert apart(scale[half - away], neutral) > 8 < apart(scale[half + away], neutral)
 
 
-@pytest.mark.parametrize("palette", [colours.LAYERS, colours.LAYERS_DARK])
-def test_layers_are_told_apart_and_look_like_neither_side(palette: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "palette", [colours.LAYERS, colours.LAYERS_DARK, colours.CAUSES, colours.CAUSES_DARK]
+)
+def test_layers_and_causes_are_told_apart_and_look_like_neither_side(
+    palette: tuple[str, ...],
+) -> None:
     assert min(apart(a, b) for a, b in itertools.combinations(palette, 2)) > 19
     assert min(apart(a, b) for a in palette for b in (colours.HELPING, colours.HURTING)) > 11

@@ -4,10 +4,13 @@ points the formulas need.
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...checkpoints.headers import read_header
+from ...checkpoints.headers import TensorHeader, read_header, tensor_places
 from ...checkpoints.optimizer_steps import (
     FIRST,
     SECOND,
@@ -15,7 +18,7 @@ from ...checkpoints.optimizer_steps import (
     moments_of,
     read_optimizer_step,
 )
-from ...checkpoints.paths import located
+from ...checkpoints.paths import is_remote, located
 from ...errors import InputError, SpanError
 from .passed import Passed
 from .state import checkpoint_at
@@ -68,7 +71,23 @@ class CausesOfSpan:
             self._passed.at(index),
             self._passed.at(index - 1) if follows else None,
             moments,
+            self._spacing(index),
         )
+
+    def _spacing(self, index: int) -> Callable[[str], float]:
+        """Return what tells, of a tensor, the distance from 1 to the next number of the type that a
+        checkpoint stores it in.
+        """
+        import torch
+
+        from ...checkpoints.reading import DTYPES
+
+        @functools.cache
+        def types() -> dict[str, str]:
+            headers = map(read_header, checkpoint_at(self._points, index).files)
+            return {name: of.dtype for header in headers for name, of in header.tensors.items()}
+
+        return lambda name: torch.finfo(DTYPES[types()[self._points.names[name]]]).eps
 
     def _step(self, index: int) -> OptimizerStep | None:
         """Return the record of the step that led to a checkpoint, where it followed on the
@@ -126,6 +145,8 @@ class _MomentsFile:
     def __init__(self, path: Path | None, step: int, objective: Objective) -> None:
         self._path, self._step, self._objective = path, step, objective
         self._tensors = frozenset[str]() if path is None else frozenset(read_header(path).tensors)
+        self._places: dict[str, tuple[TensorHeader, range]] | None = None
+        self._whole: dict[str, Tensor] | None = None
 
     def tensors(self, prefix: str) -> frozenset[str]:
         """Return the names of the tensors that moments of a prefix are stored of."""
@@ -137,15 +158,24 @@ class _MomentsFile:
         """Return a tensor on the device; None where the file has none of this name."""
         from safetensors import SafetensorError
 
-        from ...checkpoints.reading import fingerprint_and_tensors
-
         if self._path is None or name not in self._tensors:
             return None
         try:
-            _, tensors = fingerprint_and_tensors(self._path, self._step, {name})
+            return self._read(self._path, name).to(self._objective.device)
         except (OSError, InputError, SafetensorError) as error:
             raise SpanError(
                 f"cannot read {self._path} (step {self._step}): {error}. Restore the file and run "
                 "again."
             ) from None
-        return tensors[name].to(self._objective.device)
+
+    def _read(self, path: Path, name: str) -> Tensor:
+        from ...checkpoints.reading import fingerprint_and_tensors, read_place
+
+        if is_remote(path) or sys.byteorder == "big":  # read whole, then
+            if self._whole is None:
+                _, self._whole = fingerprint_and_tensors(path, self._step, self._tensors)
+            return self._whole[name]
+        with path.open("rb") as file:
+            if self._places is None:  # a header takes longer to parse than a tensor to read
+                self._places = tensor_places(path, file)
+            return read_place(file, *self._places[name])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...findings.causes import LARGE
 from ..content import clean, count, listed, percent, plain, signed
 from ..panels import Panel
 
@@ -31,8 +32,8 @@ class Headline:
 
 
 def headline(panel: Panel) -> Headline:
-    """Return the measurement, loss change, residual, share that helped where it was counted, layers
-    that hurt, and segments that did not converge.
+    """Return the measurement, loss change, residual, share that helped where it was counted, what no
+    cause explains where causes were told apart, layers that hurt, and segments that did not converge.
     """
     figures, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
@@ -63,6 +64,7 @@ def headline(panel: Panel) -> Headline:
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
         *([_helping(panel)] if panel.allows("helping") else []),
+        *([_rest(panel)] if panel.allows("causes") else []),
         _best(total, change),
         _hurting(total),
         _unconverged(panel),
@@ -125,6 +127,21 @@ def _helping(panel: Panel) -> Card:
         f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did "
         "nothing",
         bar=(whole["helping"], whole["zero"], whole["hurting"]),
+    )
+
+
+def _rest(panel: Panel) -> Card:
+    """Return how much of the allocation no cause explains."""
+    finding, left_out = panel.find("causes")
+    if finding is None:
+        return Card("Rest of the causes", "–", left_out)
+    share = float(finding["rest_overall"].max())
+    within = "" if panel.groups is None else " in the group with most of it"
+    return Card(
+        "Rest of the causes",
+        percent(share),
+        f"of Σ|A| over parameters{within} is explained by no cause",
+        warning=share > LARGE,
     )
 
 

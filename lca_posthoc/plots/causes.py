@@ -1,0 +1,137 @@
+"""The allocation of layers by what moved their weights: in total, and as it grows over training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from ..base.colours import CAUSES as COLOURS
+from ..base.colours import INK
+from ..findings.causes import culprits, percent, size_of_rest
+from ..findings.common import Numbers
+from .layers import helped_hurt
+from .style import (
+    SMALL,
+    expect,
+    fresh_figure,
+    heading,
+    labels,
+    note,
+    over_gaps,
+    powers,
+    refuse_groups,
+    rows_of_names,
+    strongest,
+    tidy,
+    zero_line,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_PANELS = 6  # layers with lines over training
+_ROWS = 30
+_ACROSS = 2
+_ALL = "all causes"
+
+
+def causes(found: xr.Dataset, *, figure: Figure | None = None, top: int | None = None) -> Figure:
+    """Draw what each cause did to the loss by layer, in total and over training.
+
+    On the left stand the sums over training: causes that lowered the loss to the left of zero,
+    those that raised it to the right, and the layer's sum as a mark. On the right the causes of
+    those layers grow over training for which they did most. How large rest is stands at the foot
+    and beside each name.
+
+    Args:
+        found: of `findings.causes`, of a loss without groups or one group of it.
+        figure: an empty one to draw in; default a new one.
+        top: how many layers are drawn over training; default 6.
+
+    Returns:
+        The figure.
+
+    Raises:
+        InputError: where the loss has groups, or for a `top` below one.
+    """
+    expect(found, "causes")
+    refuse_groups(found)
+    sizes = abs(found["total"]).sum("cause").values
+    strong, _ = strongest(found, "layer", sizes, _PANELS if top is None else top)
+    rows, rest = strongest(found, "layer", sizes, _ROWS)
+    down = -(-strong.sizes["layer"] // _ACROSS)
+    tall = max(1.4 * down, 0.2 * rows.sizes["layer"])
+    figure = fresh_figure(figure, 9.4, max(3.2, 1.1 + tall))
+    grid = figure.add_gridspec(down, 1 + _ACROSS, width_ratios=(1.25, *(1,) * _ACROSS))
+    _bars(figure.add_subplot(grid[:, 0]), rows)
+    first: Axes | None = None
+    names = labels([str(name) for name in strong["layer"].values], 20)
+    for position, name in enumerate(names):
+        place = grid[position // _ACROSS, 1 + position % _ACROSS]
+        ax = figure.add_subplot(place, sharex=first)
+        _lines(ax, strong.isel(layer=position), name)
+        ax.set_xlabel("" if position + _ACROSS < len(names) else "training step")
+        first = first or ax
+    if first is not None:
+        figure.legend(
+            *first.get_legend_handles_labels(),
+            loc="outside upper left",
+            ncols=6,
+            frameon=False,
+            fontsize=SMALL,
+        )
+    note(figure, found, size_of_rest(found), culprits(found), rest)
+    return figure
+
+
+def _bars(ax: Axes, finding: xr.Dataset) -> None:
+    """Draw the sums over training, causes of one sign after each other."""
+    total = finding["total"].transpose("layer", "cause").values
+    for sign in (-1, 1):
+        sized = np.where(np.sign(total) == sign, total, 0.0)
+        starts = np.cumsum(sized, axis=1) - sized
+        for cause, hue in enumerate(COLOURS):
+            ax.barh(
+                range(len(total)), sized[:, cause], left=starts[:, cause], height=0.72, color=hue
+            )
+    ax.plot(
+        finding["layer_total"].values,
+        range(len(total)),
+        linestyle="",
+        marker="D",
+        markersize=4.5,
+        markerfacecolor="white",
+        markeredgecolor=INK,
+    )
+    # bars would end at the edge of the page
+    ax.use_sticky_edges = False
+    ax.margins(x=0.05)
+    zero_line(ax, vertical=True)
+    tidy(ax, x="Σ allocation over training (units of loss)", title=f"{heading(finding)}\n")
+    rows_of_names(ax, [str(name) for name in finding["layer"].values], letters=22)
+    powers(ax, "x")
+    helped_hurt(ax)
+
+
+def _lines(ax: Axes, finding: xr.Dataset, name: str) -> None:
+    """Draw the sums so far of one layer."""
+    zero_line(ax)
+    allocated = finding["allocated"].transpose("step", "cause").values
+    for cause, hue in enumerate(COLOURS):
+        word = str(finding["cause"].values[cause])
+        ax.plot(*_grown(finding, allocated[:, cause]), color=hue, linewidth=1.2, label=word)
+    ax.plot(*_grown(finding, allocated.sum(1)), color=INK, linewidth=1.7, label=_ALL)
+    share = percent(float(finding["rest_share"]))
+    tidy(ax, x="training step", y="Σ so far (units of loss)", title=f"{name}, rest {share}")
+    ax.margins(x=0.01)
+    ax.locator_params(axis="x", nbins=5)
+    powers(ax, "y", most=4)
+
+
+def _grown(finding: xr.Dataset, values: Numbers) -> tuple[Numbers, Numbers]:
+    """Return a running sum, from the start of each stretch of segments."""
+    so_far = np.cumsum(values)
+    return over_gaps(finding, so_far, so_far - values)
