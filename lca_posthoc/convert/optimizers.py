@@ -28,6 +28,7 @@ from .series import Beside, Progress, Tensors, separate
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SAMPLE = 2**13  # numbers of a tensor whose motion is compared
 _MOST_PAIRS = 256  # of checkpoints from which names are told
+_MOST_COMPARED = 2**20  # motions with formulas, of one pair
 # by how much a motion may differ from that of a formula: roundings of the weights, and a share of
 # the motion, which a bias correction in float32 changes by 3e-5
 _ROUNDINGS, _SHARE = 2.0, 1e-4
@@ -415,6 +416,8 @@ def _narrowed(
         if (index in new or len(known[index]) > 1)
         and _made_a_step(before.state.members.get(index), member)
     ]
+    if sum(len(known[index]) for index in open_ones) > _MOST_COMPARED:
+        raise _Untold("too many tensors have one shape to tell which of them they belong to")
     wanted = {name for index in open_ones for name in known[index]}
     motions = {name: _Motion.of(before.tensors[name], after.tensors[name]) for name in wanted}
     allowed: dict[int, set[str]] = {}

@@ -432,6 +432,24 @@ def test_other_optimisers_are_said(tmp_path: Path, optimizer: Any) -> None:
     assert set(steps_of(tmp_path / "imported").values()) == {None}
 
 
+def test_too_many_tensors_of_one_shape_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twelve weights of one shape are 144 comparisons; names that torch wrote need fewer."""
+    named = Training(
+        optimizer=lambda model: torch.optim.AdamW(model.named_parameters(), lr=0.02), model=Deep
+    )
+    for name, training in {"alike": TRAININGS["layers alike"], "named": named}.items():
+        training.run(tmp_path / name, of_trainer)
+    monkeypatch.setattr("lca_posthoc.convert.optimizers._MOST_COMPARED", 100)
+    says(
+        told(tmp_path / "alike" / "saved", tmp_path / "alike" / "imported")[0],
+        "left out the optimiser's states: too many tensors have one shape",
+    )
+    told(tmp_path / "named" / "saved", tmp_path / "named" / "imported")
+    assert_told(tmp_path / "named" / "imported", tmp_path / "named" / "recorded")
+
+
 def test_states_of_two_optimisers_are_said(tmp_path: Path) -> None:
     def with_two(place: Path, step: int, state: Mapping[str, Tensor], **beside: State) -> Path:
         path = of_lightning(place, step, state, **beside)
