@@ -47,8 +47,11 @@ def command(source: str, directory: str, **options: Any) -> None:
     lca import saved checkpoints --key ema --pattern 'model_(?P<step>\\d+)'
     lca import weights.h5 checkpoints --task my_task.py
 
+    Of a training that saved every step, the optimiser's states are read too (optimizer.pt of a
+    trainer, optimizer_states of Lightning), for `lca run --causes`.
+
     Nothing but tensors and plain data is unpickled; objects of other classes are read past.
-    safetensors files need no import. HDF5 needs h5py: pip install 'lca_posthoc[convert]'.
+    safetensors files need no import for their weights. HDF5 needs h5py: pip install 'lca_posthoc[convert]'.
     """
     from ..convert import convert
     from ..errors import amount

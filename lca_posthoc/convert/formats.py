@@ -50,7 +50,10 @@ FORMATS = (
         _refuse("safetensors files, which need no import: give it to `lca run` as it is."),
     ),
     Format(
-        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin)", is_pytorch, open_pytorch, ("key", "pattern")
+        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin, optimizer.pt beside safetensors)",
+        is_pytorch,
+        open_pytorch,
+        ("key", "pattern"),
     ),
     Format("HDF5 with a row for every iterate", is_hdf5, open_hdf5, ("dataset", "task")),
 )

@@ -2,7 +2,8 @@
 
 Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of
 other classes, such as parsed arguments and paths, are read past: a stand-in takes whatever a file
-gives it and does nothing (`standins`). Functions are refused.
+gives it and does nothing (`standins`). Functions are refused. Safetensors are read where a trainer
+saved them at every step with its optimiser beside them.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import google_crc32c
+import safetensors
 import torch
+from safetensors.torch import load_file
 
-from ..checkpoints.headers import TensorHeader, fingerprint
+from ..checkpoints.headers import TensorHeader, fingerprint, read_header
 from ..checkpoints.layouts import (
     BESIDE_THE_WEIGHTS,
     SAFETENSORS,
@@ -37,19 +40,31 @@ from ..checkpoints.trajectory import compile_pattern, shards, trainer_step
 from ..errors import InputError, few
 from ..recording.staging import same_bytes
 from .nested import state_dict
-from .series import Iterate, Progress, Series, Tensors, headers_of, same_headers, separate, taken
+from .optimizers import Source, follow
+from .series import (
+    Beside,
+    Iterate,
+    Progress,
+    Series,
+    Tensors,
+    headers_of,
+    same_headers,
+    separate,
+    taken,
+)
 from .standins import class_of, holds_tensors_inside, is_left_out, unpickled
 
 _COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
 _AVERAGED = re.compile(r"(module|ema_model|online_model|averaged_model|model_ema)\.")
 _STEPS = ("global_step", "iter_num", "iteration", "step")
+_OPTIMIZER = "optimizer.pt"  # beside the weights of a trainer
 _EPOCHS = ("epoch", "cur_epoch", "current_epoch")
 
 
 @dataclass(frozen=True)
 class _Loaded:
     """The contents of one checkpoint: its tensors, not read where the file can be mapped, notes,
-    and the step and epoch it states.
+    the step and epoch it states, and whether states of optimisers are among them.
     """
 
     tensors: Tensors
@@ -57,6 +72,7 @@ class _Loaded:
     step: int | None
     step_entry: str
     epoch: int | None
+    has_optimizer: bool
 
 
 @dataclass(frozen=True)
@@ -72,9 +88,9 @@ class _Saved:
     def load(self) -> _Loaded:
         """Load its files, and return the tensors and the step they state."""
         tensors, notes = Tensors(), list[str]()
-        steps, epochs = list[tuple[int, str]](), list[int]()
+        steps, epochs, has_optimizer = list[tuple[int, str]](), list[int](), False
         for file in self.files:
-            saved, passed = unpickled(file)
+            saved, passed = _contents(file)
             state, around, more = state_dict(saved, file, self.key)
             notes += more
             counters = _counters(state)
@@ -98,8 +114,16 @@ class _Saved:
             notes += passed
             steps += _stated_steps(saved, around)
             epochs += _stated_epochs(saved, around)
+            has_optimizer |= bool(_optimizers_in(saved))
         step, entry = steps[0] if steps else (None, "")
-        return _Loaded(tensors, notes, step, entry, epochs[0] if epochs else None)
+        return _Loaded(
+            tensors=tensors,
+            notes=notes,
+            step=step,
+            step_entry=entry,
+            epoch=epochs[0] if epochs else None,
+            has_optimizer=has_optimizer,
+        )
 
     def read(self) -> Tensors:
         """Return its tensors, once the checksums of its files were compared."""
@@ -113,6 +137,70 @@ class _Saved:
         for file in self.files:
             crc = google_crc32c.extend(crc, _sampled(file).encode())
         return f"{crc:08x}"
+
+    @property
+    def beside(self) -> Path | None:
+        """The file of an optimiser's state beside the weights, as a trainer writes it."""
+        file = self.path / _OPTIMIZER
+        return file if self.path.is_dir() and file.is_file() else None
+
+    def source(self, headers: Mapping[str, TensorHeader]) -> Source:
+        """Return what may tell of an optimiser, beside tensors that were looked at."""
+
+        def tensors() -> Tensors:
+            loaded = self.load().tensors
+            if headers_of(loaded) != headers:
+                raise InputError(f"{self.files[0]} changed while it was imported")
+            return loaded
+
+        file = self.files[0] if self.beside is None else self.beside
+        return Source(
+            tensors=tensors,
+            optimizer=lambda: _optimizer(file, inside=self.beside is None),
+            identity=lambda: _sampled(file),
+            check=lambda: _compare_checksums(file),
+        )
+
+
+def _contents(file: Path) -> tuple[Mapping[str, object], list[str]]:
+    """Return what a file holds, of safetensors too, and notes on what is read past."""
+    if file.suffix != ".safetensors":
+        return unpickled(file)
+    read_header(file)
+    try:
+        return load_file(file), []
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{file} cannot be read as a checkpoint ({error}). Save it again, or move it away."
+        ) from None
+
+
+def _optimizer(file: Path, inside: bool) -> object:
+    """Return the state of the one optimiser that a file holds.
+
+    Args:
+        file: of a trainer's optimiser, or of a whole checkpoint.
+        inside: whether it is a whole checkpoint.
+    """
+    saved, _ = unpickled(file)
+    if not inside:
+        return saved
+    states = _optimizers_in(saved)
+    if len(states) != 1:
+        raise InputError(f"{file} holds states of several optimisers")
+    return states[0]
+
+
+def _optimizers_in(saved: Mapping[str, object]) -> list[object]:
+    """Return the states of optimisers that a whole checkpoint holds, those in a list too."""
+    entries: list[object] = []
+    for value in saved.values():
+        entries += value if isinstance(value, list) else [value]
+    return [
+        entry
+        for entry in entries
+        if isinstance(entry, Mapping) and "param_groups" in entry and "state" in entry
+    ]
 
 
 def _compare_checksums(file: Path) -> None:
@@ -227,7 +315,29 @@ def _entry(path: Path) -> tuple[Path, ...]:
 
 def is_pytorch(place: Path) -> bool:
     """Tell whether a directory has checkpoints of this kind in it, or a file is one."""
-    return bool(_entry(place)) if place.is_file() else any(map(_entry, place.iterdir()))
+    if place.is_file():
+        return bool(_entry(place))
+    return any(map(_entry, place.iterdir())) or _follows_every_step(place)
+
+
+def _follows_every_step(place: Path) -> bool:
+    """Tell whether safetensors of consecutive steps have an optimiser's state beside them, which is
+    read by an import alone.
+    """
+    steps = {
+        _of_trainer(path) or step_in_name(path.name)
+        for path in place.iterdir()
+        if (path / _OPTIMIZER).is_file() and is_safetensors(path)
+    }
+    return any(step is not None and step + 1 in steps for step in steps)
+
+
+def _safetensors(path: Path) -> tuple[Path, ...]:
+    """Return the safetensors files of a trainer's checkpoint; an empty tuple where it is none."""
+    for name in SAFETENSORS if path.is_dir() else ():
+        if (path / name).is_file():
+            return shards(path / name) if name.endswith(".json") else (path / name,)
+    return ()
 
 
 def open_pytorch(
@@ -245,20 +355,20 @@ def open_pytorch(
             f"{place} is one checkpoint. Give the directory that holds one for every step."
         )
     regex = compile_pattern(pattern) if pattern else None
-    paths = [path for path in place.iterdir() if regex is None or regex.search(path.name)]
-    # a copy such as last.ckpt after its original
-    paths.sort(key=lambda path: (step_in_name(path.name) is None, path.name))
-    every = [_Saved(path, files, key) for path in paths if (files := _entry(path))]
-    beside = [
-        path for path in paths if is_safetensors(path) and step_in_name(path.name) is not None
-    ]
-    notes = [f"left out {path.name}: it is safetensors, which is not imported" for path in beside]
+    every, notes = _checkpoints_in(place, regex, key)
     looked = list[_Looked]()
     for done, saved in enumerate(every):
         progress("looking at", done, len(every))
         loaded = saved.load()
         looked.append(
-            _Looked(saved, headers_of(loaded.tensors), loaded.step, loaded.step_entry, loaded.epoch)
+            _Looked(
+                saved=saved,
+                headers=headers_of(loaded.tensors),
+                step=loaded.step,
+                step_entry=loaded.step_entry,
+                epoch=loaded.epoch,
+                has_optimizer=loaded.has_optimizer or saved.beside is not None,
+            )
         )
         notes += [note for note in loaded.notes if note not in notes]
     numbering = _Numbering(looked, regex)
@@ -277,19 +387,54 @@ def open_pytorch(
         steps[step] = checkpoint
     notes += _without_step(unnamed, bool(steps))
     notes += numbering.notes(steps)
+    sources = {
+        step: checkpoint.saved.source(known)
+        for step, checkpoint in sorted(steps.items())
+        if checkpoint.has_optimizer
+    }
+    optimizers, more = follow(sources, progress)
     iterates = [
         Iterate(
-            step, str(checkpoint.saved.files[0]), checkpoint.saved.read, checkpoint.saved.identity
+            step,
+            str(checkpoint.saved.files[0]),
+            checkpoint.saved.read,
+            checkpoint.saved.identity,
+            optimizers.get(step, Beside()),
         )
         for step, checkpoint in sorted(steps.items())
     ]
-    return Series(iterates, known, notes)
+    return Series(iterates, known, notes + more)
+
+
+def _checkpoints_in(
+    place: Path, regex: re.Pattern[str] | None, key: str | None
+) -> tuple[list[_Saved], list[str]]:
+    """Return the checkpoints of a directory whose names a pattern matches, and notes on what is left
+    out.
+    """
+    paths = [path for path in place.iterdir() if regex is None or regex.search(path.name)]
+    # a copy such as last.ckpt after its original
+    paths.sort(key=lambda path: (step_in_name(path.name) is None, path.name))
+    with_safetensors = _follows_every_step(place)
+    every = [
+        _Saved(path, files, key)
+        for path in paths
+        if (files := _entry(path) or (_safetensors(path) if with_safetensors else ()))
+    ]
+    taken_in = {saved.path for saved in every}
+    beside = [
+        path
+        for path in paths
+        if is_safetensors(path) and path not in taken_in and step_in_name(path.name) is not None
+    ]
+    notes = [f"left out {path.name}: it is safetensors, which is not imported" for path in beside]
+    return every, notes
 
 
 @dataclass(frozen=True)
 class _Looked:
-    """A checkpoint that was looked at: its tensors' headers, and the step and epoch it states
-    inside.
+    """A checkpoint that was looked at: its tensors' headers, the step and epoch it states inside,
+    and whether there is an optimiser's state.
     """
 
     saved: _Saved
@@ -297,6 +442,7 @@ class _Looked:
     step: int | None
     step_entry: str
     epoch: int | None
+    has_optimizer: bool
 
     @property
     def name(self) -> str:

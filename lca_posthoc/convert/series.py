@@ -20,6 +20,21 @@ Progress = Callable[[str, int, int], None]
 SIZES = {name: dtype.itemsize for dtype, name in CODES.items()}
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """The numbers of an optimiser that are written beside an iterate.
+
+    `record` tells of the step that led to it, None where that is not known; `moments` gives those
+    after it, by their names in their file, and is None where there are none; `bytes` is what they
+    take; `identity` is a checksum of their source and of the record.
+    """
+
+    record: str | None = None
+    moments: Callable[[], Tensors] | None = None
+    bytes: int = 0
+    identity: str = ""
+
+
 @dataclass(frozen=True)
 class Iterate:
     """One training step of a source.
@@ -33,6 +48,7 @@ class Iterate:
     origin: str
     read: Callable[[], Tensors]
     identity: Callable[[], str]
+    beside: Beside = Beside()
 
 
 @dataclass(frozen=True)

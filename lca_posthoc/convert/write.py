@@ -8,29 +8,33 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 
 from ..base.locks import DirectoryLock
 from ..base.text import count
 from ..checkpoints.headers import HALF, TensorHeader, read_header
+from ..checkpoints.layouts import MOMENTS
+from ..checkpoints.optimizer_steps import METADATA_KEY, moments_path
 from ..checkpoints.paths import here
 from ..checkpoints.trajectory import TensorSpec, open_trajectory
 from ..errors import InputError, ResourceError, amount
+from ..recording.staging import Layout
 from ..recording.writer import name_of, step_of
 from ..tasks.task import Task
 from .formats import FORMATS
-from .series import SIZES, Iterate, Progress, Series, headers_of
+from .series import SIZES, Iterate, Progress, Series, Tensors, headers_of
 
 Say = Callable[[str], None]
 
 _PARTIAL = ".import"
 # one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by
-# their bytes
+# their bytes; a file with a record beside it is laid out here
 _SOURCE = "source"
 
 
@@ -104,7 +108,7 @@ def convert(
         say(note)
     with _alone(place):
         waiting = _waiting(place, series)
-        _room(place, series, len(waiting))
+        _room(place, series, waiting)
         written = 0
         for done, iterate in enumerate(waiting):
             progress("writing", done, len(waiting))
@@ -153,8 +157,8 @@ def _only_steps(place: Path) -> None:
         return
     foreign = sorted(
         path.name
-        for path in place.iterdir()
-        if path.name != _PARTIAL and step_of(path.name) is None
+        for path in [*place.iterdir(), *(place / MOMENTS).glob("*")]
+        if path.name not in (_PARTIAL, MOMENTS) and step_of(path.name) is None
     )
     if foreign:
         raise InputError(
@@ -186,57 +190,117 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 def _waiting(place: Path, series: Series) -> list[Iterate]:
-    """Return the iterates that have no file yet; refuse files that are not of this series."""
-    present = {path.name for path in place.iterdir() if path.name != _PARTIAL}
+    """Return the iterates that have no file yet, or none of their moments; refuse files that are
+    not of this series.
+    """
+    present = {path.name for path in place.iterdir() if path.name not in (_PARTIAL, MOMENTS)}
+    moments = {path.name for path in (place / MOMENTS).glob("*")}
+    with_moments = {name_of(it.step) for it in series.iterates if it.beside.moments is not None}
     extra = sorted(present - {name_of(iterate.step) for iterate in series.iterates})
+    extra += sorted(f"{MOMENTS}/{name}" for name in moments - with_moments)
     if extra:
         raise InputError(
             f"{place} holds {extra[0]}, a step that is not in this series. Name a new directory."
         )
     waiting = []
     for iterate in series.iterates:
-        path = place / name_of(iterate.step)
-        if path.name not in present:
+        path, beside = place / name_of(iterate.step), moments_path(place, iterate.step)
+        if path.name in present:
+            header = read_header(path)
+            if header.tensors != series.tensors:
+                raise _of_another(path, iterate)
+            _compare_source(path, _identity(iterate), iterate)
+        if beside.name in moments:
+            _compare_source(beside, _identity_of_moments(iterate), iterate)
+        if path.name not in present or beside.name in with_moments - moments:
             waiting.append(iterate)
-            continue
-        header = read_header(path)
-        if header.tensors != series.tensors or header.metadata.get(_SOURCE) != iterate.identity():
-            raise InputError(
-                f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a "
-                "new directory, or move the file away."
-            )
     return waiting
 
 
-def _room(place: Path, series: Series, files: int) -> None:
+def _identity(iterate: Iterate) -> str:
+    """Return the checksum of what a file of an iterate is made of."""
+    own, beside = iterate.identity(), iterate.beside
+    return own if beside.record is None else f"{own}-{beside.identity}"
+
+
+def _identity_of_moments(iterate: Iterate) -> str:
+    return f"{iterate.identity()}-{iterate.beside.identity}"
+
+
+def _compare_source(path: Path, identity: str, iterate: Iterate) -> None:
+    if read_header(path).metadata.get(_SOURCE) != identity:
+        raise _of_another(path, iterate)
+
+
+def _of_another(path: Path, iterate: Iterate) -> InputError:
+    return InputError(
+        f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a new "
+        "directory, or move the file away."
+    )
+
+
+def _room(place: Path, series: Series, waiting: Sequence[Iterate]) -> None:
     size = sum(
         len(name.encode())
         + 100
         + SIZES[header.dtype] * TensorSpec(name, "state", header.shape).elements
         for name, header in series.tensors.items()
     )
-    free = shutil.disk_usage(place).free
-    if files * size > free:
+    beside = sum(iterate.beside.bytes + len(iterate.beside.record or "") for iterate in waiting)
+    free, files = shutil.disk_usage(place).free, len(waiting)
+    if files * size + beside > free:
+        of_optimizer = f" and {amount(beside)} of the optimiser" if beside else ""
         raise ResourceError(
-            f"{files:,} files of {amount(size)} take {amount(files * size)}, and {amount(free)} "
-            f"are free at {place}. Free some, or name another directory."
+            f"{files:,} files of {amount(size)}{of_optimizer} take "
+            f"{amount(files * size + beside)}, and {amount(free)} are free at {place}. Free some, "
+            "or name another directory."
         )
 
 
 def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> int:
-    """Write one iterate under a temporary name, rename it, and return its size in bytes."""
-    tensors, identity = iterate.read(), iterate.identity()
+    """Write one iterate, its moments before it, and return the bytes of both."""
+    size = 0
+    if iterate.beside.moments is not None:
+        path = moments_path(place, iterate.step)
+        path.parent.mkdir(exist_ok=True)
+        moments, source = iterate.beside.moments(), {_SOURCE: _identity_of_moments(iterate)}
+        size += _put(place, path, lambda temporary: save_file(moments, temporary, metadata=source))
+    tensors, identity = iterate.read(), _identity(iterate)
     if headers_of(tensors) != known:
         raise InputError(
             f"{iterate.origin} changed while it was imported. Run again when nothing writes there."
         )
-    path = place / name_of(iterate.step)
+    metadata, record = {_SOURCE: identity}, iterate.beside.record
+    return size + _put(
+        place,
+        place / name_of(iterate.step),
+        lambda temporary: (
+            save_file(tensors, temporary, metadata=metadata)
+            if record is None
+            else _save_recorded(
+                tensors, temporary, iterate.step, {**metadata, METADATA_KEY: record}
+            )
+        ),
+    )
+
+
+def _save_recorded(tensors: Tensors, path: Path, step: int, metadata: Mapping[str, str]) -> None:
+    """Write a file with several entries of metadata, in their order, as a recorder does."""
+    layout = Layout(tensors)
+    with path.open("wb") as file:
+        file.write(layout.header(step, metadata))
+        for name in layout.places:
+            file.write(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _put(place: Path, path: Path, save: Callable[[Path], None]) -> int:
+    """Write a file under a temporary name, rename it, and return its size in bytes."""
     temporary = place / _PARTIAL / path.name
     umask = os.umask(0)
     os.umask(umask)
     try:
         temporary.parent.mkdir(exist_ok=True)
-        save_file(tensors, temporary, metadata={_SOURCE: identity})
+        save(temporary)
         temporary.chmod(0o666 & ~umask)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())

@@ -78,6 +78,7 @@ def with_transformers(
     resume: bool = False,
     decays: bool = False,
     max_norm: float = 1.0,
+    save_every: int = 4,
     **options: Any,
 ) -> nn.Module:
     from transformers import Trainer, TrainingArguments
@@ -92,7 +93,7 @@ def with_transformers(
         learning_rate=0.05,
         lr_scheduler_type="linear" if decays else "constant",
         max_grad_norm=max_norm,
-        save_steps=4,
+        save_steps=save_every,
         save_strategy="steps",
         report_to=[],
         disable_tqdm=True,
@@ -114,6 +115,7 @@ def with_lightning(
     resume: bool = False,
     decays: bool = False,
     max_norm: float = 1.0,
+    save_every: int = 4,
     **options: Any,
 ) -> nn.Module:
     import lightning
@@ -134,7 +136,9 @@ def with_lightning(
             rate = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, OPTIMISER_STEPS)
             return ([optimizer], [{"scheduler": rate, "interval": "step"}]) if decays else optimizer
 
-    kept = ModelCheckpoint(directory / "out", every_n_train_steps=4, save_last=True, save_top_k=-1)
+    kept = ModelCheckpoint(
+        directory / "out", every_n_train_steps=save_every, save_last=True, save_top_k=-1
+    )
     trainer = lightning.Trainer(
         max_steps=until,
         accumulate_grad_batches=ACCUMULATE,
