@@ -129,7 +129,7 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
 
     called = {option.name: option.opts[0] for option in command.params}
     without_effect = sorted(
-        called[name] for name, value in others.items() if value not in (None, ())
+        called[name] for name, value in others.items() if value not in (None, (), False)
     )
     if without_effect:
         raise InputError(
