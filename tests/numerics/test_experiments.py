@@ -157,3 +157,29 @@ def test_the_command_prints_a_line_for_each_setting_and_each_of_its_layers(
     assert {
         tuple(line.split()[:2]) for line in layers if "+0.0000 (+0.0000 to +0.0000)" in line
     } == frozen
+
+
+@needs("mnist.safetensors")
+@needs("cifar10.safetensors")
+@pytest.mark.parametrize(
+    ("name", "images"), [("momentum", 40), ("hurting", 200), ("directions", 200)]
+)
+def test_what_moved_the_weights_is_told_and_not_computed_twice(
+    tmp_path: Path, example: Any, monkeypatch: pytest.MonkeyPatch, name: str, images: int
+) -> None:
+    causes = example("causes")
+    monkeypatch.setattr(causes, "DELAYS", (9, 0))
+    monkeypatch.setattr(causes, "DIRECTIONS", 2)
+    size = causes.Size(images=images, iterates=4, batch=20)
+    lines = list(causes.EXPERIMENTS[name](tmp_path, 2, size))
+    assert all("±" in line for line in lines[1:])
+    written = {each: each.stat().st_mtime_ns for each in tmp_path.glob("**/commits/*/*")}
+    assert list(causes.EXPERIMENTS[name](tmp_path, 2, size)) == lines
+    assert {each: each.stat().st_mtime_ns for each in tmp_path.glob("**/commits/*/*")} == written
+    if name == "hurting":
+        whole = next(line for line in lines if line.startswith("with the whole motion"))
+        assert 0 < float(re.findall(r"[+-][\d.]+", whole)[0]) < 100
+    if name == "momentum":
+        parts = [float(number) for number in re.findall(r"[a-z]+ ([+-][\d.]+) ±", lines[1])]
+        total, *of_causes = parts
+        assert total == pytest.approx(sum(of_causes), abs=5e-3)
