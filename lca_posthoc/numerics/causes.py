@@ -12,11 +12,13 @@ and $P$ the numbers by which an adaptive optimiser multiplies, or 1:
 | optimiser | signal | momentum | decay |
 |---|---|---|---|
 | SGD | $-\eta(1-\tau)\,g$ | $\mu\,\eta/\eta_{t-1}\,\Delta\theta_{t-1}$ | $-\eta(1-\tau)\lambda\,\theta$ |
-| Adam | $-\kappa(1-\beta_1)\,P g$ | $-\kappa\beta_1 P m$ | $-\kappa(1-\beta_1)\lambda\,P\theta$ |
+| Adam | $-\kappa(1-\beta_1)\,\tilde P g$ | $-\kappa\beta_1 P m$ | $-\kappa(1-\beta_1)\lambda\,P\theta$ |
 | AdamW | the same | the same | $-\eta\lambda\,\theta$ |
-| RMSprop, Adagrad | $-\eta\,P g$ | | $-\eta\lambda\,P\theta$ |
+| RMSprop, Adagrad | $-\eta\,\tilde P g$ | | $-\eta\lambda\,P\theta$ |
 
-$\tau$ is the dampening, 0 in an optimiser's first step, $\kappa=\eta/(1-\beta_1^t)$.
+$\tau$ is the dampening, 0 in an optimiser's first step, $\kappa=\eta/(1-\beta_1^t)$. $\tilde P$ is made of the
+second moments as the full gradient would have left them: those of the real step are 0 where the
+mini-batch had no gradient, and a step divided by them would be none that the optimiser makes.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class Formula:
         momentum: factor of the motion before, or of P times the first moment.
         decay: factor of the weights, or of P times them where `scales_decay`.
         scale: the numbers P of second moments; None where P is 1.
+        renewed: second moments after a step, from those before it and a gradient.
         first: β₁, where first moments are the momentum and tell the gradient that was given; None
             where what no other cause explains is what that gradient did.
         scales_decay: whether the decay came in through the gradient.
@@ -65,6 +68,7 @@ class Formula:
     momentum: float = 0.0
     decay: float = 0.0
     scale: Callable[[Tensor], Tensor] | None = None
+    renewed: Callable[[Tensor | float, Tensor], Tensor] | None = None
     first: float | None = None
     scales_decay: bool = False
     norm: float = math.nan
@@ -84,11 +88,13 @@ class Moments:
     Attributes:
         first_before: Σ of earlier gradients, as Adam keeps it.
         first_after: the same after the step.
-        second_after: of the squares of gradients, after the step.
+        second_before: of the squares of gradients.
+        second_after: the same after the step.
     """
 
     first_before: Callable[[str], Tensor | None]
     first_after: Callable[[str], Tensor | None]
+    second_before: Callable[[str], Tensor | None]
     second_after: Callable[[str], Tensor | None]
 
 
@@ -97,6 +103,7 @@ class StoredMoments:
     """The names, as in the files, of the tensors that moments are stored of; as in `Moments`."""
 
     first_before: frozenset[str]
+    second_before: frozenset[str]
     first_after: frozenset[str]
     second_after: frozenset[str]
 
@@ -138,13 +145,21 @@ def _formula(
     if group.optimizer == "SGD":
         return _of_sgd(group, before, clip)
     if group.optimizer in _ADAM and not group.amsgrad:
-        has_before = not group.has_memory or name in stored.first_before
+        has_before = not group.has_memory or (
+            name in stored.first_before and name in stored.second_before
+        )
         return _of_adam(group, clip, has_second, has_before and name in stored.first_after)
+    has_second = has_second and (group.steps == 1 or name in stored.second_before)
     if group.optimizer == "RMSprop" and not (group.momentum or group.centered):
-        return _of_scaled(group, group.lr, clip, has_second)
+        alpha = group.alpha or 0.0
+        known = _of_scaled(group, group.lr, clip, has_second)
+        return replace(
+            known, renewed=lambda before, gradient: alpha * before + (1 - alpha) * gradient**2
+        )
     if group.optimizer == "Adagrad":
         rate = group.lr / (1 + (group.steps - 1) * (group.lr_decay or 0.0))
-        return _of_scaled(group, rate, clip, has_second)
+        known = _of_scaled(group, rate, clip, has_second)
+        return replace(known, renewed=lambda before, gradient: before + gradient**2)
     return _decay_alone(group, f"no formula for {group.optimizer} with these settings")
 
 
@@ -181,10 +196,13 @@ def _of_adam(group: GroupStep, clip: float, has_second: bool, has_first: bool) -
         factor=factor,
         decay=(-group.lr if group.decoupled else factor) * group.weight_decay,
         scale=lambda second: 1 / ((second / correction).sqrt() + eps),
+        renewed=lambda before, gradient: beta2 * before + (1 - beta2) * gradient**2,
         scales_decay=not group.decoupled,
     )
     if not has_first:
-        return replace(known, unknown="no first moments are recorded, or none before the step")
+        # without those before the step, the signal is not known either
+        why = "no first moments are recorded, or none before the step"
+        return replace(known, signal=0.0, unknown=why)
     momentum = -rate * beta1 if group.has_memory else 0.0
     return replace(known, first=beta1, momentum=momentum)
 
@@ -261,7 +279,7 @@ class SegmentCauses:
         }
         for name, formula in formulas.items():
             if formula.scale is not None:
-                for kind, values in self._scaled(name, formula, signal[name]):
+                for kind, values in self._scaled(name, formula, signal.get(name)):
                     scaled[kind][name] = values
         plain = [name for name, formula in formulas.items() if formula.scale is None]
         directions = {}
@@ -291,16 +309,26 @@ class SegmentCauses:
             directions["gradient"] = displacement(scaled["gradient"], start)
         return directions
 
-    def _scaled(self, name: str, formula: Formula, signal: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def _scaled(
+        self, name: str, formula: Formula, signal: Tensor | None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Yield the directions of a tensor that an adaptive optimiser moves, in the type of the
         model.
         """
         assert formula.scale is not None
-        dtype, weights = signal.dtype, self._start[name]
+        assert formula.renewed is not None
+        weights = self._start[name]
+        dtype = weights.dtype
         second = self._moments.second_after(name)
         assert second is not None, "a formula with a scale has second moments"
         scale = formula.scale(second.double())
-        yield "signal", (scale * signal).to(dtype)
+        if formula.signal and signal is not None:
+            gradient = formula.signal / formula.factor * signal.double()
+            if formula.scales_decay:
+                gradient = gradient + formula.decay / formula.factor * weights
+            second_before = self._moments.second_before(name)
+            earlier = 0.0 if second_before is None else second_before.double()
+            yield "signal", (formula.scale(formula.renewed(earlier, gradient)) * signal).to(dtype)
         if formula.decay and formula.scales_decay:
             yield "decay", (scale * weights).to(dtype)
         if formula.first is None:
@@ -369,18 +397,18 @@ class SegmentCauses:
         if formula.first is not None or math.isnan(formula.norm) or not formula.factor:
             return _Told()
         norms = self._norms(name, formula, end)
-        lost = norms["rounding"]
-        if abs(norms["gradient"] - formula.norm) > _SAME_NORM * formula.norm + lost:
+        if abs(norms["gradient"] - formula.norm) > _SAME_NORM * formula.norm + norms["lost"]:
             # something else made a part of this motion, or of the one before
             return _Told(momentum=False, noise=False)
+        lost = norms["rounding"]
         return _Told(
             momentum=lost <= _LOST * norms["momentum"], noise=lost <= _LOST * norms["noise"]
         )
 
     def _norms(self, name: str, formula: Formula, end: Point) -> dict[str, float]:
-        """Return the norms of the gradient that a tensor's motion tells, of its noise and of the
-        momentum, in units of the gradient, and by how much roundings of the weights may change
-        them.
+        """Return the norm of the gradient that a tensor's motion tells, and how much of it roundings
+        of the weights may have lost; the norms of the motion that noise and momentum made, and of
+        those roundings.
         """
         flat = [point[name].reshape(1, -1) for point in (self._start, end)]
         before = None if self._before is None else self._before[name].reshape(1, -1)
@@ -403,13 +431,18 @@ class SegmentCauses:
             noise = gradient
             if signal is not None:
                 noise = gradient - formula.signal * signal[place].double()
-            parts = {"gradient": gradient, "noise": noise, "momentum": momentum, "rounding": start}
+            parts = {
+                "gradient": gradient / (scale * formula.factor),
+                "lost": start / (scale * formula.factor),
+                "noise": noise,
+                "momentum": momentum,
+                "rounding": start,
+            }
             for part, values in parts.items():
-                squares.setdefault(part, []).append(float((values / scale).square().sum()))
-        norms = {
-            part: math.sqrt(math.fsum(sums)) / abs(formula.factor) for part, sums in squares.items()
-        }
-        norms["rounding"] *= _ROUNDINGS * self._spacing(name) * (1 + abs(formula.momentum))
+                squares.setdefault(part, []).append(float(values.square().sum()))
+        norms = {part: math.sqrt(math.fsum(sums)) for part, sums in squares.items()}
+        for part in ("lost", "rounding"):
+            norms[part] *= _ROUNDINGS * self._spacing(name) * (1 + abs(formula.momentum))
         return norms
 
 

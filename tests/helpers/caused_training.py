@@ -372,11 +372,16 @@ class _Tensor:
         decay = self.group["weight_decay"] if self.is_decoupled else 0.0
         return -self.group["lr"] * decay * self.weights
 
-    def parts(self, scale: Tensor | float, momentum: Tensor) -> dict[str, Tensor]:
-        """Return the causes of a step by scale times gradient, and by momentum."""
+    def parts(
+        self, scale: Tensor | float, momentum: Tensor, of_full: Tensor | float | None = None
+    ) -> dict[str, Tensor]:
+        """Return the causes of a step by scale times gradient, and by momentum; `of_full` is the
+        scale that the full gradient would have had, where that is another one.
+        """
+        signal = -(scale if of_full is None else of_full) * self.full
         return {
-            "signal": -scale * self.full,
-            "noise": -scale * (self.given - self.full),
+            "signal": signal,
+            "noise": -scale * self.given - signal,
             "momentum": momentum,
             "decay": -scale * self.coupled + self.apart,
         }
@@ -431,11 +436,16 @@ def _of_adam(tensor: _Tensor) -> dict[str, Tensor]:
         return _decay_alone(tensor)
     beta1, beta2 = group["betas"]
     count = 1 + (int(tensor.state["step"]) if tensor.state else 0)
-    square = (tensor.given + tensor.coupled) ** 2
-    square = beta2 * tensor.remembered("exp_avg_sq") + (1 - beta2) * square
-    divided = (square / (1 - beta2**count)).sqrt() + group["eps"]
-    scale = group["lr"] / (1 - beta1**count) / divided
-    return tensor.parts(scale * (1 - beta1), -scale * beta1 * tensor.remembered("exp_avg"))
+
+    def scale_of(gradient: Tensor) -> Tensor:
+        square = (1 - beta2) * (gradient + tensor.coupled) ** 2
+        square = square + beta2 * tensor.remembered("exp_avg_sq")
+        divided = (square / (1 - beta2**count)).sqrt() + group["eps"]
+        return group["lr"] / (1 - beta1**count) / divided
+
+    scale, of_full = scale_of(tensor.given), scale_of(tensor.full)
+    memory = -scale * beta1 * tensor.remembered("exp_avg")
+    return tensor.parts(scale * (1 - beta1), memory, of_full * (1 - beta1))
 
 
 def _of_rmsprop(tensor: _Tensor) -> dict[str, Tensor]:
@@ -443,19 +453,27 @@ def _of_rmsprop(tensor: _Tensor) -> dict[str, Tensor]:
     group = tensor.group
     if group["centered"] or group["momentum"]:
         return {}
-    square = (1 - group["alpha"]) * (tensor.given + tensor.coupled) ** 2
-    square = square + group["alpha"] * tensor.remembered("square_avg")
-    scale = group["lr"] / (square.sqrt() + group["eps"])
-    return tensor.parts(scale, torch.zeros_like(scale))
+
+    def scale_of(gradient: Tensor) -> Tensor:
+        square = (1 - group["alpha"]) * (gradient + tensor.coupled) ** 2
+        square = square + group["alpha"] * tensor.remembered("square_avg")
+        return group["lr"] / (square.sqrt() + group["eps"])
+
+    scale = scale_of(tensor.given)
+    return tensor.parts(scale, torch.zeros_like(scale), scale_of(tensor.full))
 
 
 def _of_adagrad(tensor: _Tensor) -> dict[str, Tensor]:
     """s ← s + (g + λθ)², θ ← θ − η / (1 + (t − 1)δ) · (g + λθ) / (√s + ε)."""
     group = tensor.group
-    square = tensor.remembered("sum") + (tensor.given + tensor.coupled) ** 2
     rate = group["lr"] / (1 + float(tensor.state["step"]) * group["lr_decay"])
-    scale = rate / (square.sqrt() + group["eps"])
-    return tensor.parts(scale, torch.zeros_like(scale))
+
+    def scale_of(gradient: Tensor) -> Tensor:
+        square = tensor.remembered("sum") + (gradient + tensor.coupled) ** 2
+        return rate / (square.sqrt() + group["eps"])
+
+    scale = scale_of(tensor.given)
+    return tensor.parts(scale, torch.zeros_like(scale), scale_of(tensor.full))
 
 
 def _decay_alone(tensor: _Tensor) -> dict[str, Tensor]:

@@ -446,9 +446,9 @@ def test_a_step_without_a_record_is_rest(
 @pytest.mark.parametrize(
     ("name", "step", "lacking"),
     [
-        ("AdamW", 3, {2: UNKNOWN, 3: ("noise", "momentum")}),
-        ("Adam", 3, {2: (*UNKNOWN, "decay"), 3: ("noise", "momentum")}),
-        ("RMSprop", 3, {2: (*UNKNOWN, "decay")}),
+        ("AdamW", 3, {2: UNKNOWN, 3: UNKNOWN}),
+        ("Adam", 3, {2: (*UNKNOWN, "decay"), 3: UNKNOWN}),
+        ("RMSprop", 3, {2: (*UNKNOWN, "decay"), 3: (*UNKNOWN, "decay")}),
     ],
 )
 def test_what_takes_moments_that_are_missing_is_rest(
@@ -719,3 +719,39 @@ def test_damaged_moments_are_an_error_that_names_the_file(lab: Lab, tmp_path: Pa
     with pytest.raises(LCAError) as failure:
         replay(recorded, tmp_path / "run.lca")
     assert str(path) in str(failure.value)
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Linear(3, 2)
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_a_weight_without_a_gradient_in_its_batch_does_not_blow_up_the_signal(
+    tmp_path: Path, optimizer: Callable[..., torch.optim.Optimizer]
+) -> None:
+    """Its second moment is 0 after the step, and the full gradient divided by that is no step which
+    the optimiser makes.
+    """
+    inputs, targets = torch.randn(16, 3, generator=torch.Generator().manual_seed(0)), [0, 1] * 8
+    inputs[:8, 0] = 0  # what the first batch does not see
+    data = inputs, torch.tensor(targets)
+    model = linear()
+    trained = optimizer(model.parameters(), lr=0.01)
+    with lca_posthoc.Recorder(tmp_path / "checkpoints", model) as recorder:
+        recorder.attach(trained, save="moments")
+        for rows in (slice(0, 8), slice(8, 16)):
+            trained.zero_grad()
+            nn.functional.cross_entropy(model(data[0][rows]), data[1][rows]).backward()
+            trained.step()
+    loss = lca_posthoc.Loss(nn.functional.cross_entropy, on="train")
+    run = lca_posthoc.run(
+        tmp_path / "checkpoints",
+        lca_posthoc.Task(linear, {"train": data}, {"train": loss}),
+        causes=True,
+        cluster="inline",
+        out=tmp_path / "run.lca",
+    )
+    allocated = run["train"].causes.allocated
+    assert float(abs(allocated.sel(cause="signal")).max()) < 0.1
+    assert float(abs(allocated.sel(cause="rest")).max()) < 1e-6

@@ -61,7 +61,7 @@ _TELLING: frozenset[Function] = frozenset(
         torch._C._set_grad_enabled,
     )
 )
-KEPT = 2**26  # bytes: directions of models up to it are computed once for all batches
+KEPT = 2**24  # bytes: directions of models up to it are computed once for all batches
 
 
 class _Anchor(torch.autograd.Function):

@@ -112,11 +112,13 @@ class CausesOfSpan:
             Moments(
                 first_before=lambda name: before.tensor(FIRST + sources[name]),
                 first_after=lambda name: after.tensor(FIRST + sources[name]),
+                second_before=lambda name: before.tensor(SECOND + sources[name]),
                 second_after=lambda name: after.tensor(SECOND + sources[name]),
             ),
             StoredMoments(
                 first_before=before.tensors(FIRST),
                 first_after=after.tensors(FIRST),
+                second_before=before.tensors(SECOND),
                 second_after=after.tensors(SECOND),
             ),
         )
