@@ -185,6 +185,16 @@ def _check_shape(path: Path, name: str, header: TensorHeader, shape: tuple[int, 
         )
 
 
+def digest_of(path: Path) -> int:
+    """Return the CRC32C of a file of directions.
+
+    Raises:
+        InputError: where it cannot be read.
+    """
+    with _opened(path) as file:
+        return _digest(file)
+
+
 def _digest(file: BinaryIO) -> int:
     """Return the CRC32C of an open file."""
     file.seek(0)

@@ -38,7 +38,6 @@ from .schema import CAUSES
 
 _NO_SUMS = np.zeros(0)
 _ADAM = ("Adam", "AdamW")
-_SCALED = ("RMSprop", "Adagrad")
 # by how much the norm of a gradient that is reckoned from weights may differ from that of the real
 # one, as a share of it and in roundings of the weights; noise or momentum of which these are a larger
 # share than the last is lost in them

@@ -45,6 +45,8 @@ OF_MOTION = ("motion",)  # the same for every group
 EXAMPLE_FIELDS = ("loss_start", "loss_end", "residual", "weight")
 # parts of the motion with a name, in the order in which they are stored
 CAUSES = ("signal", "noise", "momentum", "decay", "rest")
+# torch's optimisers that divide by second moments, of which there are formulas
+DIVIDE_BY_MOMENTS = ("Adam", "AdamW", "RMSprop", "Adagrad")
 MAGNITUDES = 510  # two bins an octave over all finite float32
 BINS = 2 * MAGNITUDES
 # examples on which the error of a precision is measured: a 64th of all, at most 256

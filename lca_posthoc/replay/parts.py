@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.optimizer_steps import read_optimizer_step
-from ..checkpoints.trajectory import Trajectory
+from ..checkpoints.optimizer_steps import OptimizerStep, moments_of, read_optimizer_step
+from ..checkpoints.trajectory import Checkpoint, Trajectory
 from ..errors import InputError
-from ..numerics.schema import DirectionsRecord
+from ..numerics.schema import DIVIDE_BY_MOMENTS, DirectionsRecord
 from ..numerics.settings import Settings
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ class PartsAsked:
                     f"this run was made without {option}. Leave it out to go on with the run, or "
                     "write another one with --out."
                 )
+        directions = recorded.get("directions")
+        if self.along is not None and directions is not None:
+            from ..checkpoints.directions_file import digest_of  # loads torch
+
+            _same_directions(self.along, digest_of(Path(self.along).expanduser()), directions)
 
     def signal(self, settings: Settings, described: Description) -> str | None:
         """Return the loss whose gradient is the signal, by default the first; None where causes are
@@ -64,12 +70,18 @@ class PartsAsked:
         if path is None:
             return {**settings, "signal": signal}
         record = _record_of(path, described)
-        if recorded is not None and record["digest"] != recorded["digest"]:
-            raise InputError(
-                f"{path} holds other directions than this run was made with ({recorded['file']}). "
-                "Name that file with --along, or write another run with --out."
-            )
+        if recorded is not None:
+            _same_directions(path, record["digest"], recorded)
         return {**settings, "signal": signal, "directions": record}
+
+
+def _same_directions(path: str | Path, digest: int, recorded: DirectionsRecord) -> None:
+    """Refuse a file of other directions than those a run was made with."""
+    if digest != recorded["digest"]:
+        raise InputError(
+            f"{path} holds other directions than this run was made with ({recorded['file']}). "
+            "Name that file with --along, or write another run with --out."
+        )
 
 
 def _record_of(path: str | Path, described: Description) -> DirectionsRecord:
@@ -112,18 +124,35 @@ def about_signal(signal: str | None, described: Description, trajectory: Traject
     checkpoints = trajectory.checkpoints[1:]
     places = {0, len(checkpoints) // 2, len(checkpoints) - 1}
     looked_at = [checkpoints[place] for place in sorted(places)]
-    without = [
-        checkpoint.step for checkpoint in looked_at if read_optimizer_step(checkpoint) is None
-    ]
+    records = {checkpoint: read_optimizer_step(checkpoint) for checkpoint in looked_at}
+    without = [checkpoint.step for checkpoint, record in records.items() if record is None]
     if len(without) == len(looked_at):
         raise InputError(
-            f"the checkpoints at steps {', '.join(map(str, without))} say nothing of the "
-            "optimiser's steps, from which --causes tells what moved the weights. Record a "
-            "training with recorder.attach(optimizer), or leave --causes out."
+            "the checkpoints say nothing of the optimiser's steps, from which --causes tells what "
+            f"moved the weights (those of steps {', '.join(map(str, without))} were looked at). "
+            "Record a training with recorder.attach(optimizer), or recorder.follow(optimizer) "
+            "where the loop saves by itself, or leave --causes out."
         )
-    if not without:
-        return []
-    return [
-        f"some checkpoints say nothing of the optimiser's steps, such as that of step {without[0]}: "
-        "all that the weights moved there is rest"
-    ]
+    notes = [f"the signal is the gradient of loss {signal!r}"]
+    if without:
+        notes.append(
+            "some checkpoints say nothing of the optimiser's steps, such as that of step "
+            f"{without[0]}: all that the weights moved there is rest"
+        )
+    return [*notes, *_without_moments(records, trajectory)]
+
+
+def _without_moments(
+    records: Mapping[Checkpoint, OptimizerStep | None], trajectory: Trajectory
+) -> list[str]:
+    """Say where an optimiser divides by moments that are not stored."""
+    for checkpoint, record in records.items():
+        names = {group.optimizer for group in record.groups} if record is not None else set()
+        divides = sorted(names.intersection(DIVIDE_BY_MOMENTS))
+        if divides and moments_of(checkpoint, trajectory.root) is None:
+            return [
+                f"{divides[0]} divides by moments that are not stored, so signal, noise and "
+                "momentum cannot be told and are rest. Record with recorder.attach(optimizer, "
+                'save="moments").'
+            ]
+    return []

@@ -208,6 +208,8 @@ def test_other_directions_than_recorded_are_refused(iterates: Path, tmp_path: Pa
     replay(iterates, first, out, losses=["train"])
     with pytest.raises(InputError, match="other directions than this run was made with"):
         replay(iterates, other, out, losses=["classes"])
+    with pytest.raises(InputError, match="other directions than this run was made with"):
+        replay(iterates, other, out, losses=["train"])  # which is finished
     shutil.copy(first, tmp_path / "moved.safetensors")
     opened = replay(iterates, tmp_path / "moved.safetensors", out, losses=["classes"])
     assert set(opened) == {"train", "classes"}
@@ -216,18 +218,21 @@ def test_other_directions_than_recorded_are_refused(iterates: Path, tmp_path: Pa
 def test_directions_that_changed_on_the_way_fail_their_spans(
     iterates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lca_posthoc.replay.worker import parts
+    from lca_posthoc.checkpoints import directions_file
 
     basis, other = tmp_path / "basis.safetensors", tmp_path / "other.safetensors"
     write_basis(iterates, basis, random=2, seed=7, say=lambda note: None)
     write_basis(iterates, other, random=2, seed=8, say=lambda note: None)
-    opened = parts.open_directions
+    opened = directions_file.open_directions
+
+    times = itertools.count()
 
     def changed(path: str, *others: object) -> object:
-        shutil.copy(other, path)
+        if next(times):  # the driver has opened it before
+            shutil.copy(other, path)
         return opened(path, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(parts, "open_directions", changed)
+    monkeypatch.setattr(directions_file, "open_directions", changed)
     with pytest.raises(SpanError, match="other directions than the run was made with"):
         replay(iterates, basis, tmp_path / "run", losses=["train"])
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...checkpoints.directions_file import open_directions, orthonormal
 from ...errors import InputError, SpanError
 from .causes import CausesOfSpan
 from .passed import Passed, Walk
@@ -111,6 +110,8 @@ def _basis(record: DirectionsRecord, objective: Objective) -> dict[str, Tensor]:
     """Return the directions of a file, orthonormal, on the device of an objective; kept for the
     spans that follow.
     """
+    from ...checkpoints.directions_file import open_directions, orthonormal
+
     key = record["digest"], str(objective.device)
     if key not in _BASES:
         _BASES.clear()
