@@ -231,6 +231,7 @@ def test_the_figure_the_command_and_the_page_show_clusters(
     result = lca("plot", told.run.path, "clusters", "--clusters", 3, "-o", tmp_path / "x.png")
     assert result.exit_code == 0, result.output
     page = write_report([told.run], tmp_path / "page.html").read_text()
-    assert '<section id="clusters" data-panels="0"' in page
+    # under losses that have none too
+    assert '<section id="clusters" data-panels="0 1 2"' in page
     assert "<img src=x" not in page
     assert "of the variance" in page

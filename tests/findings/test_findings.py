@@ -673,7 +673,7 @@ def found_of(run: Run, name: str, loss: str) -> xr.Dataset:
     [
         (name, loss)
         for name, finding in declared_findings().items()
-        if finding.runs != "compared" and not finding.examples
+        if finding.runs != "compared" and not finding.examples and not finding.part
         for loss in ("train", "groups")[: 3 - finding.losses]  # of two losses neither has groups
     ],
 )
