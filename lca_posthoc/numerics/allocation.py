@@ -504,7 +504,7 @@ class _Units(_Segment):
         # first, for losses are summed along it as well
         signal = None if begins is None else self._signal(point, begins)
         if not (ways and gradient):
-            return [self._objective.evaluate(point, losses, gradient=False)]
+            return [self._losses(point, losses)]
         directions = [direction for way in ways for direction in (way.motion, *way.parts)]
         known: dict[str, Evaluation] = {}
         name = self._summed_whole(losses)
@@ -524,6 +524,12 @@ class _Units(_Segment):
             }
             for position, way in enumerate(ways)
         ]
+
+    def _losses(self, point: Point, losses: list[str]) -> dict[str, Evaluation]:
+        """Return losses alone, with those of their examples where they are told apart."""
+        if not self._per_example:
+            return self._objective.evaluate(point, losses, gradient=False)
+        return self._objective.evaluate(point, losses, gradient=False, examples=[])
 
     def _summed_whole(self, losses: list[str]) -> str | None:
         """Return the loss whose sums at checkpoints are those of its whole gradient, which is there
