@@ -584,8 +584,8 @@ def adapted() -> nn.Module:
 def test_trainers_record_what_is_trained_and_all_where_asked(tmp_path: Path, frozen: bool) -> None:
     model = adapted()
     recording = Recording(tmp_path / "ck", **({"frozen": True} if frozen else {}))
-    recording.begin(model, 0, 2)
     optimizer = torch.optim.SGD(model.head.parameters(), lr=0.5)  # type: ignore[union-attr, operator]
+    recording.begin(model, 0, 2, [optimizer])
     for step in (1, 2):
         F.cross_entropy(model(INPUTS), TARGETS).backward()
         optimizer.step()
