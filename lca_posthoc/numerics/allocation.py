@@ -8,12 +8,11 @@ and $x_q, w_q$ the nodes and weights of a rule on [0, 1]. Source: Lan, Liu, Zhou
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -22,48 +21,13 @@ import torch
 from torch import Tensor
 
 from ..errors import SpanError
-from .objective import (
-    Along,
-    Evaluation,
-    Motion,
-    Numbers,
-    blocks,
-    distances,
-    unit_sums,
-    units_of,
-)
-from .parts import Parts, Split, sums_along
+from .objective import Evaluation, Motion, Numbers, blocks
+from .parts import Computed, Parts, Point, Split
 from .quadrature import COMPOSITE, Family, Rule
+from .segments import Axes, Evaluates, Segment, Way, segment_of, unit_motion
 
-Point = Mapping[str, Tensor]
 Gradient = dict[str, Tensor]
 Node = tuple[float, Gradient]  # a weight, and the gradient there
-Axes = Mapping[str, int | None]
-
-
-class Evaluates(Protocol):
-    """Evaluates losses at a point: all the mathematics needs of an objective."""
-
-    def evaluate(
-        self,
-        point: Point,
-        losses: list[str],
-        *,
-        gradient: bool = True,
-        along: Along | None = None,
-        examples: Sequence[Motion] | None = None,
-    ) -> dict[str, Evaluation]:
-        """Return each loss at `point`, with its gradient, or sums of it along directions, unless
-        only the value is asked for; with those of its examples along other directions, where it
-        tells them apart and they are asked for.
-        """
-
-    def holding(
-        self, point: MutableMapping[str, Tensor]
-    ) -> contextlib.AbstractContextManager[None]:
-        """Hold a point in the model instead of beside it: inside the context, the point's tensors
-        are the model's own where these hold the same numbers.
-        """
 
 
 @dataclass(frozen=True)
@@ -139,22 +103,6 @@ class Gathers(Protocol):
             pieces: of the tensor, all of each group before the next; numbers that are not finite
                 are refused later.
         """
-
-
-class _OfTensors(Mapping[str, Tensor]):
-    """A tensor for each of some names, computed when it is asked for."""
-
-    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
-        self._names, self._compute = dict.fromkeys(names), compute
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._compute(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,17 +194,17 @@ class SegmentAllocation:
     def motion(self) -> Mapping[str, Tensor]:
         """Return θ′ − θ of each tensor."""
         start, end = self.points.start, self.points.end
-        return _OfTensors(self.sums, lambda name: end[name].double() - start[name].double())
+        return Computed(self.sums, lambda name: end[name].double() - start[name].double())
 
     @property
     def mean_gradient(self) -> Mapping[str, Tensor]:
         """Return the weighted mean of the gradients at the nodes, of each tensor."""
-        return _OfTensors(self.sums, lambda name: self._whole(name, "gradient"))
+        return Computed(self.sums, lambda name: self._whole(name, "gradient"))
 
     @property
     def allocation(self) -> Mapping[str, Tensor]:
         """Return what each tensor's parameters are allocated, in units of loss."""
-        return _OfTensors(self.sums, lambda name: self._whole(name, "allocation"))
+        return Computed(self.sums, lambda name: self._whole(name, "allocation"))
 
     def _whole(self, name: str, what: str) -> Tensor:
         like = self.nodes[0][1][name]
@@ -267,337 +215,9 @@ class SegmentAllocation:
         return whole
 
 
-class Between(Mapping[str, Tensor]):
-    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
-    floating (counters) are loaded, never interpolated.
-    """
-
-    def __init__(self, start: Point, end: Point, x: float) -> None:
-        self._start, self._end, self._x = start, end, x
-
-    def __getitem__(self, name: str) -> Tensor:
-        start, end = self._start[name], self._end[name]
-        if start.is_floating_point():
-            return torch.lerp(start, end, self._x)
-        return start if self._x < 1 else end
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._start)
-
-    def __len__(self) -> int:
-        return len(self._start)
-
-
-@dataclass(frozen=True)
-class _Way:
-    """A motion along which gradients are wanted, and its parts."""
-
-    motion: Motion
-    split: Split | None
-
-    @property
-    def parts(self) -> Sequence[Motion]:
-        """Return the directions of the parts."""
-        return () if self.split is None else self.split.directions
-
-
-class _Segment:
-    """One segment as the rules see it: evaluations at its nodes, and the motion by which their
-    gradients are multiplied.
-
-    Args:
-        start: every tensor of the model at the first checkpoint.
-        end: the same at the next one.
-        objective: evaluates losses.
-        following: returns the motion after it, and its parts; None where there is none. It is not
-            asked for before the gradients between `start` and `end` are done, for which it is not
-            needed.
-        per_example: losses that tell their examples apart.
-        split: the parts of the motion; None where none are wanted.
-    """
-
-    def __init__(
-        self,
-        start: Point,
-        end: Point,
-        objective: Evaluates,
-        following: Callable[[], _Way | None],
-        per_example: frozenset[str],
-        split: Split | None,
-    ) -> None:
-        self._objective, self._following = objective, following
-        self._per_example = per_example
-        self._own = _Way(Motion(start, end), split)
-
-    @property
-    def points(self) -> Motion:
-        """Both ends; ends that are 1 apart where gradients are sums along the motion."""
-        return self._own.motion
-
-    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
-        """Return Σ|θ′ − θ| of some tensors."""
-        return distances(self._own.motion, names)
-
-    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        """Evaluate losses at θ + x(θ′ − θ), x < 1."""
-        start, end = self._own.motion.start, self._own.motion.end
-        point = start if x == 0 else Between(start, end, x)
-        begins = self._own.split if x == 0 else None
-        (evaluations,) = self._evaluate(point, losses, [self._own], gradient, begins)
-        return evaluations
-
-    def know_signal(self) -> None:
-        """Evaluate the gradient at θ that parts of the motion are made of, where it is not known
-        yet.
-        """
-        if self._own.split is not None:
-            self._signal(self._own.motion.start, self._own.split)
-
-    def at_end(
-        self, losses: list[str], *, here: bool, following: bool
-    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        """Evaluate losses at θ′, for this segment and for the one that follows.
-
-        Args:
-            losses: names.
-            here: whether this segment wants the gradient there.
-            following: whether the one that follows wants it, if one does.
-        """
-        raise NotImplementedError
-
-    def _evaluate(
-        self,
-        point: Point,
-        losses: list[str],
-        ways: list[_Way],
-        gradient: bool,
-        begins: Split | None,
-    ) -> list[dict[str, Evaluation]]:
-        """Return losses at a point, for each of some motions.
-
-        Args:
-            point: where.
-            losses: names.
-            ways: the motions.
-            gradient: whether they want gradients; else losses alone.
-            begins: the parts of the motion that begins there.
-        """
-        raise NotImplementedError
-
-    def _signal(self, point: Point, split: Split) -> Evaluation | None:
-        """Return the signal at a point where a motion begins; None where it is known already, or no
-        part is made of it.
-        """
-        if split.awaits is None:
-            return None
-        evaluation = self._objective.evaluate(point, [split.awaits])[split.awaits]
-        split.gradient = evaluation.gradient
-        return evaluation
-
-
-class _Parameters(_Segment):
-    """A segment on which every parameter has a gradient of its own."""
-
-    def at_end(
-        self, losses: list[str], *, here: bool, following: bool
-    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        # where gradients alone are wanted, the next checkpoint need not be read yet
-        looks_ahead = self._per_example or self._own.split is not None or not here
-        coming = self._following() if following and looks_ahead else None
-        ways = [*([self._own] if here else []), *([] if coming is None else [coming])]
-        begins = None if coming is None else coming.split
-        last = self._evaluate(self._own.motion.end, losses, ways, bool(ways), begins)
-        return last[0], last[-1]
-
-    def _evaluate(
-        self,
-        point: Point,
-        losses: list[str],
-        ways: list[_Way],
-        gradient: bool,
-        begins: Split | None,
-    ) -> list[dict[str, Evaluation]]:
-        if self._per_example:
-            motions = [way.motion for way in ways] if gradient else []
-            evaluations = self._objective.evaluate(
-                point, losses, gradient=gradient, examples=motions
-            )
-        else:
-            evaluations = self._objective.evaluate(point, losses, gradient=gradient)
-        if begins is not None:
-            if gradient and begins.awaits in evaluations:
-                begins.gradient = evaluations[begins.awaits].gradient
-            self._signal(point, begins)
-        if not (ways and gradient):
-            return [evaluations]
-        return [
-            {
-                name: _with_parts(evaluation.examples_along(position), way)
-                for name, evaluation in evaluations.items()
-            }
-            for position, way in enumerate(ways)
-        ]
-
-
-def _with_parts(evaluation: Evaluation, way: _Way) -> Evaluation:
-    """Return an evaluation with sums of its gradient along the parts of a motion."""
-    if not way.parts:
-        return evaluation
-    groups = np.size(evaluation.loss) if np.ndim(evaluation.loss) else None
-    return replace(evaluation, parts=sums_along(evaluation.gradient, way.parts, groups))
-
-
-class _Units(_Segment):
-    """A segment on which gradients are summed along the motion, over units, and never held.
-
-    Args:
-        axes: of the units, by tensor; None where a tensor is one unit.
-        others: as of a segment.
-    """
-
-    def __init__(
-        self,
-        axes: Axes,
-        start: Point,
-        end: Point,
-        objective: Evaluates,
-        following: Callable[[], _Way | None],
-        per_example: frozenset[str],
-        split: Split | None,
-    ) -> None:
-        super().__init__(start, end, objective, following, per_example, split)
-        self._axes = axes
-
-    @functools.cached_property
-    def points(self) -> Motion:
-        start = self._own.motion.start
-        units = {name: units_of(start[name], axis) for name, axis in self._axes.items()}
-        return _unit_motion(start, units)
-
-    def at_end(
-        self, losses: list[str], *, here: bool, following: bool
-    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        with self._held_once() if following else contextlib.nullcontext():
-            coming = self._following() if following else None
-            ways = [*([self._own] if here else []), *([] if coming is None else [coming])]
-            begins = None if coming is None else coming.split
-            last = self._evaluate(self._own.motion.end, losses, ways, bool(ways), begins)
-        return last[0], last[-1]
-
-    def _held_once(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the end in the model alone, while the point after it is in memory as well; one that
-        is read where it is needed takes none.
-        """
-        end = self._own.motion.end
-        if isinstance(end, MutableMapping):
-            return self._objective.holding(end)
-        return contextlib.nullcontext()
-
-    def _evaluate(
-        self,
-        point: Point,
-        losses: list[str],
-        ways: list[_Way],
-        gradient: bool,
-        begins: Split | None,
-    ) -> list[dict[str, Evaluation]]:
-        # first, for losses are summed along it as well
-        signal = None if begins is None else self._signal(point, begins)
-        if not (ways and gradient):
-            return [self._losses(point, losses)]
-        directions = [direction for way in ways for direction in (way.motion, *way.parts)]
-        known: dict[str, Evaluation] = {}
-        name = self._summed_whole(losses)
-        if name is not None and (begins is not None or point is self._own.motion.end):
-            if signal is None:
-                signal = self._objective.evaluate(point, [name])[name]
-            known[name] = self._summed(signal, directions)
-        others = [loss for loss in losses if loss not in known]
-        evaluations = known | self._along(point, others, directions, [way.motion for way in ways])
-        first = [0, *itertools.accumulate(1 + len(way.parts) for way in ways)]
-        return [
-            {
-                loss: evaluations[loss]
-                .along(first[position], len(way.parts))
-                .examples_along(position)
-                for loss in losses
-            }
-            for position, way in enumerate(ways)
-        ]
-
-    def _losses(self, point: Point, losses: list[str]) -> dict[str, Evaluation]:
-        """Return losses alone, with those of their examples where they are told apart."""
-        if not self._per_example:
-            return self._objective.evaluate(point, losses, gradient=False)
-        return self._objective.evaluate(point, losses, gradient=False, examples=[])
-
-    def _summed_whole(self, losses: list[str]) -> str | None:
-        """Return the loss whose sums at checkpoints are those of its whole gradient, which is there
-        where a motion begins; at all of them, so that bits do not depend on where spans end.
-        """
-        split = self._own.split
-        name = None if split is None else split.parts.signal
-        return name if name in losses and name not in self._per_example else None
-
-    def _along(
-        self,
-        point: Point,
-        losses: list[str],
-        directions: list[Motion],
-        motions: list[Motion],
-    ) -> dict[str, Evaluation]:
-        """Return losses with sums along directions, and with the derivatives of their examples
-        along motions.
-        """
-        along = Along(self._axes, directions)
-        if not losses:
-            return {}
-        if not self._per_example:
-            return self._objective.evaluate(point, losses, along=along)
-        return self._objective.evaluate(point, losses, along=along, examples=motions)
-
-    def _summed(self, signal: Evaluation, directions: list[Motion]) -> Evaluation:
-        """Return an evaluation with the sums of its gradient along directions in its place."""
-        sums = {
-            name: unit_sums(
-                gradient,
-                [(motion.start[name], motion.end[name]) for motion in directions],
-                self._axes[name],
-            )
-            for name, gradient in signal.gradient.items()
-        }
-        return replace(signal, gradient=sums)
-
-
-def _segment(
-    start: Point,
-    end: Point,
-    objective: Evaluates,
-    axes: Axes | None,
-    following: Callable[[], _Way | None],
-    per_example: frozenset[str] = frozenset(),
-    split: Split | None = None,
-) -> _Segment:
-    """Return a segment on which parameters have gradients of their own, or units sums of them."""
-    if axes is None:
-        return _Parameters(start, end, objective, following, per_example, split)
-    return _Units(axes, start, end, objective, following, per_example, split)
-
-
-def _unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion:
-    """Return ends that are 1 apart, by which sums along a motion are multiplied.
-
-    Args:
-        like: tensors of the device they are on.
-        units: of each of them.
-    """
-    ones = {name: like[name].new_ones(count) for name, count in units.items()}
-    return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
-
-
 def _unit_motion_by_use(gradient: Gradient) -> Motion:
     """Return the same for derivatives of examples, (examples, uses)."""
-    return _unit_motion(gradient, {name: of.shape[-1] for name, of in gradient.items()})
+    return unit_motion(gradient, {name: of.shape[-1] for name, of in gradient.items()})
 
 
 def _of_every_example(
@@ -609,11 +229,8 @@ def _of_every_example(
     total = np.zeros_like(start.loss)
     for contribution in sums.values():
         total = total + contribution
-    uses = {
-        name: sum_of(weight * gradient[name].cpu().numpy() for weight, gradient in nodes)
-        for name, motion in points.end.items()
-        if len(motion) > 1
-    }
+    several = [name for name, motion in points.end.items() if len(motion) > 1]
+    uses = _weighted_sum(nodes, several)
     return ExampleAllocation(
         sums=sums,
         uses=uses,
@@ -951,7 +568,9 @@ class _Refinement:
         """Return what the parts of the motion are allocated at this level; None where there are
         none.
         """
-        return None if self._parts is None else _weighted_sum(self._parts.nodes)
+        if self._parts is None:
+            return None
+        return _weighted_sum(self._parts.nodes, self._parts.start.gradient)
 
     def error_bound(self, calibration: float | None) -> Numbers:
         """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
@@ -967,13 +586,12 @@ def _of_parts(evaluation: Evaluation) -> Evaluation:
     return Evaluation(evaluation.loss, dict(evaluation.parts or {}), evaluation.weight)
 
 
-def _weighted_sum(nodes: Sequence[Node]) -> dict[str, Numbers]:
-    """Return Σ weight · numbers of each tensor, float64."""
+def _weighted_sum(nodes: Sequence[Node], names: Iterable[str]) -> dict[str, Numbers]:
+    """Return Σ weight · numbers of some tensors, float64."""
     total: dict[str, Numbers] = {}
-    for weight, of_tensors in nodes:
-        for name, values in of_tensors.items():
-            product = weight * values.cpu().numpy()
-            total[name] = total[name] + product if name in total else product
+    for name in names:
+        products = (weight * of_tensors[name].cpu().numpy() for weight, of_tensors in nodes)
+        total[name] = functools.reduce(operator.add, products)
     return total
 
 
@@ -990,7 +608,7 @@ def calibrate(
         losses: names.
         axes: of the units where sums over them are taken, see `allocate`.
     """
-    segment = _segment(start, end, objective, axes, lambda: None)
+    segment = segment_of(Way(Motion(start, end)), objective, axes, lambda: None)
     first, middle = segment.at(0.0, losses), segment.at(0.5, losses)
     last, _ = segment.at_end(losses, here=True, following=False)
     shares = {}
@@ -1046,11 +664,12 @@ def allocate(
     """
     per_example = method.per_example.intersection(losses)
 
-    def next_way() -> _Way | None:
+    def next_way() -> Way | None:
         point = following()
-        return None if point is None else _Way(Motion(end, point), following_split())
+        return None if point is None else Way(Motion(end, point), following_split())
 
-    segment = _segment(start, end, objective, axes, next_way, per_example, split)
+    own = Way(Motion(start, end), split)
+    segment = segment_of(own, objective, axes, next_way, per_example)
     level = method.family.level_of(method.rule)
     gather = gather or {}
     if level is None:
@@ -1059,7 +678,7 @@ def allocate(
 
 
 def _allocate_refined(
-    segment: _Segment,
+    segment: Segment,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
@@ -1146,7 +765,7 @@ def _judged(
 
 
 def _allocate_fixed(
-    segment: _Segment,
+    segment: Segment,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
@@ -1216,7 +835,9 @@ def _fixed_parts(rule: Rule, nodes: Sequence[Evaluation]) -> dict[str, Numbers] 
     are none.
     """
     of_nodes = [dict(node.parts) for node in nodes if node.parts is not None]
-    return _weighted_sum(list(zip(rule.weights, of_nodes, strict=True))) if of_nodes else None
+    if not of_nodes:
+        return None
+    return _weighted_sum(list(zip(rule.weights, of_nodes, strict=True)), of_nodes[0])
 
 
 def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:

@@ -7,7 +7,7 @@ motion along $b$ did to the loss; what is left of the allocation is what the res
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .objective import Motion, Numbers, blocks, unit_sums
-from .parts import Parts, Point, displacement
+from .parts import Computed, Parts, Point, displacement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,10 @@ class SegmentDirections:
 
     def directions(self, signal: Point | None) -> Sequence[Motion]:
         """Return the directions."""
-        return [
-            displacement(_Row(self._basis, number), self._start) for number in range(self._count)
-        ]
+        return [displacement(self._row(number), self._start) for number in range(self._count)]
+
+    def _row(self, number: int) -> Point:
+        return Computed(self._basis, lambda name: self._basis[name][number])
 
     @torch.no_grad()
     def shares(self, end: Point, sums: Mapping[str, Numbers]) -> AlongDirections:
@@ -84,22 +85,6 @@ class SegmentDirections:
                 difference = after[place].double() - start[place].double()
                 squares.append(float(difference.square_().sum()))
         return math.sqrt(math.fsum(squares))
-
-
-class _Row(Mapping[str, Tensor]):
-    """One of the directions of a basis."""
-
-    def __init__(self, basis: Mapping[str, Tensor], number: int) -> None:
-        self._basis, self._number = basis, number
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._basis[name][self._number]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._basis)
-
-    def __len__(self) -> int:
-        return len(self._basis)
 
 
 class Together:

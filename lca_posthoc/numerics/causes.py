@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..checkpoints.optimizer_steps import GroupStep, OptimizerStep
 from .objective import Motion, Numbers, blocks
-from .parts import Only, Point, displacement
+from .parts import Computed, Point, displacement, only
 from .schema import CAUSES
 
 _NO_SUMS = np.zeros(0)
@@ -297,10 +297,11 @@ class SegmentCauses:
         moved = [name for name in plain if formulas[name].momentum]
         if moved:
             assert self._before is not None, "the checkpoint before is read where it is needed"
-            # of tensors of two optimisers, those of the other one begin at 0
+            ends = only(start, moved, start)
+            others = scaled["momentum"]  # tensors of another optimiser, which begin at 0
             directions["momentum"] = Motion(
-                Only(self._before, moved, start),
-                _Joined(Only(start, moved, start), scaled["momentum"]),
+                only(self._before, moved, start),
+                Computed(start, lambda name: others[name] if name in others else ends[name]),
             )
         elif scaled["momentum"]:
             directions["momentum"] = displacement(scaled["momentum"], start)
@@ -456,24 +457,3 @@ class _Told:
 
     momentum: bool = True
     noise: bool = True
-
-
-class _Joined(Mapping[str, Tensor]):
-    """A point some of whose tensors are others.
-
-    Args:
-        point: with all tensors.
-        others: in the place of some.
-    """
-
-    def __init__(self, point: Point, others: Point) -> None:
-        self._point, self._others = point, others
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._others[name] if name in self._others else self._point[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._point)
-
-    def __len__(self) -> int:
-        return len(self._point)

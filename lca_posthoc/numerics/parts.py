@@ -8,14 +8,13 @@ there, so that points which are held anyway serve as directions.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from .objective import Motion, unit_sums
+from .objective import Motion
 
 Point = Mapping[str, Tensor]
 
@@ -66,29 +65,44 @@ class Split:
         return self.parts.directions(self.gradient)
 
 
-class Only(Mapping[str, Tensor]):
-    """Some tensors of a point; all others are 0.
+class Computed(Mapping[str, Tensor]):
+    """A tensor for each of some names, computed when it is asked for.
+
+    Args:
+        names: of the tensors.
+        compute: returns one of them.
+    """
+
+    def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
+        self._names, self._compute = dict.fromkeys(names), compute
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._compute(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def only(values: Point, names: Collection[str], like: Point) -> Point:
+    """Return some tensors of a point; all others are 0.
 
     Args:
         values: a point that has these.
         names: of these.
         like: tensors of the shapes of all.
     """
+    chosen = frozenset(names)
 
-    def __init__(self, values: Point, names: Collection[str], like: Point) -> None:
-        self._values, self._names, self._like = values, frozenset(names), like
+    def tensor(name: str) -> Tensor:
+        if name in chosen:
+            return values[name]
+        shape = like[name]
+        return shape.new_zeros(()).expand(shape.shape)  # takes no memory
 
-    def __getitem__(self, name: str) -> Tensor:
-        if name in self._names:
-            return self._values[name]
-        like = self._like[name]
-        return like.new_zeros(()).expand(like.shape)  # takes no memory
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._like)
-
-    def __len__(self) -> int:
-        return len(self._like)
+    return Computed(like, tensor)
 
 
 def displacement(values: Point, like: Point) -> Motion:
@@ -98,24 +112,4 @@ def displacement(values: Point, like: Point) -> Motion:
         values: of some tensors; it is 0 in all others.
         like: tensors of the shapes of all.
     """
-    return Motion(Only({}, (), like), Only(values, values.keys(), like))
-
-
-@torch.no_grad()
-def sums_along(
-    gradient: Mapping[str, Tensor], directions: Sequence[Motion], groups: int | None
-) -> dict[str, Tensor]:
-    """Return Σ gradient · direction of each tensor, ([groups, ]directions) float64.
-
-    Args:
-        gradient: of every tensor, ([groups, ]*shape).
-        directions: along which.
-        groups: their number; None without groups.
-    """
-    total = {}
-    for name, values in gradient.items():
-        ends = [(motion.start[name], motion.end[name]) for motion in directions]
-        rows = values[None] if groups is None else values
-        sums = torch.stack([unit_sums(row, ends, None)[:, 0] for row in rows])
-        total[name] = sums[0] if groups is None else sums
-    return total
+    return Motion(only({}, (), like), only(values, values.keys(), like))

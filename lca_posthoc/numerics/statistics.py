@@ -16,7 +16,6 @@ from torch import Tensor
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import SpanError
 from .allocation import (
-    Axes,
     ExampleAllocation,
     Gathers,
     Piece,
@@ -40,6 +39,7 @@ from .schema import (
     tensor_fields,
     types_of_totals,
 )
+from .segments import Axes
 
 _LARGEST = 0.999 * 2.0**63  # of sums
 _EXACT = 2.0**53  # of whole numbers that float64 holds

@@ -35,8 +35,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lca_posthoc import Loss, Task
-from lca_posthoc.numerics.allocation import Method, Point, allocate, calibrate
+from lca_posthoc.numerics.allocation import Method, allocate, calibrate
 from lca_posthoc.numerics.objective import Evaluation, Objective, ObjectiveSettings, build_objective
+from lca_posthoc.numerics.parts import Point
 from lca_posthoc.numerics.quadrature import COMPOSITE, RULES
 from lca_posthoc.replay.worker.checks import sampled
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import SpanError
-from lca_posthoc.numerics.allocation import Method, Point, allocate_span
+from lca_posthoc.numerics.allocation import Method, allocate_span
 from lca_posthoc.numerics.objective import Along, Evaluation
+from lca_posthoc.numerics.parts import Point
 from lca_posthoc.numerics.quadrature import RULES
 from lca_posthoc.numerics.statistics import SpanStatistics
 

@@ -11,6 +11,7 @@ from .directions import (
     WholeGradients,
     blocks,
     distances,
+    sums_along,
     unit_sums,
     units_of,
 )
@@ -73,6 +74,7 @@ __all__ = [
     "replicates_of",
     "rounding_errors",
     "statistics_of",
+    "sums_along",
     "tensor_table",
     "texts_of",
     "unit_sums",

@@ -193,13 +193,18 @@ class SumsAlong(_Backward):
         return all(axis is None for axis in self._along.axes.values())
 
     def _taken(self, name: str, gradient: Tensor) -> Tensor:
-        ends = [(motion.start[name], motion.end[name]) for motion in self._along.motions]
-        return unit_sums(gradient, ends, self._along.axes[name])
+        return sums_along(name, gradient, self._along.motions, self._along.axes[name])
 
 
 def units_of(tensor: Tensor, axis: int | None) -> int:
     """Return the number of a tensor's units: its extent along their axis; 1 without one."""
     return 1 if axis is None else tensor.shape[axis]
+
+
+def sums_along(name: str, gradient: Tensor, motions: Iterable[Motion], axis: int | None) -> Tensor:
+    """Return the sums of a tensor's gradient along directions, see `unit_sums`."""
+    ends = [(motion.start[name], motion.end[name]) for motion in motions]
+    return unit_sums(gradient, ends, axis)
 
 
 @torch.no_grad()

@@ -260,7 +260,7 @@ class Objective:
             only: some of the groups, where the losses have the same ones.
             examples: directions along which the loss of every example is derived, for losses that
                 are stated per example, with a gradient; None where examples are not told apart.
-                Those of `along`, or the first of them and of those that follow its parts.
+                Where they are the very motions of `along`, sums over tensors come with them.
         """
         self.place(point)
         if along is not None:  # what is freed inside a pass lies scattered
@@ -276,9 +276,8 @@ class Objective:
                 for name in losses
                 if name in self.losses and self.losses[name].per is not None
             }
-        told = set[str]()
-        if _is_of_tensors(gradients) and len(_directions(along)) <= len(examples or ()):
-            told = set(evaluations)
+        alike = along is None or along.motions is examples
+        told = evaluations.keys() if alike and _is_of_tensors(gradients) else set[str]()
         others = [name for name in losses if name not in told]
         for key, sources in self.data.passes(others).items():
             if key[0] is not None:
@@ -730,11 +729,6 @@ class Objective:
                     f"called {stated + '/' + key!r}. Give one of them another name."
                 )
         return entries
-
-
-def _directions(along: Along | None) -> Sequence[Motion]:
-    """Return the directions along which sums of gradients are asked for."""
-    return () if along is None else along.motions
 
 
 def _is_of_tensors(gradients: Gradients) -> bool:

@@ -1,0 +1,336 @@
+"""One segment as the rules see it: evaluations of losses at its nodes, with gradients of every
+parameter, or with sums of them along the motion and its parts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .objective import Along, Evaluation, Motion, distances, sums_along, units_of
+from .parts import Point, Split
+
+Axes = Mapping[str, int | None]
+
+
+class Evaluates(Protocol):
+    """Evaluates losses at a point: all the mathematics needs of an objective."""
+
+    def evaluate(
+        self,
+        point: Point,
+        losses: list[str],
+        *,
+        gradient: bool = True,
+        along: Along | None = None,
+        examples: Sequence[Motion] | None = None,
+    ) -> dict[str, Evaluation]:
+        """Return each loss at `point`, with its gradient, or sums of it along directions, unless
+        only the value is asked for; with those of its examples along other directions, where it
+        tells them apart and they are asked for.
+        """
+
+    def holding(
+        self, point: MutableMapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold a point in the model instead of beside it: inside the context, the point's tensors
+        are the model's own where these hold the same numbers.
+        """
+
+
+class Between(Mapping[str, Tensor]):
+    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
+    floating (counters) are loaded, never interpolated.
+    """
+
+    def __init__(self, start: Point, end: Point, x: float) -> None:
+        self._start, self._end, self._x = start, end, x
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, end = self._start[name], self._end[name]
+        if start.is_floating_point():
+            return torch.lerp(start, end, self._x)
+        return start if self._x < 1 else end
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A motion along which gradients are wanted, and its parts; None where none are."""
+
+    motion: Motion
+    split: Split | None = None
+
+    @property
+    def parts(self) -> Sequence[Motion]:
+        """Return the directions of the parts."""
+        return () if self.split is None else self.split.directions
+
+
+@dataclass(kw_only=True)
+class Segment:
+    """One segment as the rules see it: evaluations at its nodes, and the motion by which their
+    gradients are multiplied.
+
+    Args:
+        own: its motion.
+        objective: evaluates losses.
+        following: returns the motion after it; None where there is none. It is not asked for before
+            the gradients inside the segment are done, for which it is not needed.
+        per_example: losses that tell their examples apart.
+    """
+
+    own: Way
+    objective: Evaluates
+    following: Callable[[], Way | None]
+    per_example: frozenset[str]
+
+    @property
+    def points(self) -> Motion:
+        """Both ends; ends that are 1 apart where gradients are sums along the motion."""
+        return self.own.motion
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        """Return Σ|θ′ − θ| of some tensors."""
+        return distances(self.own.motion, names)
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        """Evaluate losses at θ + x(θ′ − θ), x < 1."""
+        start, end = self.own.motion.start, self.own.motion.end
+        point = start if x == 0 else Between(start, end, x)
+        begins = self.own.split if x == 0 else None
+        return self._evaluate(point, losses, [self.own] if gradient else [], begins)[0]
+
+    def know_signal(self) -> None:
+        """Evaluate the gradient at θ that parts of the motion are made of, where it is not known
+        yet.
+        """
+        self._signal(self.own.motion.start, self.own.split)
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        """Evaluate losses at θ′, for this segment and for the one that follows.
+
+        Args:
+            losses: names.
+            here: whether this segment wants the gradient there.
+            following: whether the one that follows wants it, if one does.
+        """
+        looks_ahead = following and self._looks_ahead(here)
+        with self._held_once() if looks_ahead else contextlib.nullcontext():
+            coming = self.following() if looks_ahead else None
+            ways = [way for way in (self.own if here else None, coming) if way is not None]
+            begins = None if coming is None else coming.split
+            last = self._evaluate(self.own.motion.end, losses, ways, begins)
+        return last[0], last[-1]
+
+    def _looks_ahead(self, here: bool) -> bool:
+        """Tell whether the motion after this one is needed at θ′."""
+        raise NotImplementedError
+
+    def _held_once(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the point after θ′ is in memory as well."""
+        return contextlib.nullcontext()
+
+    def _evaluate(
+        self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
+    ) -> list[dict[str, Evaluation]]:
+        """Return losses at a point, for each of some motions.
+
+        Args:
+            point: where.
+            losses: names.
+            ways: the motions; none for losses alone.
+            begins: the parts of the motion that begins there.
+        """
+        raise NotImplementedError
+
+    def _signal(self, point: Point, split: Split | None) -> Evaluation | None:
+        """Return the signal at a point where a motion begins; None where it is known already, or no
+        part is made of it.
+        """
+        if split is None or split.awaits is None:
+            return None
+        evaluation = self.objective.evaluate(point, [split.awaits])[split.awaits]
+        split.gradient = evaluation.gradient
+        return evaluation
+
+
+@dataclass(kw_only=True)
+class _Parameters(Segment):
+    """A segment on which every parameter has a gradient of its own."""
+
+    def _looks_ahead(self, here: bool) -> bool:
+        # where gradients alone are wanted, the next checkpoint need not be read yet
+        return bool(self.per_example) or self.own.split is not None or not here
+
+    def _evaluate(
+        self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
+    ) -> list[dict[str, Evaluation]]:
+        gradient = bool(ways)
+        if self.per_example:
+            motions = [way.motion for way in ways]
+            evaluations = self.objective.evaluate(
+                point, losses, gradient=gradient, examples=motions
+            )
+        else:
+            evaluations = self.objective.evaluate(point, losses, gradient=gradient)
+        if begins is not None and gradient and begins.awaits in evaluations:
+            begins.gradient = evaluations[begins.awaits].gradient
+        self._signal(point, begins)
+        if not ways:
+            return [evaluations]
+        return [
+            {
+                name: _with_parts(evaluation.examples_along(position), way)
+                for name, evaluation in evaluations.items()
+            }
+            for position, way in enumerate(ways)
+        ]
+
+
+@torch.no_grad()
+def _with_parts(evaluation: Evaluation, way: Way) -> Evaluation:
+    """Return an evaluation with sums of its gradient along the parts of a motion."""
+    if not way.parts:
+        return evaluation
+    grouped, parts = np.ndim(evaluation.loss) > 0, {}
+    for name, values in evaluation.gradient.items():
+        rows = values if grouped else values[None]
+        sums = torch.stack([sums_along(name, row, way.parts, None)[:, 0] for row in rows])
+        parts[name] = sums if grouped else sums[0]
+    return replace(evaluation, parts=parts)
+
+
+@dataclass(kw_only=True)
+class _Units(Segment):
+    """A segment on which gradients are summed along the motion, over units, and never held.
+
+    Args:
+        axes: of the units, by tensor; None where a tensor is one unit.
+    """
+
+    axes: Axes
+
+    @functools.cached_property
+    def points(self) -> Motion:
+        start = self.own.motion.start
+        units = {name: units_of(start[name], axis) for name, axis in self.axes.items()}
+        return unit_motion(start, units)
+
+    def _looks_ahead(self, here: bool) -> bool:
+        return True
+
+    def _held_once(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the end in the model alone, while the point after it is in memory as well; one that
+        is read where it is needed takes none.
+        """
+        end = self.own.motion.end
+        if isinstance(end, MutableMapping):
+            return self.objective.holding(end)
+        return contextlib.nullcontext()
+
+    def _evaluate(
+        self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
+    ) -> list[dict[str, Evaluation]]:
+        # first, for losses are summed along it as well
+        signal = self._signal(point, begins)
+        if not ways:
+            return [self._along(point, losses, [], [])]
+        directions = [direction for way in ways for direction in (way.motion, *way.parts)]
+        known: dict[str, Evaluation] = {}
+        name = self._summed_whole(losses)
+        if name is not None and (begins is not None or point is self.own.motion.end):
+            if signal is None:
+                signal = self.objective.evaluate(point, [name])[name]
+            known[name] = self._summed(signal, directions)
+        others = [loss for loss in losses if loss not in known]
+        if others:
+            motions = [way.motion for way in ways]
+            known |= self._along(point, others, directions, motions)
+        first = [0, *itertools.accumulate(1 + len(way.parts) for way in ways)]
+        return [
+            {
+                loss: known[loss].along(first[position], len(way.parts)).examples_along(position)
+                for loss in losses
+            }
+            for position, way in enumerate(ways)
+        ]
+
+    def _summed_whole(self, losses: list[str]) -> str | None:
+        """Return the loss whose sums at checkpoints are those of its whole gradient, which is there
+        where a motion begins; at all of them, so that bits do not depend on where spans end.
+        """
+        split = self.own.split
+        name = None if split is None else split.parts.signal
+        return name if name in losses and name not in self.per_example else None
+
+    def _along(
+        self,
+        point: Point,
+        losses: list[str],
+        directions: list[Motion],
+        motions: list[Motion],
+    ) -> dict[str, Evaluation]:
+        """Return losses with sums along directions, and with the derivatives of their examples
+        along motions; no directions: losses alone.
+        """
+        if self.own.split is None:
+            directions = motions  # the very ones, whose sums then come with those of the examples
+        along = Along(self.axes, directions) if directions else None
+        gradient = along is not None
+        if not self.per_example:
+            return self.objective.evaluate(point, losses, gradient=gradient, along=along)
+        return self.objective.evaluate(
+            point, losses, gradient=gradient, along=along, examples=motions
+        )
+
+    def _summed(self, signal: Evaluation, directions: list[Motion]) -> Evaluation:
+        """Return an evaluation with the sums of its gradient along directions in its place."""
+        sums = {
+            name: sums_along(name, gradient, directions, self.axes[name])
+            for name, gradient in signal.gradient.items()
+        }
+        return replace(signal, gradient=sums)
+
+
+def segment_of(
+    own: Way,
+    objective: Evaluates,
+    axes: Axes | None,
+    following: Callable[[], Way | None],
+    per_example: frozenset[str] = frozenset(),
+) -> Segment:
+    """Return a segment on which parameters have gradients of their own, or units sums of them."""
+    if axes is None:
+        return _Parameters(
+            own=own, objective=objective, following=following, per_example=per_example
+        )
+    return _Units(
+        own=own, objective=objective, following=following, per_example=per_example, axes=axes
+    )
+
+
+def unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion:
+    """Return ends that are 1 apart, by which sums along a motion are multiplied.
+
+    Args:
+        like: tensors of the device they are on.
+        units: of each of them.
+    """
+    ones = {name: like[name].new_ones(count) for name, count in units.items()}
+    return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
