@@ -26,7 +26,7 @@ from ..errors import InputError, few
 from .headers import FLOATING, TensorHeader, read_header, tensor_places
 from .paths import here
 from .reading import DTYPES, read_place
-from .trajectory import drop_options, normalise
+from .trajectory import TensorSpec, drop_options, normalise
 
 METADATA_KEY = "directions"
 MAX_DIRECTIONS = 1024
@@ -121,6 +121,21 @@ def open_directions(
         about=_about(place, header.metadata.get(METADATA_KEY), directions),
         sources=sources,
         tensors={name: header.tensors[source] for name, source in sources.items()},
+    )
+
+
+def open_for_model(path: str | Path, table: Iterable[TensorSpec]) -> DirectionsFile:
+    """Open a file of directions for the parameters of a model, see `open_directions`.
+
+    Args:
+        path: of the file.
+        table: the model's tensors.
+    """
+    parameters = [spec for spec in table if spec.kind == "parameter"]
+    return open_directions(
+        path,
+        {spec.name: spec.shape for spec in parameters},
+        {alias: spec.name for spec in parameters for alias in spec.aliases},
     )
 
 

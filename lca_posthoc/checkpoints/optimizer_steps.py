@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..base.text import is_storable
 from ..errors import InputError
-from .headers import MAX_TENSORS, no_duplicates, read_header, short_integer
+from .headers import MAX_TENSORS, Header, no_duplicates, read_header, short_integer
 from .layouts import MOMENTS
 from .paths import reached
 from .trajectory import Checkpoint
@@ -267,8 +267,18 @@ def read_optimizer_step(checkpoint: Checkpoint) -> OptimizerStep | None:
     Raises:
         InputError: where a file cannot be read, or its record is damaged; it names the file.
     """
-    for path in checkpoint.files:
-        text = read_header(path).metadata.get(METADATA_KEY)
+    return optimizer_step_in({path: read_header(path) for path in checkpoint.files})
+
+
+def optimizer_step_in(headers: Mapping[Path, Header]) -> OptimizerStep | None:
+    """Return the record of the step that led to a checkpoint, from the headers of its files; None
+    where they carry none.
+
+    Raises:
+        InputError: where the record is damaged; it names the file.
+    """
+    for path, header in headers.items():
+        text = header.metadata.get(METADATA_KEY)
         if text is not None:
             try:
                 return from_metadata(text)

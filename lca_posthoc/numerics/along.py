@@ -9,27 +9,26 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import Motion, Numbers, blocks, unit_sums
+from .objective import Motion, Numbers, blocks, sums_along
 from .parts import Computed, Parts, Point, displacement
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlongDirections:
-    """The loss along directions on one segment.
+class Moved:
+    """The motion of one segment along directions.
 
     Attributes:
-        allocated: to each direction, ([groups, ]directions), in units of loss.
-        motion: ⟨b, Δθ⟩ of each.
+        along: ⟨b, Δθ⟩ of each direction, (directions,).
         distance: ‖Δθ‖₂.
     """
 
-    allocated: Numbers
-    motion: list[float]
+    along: np.ndarray[Any, Any]
     distance: float
 
 
@@ -59,23 +58,16 @@ class SegmentDirections:
         return Computed(self._basis, lambda name: self._basis[name][number])
 
     @torch.no_grad()
-    def shares(self, end: Point, sums: Mapping[str, Numbers]) -> AlongDirections:
-        """Return what each direction is allocated.
+    def moved(self, end: Point) -> Moved:
+        """Return how far the weights moved.
 
         Args:
             end: every tensor at the end of the segment.
-            sums: along the directions, ([groups, ]directions) of each tensor.
         """
-        motion = np.zeros(self._count)
+        motion, along = Motion(self._start, end), np.zeros(self._count)
         for name, rows in self._basis.items():
-            ends = [(self._start[name], end[name])]
-            motion += [float(unit_sums(row, ends, None)) for row in rows]
-        of_gradient: Numbers = np.zeros(self._count)
-        for values in sums.values():
-            of_gradient = of_gradient + values
-        return AlongDirections(
-            allocated=of_gradient * motion, motion=motion.tolist(), distance=self._distance(end)
-        )
+            along += [float(sums_along(name, row, [motion], None)) for row in rows]
+        return Moved(along=along, distance=self._distance(end))
 
     def _distance(self, end: Point) -> float:
         squares = []
@@ -85,6 +77,19 @@ class SegmentDirections:
                 difference = after[place].double() - start[place].double()
                 squares.append(float(difference.square_().sum()))
         return math.sqrt(math.fsum(squares))
+
+
+def allocated_along(moved: Moved, sums: Mapping[str, Numbers]) -> Numbers:
+    """Return what directions are allocated, ([groups, ]directions), in units of loss.
+
+    Args:
+        moved: how far the weights moved along them.
+        sums: of a loss's gradient along them, ([groups, ]directions) of each tensor.
+    """
+    of_gradient: Numbers = np.zeros_like(moved.along)
+    for values in sums.values():
+        of_gradient = of_gradient + values
+    return of_gradient * moved.along
 
 
 class Together:

@@ -428,9 +428,7 @@ class SpanSums:
         for position, spec in enumerate(self._table):
             place[..., position] = shares[spec.name]
 
-    def add_along(
-        self, row: int, allocated: Numbers, motion: Sequence[float], distance: float
-    ) -> None:
+    def add_along(self, row: int, allocated: Numbers, motion: Numbers, distance: float) -> None:
         """Add what directions are allocated on the segment at position `row` of the span, of the
         groups of the block, ([groups, ]directions), and the motion along each and in all.
         """

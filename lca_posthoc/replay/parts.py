@@ -85,14 +85,9 @@ def _same_directions(path: str | Path, digest: int, recorded: DirectionsRecord) 
 
 
 def _record_of(path: str | Path, described: Description) -> DirectionsRecord:
-    from ..checkpoints.directions_file import open_directions
+    from ..checkpoints.directions_file import open_for_model
 
-    parameters = [spec for spec in described.tensors if spec.kind == "parameter"]
-    file = open_directions(
-        path,
-        {spec.name: spec.shape for spec in parameters},
-        {alias: spec.name for spec in parameters for alias in spec.aliases},
-    )
+    file = open_for_model(path, described.tensors)
     return DirectionsRecord(
         file=str(Path(path).expanduser().absolute()),
         digest=file.digest,

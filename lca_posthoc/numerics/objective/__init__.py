@@ -12,7 +12,6 @@ from .directions import (
     blocks,
     distances,
     sums_along,
-    unit_sums,
     units_of,
 )
 from .draws import Draws
@@ -77,7 +76,6 @@ __all__ = [
     "sums_along",
     "tensor_table",
     "texts_of",
-    "unit_sums",
     "units_of",
     "weights_of_sample",
 ]

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...checkpoints.headers import TensorHeader, read_header, tensor_places
+from ...checkpoints.headers import Header, TensorHeader, read_header, tensor_places
 from ...checkpoints.optimizer_steps import (
     FIRST,
     SECOND,
     OptimizerStep,
     moments_of,
-    read_optimizer_step,
+    optimizer_step_in,
 )
 from ...checkpoints.paths import is_remote, located
 from ...errors import InputError, SpanError
@@ -48,6 +48,9 @@ class CausesOfSpan:
         self._signal = signal
         # names in the files → of the model
         self._names = {source: name for name, source in points.names.items()}
+        # both ends of a segment, each of which is one of the next one too
+        self._headers = functools.lru_cache(2)(functools.partial(_headers_at, points))
+        self._moments_of = functools.lru_cache(2)(functools.partial(_moments_at, points, objective))
 
     def of(self, index: int) -> SegmentCauses:
         """Return the causes of the motion from a checkpoint on, which has gone by."""
@@ -82,12 +85,12 @@ class CausesOfSpan:
 
         from ...checkpoints.reading import DTYPES
 
-        @functools.cache
-        def types() -> dict[str, str]:
-            headers = map(read_header, checkpoint_at(self._points, index).files)
-            return {name: of.dtype for header in headers for name, of in header.tensors.items()}
-
-        return lambda name: torch.finfo(DTYPES[types()[self._points.names[name]]]).eps
+        types = {
+            name: stored.dtype
+            for header in self._headers(index).values()
+            for name, stored in header.tensors.items()
+        }
+        return lambda name: torch.finfo(DTYPES[types[self._points.names[name]]]).eps
 
     def _step(self, index: int) -> OptimizerStep | None:
         """Return the record of the step that led to a checkpoint, where it followed on the
@@ -97,7 +100,7 @@ class CausesOfSpan:
         if before is None:
             return None
         try:
-            step = read_optimizer_step(checkpoint_at(self._points, index))
+            step = optimizer_step_in(self._headers(index))
         except InputError as error:
             raise SpanError(str(error)) from None
         return step if step is not None and step.since == before.step else None
@@ -123,13 +126,23 @@ class CausesOfSpan:
             ),
         )
 
-    def _moments_of(self, index: int) -> _MomentsFile:
-        checkpoint = checkpoint_at(self._points, index)
-        try:
-            path = moments_of(checkpoint, located(self._points.root))
-            return _MomentsFile(path, checkpoint.step, self._objective)
-        except InputError as error:
-            raise SpanError(str(error)) from None
+
+def _headers_at(points: StoredPoints, index: int) -> dict[Path, Header]:
+    """Return the headers of a checkpoint's files."""
+    try:
+        return {path: read_header(path) for path in checkpoint_at(points, index).files}
+    except InputError as error:
+        raise SpanError(str(error)) from None
+
+
+def _moments_at(points: StoredPoints, objective: Objective, index: int) -> _MomentsFile:
+    """Return the moments of a checkpoint, on the device of an objective."""
+    checkpoint = checkpoint_at(points, index)
+    try:
+        path = moments_of(checkpoint, located(points.root))
+        return _MomentsFile(path, checkpoint.step, objective)
+    except InputError as error:
+        raise SpanError(str(error)) from None
 
 
 class _MomentsFile:

@@ -52,13 +52,14 @@ class PartsOfSpan:
     def __init__(
         self, points: StoredPoints, rows: slice, objective: Objective, settings: RunSettings
     ) -> None:
-        self._first, self._objective = rows.start, objective
+        self._first = rows.start
         self._passed = Passed(points, rows.start, objective)
         self._causes = self._basis = None
         if settings.signal is not None:
             self._causes = CausesOfSpan(points, self._passed, objective, settings.signal)
         if settings.directions is not None:
             self._basis = _basis(settings.directions, objective)
+        self._parameters = [spec.name for spec in objective.allocated if spec.kind == "parameter"]
         self._parts: dict[int, _OfSegment] = {}
 
     def remember(self, walk: Walk) -> Walk:
@@ -76,10 +77,8 @@ class PartsOfSpan:
             causes = None if self._causes is None else self._causes.of(index)
             directions = None
             if self._basis is not None:
-                parameters = [
-                    spec.name for spec in self._objective.allocated if spec.kind == "parameter"
-                ]
-                directions = SegmentDirections(self._basis, parameters, self._passed.at(index))
+                start = self._passed.at(index)
+                directions = SegmentDirections(self._basis, self._parameters, start)
             both = [part for part in (causes, directions) if part is not None]
             self._parts[row] = _OfSegment(causes, directions, Together(both))
         return self._parts[row].together
@@ -93,16 +92,19 @@ class PartsOfSpan:
         """Add what the parts of the segment at a position of the span are allocated to the
         statistics of each loss, and give up what later segments have no use for.
         """
+        from ...numerics.along import allocated_along
+
         parts, index = self._parts.pop(row), self._first + row
         end = self._passed.at(index + 1)
+        moved = None if parts.directions is None else parts.directions.moved(end)
         for name, of_loss in statistics.items():
             segment = segments[name]
             sums = iter(parts.together.divided(segment.parts or {}))
             if parts.causes is not None:
                 of_loss.add_causes(row, parts.causes.shares(end, segment.sums, next(sums)))
-            if parts.directions is not None:
-                along = parts.directions.shares(end, next(sums))
-                of_loss.add_along(row, along.allocated, along.motion, along.distance)
+            if moved is not None:
+                allocated = allocated_along(moved, next(sums))
+                of_loss.add_along(row, allocated, moved.along, moved.distance)
         self._passed.forget(index - 1)
 
 
@@ -110,18 +112,13 @@ def _basis(record: DirectionsRecord, objective: Objective) -> dict[str, Tensor]:
     """Return the directions of a file, orthonormal, on the device of an objective; kept for the
     spans that follow.
     """
-    from ...checkpoints.directions_file import open_directions, orthonormal
+    from ...checkpoints.directions_file import open_for_model, orthonormal
 
     key = record["digest"], str(objective.device)
     if key not in _BASES:
         _BASES.clear()
-        parameters = [spec for spec in objective.table if spec.kind == "parameter"]
         try:
-            file = open_directions(
-                record["file"],
-                {spec.name: spec.shape for spec in parameters},
-                {alias: spec.name for spec in parameters for alias in spec.aliases},
-            )
+            file = open_for_model(record["file"], objective.table)
             if file.digest != record["digest"]:
                 raise InputError(
                     f"{file.path} holds other directions than the run was made with. Restore the "
