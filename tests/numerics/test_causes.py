@@ -755,3 +755,18 @@ def test_a_weight_without_a_gradient_in_its_batch_does_not_blow_up_the_signal(
     allocated = run["train"].causes.allocated
     assert float(abs(allocated.sel(cause="signal")).max()) < 0.1
     assert float(abs(allocated.sel(cause="rest")).max()) < 1e-6
+
+
+def test_a_step_without_a_record_does_not_make_bits_depend_on_spans(
+    lab: Lab, tmp_path: Path
+) -> None:
+    """Its segment has no parts, and the ones beside it have: sums of a loss per example too."""
+    recorded = copied(lab.training("SGD"), tmp_path / "checkpoints")
+    with_record(step_file(recorded.directory, 3), None)
+    sums = [
+        replay(recorded, tmp_path / f"{span}.lca", losses=("examples",), span=span)["examples"]
+        for span in (1, 8)
+    ]
+    for part in ("tensors", "causes"):
+        one, other = (getattr(results, part)["allocated"].to_numpy() for results in sums)
+        assert one.tobytes() == other.tobytes(), part
