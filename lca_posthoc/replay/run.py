@@ -9,13 +9,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import signal
-import socket
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .. import results
 from ..base.text import count
@@ -73,10 +71,8 @@ from .requests import (
     to_plain,
 )
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
+from .stopping import Stop, stopped_by_signals
 from .worker import committed_result, compressions, looks_back, replay_span
-
-if TYPE_CHECKING:
-    from types import FrameType
 
 # --- the run --------------------------------------------------------------------------------------
 
@@ -348,94 +344,6 @@ def default_out(checkpoints: str | Path) -> Path:
 
 DURABILITY = ("full", "none")
 _BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
-_AT_ONCE = 0.1  # seconds after a signal when it is told of at the latest
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-# --- signals --------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Stop:
-    """A request to drain: the event a cluster listens to, the signal that asked, and how many
-    signals arrived.
-    """
-
-    event: threading.Event = field(default_factory=threading.Event)
-    signal: int = 0
-    arrived: int = 0
-
-
-@contextlib.contextmanager
-def _signals(tell: Callable[[int], None]) -> Iterator[_Stop]:
-    """Drain at the first Ctrl-C or SIGTERM, of which a thread tells at once, and abort at the
-    second one.
-
-    Python's own handlers wait until the main thread is back from what it computes; the thread hears
-    of a signal when it arrives.
-    """
-    stop = _Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.event.is_set() or stop.arrived > 1:  # two may arrive before Python calls this once
-            # which no `except Exception` on the way takes for a failure of the task
-            raise KeyboardInterrupt
-        stop.signal = number
-        stop.event.set()
-
-    with _told_at_once(stop, tell), _handled(handle):
-        try:
-            yield stop
-        except KeyboardInterrupt:
-            raise _interrupted(stop.signal or signal.SIGINT) from None
-
-
-@contextlib.contextmanager
-def _told_at_once(stop: _Stop, tell: Callable[[int], None]) -> Iterator[None]:
-    """Count signals as they arrive, in a thread, which tells of the first."""
-    arrives, leaves = socket.socketpair()
-    leaves.setblocking(False)  # as `set_wakeup_fd` has it
-    listener = threading.Thread(target=_listen, args=(arrives, stop, tell), daemon=True)
-    listener.start()
-    earlier = signal.set_wakeup_fd(leaves.fileno(), warn_on_full_buffer=False)
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(earlier)
-        leaves.close()
-        listener.join()
-        arrives.close()
-
-
-def _listen(arrives: socket.socket, stop: _Stop, tell: Callable[[int], None]) -> None:
-    while arrived := arrives.recv(1):  # nothing when the other end is closed
-        if arrived[0] not in _SIGNALS:
-            continue
-        stop.arrived += 1
-        if stop.arrived == 1:
-            # once the handler ran, a second signal that follows what is told is one of its own
-            stop.event.wait(_AT_ONCE)
-            tell(arrived[0])
-
-
-@contextlib.contextmanager
-def _handled(handle: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle both signals, and put back what handled them before."""
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupted(number: int) -> Interrupted:
-    error = Interrupted("stopped; what was committed is kept. Run the same command again to go on.")
-    error.exit_code = 128 + number
-    return error
-
 
 # --- one call -------------------------------------------------------------------------------------
 
@@ -552,13 +460,13 @@ class _Driver:
         where.check()
         status = self._status
         with (
-            _signals(status.say_stopping) as stop,
+            stopped_by_signals(status.say_stopping) as stop,
             results.announced(self._job.path) as status.announcement,
             _named_disk_errors(),
         ):
             self._run(where, stop)
 
-    def _run(self, where: ClusterConfig, stop: _Stop) -> None:
+    def _run(self, where: ClusterConfig, stop: Stop) -> None:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
         if recorded is not None:
@@ -582,7 +490,7 @@ class _Driver:
             try:
                 self._work(cluster, settings, trajectory, stop, strangers=where.is_address)
             except Interrupted:
-                raise _interrupted(stop.signal) from None
+                raise stop.interrupted() from None
 
     def _trajectory(self, settings: Settings, recorded: Manifest | None) -> Trajectory:
         trajectory = open_trajectory(
@@ -618,7 +526,7 @@ class _Driver:
         cluster: Cluster,
         settings: Settings,
         trajectory: Trajectory,
-        stop: _Stop,
+        stop: Stop,
         *,
         strangers: bool,
     ) -> None:
@@ -629,7 +537,7 @@ class _Driver:
                 self._status.note(check_workers(cluster, trajectory, settings["device"], token))
         ready = self._prepare(cluster, settings, trajectory, existing)
         if stop.event.is_set():
-            raise _interrupted(stop.signal)
+            raise stop.interrupted()
         self._status.note(ready.notes)
         if ready.short_of:
             raise ResourceError(ready.short_of)
@@ -666,7 +574,7 @@ class _Driver:
         )
 
     def _replay(
-        self, cluster: Cluster, seen_by: Trajectory | None, ready: Preparation, stop: _Stop
+        self, cluster: Cluster, seen_by: Trajectory | None, ready: Preparation, stop: Stop
     ) -> None:
         """Replay what is pending, while the run is locked.
 
@@ -696,7 +604,7 @@ class _Driver:
             spans = _Spans(writer, common, self._status, durable=job.durable)
             spans.replay(cluster, lock, self.repair_spans)
             if stop.event.is_set():
-                raise _interrupted(stop.signal)
+                raise stop.interrupted()
             if spans.failed:
                 raise SpanError(_failures(spans.failed))
 

@@ -179,9 +179,10 @@ def drive(
         TaskSetup,
         to_plain,
     )
+    from lca_posthoc.replay.stopping import Stop
     from lca_posthoc.tasks.task import Entry
 
-    me, out, stop = psutil.Process(), place / "out.lca", replay._Stop()
+    me, out, stop = psutil.Process(), place / "out.lca", Stop()
     manifest = laid_out(given.spans, given.segments)
     made = used()
     results.create(out, manifest, durable=False)
