@@ -18,7 +18,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class Stop:
-    """What signals asked of a replay so far.
+    """A request to end a replay early, made by signals.
 
     Attributes:
         event: set when a first signal was handled; a cluster waits for it.
