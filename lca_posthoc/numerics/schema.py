@@ -18,6 +18,8 @@ from ..errors import InputError, SpanError
 
 # the levels of `--keep`, each of which holds what those before it hold
 KEEP = ("tensors", "units", "statistics", "parameters")
+# of `--path-band`
+PATH_BAND = ("on", "off")
 STEP_FIELDS = {
     "loss_start": "float64",
     "loss_end": "float64",
@@ -45,6 +47,8 @@ OF_MOTION = ("motion",)  # the same for every group
 EXAMPLE_FIELDS = ("loss_start", "loss_end", "residual", "weight")
 # parts of the motion with a name, in the order in which they are stored
 CAUSES = ("signal", "noise", "momentum", "decay", "rest")
+# numbers of every tensor and segment that another path through the checkpoints gives, see `path`
+PATH_FIELDS = ("shift", "doubled")
 # torch's optimisers that divide by second moments, of which there are formulas
 DIVIDE_BY_MOMENTS = ("Adam", "AdamW", "RMSprop", "Adagrad")
 MAGNITUDES = 510  # two bins an octave over all finite float32

@@ -11,7 +11,7 @@ from typing import Annotated, NotRequired, TypedDict, cast, get_args, get_type_h
 from ..errors import InputError
 from .precisions import PRECISIONS
 from .quadrature import RULES
-from .schema import KEEP, DirectionsRecord, RecalibrationRecord
+from .schema import KEEP, PATH_BAND, DirectionsRecord, RecalibrationRecord
 
 Value = str | int | float | list[str] | None
 
@@ -210,6 +210,16 @@ class Settings(TypedDict):
             help="With --causes: the training loss, whose full gradient is the signal.",
             shown_default="the first of the losses",
             metavar="LOSS",
+        ),
+    ]
+    path_band: Annotated[
+        str | None,
+        Setting(
+            help="How much another path through the same checkpoints would change, on segments "
+            "longer than one step; takes one to two evaluations more on each.",
+            shown_default="auto: on where there are such segments",
+            choices=PATH_BAND,
+            automatic=True,
         ),
     ]
     steps: Annotated[

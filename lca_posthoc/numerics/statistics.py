@@ -24,6 +24,7 @@ from .allocation import (
     sum_of,
 )
 from .objective import Numbers, blocks
+from .path import PathShift
 from .schema import (
     BINS,
     CAUSES,
@@ -31,6 +32,7 @@ from .schema import (
     MAGNITUDES,
     MAY_BE_NAN,
     OF_MOTION,
+    PATH_FIELDS,
     PER_GROUP,
     SIGNED,
     STEP_FIELDS,
@@ -312,6 +314,7 @@ class SpanSums:
         uses: those that are told apart of tensors of the table, see `schema.uses_of`.
         causes: whether what moved the weights is told.
         directions: how many are told apart; 0 for none.
+        path: whether it is told what another path changes.
 
     Attributes:
         since: the first segment of the span whose parameters are counted in `totals`: none of sums.
@@ -319,6 +322,8 @@ class SpanSums:
         causes: what each cause of the motion is allocated, by name: none where that is not told.
         along: what directions are allocated, and how far the weights moved along them, by name:
             none without directions.
+        path: what another path changes, by name: none where that is not told, zeros on segments on
+            which none is known.
     """
 
     def __init__(
@@ -332,6 +337,7 @@ class SpanSums:
         uses: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         causes: bool = False,
         directions: int = 0,
+        path: bool = False,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
         self._uses = uses
@@ -367,6 +373,10 @@ class SpanSums:
                 "motion": np.zeros((length, directions)),
                 "distance": np.zeros(length),
             }
+        self.path: Arrays = {}
+        if path:
+            of_segment = (*self._axis(), len(table))
+            self.path = {name: np.zeros((length, *of_segment)) for name in PATH_FIELDS}
         self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
@@ -419,6 +429,15 @@ class SpanSums:
             self._add_tensor(row, position, spec, segment)
         if segment.examples is not None:
             self._add_examples(row, segment.examples)
+        if segment.path is not None:
+            self._add_path(row, segment.path)
+
+    def _add_path(self, row: int, path: PathShift) -> None:
+        for name, sums in (("shift", path.shift), ("doubled", path.doubled)):
+            if sums is not None:
+                place = self._of_block(self.path[name], row)
+                for position, spec in enumerate(self._table):
+                    place[..., position] = sums[spec.name]
 
     def add_causes(self, row: int, shares: Mapping[str, Numbers]) -> None:
         """Add what each cause is allocated on the segment at position `row` of the span, of the
@@ -501,12 +520,15 @@ class SpanStatistics(SpanSums):
         uses: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         causes: bool = False,
         directions: int = 0,
+        path: bool = False,
         *,
         unit: float,
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
-        super().__init__(table, length, keep, device, groups, examples, uses, causes, directions)
+        super().__init__(
+            table, length, keep, device, groups, examples, uses, causes, directions, path
+        )
         self.since, self._scratch, self._device = since, Scratch(device), device
         self._positions = {spec.name: position for position, spec in enumerate(table)}
         self._cuts = {

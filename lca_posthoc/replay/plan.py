@@ -21,6 +21,7 @@ from ..checkpoints.paths import is_remote, located, nearest
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import ClusterConfig, local_workers, open_cluster, visible_device
 from ..errors import InputError, amount
+from ..numerics.long_segments import is_long, pairs
 from ..numerics.objective import new_model
 from ..numerics.quadrature import RULES
 from ..numerics.schema import KEEP, holds
@@ -268,7 +269,23 @@ def _evaluations(manifest: Manifest) -> int:
     """Return how many gradients of a loss a run takes without refinement."""
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
-    return per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    evaluations = per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    return evaluations + _evaluations_of_path(manifest)
+
+
+def _evaluations_of_path(manifest: Manifest) -> int:
+    """Return how many gradients more it takes to say what another path would change."""
+    if manifest.settings["path_band"] != "on":
+        return 0
+    rule = RULES[manifest.settings["rule"]]
+    bent = [length for length in manifest.lengths if is_long(length)]
+    if manifest.segments == 1 or not bent:
+        return 0
+    of_segment = 1 if 0.5 in rule.nodes else 2  # in the middle of the curve, and of the line
+    of_ends = 0 if rule.has_end else manifest.segments + manifest.spans
+    if rule.has_start and not rule.has_end:
+        of_ends = manifest.spans
+    return of_segment * len(bent) + len(pairs(manifest.lengths)) + of_ends
 
 
 def _seconds(manifest: Manifest, costs: Costs) -> float:

@@ -4,6 +4,7 @@ the run is laid out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import time
@@ -20,6 +21,7 @@ from ..checkpoints.paths import absolute, below
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, Trajectory
 from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
+from ..numerics.long_segments import is_long
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
 from ..numerics.schema import (
@@ -196,6 +198,7 @@ def prepare(
         Interrupted: where the cluster drains.
     """
     existing = destination.existing
+    settings = {**settings, "path_band": _path_band(settings, trajectory)}
     setup = TaskSetup(
         task=task,
         parcel=parcel,
@@ -250,6 +253,15 @@ def prepare(
         losses=len(described.losses.keys() - recorded.keys()),
     )
     return _laid_out(setup, sample, draft, memory, notes)
+
+
+def _path_band(settings: Settings, trajectory: Trajectory) -> str:
+    """Return whether it is told what another path would change: as it is asked for or recorded, or
+    else where a segment is longer than one step.
+    """
+    steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
+    any_long = any(is_long(after - before) for before, after in itertools.pairwise(steps))
+    return settings["path_band"] or ("on" if any_long else "off")
 
 
 def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:

@@ -43,6 +43,7 @@ class RunSettings:
     subset: list[str]
     tensors: list[str]
     signal: str | None
+    path_band: str
     rule: str
     tolerance: float | str
     allocation_tolerance: float | str

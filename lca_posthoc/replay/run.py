@@ -92,6 +92,7 @@ def run(
     precision: str | None = None,
     precision_check: str | None = None,
     norm_stats: str | None = None,
+    path_band: str | None = None,
     tensors: Sequence[str] = (),
     subset: Sequence[str] = (),
     causes: bool = False,
@@ -133,6 +134,9 @@ def run(
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
         precision_check: on which examples its error is measured: "sample" (default) or "full".
         norm_stats: "running" (default), "batch" or "recalibrated".
+        path_band: "on" to tell how much another path through the same checkpoints would change, on
+            segments longer than one step, for one to two more evaluations on each; "off". By
+            default on where there are such segments.
         tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is
             kept as one remainder.
         subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are
@@ -185,6 +189,7 @@ def run(
         "precision": precision,
         "precision_check": precision_check,
         "norm_stats": norm_stats,
+        "path_band": path_band,
         "tensors": tensors,
         "subset": subset,
         "signal": signal,
@@ -1033,10 +1038,12 @@ def _span_request(
         durable: whether it is on the disk before it counts.
     """
     rows = manifest.rows(span)
-    first = rows.start
+    first, last = rows.start, rows.stop
     if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
         first = max(0, first - 1)
-    positions = (*looks_back(rows.start), *range(first, rows.stop + 1))
+    if manifest.settings["path_band"] == "on":  # a path bends by the neighbours of a segment
+        first, last = max(0, rows.start - 1), min(last + 1, manifest.segments)
+    positions = (*looks_back(rows.start), *range(first, last + 1))
     return SpanRequest(
         setup=common.setup,
         points=replace(

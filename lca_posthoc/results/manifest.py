@@ -4,6 +4,7 @@ checkpoints are only ever added.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -151,6 +152,12 @@ class Manifest:
     def steps(self) -> list[int]:
         """The training step each segment starts from."""
         return [checkpoint.step for checkpoint in self.checkpoints[:-1]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """The training steps each segment is long."""
+        steps = [checkpoint.step for checkpoint in self.checkpoints]
+        return [after - before for before, after in itertools.pairwise(steps)]
 
     @property
     def segments(self) -> int:

@@ -91,7 +91,7 @@ def _json(document: dict[str, object]) -> bytes:
 
 
 def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
-    if part in ("tensors", "examples", "causes"):
+    if part in ("tensors", "examples", "causes", "path"):
         specs = [tensor.spec for tensor in manifest.allocated]
         return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
     return {"field": list(TOTAL_FIELDS[part][0])} if part in TOTAL_FIELDS else {}

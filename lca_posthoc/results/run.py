@@ -226,13 +226,13 @@ class LossResults:
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
-        if part in ("steps", "tensors", "histogram", "examples", "causes", "along"):
+        if part in ("steps", "tensors", "histogram", "examples", "causes", "along", "path"):
             data = data.assign_coords(
                 step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
             )
         if self.record.groups is not None and part != "examples":
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
-            if part in ("steps", "tensors", "histogram", "causes", "along"):
+            if part in ("steps", "tensors", "histogram", "causes", "along", "path"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
         return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
 
@@ -365,6 +365,33 @@ class LossResults:
         specs = [tensor.spec for tensor in self.manifest.allocated]
         return (
             self._open("causes")
+            .load()
+            .assign_coords(
+                tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+                kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+            )
+        )
+
+    @property
+    def other_path(self) -> xr.Dataset:
+        """What another path through the same checkpoints would change, of a run with `--path-band`:
+        `shift` (step[, group], tensor), float64, in units of loss.
+
+        `doubled` is what a segment has of the line from one checkpoint to the next but one; those
+        of both of its halves add up to what that line is allocated. Both are 0 on segments of one
+        training step, and where there is no neighbour; see `lca_posthoc.numerics.path`.
+
+        Raises:
+            InputError: where the run was made without it.
+        """
+        if self.manifest.settings["path_band"] != "on":
+            raise InputError(
+                f"{self.path} was made without --path-band. Run again with it into another "
+                "directory: --path-band on --out OTHER.lca."
+            )
+        specs = [tensor.spec for tensor in self.manifest.allocated]
+        return (
+            self._open("path")
             .load()
             .assign_coords(
                 tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),

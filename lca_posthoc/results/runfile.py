@@ -14,7 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ..checkpoints.trajectory import RESERVED, Checkpoint, TensorSpec
 from ..errors import InputError, LCAError, amount
-from ..numerics.schema import KEEP, DirectionsRecord, SiteRecord
+from ..numerics.schema import KEEP, PATH_BAND, DirectionsRecord, SiteRecord
 from ..numerics.settings import Settings
 from . import disk
 from .files import read_json, sealed_json
@@ -411,6 +411,8 @@ def _settings(value: object) -> Settings:
     if "directions" in value:
         _directions(value["directions"])
     _one_of(value["keep"], "settings.keep", KEEP)
+    _check("path_band" in value, "settings.path_band", "there", "nothing")
+    _one_of(value["path_band"], "settings.path_band", PATH_BAND)
     return cast("Settings", dict(value))
 
 

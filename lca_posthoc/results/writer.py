@@ -374,9 +374,9 @@ class RunWriter:
         """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
 
         Where the last span of such a loss was short and has grown, it is no longer whole and will
-        be replayed again. Where the last window of totals has grown, what it holds waits for the
-        new spans, and is not counted again. The other losses cover the segments they covered: none
-        of their files changes.
+        be replayed again; so is any last one where it is told what another path changes. Where the
+        last window of totals has grown, what it holds waits for the new spans, and is not counted
+        again. The other losses cover the segments they covered: none of their files changes.
 
         Args:
             checkpoints: all of them.
@@ -390,6 +390,7 @@ class RunWriter:
         )
         for loss in growing:
             self._restore(loss)
+            self._remove_unbent(before, loss)
         write_manifest(self.manifest, self.path, self.durable)
         for loss in growing:
             self._remove_outgrown(before, loss)
@@ -431,6 +432,15 @@ class RunWriter:
         ):
             if old != new:
                 disk.remove(old)
+
+    def _remove_unbent(self, before: Manifest, loss: str) -> None:
+        """Remove the marker of a last span whose last segment has a neighbour now, by which another
+        path bends; a span without a marker is replayed by the old record as well.
+        """
+        then, now = Commits(self.path, before, loss), self.commits(loss)
+        grown = now.manifest.segments > then.manifest.segments
+        if grown and before.settings["path_band"] == "on":
+            disk.remove(then.marker(then.manifest.spans - 1))
 
     def sweep(self) -> None:
         """Remove what a killed writer left, temporary files and totals that wait for nothing; call
@@ -506,7 +516,9 @@ class RunWriter:
         """Tell whether a committed span of any loss, or totals of one that wait, were computed from
         the checkpoint at a position.
         """
-        beside = (checkpoint - 1, checkpoint)
+        beside = [checkpoint - 1, checkpoint]
+        if self.manifest.settings["path_band"] == "on":  # and their neighbours bend there
+            beside = [checkpoint - 2, *beside, checkpoint + 1]
         return any(
             disk.exists(commits.marker(segment // self.manifest.span)) or commits.counts(segment)
             for commits in map(self.commits, self.manifest.losses)
@@ -615,6 +627,7 @@ class RunWriter:
             "examples": statistics.examples,
             "causes": statistics.causes,
             "along": statistics.along,
+            "path": statistics.path,
         }
         arrays = {
             f"{part}/{name}": values

@@ -28,7 +28,7 @@ class Evaluation:
     gradient is zero. `examples`, where they are told apart, is the same with every example as a
     group and every tensor as one unit; the numbers of an example without weight are 0. `parts`,
     where they are asked for, are sums of a tensor's gradient along parts of the motion, float64,
-    ([groups, ]parts).
+    ([groups, ]parts); `beside` the same along further directions.
     """
 
     loss: Numbers
@@ -37,22 +37,30 @@ class Evaluation:
     unreached: frozenset[str] = frozenset()
     examples: Evaluation | None = None
     parts: Mapping[str, Tensor] | None = None
+    beside: Mapping[str, Tensor] | None = None
 
-    def along(self, direction: int, parts: int = 0) -> Evaluation:
+    def along(self, direction: int, parts: int = 0, beside: int = 0) -> Evaluation:
         """Return the same with the sums along one of its directions, ([groups, ]units).
 
         Args:
             direction: its position.
             parts: the number of directions after it that are parts of it.
+            beside: the number of those after these that are taken beside it.
         """
         chosen = {name: values.select(-2, direction) for name, values in self.gradient.items()}
-        if not parts:
-            return replace(self, gradient=chosen)
-        of_parts = {
-            name: values.narrow(-2, direction + 1, parts).sum(-1)
-            for name, values in self.gradient.items()
+        first = direction + 1
+        return replace(
+            self,
+            gradient=chosen,
+            parts=self._totals(first, parts) if parts else self.parts,
+            beside=self._totals(first + parts, beside) if beside else self.beside,
+        )
+
+    def _totals(self, first: int, count: int) -> dict[str, Tensor]:
+        """Return the sums along some directions over all units, ([groups, ]directions)."""
+        return {
+            name: values.narrow(-2, first, count).sum(-1) for name, values in self.gradient.items()
         }
-        return replace(self, gradient=chosen, parts=of_parts)
 
     def examples_along(self, direction: int) -> Evaluation:
         """Return the same with those of the examples along one of the directions."""

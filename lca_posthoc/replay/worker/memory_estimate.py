@@ -33,6 +33,8 @@ _SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a le
 _OF_CAUSES = 1  # numbers of every parameter: the checkpoint before the start
 _OF_SIGNAL = 2  # the signal where a motion begins, and where the next one does
 _OF_MOMENTS = 8  # four directions of an optimiser with moments, of two motions
+_OF_PATH = 3  # numbers of every parameter: the checkpoint before the start, one more after the next
+# and the deviation at hand
 _OF_DIRECTION = 2  # as it is read, and orthonormal
 
 # --- levels with numbers of every parameter -------------------------------------------------------
@@ -119,6 +121,8 @@ def _bytes_of_parts(
     """
     settings, number = request.setup.settings, objective.dtype.itemsize
     of_parameter = 0
+    if settings.path_band == "on":
+        of_parameter += _OF_PATH * number
     if settings.signal is not None:
         of_parameter += _OF_CAUSES * number
         if settings.signal not in names or not holds(keep, "statistics"):  # else it is a node

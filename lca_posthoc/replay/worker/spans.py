@@ -29,6 +29,8 @@ from ..requests import (
 )
 from .out_of_memory import with_smaller_batches
 from .parts import PartsOfSpan
+from .passed import Passed
+from .paths import PathsOfSpan
 from .read_ahead import PointsAhead
 from .state import (
     StoredPoint,
@@ -335,10 +337,11 @@ class _SpanReplay:
             )
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
-            with PointsAhead(self.request.points, self.rows, self.objective) as points:
-                parts = self._parts()
+            with PointsAhead(self.request.points, self._read(), self.objective) as points:
+                passed = Passed(self.request.points, self.rows, self.objective)
+                parts, paths = self._parts(passed), self._paths(passed)
                 segments = allocate_span(
-                    points if parts is None else parts.remember(points),
+                    points if parts is None and paths is None else passed.remember(points),
                     part,
                     every,
                     self.method,
@@ -348,10 +351,12 @@ class _SpanReplay:
                     begin=points.begin_next,
                     gathering=self._gathering_at,
                     parts=None if parts is None else parts.of,
+                    paths=None if paths is None else paths.of,
                 )
                 for row in range(self.length):
                     # no name holds a segment, with its gradients, while the next one is computed
                     levels_of_losses, residual = self._take(row, next(segments), parts)
+                    passed.forget(self.rows.start + row - 1)
                     reached[row] |= levels_of_losses
                     reached_segments = (
                         len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
@@ -361,12 +366,27 @@ class _SpanReplay:
                 self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
 
-    def _parts(self) -> PartsOfSpan | None:
+    def _parts(self, passed: Passed) -> PartsOfSpan | None:
         """Return what tells the parts of the motion; None where none are asked for."""
         settings = self.request.setup.settings
         if settings.signal is None and settings.directions is None:
             return None
-        return PartsOfSpan(self.request.points, self.rows, self.objective, settings)
+        points = self.request.points
+        return PartsOfSpan(points, self.rows.start, passed, self.objective, settings)
+
+    def _paths(self, passed: Passed) -> PathsOfSpan | None:
+        """Return what tells another path; None where none is asked for."""
+        if self.request.setup.settings.path_band != "on":
+            return None
+        return PathsOfSpan(self.request.points, self.rows.start, passed)
+
+    def _read(self) -> slice:
+        """Return the segments whose ends are read in turn: those of the span, and the one after it
+        where another path is asked for and there is one.
+        """
+        beyond = self.request.setup.settings.path_band == "on"
+        beyond = beyond and self.rows.stop + 1 in self.request.points.checkpoints
+        return slice(self.rows.start, self.rows.stop + beyond)
 
     def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
         """Return what takes in a segment of each loss as it is computed; nothing of sums."""
@@ -384,7 +404,11 @@ class _SpanReplay:
 
         of_span = (self.tensors, self.length, self.writer.keep, self.objective.device)
         directions = self.request.setup.settings.directions
-        parts = (self.signal is not None, 0 if directions is None else directions["directions"])
+        parts = (
+            self.signal is not None,
+            0 if directions is None else directions["directions"],
+            self.request.setup.settings.path_band == "on",
+        )
         groups = {
             name: len(record.groups) if record.groups else None
             for name, record in self.records.items()
