@@ -81,6 +81,7 @@ def command(
         print_json({"schema": 1, "losses": summaries})
     else:
         print_summary(summaries, opened.path, top=top, everything=everything)
+        print_paths(opened, summaries)
         print_causes(opened, summaries)
         print_examples(opened, summaries)
 
@@ -139,6 +140,28 @@ def print_summary(
     unshown -= {0}
     if not everything and (unshown or _have_more_tensors(summaries)):
         console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
+
+
+def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
+    """Print, of losses on segments of more than one training step, what their sums mean."""
+    console = stdout()
+    for name, figures in summaries.items():
+        if not figures["long_segments"]:
+            continue
+        known = figures["path_band"] is not None
+        told = (
+            "± path is by how much other paths through the same checkpoints would change them"
+            if known
+            else "by how much other paths would change them is told with --path-band on"
+        )
+        held = "" if not run[name].holds("statistics") else "; shares that help are held back there"
+        line = (
+            f"{safe(name)}: {figures['long_segments']:,} of "
+            f"{count(figures['segments'], 'segment')} "
+            f"{'is' if figures['long_segments'] == 1 else 'are'} longer than one training step: "
+            f"sums are the straight line's share, {told}{held}"
+        )
+        console.print(Text(wrapped(line, console)))
 
 
 def print_examples(run: Run, losses: Iterable[str]) -> None:
@@ -254,6 +277,12 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
         parts = (_numbers([figures["buffers"] or 0.0])[0] for figures in plain.values())
         headline.add_row("of it to buffers (running statistics)", *parts)
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
+    if any(figures["path_band"] is not None for figures in plain.values()):
+        bands = (
+            "" if figures["path_band"] is None else f"±{figures['path_band']:.1e}"
+            for figures in plain.values()
+        )
+        headline.add_row("± path, Σ over modules", *bands)
     for key in _SHARES:
         if all(key in figures for figures in plain.values()):
             headline.add_row(
@@ -290,7 +319,9 @@ def _print_rows(
     sampled = any(row["standard_error"] is not None for row in shown)
     kinds = what == "tensor"
     names = [what, *(["kind"] if kinds else [])]
+    bent = any(row["path_band"] is not None for row in shown)
     errors = ["± standard error"] if sampled else []
+    errors += ["± path"] if bent else []
     last, cells = _last_column(shown)
     rows = table(
         *names, "parameters", "allocated", *errors, "share of sum", *last, names=len(names)
@@ -304,6 +335,7 @@ def _print_rows(
             f"{row['parameters']:,}",
             number,
             *([error] if sampled else []),
+            *(["" if row["path_band"] is None else f"{row['path_band']:.1e}"] if bent else []),
             _part(row["allocated"], figures["allocated"]),
             *([cell] if last else []),
         )
@@ -311,7 +343,7 @@ def _print_rows(
         (number,) = _numbers([figures["remainder"]])
         part = _part(figures["remainder"], figures["allocated"])
         blanks, end = [""] * len(names), [""] * len(last)
-        rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, *end)
+        rows.add_row("(tensors not kept)", *blanks, number, *[""] * len(errors), part, *end)
     stdout().print(rows)
 
 
@@ -335,6 +367,7 @@ def _together(others: list[Part[float]]) -> Part[float]:
         "moved": any(other["moved"] for other in others),
         "allocated": math.fsum(other["allocated"] for other in others),
         "standard_error": None,
+        "path_band": None,
     }
     if all("helping" in other for other in others):
         helping = math.fsum(other["helping"] * other["parameters"] for other in others)

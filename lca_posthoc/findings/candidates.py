@@ -11,6 +11,7 @@ import xarray as xr
 
 from ..base.declarations import BY, Finding
 from ..results import LossResults
+from .bands import held_back
 from .common import (
     Numbers,
     Variable,
@@ -97,11 +98,13 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     variables["freeze"] = described((("layer",), hurt), "", "its total is above zero: it hurt")
     coords: dict[str, object] = {name: by_layer[name] for name in ("layer", "elements", "role")}
     beyond = beyond_keep(results, "statistics", "Units and parameters")
-    if results.complete and not beyond:
+    held = [] if beyond else held_back(results.tensors, "units and parameters that never help")
+    left_out += held
+    if results.complete and not beyond and not held:
         of_parameters, places = _of_parameters(results, most)
         variables |= of_parameters
         coords = {**coords, **places}
-    elif not beyond:
+    elif not beyond and not held:
         left_out.append("Units and parameters need every segment.")
     attrs = about(results, "candidates", left_out, beyond)
     return _by_evidence(xr.Dataset(variables, coords=coords, attrs=attrs))

@@ -7,6 +7,14 @@ import xarray as xr
 
 from ..base.declarations import BY, GROUPS, TOP, Finding, Option
 from ..results import LossResults
+from .bands import (
+    example_errors,
+    held_back,
+    long_segments,
+    path_bands,
+    quadrature_errors,
+    straight_lines,
+)
 from .common import (
     ROLES,
     Numbers,
@@ -65,7 +73,14 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
         mean is per parameter and over the whole training), in units of loss; from `--keep
         statistics` on, `helping` (layer[, group]), the share of its parameters × segments that
-        helped. Coordinates of `layer`: `elements` and `role`.
+        helped; on segments of more than one training step nothing is counted. Coordinates of
+        `layer`: `elements` and `role`.
+
+        The errors of `total`, each apart, in units of loss: `quadrature` (layer[, group]), the
+        layer's part of `error_bound`; `path` (layer[, group]), what other paths through the same
+        checkpoints would change, where segments are longer than one training step, see
+        `bands.path_bands`; `examples` (layer), the standard error by the examples that were drawn,
+        of a loss over a part of them. Those that are not known are left out.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -88,13 +103,18 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         left_out.append(
             "The run keeps some tensors alone; what the others did is the remainder of `steps`."
         )
+    about_lines = straight_lines(table)
+    if "helping" in table:
+        left_out += held_back(table, "shares of parameters that help")
+    elif about_lines:
+        left_out.append(f"{about_lines}.")
     shared = {
         name: column
         for name, column in table.coords.items()
         if name in ("step", "step_end", "group", "examples")
     }
     return xr.Dataset(
-        _variables(table, members_of, elements),
+        _variables(table, members_of, elements) | _errors(results, table, members_of),
         coords={**shared, **coords},
         attrs=about(results, "layers", left_out),
     )
@@ -124,7 +144,6 @@ def _variables(
     """
     allocated = _sums(table["allocated"], members_of)
     total = allocated.sum("step")
-    segments = table.sizes["step"]
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
     variables = {
@@ -137,14 +156,34 @@ def _variables(
             "allocation per parameter over training",
         ),
     }
-    if "helping" in table:
-        counted = _sums(table["helping"], members_of).sum("step")
+    single = ~long_segments(table)
+    if "helping" in table and single.any():
+        counted = _sums(table["helping"].isel(step=single), members_of).sum("step")
         variables["helping"] = described(
-            (counted / (per_parameter * segments)).transpose(*by_layer),
+            (counted / (per_parameter * int(single.sum()))).transpose(*by_layer),
             "share",
             "share of parameters × segments that helped",
         )
     return variables
+
+
+def _errors(
+    results: LossResults, table: xr.Dataset, members_of: dict[str, list[int]]
+) -> dict[str, Variable]:
+    """Return the errors of the sums over training, those that are known."""
+    members, groups = list(members_of.values()), [name for name in table.dims if name == "group"]
+    known = {
+        "quadrature": (quadrature_errors(results, members), "missed by quadrature"),
+        "path": (path_bands(results, members), "changed by another path"),
+        "examples": (example_errors(results, members), "standard error by the examples drawn"),
+    }
+    return {
+        name: described(
+            (("layer", *groups) if np.ndim(error) > 1 else ("layer",), error.T), "loss", text
+        )
+        for name, (error, text) in known.items()
+        if error is not None and not np.isnan(error).all()
+    }
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Generic, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -11,6 +10,7 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..results import LossResults
+from .bands import long_segments, path_bands
 from .common import label_of, moving_buffers
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
@@ -27,6 +27,7 @@ class Part(TypedDict, Generic[F]):
     moved: bool
     allocated: F
     standard_error: float | None
+    path_band: F | None
     helping: NotRequired[F]
 
 
@@ -34,6 +35,7 @@ class Figures(TypedDict, Generic[F]):
     """The figures of one loss, see `summary`; shares where the run keeps statistics."""
 
     segments: int
+    long_segments: int
     first_step: int
     last_step: int
     norm_stats: str | None
@@ -46,6 +48,7 @@ class Figures(TypedDict, Generic[F]):
     buffers: F | None
     remainder: F | None
     residual: F
+    path_band: F | None
     max_segment_residual: F
     unconverged: int
     evaluations: int
@@ -93,6 +96,12 @@ def summary(results: LossResults) -> Summary:
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where
     there is none.
 
+    Of `segments`, `long_segments` are longer than one training step; they are left out of the
+    shares, which are over the others alone and not there without any. `path_band` of a tensor or a
+    module is by how much other paths through the same checkpoints would change its sum, see
+    `bands.path_bands`, null where no segment is long or the run does not tell it; that of the loss
+    is the sum over modules.
+
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
     `moved` is false where no element moved on any segment.
@@ -119,9 +128,14 @@ def summary(results: LossResults) -> Summary:
     buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
     sampled = record.examples / max(1, record.total)
-    markers = results.markers
+    markers, long = results.markers, long_segments(tensors)
+    modules = _modules(tensors)
+    names = [[position] for position in range(tensors.sizes["tensor"])]
+    of_tensors = path_bands(results, names)
+    of_modules = path_bands(results, list(modules.values()))
     figures = {
         "segments": segments,
+        "long_segments": int(long.sum()),
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
         "norm_stats": results.norm_stats,
@@ -136,6 +150,7 @@ def summary(results: LossResults) -> Summary:
         else None,
         "remainder": None if remainder is None else _plain(remainder),
         "residual": _plain(change - allocated),
+        "path_band": None if of_modules is None else _plain(of_modules.sum(-1)),
         "max_segment_residual": _plain(abs(steps["residual"]).max("step").values),
         "unconverged": int((~steps["converged"]).sum()),
         "evaluations": sum(marker["evaluations"] for marker in markers),
@@ -152,11 +167,14 @@ def summary(results: LossResults) -> Summary:
             {
                 "name": str(tensors["tensor"].values[position]),
                 "kind": str(tensors["kind"].values[position]),
-                **_row(tensors.isel(tensor=[position]), sampled),
+                **_row(tensors.isel(tensor=[position]), sampled, of_tensors, position),
             }
             for position in range(tensors.sizes["tensor"])
         ],
-        "modules": [{"name": name, **_row(part, sampled)} for name, part in _modules(tensors)],
+        "modules": [
+            {"name": name, **_row(tensors.isel(tensor=positions), sampled, of_modules, number)}
+            for number, (name, positions) in enumerate(modules.items())
+        ],
     }
     return cast("Summary", figures)
 
@@ -165,8 +183,10 @@ def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
     """Return the shares of parameters × segments that helped, hurt and did nothing; none where
     they were not counted.
     """
-    if "helping" not in counted:
+    single = ~long_segments(counted)
+    if "helping" not in counted or not single.any():
         return {}
+    counted = counted.isel(step=single)
     # there may be buffers alone
     elements = max(1, int(counted["elements"].sum()) * counted.sizes["step"])
     helping, hurting = (
@@ -179,28 +199,31 @@ def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
     }
 
 
-def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
-    """Yield each module's name and its tensors, without buffers that stayed where there are
+def _modules(tensors: xr.Dataset) -> dict[str, list[int]]:
+    """Return the positions of each module's tensors, without buffers that stayed where there are
     parameters beside them.
     """
     buffers, members = moving_buffers(tensors), dict[str, list[int]]()
     for position, name in enumerate(map(str, tensors["tensor"].values)):
         members.setdefault(label_of(name, "module", buffers), []).append(position)
-    for label, positions in members.items():
-        parameters = [
-            position for position in positions if tensors["kind"].values[position] == "parameter"
-        ]
-        yield label, tensors.isel(tensor=parameters or positions)
+    is_parameter = tensors["kind"].values == "parameter"
+    return {
+        label: [position for position in positions if is_parameter[position]] or positions
+        for label, positions in members.items()
+    }
 
 
-def _row(part: xr.Dataset, sampled: float) -> dict[str, object]:
-    """Return the figures of some tensors together."""
+def _row(
+    part: xr.Dataset, sampled: float, bands: np.ndarray[Any, Any] | None, position: int
+) -> dict[str, object]:
+    """Return the figures of some tensors together; `bands` are ([groups, ]parts)."""
     shares = _shares(part)
     return {
         "parameters": int(part["elements"].sum()),
         "moved": bool(part["motion"].values.any()),
         "allocated": _plain(_total(part["allocated"], "tensor")),
         "standard_error": _standard_error(part, sampled),
+        "path_band": None if bands is None else _plain(bands[..., position]),
         **({"helping": shares["helping"]} if shares else {}),
     }
 

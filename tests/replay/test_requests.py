@@ -48,7 +48,7 @@ from lca_posthoc.replay.requests import (
 
 STATISTICS = {"loss": "a", "split": "s", "examples": 3, "batch_size": 2, "kept": ["bn"]}
 SETTINGS = RunSettings.of(
-    {**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": STATISTICS}
+    {**DEFAULTS, "device": "cpu", "path_band": "off", "tolerance": "0.1%", "statistics": STATISTICS}
 )
 SETUP = TaskSetup(
     task={"kind": "file", "path": "/there/task.py", "function": "task", "sha256": "0" * 64},

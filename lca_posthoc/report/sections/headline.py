@@ -63,7 +63,8 @@ def headline(panel: Panel) -> Headline:
             + (f"; to buffers (running statistics) {signed(buffers)}" if buffers else ""),
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
-        *([_helping(panel)] if panel.allows("helping") else []),
+        *([_helping(panel)] if "helping" in figures else []),
+        *([_straight(panel)] if figures["long_segments"] else []),
         *([_rest(panel)] if panel.allows("causes") else []),
         _best(total, change),
         _hurting(total),
@@ -127,6 +128,23 @@ def _helping(panel: Panel) -> Card:
         f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did "
         "nothing",
         bar=(whole["helping"], whole["zero"], whole["hurting"]),
+    )
+
+
+def _straight(panel: Panel) -> Card:
+    """Return how many segments are longer than one training step, and what other paths change."""
+    figures = panel.summary
+    band = figures["path_band"]
+    told = "what other paths would change is told with --path-band on"
+    if band is not None:
+        size = float(np.max(np.abs(band)))
+        within = "" if panel.groups is None else " in the group with most"
+        told = f"other paths would move {plain(size)}{within} between modules, Σ ± path"
+    return Card(
+        "Straight lines",
+        f"{figures['long_segments']:,} of {count(figures['segments'], 'segment')}",
+        f"are longer than one training step: sums are the straight line's share; {told}",
+        warning=True,
     )
 
 

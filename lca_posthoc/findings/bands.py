@@ -1,0 +1,176 @@
+"""The errors of sums over training, each apart: of quadrature, of the path between checkpoints, and
+of the examples that were drawn; and what is held back on segments of more than one training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from ..base.text import count
+from ..errors import LCAError
+from ..numerics.long_segments import is_long, pairs
+from ..results import LossResults
+from .common import Numbers
+
+Members = Sequence[Sequence[int]]  # positions of the tensors that are added up, of each sum
+ERRORS = ("quadrature", "path", "examples")
+
+
+def long_segments(table: xr.Dataset) -> Numbers:
+    """Return which segments are longer than one training step, (step,)."""
+    return np.array([is_long(int(length)) for length in _lengths(table)], dtype=bool)
+
+
+def _lengths(table: xr.Dataset) -> Numbers:
+    lengths: Numbers = table["step_end"].values - table["step"].values
+    return lengths
+
+
+def straight_lines(table: xr.Dataset) -> str:
+    """Say which segments are longer than one training step, and what that means; "" for none.
+
+    A sentence that may end in what is held back.
+    """
+    long = long_segments(table)
+    if not long.any():
+        return ""
+    some = f"{int(long.sum()):,} of {count(len(long), 'segment')}"
+    which = "All segments are" if long.all() else f"{some} {'is' if long.sum() == 1 else 'are'}"
+    return f"{which} longer than one training step, where allocations are the straight line's share"
+
+
+def held_back(table: xr.Dataset, what: str) -> list[str]:
+    """Say that something is held back on segments of more than one training step; nothing where
+    there are none.
+
+    Args:
+        table: with the coordinates of the segments.
+        what: is held back, in the plural.
+    """
+    about = straight_lines(table)
+    if not about:
+        return []
+    return [
+        f"{about}: {what} would say what that line did, not what training did, and are held back."
+    ]
+
+
+def refuse_straight_lines(table: xr.Dataset, what: str) -> None:
+    """Refuse what says nothing of segments of more than one training step, where there are any.
+
+    Args:
+        table: with the coordinates of the segments.
+        what: is held back, in the plural.
+
+    Raises:
+        LCAError: says why, and where net sums are.
+    """
+    reasons = held_back(table, what)
+    if reasons:
+        raise LCAError(
+            f"{reasons[0]} Net sums of layers and units are told: `lca plot RUN layers`."
+        )
+
+
+def path_bands(results: LossResults, members: Members) -> Numbers | None:
+    """Return by how much other paths would change sums over training, ([group, ]sums), in units of
+    loss; None where the run does not tell it.
+
+    Two other paths are looked at: a curve through the same checkpoints, whose shift each long
+    segment has, and the line to the next checkpoint but one, which is less the sum of both halves.
+    Shifts are added up as they are, which keeps what is systematic, and to that comes the root of
+    the sum of their squares, which is what shifts of random signs come to. Of both paths the larger
+    counts, each time.
+
+    Args:
+        results: one loss of a run.
+        members: of each sum.
+    """
+    shifts = other_paths(results, members)
+    if shifts is None:
+        return None
+    systematic, random = (
+        np.max([how(of_path) for of_path in shifts], axis=0) for how in (_signed, _random)
+    )
+    band: Numbers = systematic + random
+    return band
+
+
+def other_paths(results: LossResults, members: Members) -> tuple[Numbers, Numbers] | None:
+    """Return the shifts of two other paths, (segments, [group, ]sums) and (pairs, [group, ]sums);
+    None where the run does not tell them, or no segment is long.
+    """
+    if results.manifest.settings["path_band"] != "on":
+        return None
+    table = results.tensors
+    if not long_segments(table).any():
+        return None
+    stored = results.other_path
+    allocated, shift, doubled = (
+        _summed(column, members)
+        for column in (table["allocated"], stored["shift"], stored["doubled"])
+    )
+    first = _first_halves(results, table)
+    both = doubled[first] + doubled[first + 1]
+    return shift, both - allocated[first] - allocated[first + 1]
+
+
+def _first_halves(results: LossResults, table: xr.Dataset) -> Numbers:
+    """Return the rows of the finished segments that are the first half of a doubled line whose
+    other half is finished as well.
+    """
+    steps = results.manifest.steps
+    rows = {int(step): row for row, step in enumerate(table["step"].values)}
+    halves = [
+        rows[steps[first]]
+        for first in pairs(results.manifest.lengths)
+        if steps[first] in rows and steps[first + 1] in rows
+    ]
+    return np.array(halves, dtype=int)
+
+
+def _summed(column: xr.DataArray, members: Members) -> Numbers:
+    values = column.transpose("step", ..., "tensor").values
+    return np.stack([values[..., list(some)].sum(-1) for some in members], axis=-1)
+
+
+def _signed(shifts: Numbers) -> Numbers:
+    size: Numbers = np.abs(shifts.sum(0))
+    return size
+
+
+def _random(shifts: Numbers) -> Numbers:
+    size: Numbers = np.sqrt((shifts**2).sum(0))
+    return size
+
+
+def quadrature_errors(results: LossResults, members: Members) -> Numbers:
+    """Return what quadrature misses of sums over training, ([group, ]sums), in units of loss: of
+    each segment the part of `error_bound` that goes by |A| to the sum; NaN of fixed rules, which
+    have none.
+    """
+    table = results.tensors
+    sizes = np.abs(_summed(table["allocated"], members))
+    whole = np.abs(table["allocated"].transpose("step", ..., "tensor").values).sum(-1)
+    bound = results.steps["error_bound"].values
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(whole[..., None] > 0, sizes / whole[..., None], 0.0)
+    errors: Numbers = (bound[..., None] * share).sum(0)
+    return errors
+
+
+def example_errors(results: LossResults, members: Members) -> Numbers | None:
+    """Return the standard errors of sums over training by the examples that were drawn, (sums,), in
+    units of loss; None of a loss over all of its examples, and where there are no replicates.
+    """
+    table, record = results.tensors, results.record
+    if "replicates" not in table or table.sizes["replicate"] < 2:
+        return None
+    sums = table["replicates"].sum("step").transpose("replicate", "tensor").values
+    sums = np.stack([sums[:, list(some)].sum(-1) for some in members], axis=-1)
+    sampled = record.examples / max(1, record.total)
+    errors: Numbers = np.sqrt(sums.var(0, ddof=1) / len(sums) * (1 - sampled))
+    return errors
