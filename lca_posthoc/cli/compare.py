@@ -254,7 +254,7 @@ def _headline(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table
 def _layers(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
     """Return a row for each layer, with the columns of every label beside each other."""
     columns = []
-    bent = not bool(comparison["path"].isnull().all())
+    bent = not bool(comparison["path_band"].isnull().all())
     for position, label in enumerate(labels):
         columns += [
             label,
@@ -271,7 +271,7 @@ def _layers(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
             one = of.isel(layer=position)
             cells.append(_interval(one, "mean", scale, ends=("low", "high")))
             if bent:
-                cells.append(_number(one["path"], "{:.1e}"))
+                cells.append(_number(one["path_band"], "{:.1e}"))
             cells += [_number(one["p_holm"], "{:.2g}")] if repeats else []
             cells += [_in_units(one["difference"], scale)] if which else []
             cells += [_number(one["p_difference_holm"], "{:.2g}")] if which and repeats else []

@@ -154,7 +154,10 @@ def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
             if known
             else "by how much other paths would change them is told with --path-band on"
         )
-        held = "" if not run[name].holds("statistics") else "; shares that help are held back there"
+        held = ""
+        if run[name].holds("statistics"):
+            some = figures["long_segments"] < figures["segments"]
+            held = f"; shares that help are {'of the others alone' if some else 'held back'}"
         line = (
             f"{safe(name)}: {figures['long_segments']:,} of "
             f"{count(figures['segments'], 'segment')} "

@@ -81,9 +81,9 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
 
     Two other paths are looked at: a curve through the same checkpoints, whose shift each long
     segment has, and the line to the next checkpoint but one, which is less the sum of both halves.
-    Shifts are added up as they are, which keeps what is systematic, and to that comes the root of
-    the sum of their squares, which is what shifts of random signs come to. Of both paths the larger
-    counts, each time.
+    The shifts of each are added up as they are, which keeps what is systematic. To both sums comes
+    twice the root of the sum of their squares, of the path that has more: what shifts of random
+    signs come to.
 
     Args:
         results: one loss of a run.
@@ -92,10 +92,9 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
     shifts = other_paths(results, members)
     if shifts is None:
         return None
-    systematic, random = (
-        np.max([how(of_path) for of_path in shifts], axis=0) for how in (_signed, _random)
-    )
-    band: Numbers = systematic + random
+    systematic = sum(np.abs(of_path.sum(0)) for of_path in shifts)
+    random = np.max([np.sqrt((of_path**2).sum(0)) for of_path in shifts], axis=0)
+    band: Numbers = systematic + 2 * random
     return band
 
 
@@ -137,23 +136,13 @@ def _summed(column: xr.DataArray, members: Members) -> Numbers:
     return np.stack([values[..., list(some)].sum(-1) for some in members], axis=-1)
 
 
-def _signed(shifts: Numbers) -> Numbers:
-    size: Numbers = np.abs(shifts.sum(0))
-    return size
-
-
-def _random(shifts: Numbers) -> Numbers:
-    size: Numbers = np.sqrt((shifts**2).sum(0))
-    return size
-
-
 def quadrature_errors(results: LossResults, members: Members) -> Numbers:
     """Return what quadrature misses of sums over training, ([group, ]sums), in units of loss: of
     each segment the part of `error_bound` that goes by |A| to the sum; NaN of fixed rules, which
     have none.
     """
     table = results.tensors
-    sizes = np.abs(_summed(table["allocated"], members))
+    sizes = _summed(abs(table["allocated"]), members)
     whole = np.abs(table["allocated"].transpose("step", ..., "tensor").values).sum(-1)
     bound = results.steps["error_bound"].values
     with np.errstate(invalid="ignore", divide="ignore"):

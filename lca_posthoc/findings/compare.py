@@ -85,7 +85,7 @@ def compare(
         and, where every run was made with `--keep statistics` or more, `helping` (label; share of
         parameters × segments), means over runs, each with `_low` and `_high`; `loss_change`
         (label), a mean; `p_loss_end` (label), the test of the last loss against the first label,
-        not corrected; `path` (label, layer), by how much other paths through the same checkpoints
+        not corrected; `path_band` (label, layer), by how much other paths through the same checkpoints
         would change `mean`, averaged over runs, where runs tell it of segments longer than one
         training step (else NaN): it is no spread over repeats, is in no interval and no p, and
         does not shrink with more of them; `runs` (label), how many; `trainings` (label), how many of them are different
@@ -120,13 +120,13 @@ def compare(
     variables = _of_layers(
         total, repeats(design.counted(total), confidence, design.pairs), confidence
     )
-    variables["path"] = (
+    variables["path_band"] = (
         ("label", "layer"),
         _path_bands(listed, layers, by),
         "loss",
         "changed by another path, mean over runs",
     )
-    about_paths = _within_paths(variables["difference"][1], variables["path"][1])
+    about_paths = _within_paths(variables["difference"][1], variables["path_band"][1])
     variables |= _of_labels(head, confidence) | _of_design(design, listed)
     left_out = [word for several in listed.values() for one in several for word in _left_out(one)]
     left_out += _unlike(

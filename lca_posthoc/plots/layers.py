@@ -114,9 +114,11 @@ def layers(
         _lines(ax, found, strong, label)
         rest = rest.replace("Not shown", "In grey")
     else:
-        ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names))
+        about = about_errors(found)
+        # room for what is written of errors, and of segments that have them
+        ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names) + (0.8 if about else 0.0))
         _bars(ax, found, names, quantity, label)
-        rest = f"{rest} {about_errors(found)}".strip()
+        rest = f"{rest} {about}".strip()
     note(ax.figure, found, rest)
     return ax
 

@@ -131,7 +131,7 @@ class Panel:
         How many parameters help the mean loss does not follow from how many help each group, so
         those shares are NaN; of a run that does not count them they are left out.
         """
-        shares = ["helping", "hurting", "zero"] if self.allows("helping") else []
+        shares = [name for name in ("helping", "hurting", "zero") if name in self.summary]
         names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", *shares)
         if self.groups is None:
             return {name: float(self.summary[name]) for name in names}

@@ -15,11 +15,14 @@ the dense sum, of all and of those whose band is below half of their sum.
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
+import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
@@ -140,3 +143,53 @@ def replayed(name: str, place: Path, out: Path, steps: str | None) -> xr.Dataset
         progress=silent,
     )
     return layers(results["train"])
+
+
+def compared(thinned: xr.Dataset, dense: xr.Dataset) -> list[str]:
+    """Return a row of the table: how far sums are from the dense ones, and how often the band covers
+    that.
+    """
+    total, band = thinned["total"].values, thinned["path"].values
+    far = abs(total - dense["total"].values)
+    share, covered = band / abs(total), far <= band
+    telling = share < 0.5
+    return [
+        f"{thinned.sizes['step']}",
+        f"{far.sum() / abs(dense['total'].values).sum():.1%}",
+        f"{np.median(share):.0%}",
+        f"{share.max():.0%}",
+        f"{covered.sum()} of {len(covered)}",
+        f"{(covered & telling).sum()} of {telling.sum()}",
+    ]
+
+
+def main() -> None:
+    """Print a table for each network."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--steps", type=int, default=512)
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--work", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=given.work) as work:
+        print(
+            "| network | thinned by | segments | Σ\\|distance\\| | median band | largest band | "
+            "covered | of bands below half |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for name in given.only:
+            place = Path(work) / name
+            train(name, given.steps, place / "checkpoints")
+            dense = replayed(name, place / "checkpoints", place / "dense.lca", None)
+            for thinning in THINNINGS:
+                thinned = replayed(
+                    name,
+                    place / "checkpoints",
+                    place / f"{thinning}.lca",
+                    f"0:{given.steps}:{thinning}",
+                )
+                cells = [name, str(thinning), *compared(thinned, dense)]
+                print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
