@@ -11,7 +11,9 @@ import xarray as xr
 from ..errors import LCAError
 from ..results import LossResults
 from .bands import long_segments, path_bands
-from .common import label_of, moving_buffers
+from .causes import causes
+from .common import has_part, label_of, moving_buffers
+from .directions import directions
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
 
@@ -29,6 +31,26 @@ class Part(TypedDict, Generic[F]):
     standard_error: float | None
     path_band: F | None
     helping: NotRequired[F]
+
+
+class Causes(TypedDict, Generic[F]):
+    """The sums of a loss by what moved the weights, and Σ|A_rest| / Σ|A| over parameters."""
+
+    signal: str
+    allocated: dict[str, F]
+    rest_share: F
+
+
+class Directions(TypedDict, Generic[F]):
+    """The loss change inside the subspace of a run's directions and outside of it, and the share of
+    Σ‖Δθ‖² inside.
+    """
+
+    directions: int
+    captured: float
+    captured_by_chance: float
+    inside: F
+    outside: F
 
 
 class Figures(TypedDict, Generic[F]):
@@ -65,6 +87,8 @@ class Figures(TypedDict, Generic[F]):
     group_weights: list[float] | None
     tensors: list[Part[F]]
     modules: list[Part[F]]
+    causes: NotRequired[Causes[F]]
+    directions: NotRequired[Directions[F]]
 
 
 Summary = Figures[float] | Figures[list[float]]
@@ -104,7 +128,8 @@ def summary(results: LossResults) -> Summary:
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
-    `moved` is false where no element moved on any segment.
+    `moved` is false where no element moved on any segment. Runs with `--causes` have `causes` too,
+    those with `--along` `directions`, see the findings of these names.
 
     Args:
         results: one loss of a run.
@@ -175,8 +200,35 @@ def summary(results: LossResults) -> Summary:
             {"name": name, **_row(tensors.isel(tensor=positions), sampled, of_modules, number)}
             for number, (name, positions) in enumerate(modules.items())
         ],
+        **_parts(results),
     }
     return cast("Summary", figures)
+
+
+def _parts(results: LossResults) -> dict[str, object]:
+    """Return the figures of what a run has only where it was asked for."""
+    figures: dict[str, object] = {}
+    if has_part(results, "causes"):
+        split = causes(results)
+        sums = {
+            str(cause): _plain(split["total"].sel(cause=cause).sum("layer").values)
+            for cause in split["cause"].values
+        }
+        figures["causes"] = {
+            "signal": split.attrs["signal"],
+            "allocated": sums,
+            "rest_share": _plain(split["rest_overall"].values),
+        }
+    if has_part(results, "along"):
+        inside = directions(results)
+        figures["directions"] = {
+            "directions": inside.sizes["direction"],
+            "captured": float(inside["captured_total"]),
+            "captured_by_chance": float(inside["captured_by_chance"]),
+            "inside": _plain(inside["inside_total"].values),
+            "outside": _plain(inside["outside_total"].values),
+        }
+    return figures
 
 
 def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
