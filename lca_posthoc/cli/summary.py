@@ -150,20 +150,22 @@ def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
         if not figures["long_segments"]:
             continue
         known = figures["path_band"] is not None
-        told = (
+        about_band = (
             "± path is by how much other paths through the same checkpoints would change them"
             if known
             else "by how much other paths would change them is told with --path-band on"
         )
-        held = ""
+        about_shares = ""
         if run[name].holds("statistics"):
             some = figures["long_segments"] < figures["segments"]
-            held = f"; shares that help are {'of the others alone' if some else 'held back'}"
+            about_shares = (
+                f"; shares that help are {'of the others alone' if some else 'held back'}"
+            )
         line = (
             f"{safe(name)}: {figures['long_segments']:,} of "
             f"{count(figures['segments'], 'segment')} "
             f"{'is' if figures['long_segments'] == 1 else 'are'} longer than one training step: "
-            f"sums are the straight line's share, {told}{held}"
+            f"sums are the straight line's share, {about_band}{about_shares}"
         )
         console.print(Text(wrapped(line, console)))
 

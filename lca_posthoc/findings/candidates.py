@@ -98,13 +98,13 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     variables["freeze"] = described((("layer",), hurt), "", "its total is above zero: it hurt")
     coords: dict[str, object] = {name: by_layer[name] for name in ("layer", "elements", "role")}
     beyond = beyond_keep(results, "statistics", "Units and parameters")
-    held = [] if beyond else held_back(results.tensors, "units and parameters that never help")
-    left_out += held
-    if results.complete and not beyond and not held:
+    on_lines = [] if beyond else held_back(results.tensors, "units and parameters that never help")
+    left_out += on_lines
+    if results.complete and not beyond and not on_lines:
         of_parameters, places = _of_parameters(results, most)
         variables |= of_parameters
         coords = {**coords, **places}
-    elif not beyond and not held:
+    elif not beyond and not on_lines:
         left_out.append("Units and parameters need every segment.")
     attrs = about(results, "candidates", left_out, beyond)
     return _by_evidence(xr.Dataset(variables, coords=coords, attrs=attrs))

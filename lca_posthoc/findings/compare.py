@@ -245,9 +245,11 @@ def _path_bands(listed: dict[str, list[LossResults]], layers: list[str], by: str
     """
     bands = np.full((len(listed), len(layers)), np.nan)
     for row, several in enumerate(listed.values()):
-        told = [band for results in several if (band := _path_band(results, by)) is not None]
+        bands_of_runs = [
+            band for results in several if (band := _path_band(results, by)) is not None
+        ]
         for column, layer in enumerate(layers):
-            of_layer = [band[layer] for band in told if layer in band]
+            of_layer = [band[layer] for band in bands_of_runs if layer in band]
             bands[row, column] = np.mean(of_layer) if of_layer else np.nan
     return bands
 

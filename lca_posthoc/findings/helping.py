@@ -103,8 +103,8 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     }
     for name in ("helping", "hurting", "zero", "tensor_helping", "tensor_hurting"):
         of_dims, values, attributes = variables[name]
-        held = single.reshape(-1, *[1] * (np.ndim(values) - 1))
-        variables[name] = of_dims, np.where(held, values, np.nan), attributes
+        shown = single.reshape(-1, *[1] * (np.ndim(values) - 1))
+        variables[name] = of_dims, np.where(shown, values, np.nan), attributes
     labels = {
         str(name): column
         for name, column in counted.coords.items()

@@ -762,9 +762,9 @@ def _middle(
     """
     if not segment.bends:
         return {}
-    wanted = [name for name in losses if name not in method.never_refined]
-    evaluations = nodes[0.5] if 0.5 in nodes else segment.at(0.5, wanted)
-    return segment.middle({name: evaluations[name] for name in wanted})
+    chosen = [name for name in losses if name not in method.never_refined]
+    evaluations = nodes[0.5] if 0.5 in nodes else segment.at(0.5, chosen)
+    return segment.middle({name: evaluations[name] for name in chosen})
 
 
 def _with_path(segment: SegmentAllocation, shift: PathShift | None) -> SegmentAllocation:

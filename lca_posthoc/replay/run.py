@@ -92,12 +92,12 @@ def run(
     precision: str | None = None,
     precision_check: str | None = None,
     norm_stats: str | None = None,
-    path_band: str | None = None,
     tensors: Sequence[str] = (),
     subset: Sequence[str] = (),
     causes: bool = False,
     signal: str | None = None,
     along: str | Path | None = None,
+    path_band: str | None = None,
     steps: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
@@ -134,9 +134,6 @@ def run(
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
         precision_check: on which examples its error is measured: "sample" (default) or "full".
         norm_stats: "running" (default), "batch" or "recalibrated".
-        path_band: "on" to tell how much another path through the same checkpoints would change, on
-            segments longer than one step, for one to two more evaluations on each; "off". By
-            default on where there are such segments.
         tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is
             kept as one remainder.
         subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are
@@ -147,6 +144,9 @@ def run(
             `losses`. It is replayed too.
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
+        path_band: "on" to tell how much another path through the same checkpoints would change, on
+            segments longer than one step, for one to two more evaluations on each; "off". By
+            default on where there are such segments.
         steps: `A:B[:K]`, training steps.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
@@ -189,10 +189,10 @@ def run(
         "precision": precision,
         "precision_check": precision_check,
         "norm_stats": norm_stats,
-        "path_band": path_band,
         "tensors": tensors,
         "subset": subset,
         "signal": signal,
+        "path_band": path_band,
         "steps": steps,
         "pattern": pattern,
         "rename": rename,

@@ -169,23 +169,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=512)
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--work", type=Path)
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=given.work) as work:
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         print(
             "| network | thinned by | segments | Σ\\|distance\\| | median band | largest band | "
             "covered | of bands below half |"
         )
         print("|---|---|---|---|---|---|---|---|")
-        for name in given.only:
+        for name in arguments.only:
             place = Path(work) / name
-            train(name, given.steps, place / "checkpoints")
+            train(name, arguments.steps, place / "checkpoints")
             dense = replayed(name, place / "checkpoints", place / "dense.lca", None)
             for thinning in THINNINGS:
                 thinned = replayed(
                     name,
                     place / "checkpoints",
                     place / f"{thinning}.lca",
-                    f"0:{given.steps}:{thinning}",
+                    f"0:{arguments.steps}:{thinning}",
                 )
                 cells = [name, str(thinning), *compared(thinned, dense)]
                 print(f"| {' | '.join(cells)} |", flush=True)

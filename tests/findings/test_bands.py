@@ -92,15 +92,15 @@ def test_the_band_is_that_of_a_plain_loop(folder: Path) -> None:
             - float(allocated.values[row : row + 2, own].sum())
             for row in (2, 4)  # steps 2 to 4 to 6, and 6 to 9 to 12
         ]
-        squares = [sum(each**2 for each in of_path) for of_path in (shift, halves)]
-        wanted = abs(sum(shift)) + abs(sum(halves)) + 2 * max(squares) ** 0.5
-        assert band == pytest.approx(wanted, rel=1e-9)
+        squares = [sum(one**2 for one in of_path) for of_path in (shift, halves)]
+        by_hand = abs(sum(shift)) + abs(sum(halves)) + 2 * max(squares) ** 0.5
+        assert band == pytest.approx(by_hand, rel=1e-9)
         assert band > 0
 
 
 def _layers_and(results: LossResults, name: str) -> tuple[list[str], list[float]]:
-    found = findings.layers(results)
-    return [str(layer) for layer in found["layer"].values], found[name].values.tolist()
+    finding = findings.layers(results)
+    return [str(layer) for layer in finding["layer"].values], finding[name].values.tolist()
 
 
 def test_layers_carry_each_error_apart(folder: Path) -> None:
@@ -151,22 +151,22 @@ def test_what_counts_parameters_is_held_back_where_all_segments_are_long(
 
 
 def test_named_parameters_are_still_traced(folder: Path) -> None:
-    found = findings.oscillation(loss_of(folder, "long"), parameters=["0.weight[0, 0]"])
-    assert "allocation" in found
-    assert "turns" not in found
+    finding = findings.oscillation(loss_of(folder, "long"), parameters=["0.weight[0, 0]"])
+    assert "allocation" in finding
+    assert "turns" not in finding
 
 
 def test_compare_shows_bands_and_counts_differences_within_them(folder: Path) -> None:
-    found = findings.compare({"sparse": loss_of(folder, "off"), "long": loss_of(folder, "long")})
-    assert np.isnan(found["path_band"].sel(label="sparse")).all()
-    assert (found["path_band"].sel(label="long") > 0).all()
-    wanted = findings.layers(loss_of(folder, "long"))["path"].values
-    assert found["path_band"].sel(label="long").values == pytest.approx(wanted)
+    finding = findings.compare({"sparse": loss_of(folder, "off"), "long": loss_of(folder, "long")})
+    assert np.isnan(finding["path_band"].sel(label="sparse")).all()
+    assert (finding["path_band"].sel(label="long") > 0).all()
+    by_hand = findings.layers(loss_of(folder, "long"))["path"].values
+    assert finding["path_band"].sel(label="long").values == pytest.approx(by_hand)
 
 
 def test_bars_are_drawn_with_their_errors(folder: Path) -> None:
-    found = findings.layers(loss_of(folder, "long"))
-    ax = plots.layers(found, quantity="total")
+    finding = findings.layers(loss_of(folder, "long"))
+    ax = plots.layers(finding, quantity="total")
     low, high = ax.collections[0].get_segments()[0][:, 0]
-    total, band = float(found["total"][0]), float(found["path"][0])
+    total, band = float(finding["total"][0]), float(finding["path"][0])
     assert (low, high) == pytest.approx((total - band, total + band))

@@ -184,7 +184,7 @@ def stored(place: Path, steps: Sequence[int]) -> list[Point]:
 
 
 def lines_of(run: Run, loss: str) -> np.ndarray:
-    """What lines of twice the length are allocated, where both halves are long."""
+    """Lines of twice the length, of which both halves are long."""
     doubled = run[loss].other_path["doubled"].values
     rows = np.flatnonzero(np.any(doubled != 0, axis=tuple(range(1, doubled.ndim))))
     return doubled[rows].reshape(-1, 2, *doubled.shape[1:]).sum(1)
@@ -198,8 +198,8 @@ def test_shifts_and_doubled_lines_are_those_of_a_plain_loop(
     run = replay(sparse, tmp_path / "run.lca", keep=keep, rule=rule, losses=["train"])
     shifts, lines = expected(stored(sparse, SPARSE), SPARSE, gradient_of(slice(None)))
     size = np.abs(run["train"].tensors["allocated"].values).sum()
-    found = run["train"].other_path["shift"].values
-    assert np.abs(found - shifts).max() <= 1e-12 * size
+    finding = run["train"].other_path["shift"].values
+    assert np.abs(finding - shifts).max() <= 1e-12 * size
     assert np.abs(lines_of(run, "train") - lines).max() <= 1e-12 * size
     assert np.abs(shifts).max() > 1e-3 * size  # so that it says something
 

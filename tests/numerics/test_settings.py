@@ -52,6 +52,7 @@ ASKED: dict[str, list[tuple[Any, Any]]] = {
     "tensors": [(("fc1.*", "b"), ["fc1.*", "b"]), (["c"], ["c"])],
     "subset": [(("train=0:9",), ["train=0:9"]), (["0.5@1"], ["0.5@1"])],
     "signal": [("train", "train"), ("validation", "validation")],
+    "path_band": [("on", "on"), ("off", "off")],
     "steps": [("0:9", "0:9"), (":3", ":3")],
     "pattern": [(r"(?P<step>\d+)", r"(?P<step>\d+)"), (r"s(?P<step>\d+)", r"s(?P<step>\d+)")],
     "rename": [(("a=b", "c=d"), ["a=b", "c=d"]), (["a="], ["a="])],

@@ -135,15 +135,15 @@ def _straight(panel: Panel) -> Card:
     """Return how many segments are longer than one training step, and what other paths change."""
     figures = panel.summary
     band = figures["path_band"]
-    told = "what other paths would change is told with --path-band on"
+    detail = "what other paths would change is told with --path-band on"
     if band is not None:
         size = float(np.max(np.abs(band)))
         within = "" if panel.groups is None else " in the group with most"
-        told = f"other paths would move {plain(size)}{within} between modules, Σ ± path"
+        detail = f"other paths would move {plain(size)}{within} between modules, Σ ± path"
     return Card(
         "Straight lines",
         f"{figures['long_segments']:,} of {count(figures['segments'], 'segment')}",
-        f"are longer than one training step: sums are the straight line's share; {told}",
+        f"are longer than one training step: sums are the straight line's share; {detail}",
         warning=True,
     )
 
