@@ -155,6 +155,11 @@ def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
             if known
             else "by how much other paths would change them is told with --path-band on"
         )
+        doubling = figures["doubling"]
+        if doubling is not None:
+            most = doubling if isinstance(doubling, float) else max(doubling)
+            within = "" if isinstance(doubling, float) else " of a group at most"
+            about_band += f", and leaving every second checkpoint out moves {share(most)} of Σ|module|{within}"
         about_shares = ""
         if run[name].holds("statistics"):
             some = figures["long_segments"] < figures["segments"]

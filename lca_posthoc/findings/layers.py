@@ -11,6 +11,7 @@ from .bands import (
     example_errors,
     held_back,
     long_segments,
+    other_paths,
     path_bands,
     quadrature_errors,
     straight_lines,
@@ -79,7 +80,8 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         The errors of `total`, each apart, in units of loss: `quadrature` (layer[, group]), the
         layer's part of `error_bound`; `path` (layer[, group]), what other paths through the same
         checkpoints would change, where segments are longer than one training step, see
-        `bands.path_bands`; `examples` (layer), the standard error by the examples that were drawn,
+        `bands.path_bands`, and beside it, with their signs, `curve` and `doubling` (layer[, group]),
+        what each of the two would change; `examples` (layer), the standard error by the examples that were drawn,
         of a loss over a part of them. Those that are not known are left out.
 
     Raises:
@@ -172,7 +174,10 @@ def _errors(
 ) -> dict[str, Variable]:
     """Return the errors of the sums over training, those that are known."""
     members, groups = list(members_of.values()), [name for name in table.dims if name == "group"]
+    curve, doubling = other_paths(results, members) or (None, None)
     known = {
+        "curve": (_over_training(curve), "Σ shift by the curve"),
+        "doubling": (_over_training(doubling), "Σ shift by leaving every second checkpoint out"),
         "quadrature": (quadrature_errors(results, members), "missed by quadrature"),
         "path": (path_bands(results, members), "changed by another path"),
         "examples": (example_errors(results, members), "standard error by the examples drawn"),
@@ -184,6 +189,10 @@ def _errors(
         for name, (error, text) in known.items()
         if error is not None and not np.isnan(error).all()
     }
+
+
+def _over_training(shifts: Numbers | None) -> Numbers | None:
+    return None if shifts is None else shifts.sum(0)
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

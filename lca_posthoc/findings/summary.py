@@ -10,7 +10,7 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..results import LossResults
-from .bands import long_segments, path_bands
+from .bands import long_segments, other_paths, path_bands
 from .causes import causes
 from .common import has_part, label_of, moving_buffers
 from .directions import directions
@@ -71,6 +71,7 @@ class Figures(TypedDict, Generic[F]):
     remainder: F | None
     residual: F
     path_band: F | None
+    doubling: F | None
     max_segment_residual: F
     unconverged: int
     evaluations: int
@@ -124,7 +125,8 @@ def summary(results: LossResults) -> Summary:
     shares, which are over the others alone and not there without any. `path_band` of a tensor or a
     module is by how much other paths through the same checkpoints would change its sum, see
     `bands.path_bands`, null where no segment is long or the run does not tell it; that of the loss
-    is the sum over modules.
+    is the sum over modules. `doubling` is how much of Σ|sum| over modules leaving every second
+    checkpoint out would move between them, a share.
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
@@ -176,6 +178,7 @@ def summary(results: LossResults) -> Summary:
         "remainder": None if remainder is None else _plain(remainder),
         "residual": _plain(change - allocated),
         "path_band": None if of_modules is None else _plain(of_modules.sum(-1)),
+        "doubling": _doubling(results, tensors, list(modules.values())),
         "max_segment_residual": _plain(abs(steps["residual"]).max("step").values),
         "unconverged": int((~steps["converged"]).sum()),
         "evaluations": sum(marker["evaluations"] for marker in markers),
@@ -203,6 +206,21 @@ def summary(results: LossResults) -> Summary:
         **_parts(results),
     }
     return cast("Summary", figures)
+
+
+def _doubling(
+    results: LossResults, tensors: xr.Dataset, modules: list[list[int]]
+) -> float | list[float] | None:
+    """Return the share of Σ|sum| over modules that leaving every second checkpoint out moves; None
+    where that is not told.
+    """
+    paths = other_paths(results, modules)
+    if paths is None or not len(paths[1]):
+        return None
+    over_training = tensors["allocated"].transpose("step", ..., "tensor").values.sum(0)
+    sums = np.stack([over_training[..., some].sum(-1) for some in modules], axis=-1)
+    size = np.abs(sums).sum(-1)
+    return _plain(np.abs(paths[1].sum(0)).sum(-1) / np.where(size > 0, size, np.inf))
 
 
 def _parts(results: LossResults) -> dict[str, object]:

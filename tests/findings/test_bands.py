@@ -95,6 +95,9 @@ def test_the_band_is_that_of_a_plain_loop(folder: Path) -> None:
         squares = [sum(one**2 for one in of_path) for of_path in (shift, halves)]
         by_hand = abs(sum(shift)) + abs(sum(halves)) + 2 * max(squares) ** 0.5
         assert band == pytest.approx(by_hand, rel=1e-9)
+        layers = findings.layers(results).sel(layer=layer)
+        assert float(layers["curve"]) == pytest.approx(sum(shift))
+        assert float(layers["doubling"]) == pytest.approx(sum(halves))
         assert band > 0
 
 
@@ -137,6 +140,9 @@ def test_shares_are_of_segments_of_one_step(folder: Path) -> None:
     figures = findings.summary(sparse)
     assert figures["helping"] == pytest.approx(counted)
     assert figures["long_segments"] == 4
+    layers = findings.layers(sparse)
+    moved = float(abs(layers["doubling"]).sum() / abs(layers["total"]).sum())
+    assert figures["doubling"] == pytest.approx(moved)
 
 
 @pytest.mark.parametrize("name", ["helping", "oscillation", "distribution"])

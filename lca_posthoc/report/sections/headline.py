@@ -140,6 +140,11 @@ def _straight(panel: Panel) -> Card:
         size = float(np.max(np.abs(band)))
         within = "" if panel.groups is None else " in the group with most"
         detail = f"other paths would move {plain(size)}{within} between modules, Σ ± path"
+    if figures["doubling"] is not None:
+        detail += (
+            f"; leaving every second checkpoint out moves {percent(float(np.max(figures['doubling'])))} "
+            "of Σ|module|"
+        )
     return Card(
         "Straight lines",
         f"{figures['long_segments']:,} of {count(figures['segments'], 'segment')}",
