@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _NONE = "–"
 _LAYER = (
     "mean",
-    "path",
+    "path_band",
     "low",
     "high",
     "p",
