@@ -157,8 +157,7 @@ def summary(results: LossResults) -> Summary:
     sampled = record.examples / max(1, record.total)
     markers, long = results.markers, long_segments(tensors)
     modules = _modules(tensors)
-    names = [[position] for position in range(tensors.sizes["tensor"])]
-    of_tensors = path_bands(results, names)
+    of_tensors = path_bands(results, [[one] for one in range(tensors.sizes["tensor"])])
     of_modules = path_bands(results, list(modules.values()))
     figures = {
         "segments": segments,

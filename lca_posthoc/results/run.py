@@ -374,7 +374,7 @@ class LossResults:
 
     @property
     def other_path(self) -> xr.Dataset:
-        """What another path through the same checkpoints would change, of a run with `--path-band`:
+        """The change by another path through the same checkpoints, of a run with `--path-band`:
         `shift` (step[, group], tensor), float64, in units of loss.
 
         `doubled` is what a segment has of the line from one checkpoint to the next but one; those

@@ -1,5 +1,5 @@
-"""How far the layer sums of a thinned series are from those of the dense one, and how often what
-another path and doubling would change covers it.
+"""Layer sums of thinned series beside those of the dense one, and how often the path band covers the
+distance.
 
 ```sh
 python tests/benchmarks/thinning.py [--steps 512] [--only NAME ...] [--work DIR]
