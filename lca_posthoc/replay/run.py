@@ -143,7 +143,8 @@ def run(
             `losses`. It is replayed too.
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
-        steps: `A:B[:K]`, training steps.
+        steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
+            them.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
