@@ -201,10 +201,14 @@ def refuse_epochs(names: Mapping[str, int | None]) -> None:
     )
 
 
-def epochs_are_meant(pattern: str) -> str:
-    """Return the note for numbers that `--pattern` names although they count epochs."""
+def epochs_are_meant(names: str) -> str:
+    """Return the note for numbers that the user named although they count epochs.
+
+    Args:
+        names: what names them: `--pattern` with its argument, or a place with `{step}` in it.
+    """
     return (
-        f"the numbers --pattern '{pattern}' names are the epochs the files hold: every segment "
+        f"the numbers {names} names are the epochs the files hold: every segment "
         "spans all steps of an epoch or more, and the straight line between its ends is not the "
         "path that training took"
     )

@@ -526,7 +526,7 @@ class _Numbering:
             InputError: where steps inside the files go down as epochs go up.
         """
         if self._regex is not None:
-            return [epochs_are_meant(self._regex.pattern)] if self._by_epoch else []
+            return [epochs_are_meant(f"--pattern '{self._regex.pattern}'")] * self._by_epoch
         epochs = [
             (step, checkpoint)
             for step, checkpoint in sorted(steps.items())

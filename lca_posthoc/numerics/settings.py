@@ -95,7 +95,8 @@ class Settings(TypedDict):
     """The settings a run records, in their order; `SETTINGS` reads the table off this class.
 
     `statistics` is what recalibration settled when the run was created; runs in other modes have
-    none. `directions` is the file of `--along`, where one was given.
+    none. `directions` is the file of `--along`, where one was given. `places` are where the
+    checkpoints were found, below their root; a run of one directory has none.
     """
 
     rule: Annotated[
@@ -237,6 +238,7 @@ class Settings(TypedDict):
     ]
     statistics: NotRequired[RecalibrationRecord]
     directions: NotRequired[DirectionsRecord]
+    places: NotRequired[list[str]]
 
 
 SETTINGS: dict[str, Setting] = {

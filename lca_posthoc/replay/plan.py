@@ -17,7 +17,8 @@ import psutil
 
 from .. import results
 from ..checkpoints.headers import read_header
-from ..checkpoints.paths import is_remote, located, nearest
+from ..checkpoints.paths import is_remote, nearest
+from ..checkpoints.places import Where, places_of
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import ClusterConfig, local_workers, open_cluster, visible_device
 from ..errors import InputError, amount
@@ -167,7 +168,7 @@ def _record_a_few(folder: Path, model: nn.Module) -> float:
 
 
 def plan(
-    checkpoints: str | Path,
+    checkpoints: Where,
     task: str | Path | Task,
     *,
     losses: Sequence[str] = (),
@@ -181,7 +182,7 @@ def plan(
     """Probe the task in this process and say what `run` with the same arguments would cost.
 
     Args:
-        checkpoints: directory of safetensors iterates.
+        checkpoints: as for `run`.
         task: as for `run`.
         losses: as for `run`.
         out: where the run would go; tells whose free space counts.
@@ -290,9 +291,12 @@ def _shortages(ready: Preparation, needed: float, free: int) -> Iterator[str]:
         yield f"the result will need about {amount(needed)}, and {amount(free)} are free there"
 
 
-def _beside(checkpoints: str | Path) -> Path:
-    """Return where the result would go; for remote checkpoints a directory here."""
-    return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
+def _beside(checkpoints: Where) -> Path:
+    """Return where the result would go; for checkpoints that are remote or in several places a
+    directory here.
+    """
+    first, *more = places_of(checkpoints)
+    return Path("run.lca") if is_remote(first.root) or more else default_out(checkpoints)
 
 
 def _loss_plan(

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from .. import results
 from ..base.text import count
-from ..checkpoints.paths import here, is_remote, located
+from ..checkpoints.paths import here, is_remote
+from ..checkpoints.places import Where, found_again, places_of
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import (
     Cluster,
@@ -78,7 +79,7 @@ from .worker import committed_result, compressions, looks_back, replay_span
 
 
 def run(
-    checkpoints: str | Path,
+    checkpoints: Where,
     task: str | Path | Task,
     *,
     losses: Sequence[str] | None = None,
@@ -115,7 +116,9 @@ def run(
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read
+        checkpoints: directory of safetensors iterates, a place with `{step}` in it such as
+            `ROOT/step{step}/model.safetensors`, a hub's cache, or a list of such places that hold
+            one series together; a URL of fsspec's, such as `s3://…`, is read
             through its driver.
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
         losses: names of the task's losses; None for its first, `["all"]` for every one.
@@ -211,7 +214,7 @@ def run(
         log = Log(listener)
         entry, data = pack_task(task)
         job = _Job(
-            checkpoints=located(checkpoints),
+            checkpoints=checkpoints,
             task=entry,
             data=data,
             losses=list(losses or []),
@@ -288,10 +291,10 @@ def repair(
         for part in damage
         if part.loss is not None and (part.span, part.window) != (None, None)
     }
-    root = located(checkpoints if checkpoints is not None else manifest.root)
+    root = checkpoints if checkpoints is not None else manifest.root
     with listening(progress) as listener:
         job = _Job(
-            checkpoints=root,
+            checkpoints=found_again(root, manifest.settings.get("places", ())),
             task=entry,
             data=data,
             losses=list(losses),
@@ -328,16 +331,21 @@ def _durable(durability: str) -> bool:
     return durability == "full"
 
 
-def default_out(checkpoints: str | Path) -> Path:
+def default_out(checkpoints: Where) -> Path:
     """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
-        InputError: where the checkpoints are remote, which results cannot be.
+        InputError: where the checkpoints are remote, which results cannot be, or in several places.
     """
-    directory = located(checkpoints)
+    places = places_of(checkpoints)
+    directory = places[0].root
     if is_remote(directory):
         raise InputError(
-            f"{directory} is remote, and results are not: say where they go with --out RUN."
+            f"{places[0]} is remote, and results are not: say where they go with --out RUN."
+        )
+    if len(places) > 1:
+        raise InputError(
+            f"the checkpoints lie in {len(places)} places: say where results go with --out RUN."
         )
     directory = directory.resolve() if directory.name in ("", "..") else directory
     return directory.with_name(f"{directory.name}.lca")
@@ -354,7 +362,7 @@ class _Job:
     """The work that `run` or `repair` was asked to do.
 
     Attributes:
-        checkpoints: their directory.
+        checkpoints: their directory or places.
         task: where the task is.
         data: its source, for workers.
         losses: their names; empty for the first, `["all"]` for every one.
@@ -367,7 +375,7 @@ class _Job:
         parts: the parts of the motion that are asked for.
     """
 
-    checkpoints: Path
+    checkpoints: Where
     task: Entry
     data: bytes
     losses: list[str]
@@ -475,6 +483,8 @@ class _Driver:
         status.begin("reading the headers of the checkpoints")
         trajectory = self._trajectory(settings, recorded)
         status.note(trajectory.notes)
+        if trajectory.places and recorded is None:
+            settings = {**settings, "places": list(trajectory.places)}
         if recorded is not None:
             same_checkpoints(
                 RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)

@@ -410,6 +410,8 @@ def _settings(value: object) -> Settings:
     _maybe(_text, value["signal"], "settings.signal")
     if "directions" in value:
         _directions(value["directions"])
+    if "places" in value:
+        _texts(value["places"], "settings.places")
     _one_of(value["keep"], "settings.keep", KEEP)
     return cast("Settings", dict(value))
 

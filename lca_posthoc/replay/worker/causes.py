@@ -18,7 +18,7 @@ from ...checkpoints.optimizer_steps import (
     moments_of,
     optimizer_step_in,
 )
-from ...checkpoints.paths import is_remote, located
+from ...checkpoints.paths import is_remote
 from ...errors import InputError, SpanError
 from .passed import Passed
 from .state import checkpoint_at
@@ -139,7 +139,7 @@ def _moments_at(points: StoredPoints, objective: Objective, index: int) -> _Mome
     """Return the moments of a checkpoint, on the device of an objective."""
     checkpoint = checkpoint_at(points, index)
     try:
-        path = moments_of(checkpoint, located(points.root))
+        path = moments_of(checkpoint)
         return _MomentsFile(path, checkpoint.step, objective)
     except InputError as error:
         raise SpanError(str(error)) from None
