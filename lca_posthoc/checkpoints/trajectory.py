@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, NotFiniteError, SpanError, few
+from .cache import cache
 from .headers import HALF, Header, TensorHeader, read_header
 from .layouts import (
     IMPORTED,
@@ -341,6 +342,8 @@ def open_trajectory(
     places = places_of(directory)
     root, where = common_root(places), few([*map(str, places)])
     wanted = parse_steps(":" if steps is None else steps)
+    if is_remote(root):
+        cache()  # says what is wrong with its size before anything is fetched
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
     headers = _Headers()

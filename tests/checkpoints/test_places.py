@@ -22,7 +22,7 @@ from lca_posthoc.checkpoints.optimizer_steps import moments_of, moments_path
 from lca_posthoc.checkpoints.places import STEP, common_root, places_of
 from lca_posthoc.checkpoints.trajectory import read_checkpoint
 from lca_posthoc.errors import InputError
-from tests.helpers.cli import iterates, lca, record, refused, run_lca, write_task
+from tests.helpers.cli import lca, record, refused, run_lca, write_task
 
 POWERS = (0, 1, 2, 4)
 
