@@ -43,14 +43,15 @@ def _unreadable(layout: Unreadable) -> Format:
 
 
 FORMATS = (
-    *map(_unreadable, UNREADABLE),
+    *(_unreadable(layout) for layout in UNREADABLE if not layout.is_imported),
     Format(
         "safetensors",
         _is_read_as_it_is,
         _refuse("safetensors files, which need no import: give it to `lca run` as it is."),
     ),
     Format(
-        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin, optimizer.pt beside safetensors)",
+        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin, optimizer.pt beside safetensors, shards of "
+        "torch.distributed.checkpoint and DeepSpeed)",
         is_pytorch,
         open_pytorch,
         ("key", "pattern"),
