@@ -34,7 +34,8 @@ def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None
 
     CHECKPOINTS is a directory of them, a place with {step} in it (step{step}/model.safetensors,
     hf://ORG/NAME@step{step} with --steps), the cache of a hub (models--ORG--NAME), or several of
-    these that hold one series.
+    these that hold one series. Remote files are kept in a cache of at most 20 GB (LCA_CACHE_SIZE,
+    LCA_CACHE).
 
     \b
     lca run checkpoints --task my_task.py

@@ -42,6 +42,18 @@ def _unreadable(layout: Unreadable) -> Format:
     return Format(layout.name, layout.recognises, _refuse(layout.words))
 
 
+def _without_contents(layout: Unreadable) -> Format:
+    """Return the refusal of shards that nothing says how to put together."""
+    return Format(
+        layout.name,
+        layout.recognises,
+        _refuse(
+            f"{layout.name} without the file that says how they fit together (.metadata, or "
+            "mp_rank_00_model_states.pt) beside them. Copy the folder of every step whole."
+        ),
+    )
+
+
 FORMATS = (
     *(_unreadable(layout) for layout in UNREADABLE if not layout.is_imported),
     Format(
@@ -57,4 +69,5 @@ FORMATS = (
         ("key", "pattern"),
     ),
     Format("HDF5 with a row for every iterate", is_hdf5, open_hdf5, ("dataset", "task")),
+    *(_without_contents(layout) for layout in UNREADABLE if layout.is_imported),
 )
