@@ -34,7 +34,7 @@ from .layouts import (
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
 from .paths import is_remote, located, reached
-from .spacing import StillSegments, every_of, long_segments
+from .spacing import SameTensors, every_of, long_segments
 
 if TYPE_CHECKING:
     import torch
@@ -301,6 +301,7 @@ def open_trajectory(
     pattern: str | None = None,
     rename: Sequence[str] = (),
     steps: str | None = None,
+    compare: bool = True,
 ) -> Trajectory:
     """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
     with an index.
@@ -314,6 +315,7 @@ def open_trajectory(
             tensor whose whole name becomes empty is left out.
         steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of
             them.
+        compare: whether checkpoints that hold the same tensors are looked for, for a note.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
@@ -341,7 +343,7 @@ def open_trajectory(
             f" whose name --pattern {pattern!r} matches" if pattern else ""
         )
         raise _too_few(root, [step for step, _ in chosen], which)
-    return _validated(root, chosen, thinning, rules, notes, headers)
+    return _validated(root, chosen, thinning, rules, notes, headers, compare=compare)
 
 
 def _require_directory(root: Path) -> None:
@@ -649,13 +651,15 @@ def _validated(
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
     headers: _Headers,
+    *,
+    compare: bool,
 ) -> Trajectory:
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
     dropped: dict[str, None] = {}
     chosen = within[::thinning]
-    still = StillSegments()
+    same = SameTensors() if compare else None
     steps = {step for step, _ in chosen}
     intervals = [
         1
@@ -682,7 +686,8 @@ def _validated(
                 step, files, sum(header.size for header in file_headers), _joined(file_headers)
             )
         )
-        still.add(step, files, file_headers)
+        if same is not None:
+            same.add(step, files, file_headers)
     if dropped:
         names = few([*map(repr, dropped)], 6)
         notes = [
@@ -694,7 +699,7 @@ def _validated(
         *notes,
         *_late(chosen[0][0]),
         *long_segments([step for step, _ in within], intervals, thinning),
-        *still.notes(),
+        *(same.notes() if same is not None else ()),
     ]
     return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))
 
