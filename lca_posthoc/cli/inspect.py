@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import pairwise
 from statistics import median
@@ -118,13 +120,18 @@ def _distances(inspection: Inspection) -> Table:
     for start, stop in pairwise(borders):
         if start == stop:
             continue
-        lengths = inspection.distances[start:stop]
-        norms = inspection.norms[start : stop + 1]
+        lengths = _finite(inspection.distances[start:stop])
+        norms = _finite(inspection.norms[start : stop + 1])
         rows.add_row(
             f"{inspection.steps[start]} to {inspection.steps[stop]}",
             f"{stop - start:,}",
-            *(f"{value:.3g}" for value in (min(lengths), median(lengths), max(lengths))),
-            f"{100 * median(lengths) / max(norms):.3g} %" if max(norms) else "",
+            *(f"{value(lengths):.3g}" for value in (min, median, max)),
+            f"{100 * median(lengths) / max(norms):.3g} %" if any(norms) else "",
             share(median(inspection.same_bits[start:stop])),
         )
     return rows
+
+
+def _finite(values: Sequence[float]) -> list[float]:
+    """Return those values that are finite; 0 where none is."""
+    return [value for value in values if math.isfinite(value)] or [0.0]

@@ -29,7 +29,7 @@ class Observation:
 
     Attributes:
         kind: "not finite", "identical", "still", "descent", "two series", "elsewhere", "order",
-            "jump", "oscillation", "half precision" or "missing".
+            "jump", "oscillation", "half precision", "missing" or "too small".
         grade: "defect": a file is wrong, or not of this training; "doubt": worth a look; "note":
             as it should be, and worth knowing.
         steps: of the checkpoints it is about.
@@ -51,8 +51,20 @@ def observe(measured: Measured) -> list[Observation]:
     if measured.compared >= geometry.FEWEST_WEIGHTS:
         seen += _of_distances(Points(single))
         seen += _half_precision(measured, usable)
+    else:
+        seen.append(_too_small(measured.compared))
     seen += _missing([reading.step for reading in measured.readings])
     return sorted(seen, key=lambda observation: GRADES.index(observation.grade))
+
+
+def _too_small(elements: int) -> Observation:
+    return Observation(
+        kind="too small",
+        grade="note",
+        steps=(),
+        text=f"{count(elements, 'weight')} that move are too few to tell a training from another by "
+        f"distances, for which {geometry.FEWEST_WEIGHTS:,} are needed",
+    )
 
 
 def stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
