@@ -783,7 +783,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
 
     tensors = read_stored(checkpoint, names)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             bad = int((~torch.isfinite(tensor.float())).sum())
             mask = (
                 ""
@@ -799,7 +799,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
     return tensors
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether every number of a floating tensor is finite."""
     import torch
 

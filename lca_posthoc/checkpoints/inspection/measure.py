@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..headers import FLOATING, HALF
-from ..trajectory import Checkpoint, Trajectory, is_statistic, read_stored
+from ..trajectory import Checkpoint, Trajectory, is_finite, is_statistic, read_stored
 from .sketch import Numbers, Projection, width_for
 
 Progress = Callable[[str, int, int], None]
@@ -231,9 +231,8 @@ def _joined(digests: Iterable[bytes]) -> str:
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return how many numbers of each floating tensor are NaN or Inf, where there are any."""
-    counts = {
-        name: int((~torch.isfinite(tensor.float() if tensor.element_size() == 1 else tensor)).sum())
+    return {
+        name: int((~torch.isfinite(tensor.double())).sum())
         for name, tensor in tensors.items()
-        if tensor.is_floating_point()
+        if tensor.is_floating_point() and not is_finite(tensor)
     }
-    return {name: count for name, count in counts.items() if count}
