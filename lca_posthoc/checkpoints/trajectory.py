@@ -36,7 +36,7 @@ from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
 from .paths import is_remote, reached
 from .places import STEP, Place, Where, common_root, described, places_of, revisions
-from .spacing import StillSegments, every_of, long_segments
+from .spacing import SameTensors, every_of, long_segments
 from .steps import Choice, StepChoice, parse_steps
 
 if TYPE_CHECKING:
@@ -320,6 +320,7 @@ def open_trajectory(
     pattern: str | None = None,
     rename: Sequence[str] = (),
     steps: str | None = None,
+    compare: bool = True,
 ) -> Trajectory:
     """Open a series of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
     with an index.
@@ -335,6 +336,7 @@ def open_trajectory(
         steps: single training steps and ranges, `A:B` or `A:B:K`, with both ends included and
             every K-th checkpoint of them, ascending and with commas between them. No segment runs
             from one range to the next.
+        compare: whether checkpoints that hold the same tensors are looked for, for a note.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
@@ -364,7 +366,7 @@ def open_trajectory(
         raise InputError(f"cannot look into {where}: {error.strerror}.") from None
     if len(used) < 2:
         raise _too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
-    opened = _validated(root, entries, choice, rules, notes, headers)
+    opened = _validated(root, entries, choice, rules, notes, headers, compare=compare)
     return replace(opened, places=described(places, root))
 
 
@@ -760,12 +762,14 @@ def _validated(
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
     headers: _Headers,
+    *,
+    compare: bool,
 ) -> Trajectory:
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
     dropped: dict[str, None] = {}
-    still = StillSegments()
+    same = SameTensors() if compare else None
     intervals = _intervals(entries, choice, headers)
     for entry in (entries[position] for position in choice.used):
         step, files = entry.step, entry.files
@@ -787,7 +791,8 @@ def _validated(
                 step, files, sum(header.size for header in file_headers), _joined(file_headers)
             )
         )
-        still.add(step, files, file_headers)
+        if same is not None:
+            same.add(step, files, file_headers)
     if dropped:
         names = few([*map(repr, dropped)], 6)
         notes = [
@@ -800,7 +805,7 @@ def _validated(
         *notes,
         *_late(checkpoints[0].step),
         *long_segments([entry.step for entry in entries], intervals, choice),
-        *still.notes(),
+        *(same.notes() if same is not None else ()),
     ]
     return Trajectory(
         root=root,
@@ -902,7 +907,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
 
     tensors = read_stored(checkpoint, names)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             bad = int((~torch.isfinite(tensor.float())).sum())
             mask = (
                 ""
@@ -918,7 +923,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
     return tensors
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether every number of a floating tensor is finite."""
     import torch
 
