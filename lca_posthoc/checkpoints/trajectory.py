@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,13 +101,26 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All checkpoints in order of their step, with the tensors every one of them holds."""
+    """All checkpoints in order of their step, with the tensors every one of them holds; `breaks` are
+    positions after which no segment follows.
+    """
 
     root: Path
     checkpoints: tuple[Checkpoint, ...]
     tensors: dict[str, TensorHeader]
     sources: dict[str, str]
     notes: tuple[str, ...]
+    breaks: frozenset[int] = frozenset()
+
+    @property
+    def starts(self) -> list[int]:
+        """Return the positions of the checkpoints a segment starts from."""
+        return [start for start in range(len(self.checkpoints) - 1) if start not in self.breaks]
+
+    def up_to(self, checkpoints: int) -> Trajectory:
+        """Return the same trajectory with its first checkpoints alone."""
+        breaks = frozenset(start for start in self.breaks if start < checkpoints - 1)
+        return replace(self, checkpoints=self.checkpoints[:checkpoints], breaks=breaks)
 
     @property
     def steps(self) -> list[int]:

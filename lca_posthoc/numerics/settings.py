@@ -11,6 +11,7 @@ from typing import Annotated, NotRequired, TypedDict, cast, get_args, get_type_h
 from ..errors import InputError
 from .precisions import PRECISIONS
 from .quadrature import RULES
+from .sampling import SegmentSample
 from .schema import KEEP, DirectionsRecord, RecalibrationRecord
 
 Value = str | int | float | list[str] | None
@@ -49,6 +50,11 @@ def _as_batch_size(name: str, value: object) -> Value:
     if size < 1:
         raise InputError(f"{option_of(name)} must be 1 or more, got {size}.")
     return size
+
+
+def _as_segments(name: str, value: object) -> Value:
+    """Return a random part of the segments."""
+    return str(SegmentSample.parse(str(value)))
 
 
 def _as_list(name: str, value: object) -> Value:
@@ -217,6 +223,16 @@ class Settings(TypedDict):
         Setting(
             help="Training steps, both ends included; every K-th checkpoint.",
             metavar="A:B[:K]",
+        ),
+    ]
+    segments: Annotated[
+        str | None,
+        Setting(
+            help="Replay a random part of the segments, such as 0.1@7, a tenth; totals get standard "
+            "errors. A larger part of the same seed adds to it.",
+            shown_default="all",
+            metavar="FRACTION@SEED",
+            normalise=_as_segments,
         ),
     ]
     pattern: Annotated[

@@ -132,6 +132,7 @@ class Draft:
             root=absolute(matched.trajectory.root),
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
+            starts=matched.starts,
             span=span,
             window=choose_window(matched.segments, span, keep, matched.room_for_windows),
             settings={**self.settings, "keep": keep},
@@ -215,15 +216,14 @@ def prepare(
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
         _known_splits(settings["subset"], described)
-    matched = _match(trajectory, described)
+    matched = _match(trajectory, described, trajectory.starts)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
     workers = destination.workers or crew.workers
     sample = Sample(
-        points=_sampled_points(
-            trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
-        ),
-        segments=matched.segments,
+        points=_sampled_points(trajectory, matched.names, _looked_at_in_both_modes(matched.last)),
+        last=matched.last,
+        looked=_looked(trajectory),
         workers_per_host=destination.workers or crew.max_per_host,
         span_length=(
             existing.span if existing else destination.span_of(matched, workers, "parameters")
@@ -360,11 +360,17 @@ class _Match:
     described: Description
     names: dict[str, str]
     leftovers: dict[str, str]
+    starts: list[int]
+
+    @property
+    def last(self) -> int:
+        """The position of the last checkpoint of the trajectory."""
+        return len(self.trajectory.checkpoints) - 1
 
     @property
     def segments(self) -> int:
-        """The number of segments of the trajectory."""
-        return len(self.trajectory.checkpoints) - 1
+        """The number of segments that are replayed."""
+        return len(self.starts)
 
     @property
     def elements(self) -> int:
@@ -384,8 +390,8 @@ class _Match:
         return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
 
 
-def _match(trajectory: Trajectory, described: Description) -> _Match:
-    """Match a described task with a trajectory.
+def _match(trajectory: Trajectory, described: Description, starts: list[int]) -> _Match:
+    """Match a described task with a trajectory, whose segments start from some checkpoints.
 
     Raises:
         InputError: where they do not fit.
@@ -396,6 +402,7 @@ def _match(trajectory: Trajectory, described: Description) -> _Match:
         described=described,
         names=trajectory.match(described.tensors, *without),
         leftovers=trajectory.leftovers(described.tensors, *without),
+        starts=starts,
     )
 
 
@@ -409,7 +416,7 @@ def _probe_request(
         batch_sizes={
             record.on: record.batch_size for record in recorded.values() if record.on is not None
         },
-        modes=_looked_at_in_both_modes(matched.segments),
+        modes=_looked_at_in_both_modes(matched.last),
         half=trajectory.half_precision,
         ties=trajectory.ties(described.tensors),
         fixed=trajectory.sources_of(described.fixed),
@@ -648,7 +655,7 @@ def choose_window(segments: int, span: int, keep: str, room: int) -> int:
     room for; 1 where no totals are kept.
 
     Args:
-        segments: of the trajectory.
+        segments: of the run.
         span: segments per span.
         keep: a level of `--keep`.
         room: windows whose totals take at most a tenth of the space of the checkpoints.
@@ -668,13 +675,24 @@ def relative(trajectory: Trajectory) -> list[Checkpoint]:
     ]
 
 
-def _looked_at_in_both_modes(segments: int) -> list[int]:
+def _looked_at_in_both_modes(last: int) -> list[int]:
     """Return the positions of checkpoints where losses are looked at with running statistics and
     with those of a batch.
+
+    Args:
+        last: position of the last checkpoint.
     """
-    middle = (segments - 1) // 2
-    early = [index for index in _EARLY if index <= segments]
-    return sorted({0, 1, *early, middle, middle + 1, segments - 1, segments})
+    middle = (last - 1) // 2
+    early = [index for index in _EARLY if index <= last]
+    return sorted({0, 1, *early, middle, middle + 1, last - 1, last})
+
+
+def _looked(trajectory: Trajectory) -> list[list[int]]:
+    """Return where to look for a few segments that move, see `Sample`; the same whichever part of
+    the segments is replayed.
+    """
+    starts = trajectory.starts
+    return [[starts[row] for row in rows] for rows in sampled(len(starts))]
 
 
 def _sampled_points(
@@ -683,8 +701,7 @@ def _sampled_points(
     """Return the checkpoints a task is looked at before its first span, those of `modes` among
     them.
     """
-    segments = len(trajectory.checkpoints) - 1
-    starts = {index for places in sampled(segments) for index in places}
+    starts = {index for places in _looked(trajectory) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
     checkpoints = relative(trajectory)
     return StoredPoints(

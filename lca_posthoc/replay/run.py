@@ -98,6 +98,7 @@ def run(
     signal: str | None = None,
     along: str | Path | None = None,
     steps: str | None = None,
+    segments: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
     cluster: str = "local",
@@ -144,6 +145,8 @@ def run(
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
         steps: `A:B[:K]`, training steps.
+        segments: `FRACTION@SEED`, such as "0.1@7": a random part of the segments, for totals with
+            standard errors. A larger fraction of the same seed adds to what is there.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
@@ -189,6 +192,7 @@ def run(
         "subset": subset,
         "signal": signal,
         "steps": steps,
+        "segments": segments,
         "pattern": pattern,
         "rename": rename,
     }
@@ -501,8 +505,7 @@ class _Driver:
         )
         if recorded is None or self._job.damage is None:
             return trajectory
-        known = trajectory.checkpoints[: len(recorded.checkpoints)]
-        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+        return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
@@ -644,10 +647,9 @@ class _Driver:
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
         in_repair = self._job.damage is not None
         extended = {name for name in laid_out.losses if not in_repair or name not in behind}
-        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
-            writer.take_up(
-                laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
-            )
+        grown = (laid_out.checkpoints, laid_out.starts) != (recorded.checkpoints, recorded.starts)
+        if grown or behind & extended:
+            writer.take_up(laid_out, {name: laid_out.losses[name].identity for name in extended})
             if not in_repair:
                 self._status.note(_of_losses_left_behind(writer.manifest))
         new = {
@@ -1016,8 +1018,7 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
     """Return the training steps a span runs from and to."""
-    rows = manifest.rows(span)
-    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
+    return manifest.ends(manifest.rows(span))
 
 
 def _span_request(
@@ -1032,15 +1033,16 @@ def _span_request(
         pending: the losses.
         durable: whether it is on the disk before it counts.
     """
-    rows = manifest.rows(span)
-    first = rows.start
+    rows, looked = manifest.rows(span), looks_back(manifest.rows(span).start)
+    starts = [*manifest.starts[looked.start : looked.stop], *manifest.starts[rows]]
+    positions = {end for start in starts for end in (start, start + 1)}
     if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
-        first = max(0, first - 1)
-    positions = (*looks_back(rows.start), *range(first, rows.stop + 1))
+        positions |= {start - 1 for start in manifest.starts[rows] if start}
     return SpanRequest(
         setup=common.setup,
         points=replace(
-            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+            common.points,
+            checkpoints={index: manifest.checkpoints[index] for index in sorted(positions)},
         ),
         run=common.run,
         batch_sizes=common.batch_sizes,

@@ -148,10 +148,9 @@ class LossResults:
 
     @cached_property
     def _rows(self) -> list[int]:
+        """The committed rows, in the order of training."""
         waiting = set(self._commits.pending())
-        return [
-            row for row in range(self.manifest.segments) if row // self.manifest.span not in waiting
-        ]
+        return [row for row in self.manifest.in_order if row // self.manifest.span not in waiting]
 
     @property
     def complete(self) -> bool:
@@ -190,9 +189,7 @@ class LossResults:
         """Return the first and the last step of every stretch of committed segments."""
         stretches = list[list[int]]()
         for row in self._rows:
-            start, end = (
-                checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2]
-            )
+            start, end = (checkpoint.step for checkpoint in self.manifest.ends_of(row))
             if stretches and stretches[-1][1] == start:
                 stretches[-1][1] = end
             else:
@@ -227,14 +224,13 @@ class LossResults:
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
         if part in ("steps", "tensors", "histogram", "examples", "causes", "along"):
-            data = data.assign_coords(
-                step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
-            )
+            data = data.assign_coords(step_end=("step", self.manifest.step_ends))
         if self.record.groups is not None and part != "examples":
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
             if part in ("steps", "tensors", "histogram", "causes", "along"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
-        return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
+        all_rows = list(range(self.manifest.segments))
+        return data if self._rows == all_rows else data.isel(step=self._rows)
 
     def _named(self, part: str) -> xr.Dataset:
         names = {tensor.key: tensor.spec.name for tensor in self.manifest.allocated}
@@ -430,10 +426,14 @@ class LossResults:
                 "`lca run` again to finish it."
             )
         store = CheckedStore(self.path, self.manifest, self.name, tuple(TOTAL_FIELDS))
+        windows = [self.manifest.rows_of(window) for window in range(self.manifest.windows)]
+        borders = [self.manifest.follows(rows.start) for rows in windows[1:]]
         variables = {}
         for tensor in self.manifest.allocated:
             inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
-            variables[tensor.spec.name] = joined_totals(store, tensor.key, self.record.unit, inner)
+            variables[tensor.spec.name] = joined_totals(
+                store, tensor.key, self.record.unit, inner, borders
+            )
         return xr.Dataset(variables, coords={"total": list(TOTALS)})
 
     @property

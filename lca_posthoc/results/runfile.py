@@ -23,7 +23,7 @@ from .manifest import Identity, LossRecord, Manifest, StoredTensor
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
 
-FORMAT = 4
+FORMAT = 5
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000
@@ -36,6 +36,7 @@ _FIELDS = (
     "root",
     "tensors",
     "checkpoints",
+    "starts",
     "span",
     "window",
     "settings",
@@ -75,6 +76,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
             ]
             for checkpoint in manifest.checkpoints
         ],
+        "starts": manifest.starts,
         "span": manifest.span,
         "window": manifest.window,
         "settings": manifest.settings,
@@ -195,6 +197,7 @@ def parse(document: dict[str, object]) -> Manifest:
         root=_text(document["root"], "root"),
         tensors=_tensors(document["tensors"]),
         checkpoints=_checkpoints(document["checkpoints"]),
+        starts=_starts(document["starts"]),
         span=_power(document["span"], "span"),
         window=_whole(document["window"], "window", 1),
         settings=_settings(document["settings"]),
@@ -208,6 +211,10 @@ def parse(document: dict[str, object]) -> Manifest:
 
 def _fits_together(manifest: Manifest) -> None:
     """Check what one field alone does not tell."""
+    last = max(manifest.starts) + 1
+    _check(last < len(manifest.checkpoints), "starts", "places of checkpoints before others", last)
+    ordered = manifest.sampled is not None or manifest.starts == sorted(manifest.starts)
+    _check(ordered, "starts", "ascending", "another order")
     for record in manifest.losses.values():
         covers = record.covers
         _check(
@@ -382,6 +389,12 @@ def _checkpoints(value: object) -> list[Checkpoint]:
     return checkpoints
 
 
+def _starts(value: object) -> list[int]:
+    starts = [_whole(start, "starts") for start in _list(value, "starts", least=1)]
+    _check(len(set(starts)) == len(starts), "starts", "another one for each", "one that is twice")
+    return starts
+
+
 def _checkpoint(value: object) -> Checkpoint:
     if not isinstance(value, list) or len(value) != 4:
         raise _wrong("checkpoints", "step, files, size, fingerprint", value)
@@ -406,8 +419,9 @@ def _settings(value: object) -> Settings:
     ):
         _check(name in value, f"settings.{name}", "there", "nothing")
         read(value[name], f"settings.{name}")
-    _check("signal" in value, "settings.signal", "there", "nothing")
-    _maybe(_text, value["signal"], "settings.signal")
+    for name in ("signal", "segments"):
+        _check(name in value, f"settings.{name}", "there", "nothing")
+        _maybe(_text, value[name], f"settings.{name}")
     if "directions" in value:
         _directions(value["directions"])
     _one_of(value["keep"], "settings.keep", KEEP)
