@@ -158,7 +158,7 @@ def write_basis(
     for note in [*trajectory.notes, *_half(trajectory)]:
         say(note)
     count = random or directions or (1 if per_matrix else DIRECTIONS)
-    size = size or block_size(len(trajectory.checkpoints) - 1, count)
+    size = size or block_size(len(trajectory.starts), count)
     job = _Job(trajectory, Displacements(trajectory, size), per_matrix, progress)
     if random is None:
         return job.displacement_basis(place, count, exactly=directions is not None)

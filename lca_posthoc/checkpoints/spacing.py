@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import few
 from .headers import Header
 from .paths import is_remote
+from .steps import Choice
 
 _CHUNK = 2**20
 _MOST_COMPARED = 2**30
@@ -25,21 +26,21 @@ def every_of(header: Header) -> int:
     return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
 
 
-def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1) -> list[str]:
+def long_segments(steps: Sequence[int], every: Sequence[int], choice: Choice) -> list[str]:
     """Return a note on segments longer than one step that the user did not choose.
 
     Args:
         steps: of all checkpoints, ascending.
         every: for each, the `every` it was recorded with; the user chose a gap of as many steps.
-        thinning: K where only every K-th checkpoint is used, which the user chose too.
+        choice: which of them are used, and where no segment follows, which the user chose too.
     """
-    used = range(0, len(steps), thinning)
-    segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
-    long = _unintended(segments, steps, every, used)
+    ends = [pair for index, pair in enumerate(pairwise(choice.used)) if index not in choice.breaks]
+    segments = [(steps[start], steps[stop]) for start, stop in ends]
+    long = _unintended(ends, steps, every)
     if not long:
         return []
     inside = sum(stop - start for start, stop in long)
-    share = inside / (segments[-1][1] - segments[0][0])
+    share = inside / sum(stop - start for start, stop in segments)
     longest = max(long, key=lambda segment: segment[1] - segment[0])
     which = _which(len(long), len(segments))
     return [
@@ -52,17 +53,23 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
 
 
 def _unintended(
-    segments: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int], used: range
+    ends: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the segments of more than one step with a gap in them that the user did not choose."""
+    """Return the segments of more than one step with a gap in them that the user did not choose.
+
+    Args:
+        ends: of each segment, as positions in `steps`.
+        steps: of all checkpoints, ascending.
+        every: as for `long_segments`.
+    """
     intended = [
         after - before in (1, every[index + 1])
         for index, (before, after) in enumerate(pairwise(steps))
     ]
     return [
-        segment
-        for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
-        if not all(intended[start:stop]) and segment[1] - segment[0] > 1
+        (steps[start], steps[stop])
+        for start, stop in ends
+        if not all(intended[start:stop]) and steps[stop] - steps[start] > 1
     ]
 
 

@@ -35,6 +35,7 @@ from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
 from .paths import is_remote, located, reached
 from .spacing import StillSegments, every_of, long_segments
+from .steps import Choice, parse_steps
 
 if TYPE_CHECKING:
     import torch
@@ -101,8 +102,10 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All checkpoints in order of their step, with the tensors every one of them holds; `breaks` are
-    positions after which no segment follows.
+    """All checkpoints in order of their step, with the tensors every one of them holds.
+
+    `breaks` are positions in `checkpoints` after which no segment follows: what lies between that
+    checkpoint and the next is left out.
     """
 
     root: Path
@@ -111,11 +114,6 @@ class Trajectory:
     sources: dict[str, str]
     notes: tuple[str, ...]
     breaks: frozenset[int] = frozenset()
-
-    @property
-    def starts(self) -> list[int]:
-        """Return the positions of the checkpoints a segment starts from."""
-        return [start for start in range(len(self.checkpoints) - 1) if start not in self.breaks]
 
     def up_to(self, checkpoints: int) -> Trajectory:
         """Return the same trajectory with its first checkpoints alone."""
@@ -126,6 +124,15 @@ class Trajectory:
     def steps(self) -> list[int]:
         """Return the training steps, ascending."""
         return [checkpoint.step for checkpoint in self.checkpoints]
+
+    @property
+    def starts(self) -> list[int]:
+        """Return the position in `checkpoints` at which each segment begins, ascending; it ends at
+        the next one.
+        """
+        return [
+            position for position in range(len(self.checkpoints) - 1) if position not in self.breaks
+        ]
 
     @property
     def half_precision(self) -> list[str]:
@@ -325,8 +332,9 @@ def open_trajectory(
             not match are left out.
         rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn; a
             tensor whose whole name becomes empty is left out.
-        steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of
-            them.
+        steps: single training steps and ranges, `A:B` or `A:B:K`, with both ends included and
+            every K-th checkpoint of them, ascending and with commas between them. No segment runs
+            from one range to the next.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
@@ -339,22 +347,21 @@ def open_trajectory(
     try:
         with reached(root):
             entries, notes = _discover(root, regex, headers)
-            named = sorted((entry.step, entry.files) for entry in entries)
-            chosen, thinning = _select(named, steps)
-            if len(chosen) < 2:
+            entries = sorted(entries, key=lambda entry: entry.step)
+            which = f" whose name --pattern {pattern!r} matches" if pattern else ""
+            if len(entries) < 2:
                 refuse_unreadable(root)
-            used = dict(chosen[::thinning])
-            notes += _counted(
-                root, [entry for entry in entries if entry.step in used], regex, headers
+                raise _too_few(root, [entry.step for entry in entries], which)
+            choice = parse_steps(":" if steps is None else steps).choose(
+                [entry.step for entry in entries]
             )
+            used = [entries[position] for position in choice.used]
+            notes += _counted(root, used, regex, headers)
     except OSError as error:
         raise InputError(f"cannot look into {root}: {error.strerror}.") from None
-    if len(chosen[::thinning]) < 2:
-        which = (f" among steps {steps}" if steps else "") + (
-            f" whose name --pattern {pattern!r} matches" if pattern else ""
-        )
-        raise _too_few(root, [step for step, _ in chosen], which)
-    return _validated(root, chosen, thinning, rules, notes, headers)
+    if len(used) < 2:
+        raise _too_few(root, [entry.step for entry in used], f" among steps {steps}{which}")
+    return _validated(root, entries, choice, rules, notes, headers)
 
 
 def _require_directory(root: Path) -> None:
@@ -636,29 +643,10 @@ def trainer_step(directory: Path) -> str | None:
         return None
 
 
-def _select(
-    named: list[tuple[int, tuple[Path, ...]]], steps: str | None
-) -> tuple[list[tuple[int, tuple[Path, ...]]], int]:
-    """Return the checkpoints within the range of `--steps A:B:K`, and K, 1 where every checkpoint
-    of the range is used.
-    """
-    if steps is None:
-        return named, 1
-    match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
-    if not match or match[3] == "0":
-        raise InputError(
-            f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every "
-            "tenth checkpoint."
-        )
-    first, last = int(match[1] or 0), int(match[2]) if match[2] else None
-    within = [item for item in named if item[0] >= first and (last is None or item[0] <= last)]
-    return within, int(match[3] or 1)
-
-
 def _validated(
     root: Path,
-    within: list[tuple[int, tuple[Path, ...]]],
-    thinning: int,
+    entries: Sequence[_Entry],
+    choice: Choice,
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
     headers: _Headers,
@@ -667,16 +655,10 @@ def _validated(
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
     dropped: dict[str, None] = {}
-    chosen = within[::thinning]
     still = StillSegments()
-    steps = {step for step, _ in chosen}
-    intervals = [
-        1
-        if (header := headers[files[0]] if step in steps else headers.get(files[0])) is None
-        else every_of(header)
-        for step, files in within
-    ]
-    for step, files in chosen:
+    intervals = _intervals(entries, choice, headers)
+    for entry in (entries[position] for position in choice.used):
+        step, files = entry.step, entry.files
         file_headers = [headers.pop(file) for file in files]
         stored = {
             name: tensor for header in file_headers for name, tensor in header.tensors.items()
@@ -704,12 +686,31 @@ def _validated(
             "of what they hold",
         ]
     notes = [
+        *choice.notes,
         *notes,
-        *_late(chosen[0][0]),
-        *long_segments([step for step, _ in within], intervals, thinning),
+        *_late(checkpoints[0].step),
+        *long_segments([entry.step for entry in entries], intervals, choice),
         *still.notes(),
     ]
-    return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))
+    return Trajectory(
+        root=root,
+        checkpoints=tuple(checkpoints),
+        tensors=tensors,
+        sources=sources,
+        notes=tuple(notes),
+        breaks=choice.breaks,
+    )
+
+
+def _intervals(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> list[int]:
+    """Return the `every` each checkpoint was recorded with; 1 where its header was not read."""
+    used = set(choice.used)
+    intervals = []
+    for position, entry in enumerate(entries):
+        file = entry.files[0]
+        header = headers[file] if position in used else headers.get(file)
+        intervals.append(1 if header is None else every_of(header))
+    return intervals
 
 
 def _joined(headers: Sequence[Header]) -> int:

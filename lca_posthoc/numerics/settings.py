@@ -221,8 +221,10 @@ class Settings(TypedDict):
     steps: Annotated[
         str | None,
         Setting(
-            help="Training steps, both ends included; every K-th checkpoint.",
-            metavar="A:B[:K]",
+            help="Training steps: ranges with both ends included, of which every K-th checkpoint, "
+            "and single steps, with commas between them. Nothing is replayed from one range to the "
+            "next.",
+            metavar="A:B[:K],S,…",
         ),
     ]
     segments: Annotated[

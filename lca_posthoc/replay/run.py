@@ -144,7 +144,8 @@ def run(
             `losses`. It is replayed too.
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
-        steps: `A:B[:K]`, training steps.
+        steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
+            them.
         segments: `FRACTION@SEED`, such as "0.1@7": a random part of the segments, for totals with
             standard errors. A larger fraction of the same seed adds to what is there.
         pattern: regular expression with a group `step` for names of checkpoints.
