@@ -34,7 +34,7 @@ from .layouts import (
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
 from .paths import is_remote, located, reached
-from .spacing import StillSegments, every_of, long_segments
+from .spacing import StillSegments, between_bursts, bursts_of, every_of, long_segments
 from .steps import Choice, parse_steps
 
 if TYPE_CHECKING:
@@ -352,15 +352,16 @@ def open_trajectory(
             if len(entries) < 2:
                 refuse_unreadable(root)
                 raise _too_few(root, [entry.step for entry in entries], which)
-            choice = parse_steps(":" if steps is None else steps).choose(
-                [entry.step for entry in entries]
-            )
+            listed = parse_steps(":" if steps is None else steps)
+            choice = listed.choose([entry.step for entry in entries])
             used = [entries[position] for position in choice.used]
             notes += _counted(root, used, regex, headers)
     except OSError as error:
         raise InputError(f"cannot look into {root}: {error.strerror}.") from None
     if len(used) < 2:
         raise _too_few(root, [entry.step for entry in used], f" among steps {steps}{which}")
+    if listed.singles is None:  # those of a list are joined as it has them
+        choice = replace(choice, breaks=choice.breaks | _ends_of_bursts(entries, choice, headers))
     return _validated(root, entries, choice, rules, notes, headers)
 
 
@@ -692,6 +693,11 @@ def _validated(
         *long_segments([entry.step for entry in entries], intervals, choice),
         *still.notes(),
     ]
+    if len(choice.breaks) == len(checkpoints) - 1:
+        raise InputError(
+            f"no two of the {len(checkpoints)} checkpoints chosen in {root} are joined by a segment: "
+            "between ranges of --steps, and between bursts, nothing is. Choose two or more of a range."
+        )
     return Trajectory(
         root=root,
         checkpoints=tuple(checkpoints),
@@ -711,6 +717,13 @@ def _intervals(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> 
         header = headers[file] if position in used else headers.get(file)
         intervals.append(1 if header is None else every_of(header))
     return intervals
+
+
+def _ends_of_bursts(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> frozenset[int]:
+    """Return the positions among the used checkpoints after which a burst of the recorder ends."""
+    used = [entries[position] for position in choice.used]
+    bursts = [bursts_of(headers[entry.files[0]]) for entry in used]
+    return between_bursts([entry.step for entry in used], bursts, choice)
 
 
 def _joined(headers: Sequence[Header]) -> int:

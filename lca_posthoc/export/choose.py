@@ -9,7 +9,7 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import InputError
-from ..findings.common import findings_beyond, has_part, without_part
+from ..findings.common import findings_beyond, has_part, takes_part, without_part
 from ..findings.generalisation import no_two_splits, two_splits
 from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
@@ -85,7 +85,11 @@ def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> N
 def _has_subject(results: LossResults, name: str) -> bool:
     """Tell whether a loss has the examples and the part of results that a finding is of."""
     finding = declared_findings()[name]
-    return has_part(results, finding.part) and (not finding.examples or tells_examples(results))
+    return (
+        has_part(results, finding.part)
+        and takes_part(results, name)
+        and (not finding.examples or tells_examples(results))
+    )
 
 
 def _unasked() -> list[str]:
@@ -138,6 +142,8 @@ def _obstacle(
         return too_little
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
+    if not takes_part(results, name):
+        return f"such findings {results.of_a_part()}"
     if not has_part(results, declared_findings()[name].part):
         return without_part(results, declared_findings()[name].part)
     if declared_findings()[name].examples and not tells_examples(results):

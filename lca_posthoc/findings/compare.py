@@ -24,6 +24,7 @@ FINDING = Finding(
     question="Do settings differ, over repeats",
     needs="several runs",
     place=110,
+    sampled=True,
     runs="compared",
     options=(BY, TOP),
 )

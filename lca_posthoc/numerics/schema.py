@@ -17,6 +17,7 @@ from ..errors import InputError, SpanError
 
 # the levels of `--keep`, each of which holds what those before it hold
 KEEP = ("tensors", "units", "statistics", "parameters")
+KEEP_OF_A_SAMPLE = KEEP[:2]  # of a random part of the segments: sums alone
 STEP_FIELDS = {
     "loss_start": "float64",
     "loss_end": "float64",

@@ -12,7 +12,7 @@ from ..errors import InputError
 from .precisions import PRECISIONS
 from .quadrature import RULES
 from .sampling import SegmentSample
-from .schema import KEEP, DirectionsRecord, RecalibrationRecord
+from .schema import KEEP, KEEP_OF_A_SAMPLE, DirectionsRecord, RecalibrationRecord
 
 Value = str | int | float | list[str] | None
 
@@ -277,12 +277,54 @@ def resolve(requested: Mapping[str, object], recorded: Settings | None) -> Setti
     """
     chosen = {name: _checked(name, value) for name, value in requested.items() if _is_asked(value)}
     if recorded is not None:
+        segments = _grown(chosen.pop("segments", None), recorded["segments"])
         _refuse_another(chosen, recorded)
-        return recorded
+        return {**recorded, "segments": segments}
     settings = cast("Settings", {**DEFAULTS, **chosen})
+    _refuse_levels_of_a_sample(settings)
     if "tolerance" not in chosen and not PRECISIONS[settings["precision"]].refined:
         settings["tolerance"] = "inf"
     return settings
+
+
+def _grown(asked: Value, recorded: str | None) -> str | None:
+    """Return the part of the segments a run is to have: the recorded one, or a larger one of the same
+    seed.
+
+    Raises:
+        InputError: where another part is asked for.
+    """
+    if asked is None or asked == recorded:
+        return recorded
+    ways = "write another run with --out"
+    if recorded is None:
+        raise InputError(
+            f"this run was made with all segments, not with --segments {asked}. Leave --segments out "
+            f"to go on with it, or {ways}."
+        )
+    before, now = SegmentSample.parse(recorded), SegmentSample.parse(str(asked))
+    if before.seed != now.seed:
+        raise InputError(
+            f"this run was made with --segments {recorded}, and another seed draws other segments. "
+            f"Give a larger fraction of the same seed, such as {now.of_seed(before.seed)}, to add to "
+            f"it, leave --segments out to go on with it, or {ways}."
+        )
+    if now.fraction < before.fraction:
+        raise InputError(
+            f"this run has --segments {recorded} already, of which {asked} is a part: there is "
+            f"nothing to do. Give a larger fraction to add to it, or {ways}."
+        )
+    return str(now)
+
+
+def _refuse_levels_of_a_sample(settings: Settings) -> None:
+    """Refuse to keep of a random part of the segments what needs all of them."""
+    if settings["segments"] is not None and settings["keep"] not in (None, *KEEP_OF_A_SAMPLE):
+        raise InputError(
+            f"--keep {settings['keep']} needs every segment: a random part of them, --segments "
+            f"{settings['segments']}, does not tell what parameters do over time, how often they "
+            f"help and turn. Give --keep {' or '.join(KEEP_OF_A_SAMPLE)}, or leave --segments out."
+        )
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:

@@ -22,10 +22,12 @@ from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
+from ..numerics.sampling import SegmentSample
 from ..numerics.schema import (
     BYTES_OF_TOTALS,
     EXAMPLE_FIELDS,
     KEEP,
+    KEEP_OF_A_SAMPLE,
     holds,
     in_units_of_loss,
     is_share,
@@ -64,6 +66,10 @@ _WINDOWS = 64
 _BEGUN = (
     "A run that has begun keeps its tolerance and its precision: with others, write another run "
     "with --out."
+)
+_OTHER_SEGMENTS = (
+    "this run has other segments than these checkpoints and --steps, or this release's drawing of "
+    "--segments, give. Restore them, or write another run with --out."
 )
 Answer = TypeVar("Answer")
 
@@ -133,6 +139,7 @@ class Draft:
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
             starts=matched.starts,
+            breaks=sorted(matched.trajectory.breaks),
             span=span,
             window=choose_window(matched.segments, span, keep, matched.room_for_windows),
             settings={**self.settings, "keep": keep},
@@ -216,7 +223,10 @@ def prepare(
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
         _known_splits(settings["subset"], described)
-    matched = _match(trajectory, described, trajectory.starts)
+    starts = _chosen(trajectory, settings["segments"])
+    if existing is not None and starts[: existing.segments] != existing.starts:
+        raise InputError(_OTHER_SEGMENTS)
+    matched = _match(trajectory, described, starts)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
     workers = destination.workers or crew.workers
@@ -287,6 +297,7 @@ def _laid_out(
         *_not_told_apart(draft.matched.described, draft.probed, keep),
         *_about(draft.matched, manifest, existing.losses if existing else {}),
         *_idle(existing or manifest, draft.workers),
+        *about_part(draft.matched.trajectory, manifest),
     ]
     return Preparation(
         setup=setup,
@@ -339,7 +350,8 @@ def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
         manifest = draft.at(level)
         return results.required_bytes(manifest, level, manifest.losses)
 
-    return highest_that_fits(memory, stored, draft.destination.path)
+    levels = KEEP if draft.settings["segments"] is None else KEEP_OF_A_SAMPLE
+    return highest_that_fits(memory, stored, draft.destination.path, levels)
 
 
 def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
@@ -544,6 +556,27 @@ def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
     return notes
 
 
+def about_part(trajectory: Trajectory, manifest: Manifest) -> Iterator[str]:
+    """Yield which share of training a run sees where it does not see all of it."""
+    steps, starts = trajectory.steps, trajectory.starts
+    if trajectory.breaks:
+        seen, all_steps = manifest.steps_seen
+        gaps = [(steps[start], steps[start + 1]) for start in sorted(trajectory.breaks)]
+        first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
+        yield (
+            f"{count(len(gaps), 'gap')} between checkpoints {'is' if len(gaps) == 1 else 'are'} left "
+            f"out, the longest {first}→{last}: the run sees {seen:,} of "
+            f"{count(all_steps, 'training step')} ({seen / all_steps:.1%}), and sums are over these "
+            "alone"
+        )
+    if manifest.sampled is not None:
+        yield (
+            f"--segments {manifest.sampled}: {manifest.segments:,} of {len(starts):,} segments are "
+            "replayed, drawn at random all over training. Sums over training are estimates with "
+            "standard errors; what needs every segment (turns, peaks, shares that help) is left out"
+        )
+
+
 def _added(names: list[str]) -> list[str]:
     """Say which parts of a state dict the checkpoints hold that are no tensors of the model's
     own.
@@ -739,6 +772,16 @@ def _record(
         rows=loss.rows if loss.per is not None else None,
         texts=probed.texts.get(name),
     )
+
+
+def _chosen(trajectory: Trajectory, segments: str | None) -> list[int]:
+    """Return the positions of the checkpoints the segments of a run start from: all, or those of a
+    random part in the order in which they are drawn.
+    """
+    starts = trajectory.starts
+    if segments is None:
+        return starts
+    return [starts[row] for row in SegmentSample.parse(segments).drawn(len(starts))]
 
 
 def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:

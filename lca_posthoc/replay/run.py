@@ -483,7 +483,7 @@ class _Driver:
             same_checkpoints(
                 RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
             )
-            if job.damage is None and self._is_finished(recorded, trajectory):
+            if job.damage is None and self._is_finished(recorded, trajectory, settings):
                 return
         else:
             results.refuse_other(job.path)
@@ -504,16 +504,30 @@ class _Driver:
             rename=settings["rename"],
             steps=settings["steps"],
         )
-        if recorded is None or self._job.damage is None:
+        if recorded is None:
+            return trajectory
+        new = len(trajectory.checkpoints) - len(recorded.checkpoints)
+        if recorded.sampled is not None and new > 0:
+            self._status.note(
+                [
+                    f"{count(new, 'checkpoint')} after step {recorded.checkpoints[-1].step} "
+                    f"{'is' if new == 1 else 'are'} left out: a random part of the segments, "
+                    f"--segments {recorded.sampled}, stays one of those it was drawn from. Write "
+                    "another run with --out to draw from all of them"
+                ]
+            )
+        elif self._job.damage is None:
             return trajectory
         return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
 
-    def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
+    def _is_finished(self, manifest: Manifest, trajectory: Trajectory, settings: Settings) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         job = self._job
         if manifest.provenance["task_sha256"] != digest(job.task) or len(
             trajectory.checkpoints
         ) != len(manifest.checkpoints):
+            return False
+        if settings["segments"] != manifest.sampled:
             return False
         known = manifest.provenance["task_losses"]
         losses = known if job.losses == ["all"] else job.losses or known[:1]
@@ -738,6 +752,13 @@ def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.losses.items():
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            if manifest.sampled is not None:
+                yield (
+                    f"loss {name!r} stays as it is, over {record.covers:,} of the "
+                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Take it to "
+                    f"all of these with --loss {name}, or every loss with --loss all"
+                )
+                continue
             yield (
                 f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
                 f"{last}. Take it there with --loss {name}, or every loss with --loss all"

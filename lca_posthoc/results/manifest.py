@@ -113,6 +113,8 @@ class Manifest:
         starts: where in `checkpoints` the segment of each row of the results starts; it ends at
             the checkpoint after that. Ascending, but for a sample, whose rows are in the order in
             which they were drawn.
+        breaks: where in `checkpoints` no segment follows: what lies between that one and the next
+            is left out.
         span: segments in a span.
         window: spans in a window of the totals.
         settings: those that decide results.
@@ -125,6 +127,7 @@ class Manifest:
     tensors: list[StoredTensor]
     checkpoints: list[Checkpoint]
     starts: list[int]
+    breaks: list[int]
     span: int
     window: int
     settings: Settings
@@ -170,6 +173,20 @@ class Manifest:
     def segments(self) -> int:
         """The number of segments of the run."""
         return len(self.starts)
+
+    @property
+    def all_segments(self) -> int:
+        """The number of segments between the checkpoints, of which a sample has some."""
+        return len(self.checkpoints) - 1 - len(self.breaks)
+
+    @property
+    def steps_seen(self) -> tuple[int, int]:
+        """How many training steps lie in segments between the checkpoints, and how many there are from
+        the first checkpoint to the last.
+        """
+        steps = [checkpoint.step for checkpoint in self.checkpoints]
+        all_steps = steps[-1] - steps[0]
+        return all_steps - sum(steps[place + 1] - steps[place] for place in self.breaks), all_steps
 
     @property
     def in_order(self) -> list[int]:
@@ -262,7 +279,9 @@ class Manifest:
         starts = self.starts[: record.covers]
         if self.sampled is not None:  # from all of training
             return replace(self, starts=starts)
-        return replace(self, checkpoints=self.checkpoints[: starts[-1] + 2], starts=starts)
+        last = starts[-1] + 1
+        breaks = [start for start in self.breaks if start < last]
+        return replace(self, checkpoints=self.checkpoints[: last + 1], starts=starts, breaks=breaks)
 
     def uses(self, record: LossRecord) -> dict[str, tuple[str, ...]]:
         """Return the operations in which a loss per example uses each tensor whose uses are told
@@ -327,6 +346,7 @@ class Manifest:
             self,
             checkpoints=larger.checkpoints,
             starts=larger.starts,
+            breaks=larger.breaks,
             settings=settings,
             losses=losses,
         )

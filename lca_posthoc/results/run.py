@@ -16,7 +16,14 @@ import numpy as np
 
 from ..base.text import count
 from ..errors import InputError, LCAError
-from ..numerics.schema import TOTAL_FIELDS, TOTALS, holds, sampled_examples
+from ..numerics.schema import (
+    KEEP,
+    KEEP_OF_A_SAMPLE,
+    TOTAL_FIELDS,
+    TOTALS,
+    holds,
+    sampled_examples,
+)
 from .chunks import CheckedStore
 from .commits import Commits, Marker
 from .html import results_html, run_html
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _SHOWN = 20  # losses in a repr
+_OF_ALL = [level for level in KEEP if level not in KEEP_OF_A_SAMPLE]
 # the level of `--keep` from which on a part of the results is kept
 _LEVELS = {"units": "units", "histogram": "statistics", "totals": "statistics"}
 _LEVELS |= {"allocation": "parameters"}
@@ -210,11 +218,21 @@ class LossResults:
         Raises:
             LCAError: where the run keeps less; it names the level, and the way out.
         """
+        if not self.holds(level) and self.manifest.sampled is not None and level in _OF_ALL:
+            raise LCAError(f"{what} {self.of_a_part()}")
         if not self.holds(level):
             raise LCAError(
                 f"{self.path} was made with --keep {self.manifest.keep}, and {what} need --keep "
                 f"{level}. Run again into another directory: --keep {level} --out OTHER.lca."
             )
+
+    def of_a_part(self) -> str:
+        """Return the end of a sentence on what a random part of the segments does not give."""
+        return (
+            f"need every segment of the training, and {self.path} is of a random part of them "
+            f"(--segments {self.manifest.sampled}). Run again into another directory, without "
+            "--segments: --out OTHER.lca."
+        )
 
     def _open(self, part: str) -> xr.Dataset:
         import xarray as xr

@@ -37,6 +37,7 @@ _FIELDS = (
     "tensors",
     "checkpoints",
     "starts",
+    "breaks",
     "span",
     "window",
     "settings",
@@ -77,6 +78,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
             for checkpoint in manifest.checkpoints
         ],
         "starts": manifest.starts,
+        "breaks": manifest.breaks,
         "span": manifest.span,
         "window": manifest.window,
         "settings": manifest.settings,
@@ -197,7 +199,8 @@ def parse(document: dict[str, object]) -> Manifest:
         root=_text(document["root"], "root"),
         tensors=_tensors(document["tensors"]),
         checkpoints=_checkpoints(document["checkpoints"]),
-        starts=_starts(document["starts"]),
+        starts=_starts(document["starts"], "starts", 1),
+        breaks=_starts(document["breaks"], "breaks", 0),
         span=_power(document["span"], "span"),
         window=_whole(document["window"], "window", 1),
         settings=_settings(document["settings"]),
@@ -211,10 +214,14 @@ def parse(document: dict[str, object]) -> Manifest:
 
 def _fits_together(manifest: Manifest) -> None:
     """Check what one field alone does not tell."""
-    last = max(manifest.starts) + 1
-    _check(last < len(manifest.checkpoints), "starts", "places of checkpoints before others", last)
-    ordered = manifest.sampled is not None or manifest.starts == sorted(manifest.starts)
-    _check(ordered, "starts", "ascending", "another order")
+    last, starts = len(manifest.checkpoints) - 1, {*manifest.starts}
+    for name, places in (("starts", manifest.starts), ("breaks", manifest.breaks)):
+        beyond = [place for place in places if place >= last]
+        _check(not beyond, name, "places of checkpoints before others", beyond)
+    _check(starts.isdisjoint(manifest.breaks), "breaks", "no starts", "one that is both")
+    if manifest.sampled is None:
+        every = [place for place in range(last) if place not in {*manifest.breaks}]
+        _check(manifest.starts == every, "starts", "all but the breaks, ascending", "others")
     for record in manifest.losses.values():
         covers = record.covers
         _check(
@@ -389,9 +396,9 @@ def _checkpoints(value: object) -> list[Checkpoint]:
     return checkpoints
 
 
-def _starts(value: object) -> list[int]:
-    starts = [_whole(start, "starts") for start in _list(value, "starts", least=1)]
-    _check(len(set(starts)) == len(starts), "starts", "another one for each", "one that is twice")
+def _starts(value: object, field: str, least: int) -> list[int]:
+    starts = [_whole(start, field) for start in _list(value, field, least=least)]
+    _check(len(set(starts)) == len(starts), field, "another one for each", "one that is twice")
     return starts
 
 

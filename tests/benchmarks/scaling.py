@@ -151,6 +151,7 @@ def laid_out(spans: int, segments: int) -> Any:
         tensors=tensors,
         checkpoints=checkpoints,
         starts=list(range(segments)),
+        breaks=[],
         span=segments,
         window=window,
         settings=settings,

@@ -88,6 +88,7 @@ def laid_out(
             for step in range(segments + 1)
         ],
         starts=list(range(segments)),
+        breaks=[],
         span=span,
         window=window or choose_window(segments, span, keep, segments // 85),
         settings={**resolve({"keep": keep}, None), "device": "cpu"},
