@@ -250,11 +250,11 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline = table("", *(safe(name) for name in plain))
     ends = [_numbers([of["loss_start"], of["loss_end"]], "") for of in plain.values()]
     sampled = any(figures["sampled_of"] is not None for figures in plain.values())
-    of_drawn = " (first and last segment drawn)" if sampled else ""
+    of_drawn = " (of what was drawn)" if sampled else ""
     headline.add_row(f"loss at the start{of_drawn}", *(start for start, _ in ends))
     headline.add_row(f"loss at the end{of_drawn}", *(end for _, end in ends))
     changes = [_numbers([of["loss_change"], of["allocated"]]) for of in plain.values()]
-    over = ", estimated over all of training" if sampled else ""
+    over = ", estimated" if sampled else ""
     headline.add_row(f"loss change{over}", *(change for change, _ in changes))
     headline.add_row(
         f"allocated, Σ over parameters and segments{over}",
@@ -264,6 +264,11 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
         headline.add_row(
             "± standard error, by the segments drawn",
             *(_error_cell(figures["segments_error"]) for figures in plain.values()),
+        )
+        true = [figures["identity_change"] for figures in plain.values()]
+        headline.add_row(
+            "true change, first checkpoint to last, 256 examples",
+            *("" if change is None else _numbers([change])[0] for change in true),
         )
     if any(figures["buffers"] for figures in plain.values()):
         parts = (_numbers([figures["buffers"] or 0.0])[0] for figures in plain.values())
@@ -308,7 +313,7 @@ def _print_rows(
     """
     shown = [*shown, *([_together(others)] if others else [])]
     of_rows = [
-        row["segments_error"] if row["standard_error"] is None else row["standard_error"]
+        row["standard_error"] if row["segments_error"] is None else row["segments_error"]
         for row in shown
     ]
     sampled = any(error is not None for error in of_rows)

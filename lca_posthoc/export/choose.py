@@ -9,7 +9,13 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import InputError
-from ..findings.common import findings_beyond, has_part, takes_part, without_part
+from ..findings.common import (
+    about_part,
+    findings_beyond,
+    has_part,
+    takes_part,
+    without_part,
+)
 from ..findings.generalisation import no_two_splits, two_splits
 from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
@@ -44,7 +50,10 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     if not requested:
         beyond = findings_beyond(run.manifest.keep)
         wanted = [name for name in _unasked() if all(name not in more for more in beyond.values())]
-        _say_beyond(run.manifest.keep, beyond, say)
+        if run.manifest.sampled is None:
+            _say_beyond(run.manifest.keep, beyond, say)
+        else:
+            say(about_part(run.manifest.sampled))
     pair, opened, calls = _pair(run, names), {name: run[name] for name in names}, 0
     for loss in names:
         for name in wanted:

@@ -153,6 +153,15 @@ def takes_part(results: LossResults, finding: str) -> bool:
     return results.manifest.sampled is None or declared_findings()[finding].sampled
 
 
+def about_part(sampled: str) -> str:
+    """Say which findings a random part of the segments does not give, `--segments`."""
+    findings = [name for name, finding in declared_findings().items() if not finding.sampled]
+    return (
+        f"the run is of a random part of the segments (--segments {sampled}), so what needs all of "
+        f"them is left out: {', '.join(findings)}."
+    )
+
+
 def refuse_part(results: LossResults, what: str) -> None:
     """Refuse a run of a random part of the segments.
 

@@ -37,6 +37,7 @@ class Figures(TypedDict, Generic[F]):
 
     segments: int
     sampled_of: int | None
+    identity_change: float | None
     segments_error: F | None
     first_step: int
     last_step: int
@@ -100,8 +101,10 @@ def summary(results: LossResults) -> Summary:
     Of a run of a random part of the segments, `--segments`, `sampled_of` is the number of segments
     they were drawn from, null for other runs; `loss_change`, `allocated`, `buffers`, `remainder`
     and `residual` are then estimates of what all of these give, `loss_start` and `loss_end` are
-    those at `first_step` and `last_step`, between the first and the last segment drawn, and
-    `segments_error` is the standard error of `allocated`, null for other runs.
+    those at `first_step` and `last_step`, between the first and the last segment drawn,
+    `segments_error` is the standard error of `allocated`, null for other runs, and
+    `identity_change` is no estimate: what the loss changed by from the first checkpoint to the
+    last, but on the first 256 examples alone (fewer where the data or a batch has fewer).
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
@@ -122,11 +125,7 @@ def summary(results: LossResults) -> Summary:
         raise LCAError(
             f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first."
         )
-    manifest = results.manifest
-    larger = 1.0 if manifest.sampled is None else scale(manifest.all_segments, segments)
-    whole = tensors["allocated"].sum("tensor")
-    if "remainder" in steps:
-        whole = whole + steps["remainder"]
+    larger = _scale(results, segments)
     change = larger * _total(steps["loss_end"] - steps["loss_start"])
     remainder = larger * _total(steps["remainder"]) if "remainder" in steps else None
     allocated = larger * _total(tensors["allocated"], "tensor") + (
@@ -139,8 +138,7 @@ def summary(results: LossResults) -> Summary:
     markers = results.markers
     figures = {
         "segments": segments,
-        "sampled_of": None if manifest.sampled is None else manifest.all_segments,
-        "segments_error": _segments_error(results, whole),
+        **_of_sample(results, steps, tensors),
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
         "norm_stats": results.norm_stats,
@@ -214,6 +212,36 @@ def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
         yield label, tensors.isel(tensor=parameters or positions)
 
 
+def _scale(results: LossResults, segments: int) -> float:
+    """Return what sums over so many segments are multiplied by; 1 of a run of all segments."""
+    manifest = results.manifest
+    return 1.0 if manifest.sampled is None else scale(manifest.all_segments, segments)
+
+
+def _of_sample(
+    results: LossResults, steps: xr.Dataset, tensors: xr.Dataset
+) -> dict[str, float | list[float] | None]:
+    """Return of how many segments a random part is, and the standard error of all that is
+    allocated.
+    """
+    manifest, whole = results.manifest, tensors["allocated"].sum("tensor")
+    if "remainder" in steps:
+        whole = whole + steps["remainder"]
+    return {
+        "sampled_of": None if manifest.sampled is None else manifest.all_segments,
+        "identity_change": None if manifest.sampled is None else _identity_change(results),
+        "segments_error": _segments_error(results, whole),
+    }
+
+
+def _identity_change(results: LossResults) -> float | None:
+    """Return the change from the first to the last checkpoint on the examples by which a run
+    recognises the loss; None where it is not finite at one of them, or the last is another one.
+    """
+    first, last = results.record.identity
+    return None if first is None or last is None else last["loss"] - first["loss"]
+
+
 def _segments_error(results: LossResults, column: xr.DataArray) -> float | list[float] | None:
     """Return the standard error of a sum over training by the segments drawn, of each group; None of
     a run of all segments.
@@ -224,15 +252,12 @@ def _segments_error(results: LossResults, column: xr.DataArray) -> float | list[
 
 def _row(results: LossResults, part: xr.Dataset, sampled: float) -> dict[str, object]:
     """Return the figures of some tensors together; `sampled` is the share of examples of the split."""
-    shares, manifest = _shares(part), results.manifest
-    larger = 1.0
-    if manifest.sampled is not None:
-        larger = scale(manifest.all_segments, part.sizes["step"])
+    shares, larger = _shares(part), _scale(results, part.sizes["step"])
     return {
         "parameters": int(part["elements"].sum()),
         "moved": bool(part["motion"].values.any()),
         "allocated": _plain(larger * _total(part["allocated"], "tensor")),
-        "standard_error": None if manifest.sampled else _standard_error(part, sampled),
+        "standard_error": larger * error if (error := _standard_error(part, sampled)) else error,
         "segments_error": _segments_error(results, part["allocated"].sum("tensor")),
         **({"helping": shares["helping"]} if shares else {}),
     }

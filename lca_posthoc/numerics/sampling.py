@@ -51,10 +51,6 @@ class SegmentSample:
     def __str__(self) -> str:
         return f"{repr(float(self.fraction)).removesuffix('.0')}@{self.seed}"
 
-    def of_seed(self, seed: int) -> SegmentSample:
-        """Return the same fraction, drawn from another seed."""
-        return SegmentSample(self.fraction, seed)
-
     def size(self, segments: int) -> int:
         """Return the number of segments it has of so many, rounded down.
 

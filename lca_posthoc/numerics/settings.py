@@ -296,23 +296,23 @@ def _grown(asked: Value, recorded: str | None) -> str | None:
     """
     if asked is None or asked == recorded:
         return recorded
-    ways = "write another run with --out"
     if recorded is None:
         raise InputError(
             f"this run was made with all segments, not with --segments {asked}. Leave --segments out "
-            f"to go on with it, or {ways}."
+            "to go on with it, or write another run with --out."
         )
     before, now = SegmentSample.parse(recorded), SegmentSample.parse(str(asked))
     if before.seed != now.seed:
         raise InputError(
-            f"this run was made with --segments {recorded}, and another seed draws other segments. "
-            f"Give a larger fraction of the same seed, such as {now.of_seed(before.seed)}, to add to "
-            f"it, leave --segments out to go on with it, or {ways}."
+            f"this run was made with --segments {recorded}, and another seed than {before.seed} "
+            "draws other segments. Leave --segments out to go on with it, give a larger fraction of "
+            "its seed to add to it, or write another run with --out."
         )
     if now.fraction < before.fraction:
         raise InputError(
-            f"this run has --segments {recorded} already, of which {asked} is a part: there is "
-            f"nothing to do. Give a larger fraction to add to it, or {ways}."
+            f"this run was made with --segments {recorded}, of which {asked} is a part: there is "
+            "nothing to do. Leave --segments out to go on with it, give a larger fraction to add to "
+            "it, or write another run with --out."
         )
     return str(now)
 

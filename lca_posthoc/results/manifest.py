@@ -181,8 +181,8 @@ class Manifest:
 
     @property
     def steps_seen(self) -> tuple[int, int]:
-        """How many training steps lie in segments between the checkpoints, and how many there are from
-        the first checkpoint to the last.
+        """The number of training steps in segments between the checkpoints, and of all from the first
+        checkpoint to the last.
         """
         steps = [checkpoint.step for checkpoint in self.checkpoints]
         all_steps = steps[-1] - steps[0]
@@ -350,6 +350,16 @@ class Manifest:
             settings=settings,
             losses=losses,
         )
+
+
+def starts_between(checkpoints: int, breaks: Iterable[int]) -> list[int]:
+    """Return the positions of all checkpoints a segment starts from, of so many; see `Manifest`.
+
+    >>> starts_between(5, [1])
+    [0, 2, 3]
+    """
+    left_out = {*breaks}
+    return [start for start in range(checkpoints - 1) if start not in left_out]
 
 
 def neighbours(rows: Iterable[int], starts: Sequence[int]) -> list[list[int]]:

@@ -18,7 +18,7 @@ from ..numerics.schema import KEEP, DirectionsRecord, SiteRecord
 from ..numerics.settings import Settings
 from . import disk
 from .files import read_json, sealed_json
-from .manifest import Identity, LossRecord, Manifest, StoredTensor
+from .manifest import Identity, LossRecord, Manifest, StoredTensor, starts_between
 
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
@@ -36,8 +36,8 @@ _FIELDS = (
     "root",
     "tensors",
     "checkpoints",
-    "starts",
     "breaks",
+    "drawn",
     "span",
     "window",
     "settings",
@@ -77,8 +77,9 @@ def manifest_bytes(manifest: Manifest) -> bytes:
             ]
             for checkpoint in manifest.checkpoints
         ],
-        "starts": manifest.starts,
         "breaks": manifest.breaks,
+        # the others follow from the breaks
+        "drawn": None if manifest.sampled is None else manifest.starts,
         "span": manifest.span,
         "window": manifest.window,
         "settings": manifest.settings,
@@ -195,15 +196,19 @@ def parse(document: dict[str, object]) -> Manifest:
         "32 hexadecimal digits",
         document["id"],
     )
+    checkpoints, settings = _checkpoints(document["checkpoints"]), _settings(document["settings"])
+    breaks = _places(document["breaks"], "breaks", checkpoints)
+    drawn = _maybe(_places, document["drawn"], "drawn", checkpoints, 1)
+    _check((drawn is None) == (settings["segments"] is None), "drawn", "there with segments", drawn)
     manifest = Manifest(
         root=_text(document["root"], "root"),
         tensors=_tensors(document["tensors"]),
-        checkpoints=_checkpoints(document["checkpoints"]),
-        starts=_starts(document["starts"], "starts", 1),
-        breaks=_starts(document["breaks"], "breaks", 0),
+        checkpoints=checkpoints,
+        starts=starts_between(len(checkpoints), breaks) if drawn is None else drawn,
+        breaks=breaks,
         span=_power(document["span"], "span"),
         window=_whole(document["window"], "window", 1),
-        settings=_settings(document["settings"]),
+        settings=settings,
         losses=_losses(document["losses"]),
         provenance=_provenance(document["provenance"]),
         id=_text(document["id"], "id"),
@@ -214,14 +219,9 @@ def parse(document: dict[str, object]) -> Manifest:
 
 def _fits_together(manifest: Manifest) -> None:
     """Check what one field alone does not tell."""
-    last, starts = len(manifest.checkpoints) - 1, {*manifest.starts}
-    for name, places in (("starts", manifest.starts), ("breaks", manifest.breaks)):
-        beyond = [place for place in places if place >= last]
-        _check(not beyond, name, "places of checkpoints before others", beyond)
-    _check(starts.isdisjoint(manifest.breaks), "breaks", "no starts", "one that is both")
-    if manifest.sampled is None:
-        every = [place for place in range(last) if place not in {*manifest.breaks}]
-        _check(manifest.starts == every, "starts", "all but the breaks, ascending", "others")
+    _check(manifest.starts, "breaks", "fewer than the segments between checkpoints", "all of them")
+    both = {*manifest.starts} & {*manifest.breaks}
+    _check(not both, "drawn", "none of the breaks", sorted(both))
     for record in manifest.losses.values():
         covers = record.covers
         _check(
@@ -396,10 +396,13 @@ def _checkpoints(value: object) -> list[Checkpoint]:
     return checkpoints
 
 
-def _starts(value: object, field: str, least: int) -> list[int]:
-    starts = [_whole(start, field) for start in _list(value, field, least=least)]
-    _check(len(set(starts)) == len(starts), field, "another one for each", "one that is twice")
-    return starts
+def _places(value: object, field: str, checkpoints: list[Checkpoint], least: int = 0) -> list[int]:
+    """Return positions of checkpoints that are followed by another one."""
+    places = [_whole(place, field) for place in _list(value, field, least=least)]
+    _check(len(set(places)) == len(places), field, "another one for each", "one that is twice")
+    beyond = [place for place in places if place >= len(checkpoints) - 1]
+    _check(not beyond, field, "places of checkpoints before others", beyond)
+    return places
 
 
 def _checkpoint(value: object) -> Checkpoint:

@@ -507,8 +507,12 @@ class RunWriter:
         """Tell whether a committed span of any loss, or totals of one that wait, were computed from
         the checkpoint at a position.
         """
+        # the motion before a segment is its momentum, where causes are told
+        first = 0 if self.manifest.settings["signal"] is None else -1
         beside = [
-            row for row, start in enumerate(self.manifest.starts) if 0 <= checkpoint - start < 2
+            row
+            for row, start in enumerate(self.manifest.starts)
+            if first <= checkpoint - start <= 1
         ]
         return any(
             disk.exists(commits.marker(row // self.manifest.span)) or commits.counts(row)
