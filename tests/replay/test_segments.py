@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from lca_posthoc.numerics.sampling import SegmentSample, standard_error
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.run import repair
-from tests.helpers.cli import contents, lca, marker, says, task_namespace, write_task
+from tests.helpers.cli import contents, lca, says, task_namespace, write_task
 from tests.replay.test_replay import arrays, identical, record_training
 
 SEGMENTS = 60
@@ -225,13 +228,30 @@ def test_a_random_part_stays_one_of_the_checkpoints_it_was_drawn_from(
     assert list(results.verify(out)) == []
 
 
-def test_stopped_and_damaged_it_comes_to_the_same_bytes_also_on_several_workers(
+KILLED = """
+import os, signal, sys
+import lca_posthoc
+from lca_posthoc.replay.events import SpanDone
+
+def kill(event):
+    if isinstance(event, SpanDone) and event.span == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+place, out = sys.argv[1:]
+lca_posthoc.run(f"{place}/checkpoints", f"{place}/task.py", out=out, losses=["all"], span=4,
+                segments="0.5@1", cluster="inline", progress=kill)
+"""
+
+
+def test_killed_and_damaged_it_comes_to_the_same_bytes_also_on_several_workers(
     place: Path, sampled: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run.lca"
-    shutil.copytree(sampled, out)
-    for span in (1, 4):  # as a kill leaves them
-        marker(out, "train", span).unlink()
+    driver = subprocess.run([sys.executable, "-c", KILLED, str(place), str(out)], check=False)
+    assert driver.returncode == -signal.SIGKILL
+    assert 0 < open_run(out)["train"].progress()["segments_done"] < 30
+    estimate = findings.summary(open_run(out)["train"])  # of those that are there
+    assert estimate["segments"] == 12
     replayed(place, out)
     assert data_of(out) == data_of(sampled)
     files = (out / "data.zarr/train/tensors/allocated/c/3").rglob("*")
