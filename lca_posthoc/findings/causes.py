@@ -12,7 +12,6 @@ from .common import (
     Numbers,
     Variable,
     about,
-    cumulated,
     described,
     estimated,
     grouping,
@@ -21,6 +20,7 @@ from .common import (
     over_training,
     part_of,
     segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -139,9 +139,6 @@ def _summed(by_tensor: xr.DataArray, members: dict[str, list[int]]) -> xr.DataAr
 def _sums(results: LossResults, allocated: xr.DataArray, groups: list[str]) -> dict[str, Variable]:
     """Return the sums over time of each layer and cause, and the cause by which a layer hurts."""
     total = over_training(results, allocated).transpose("layer", "cause", *groups)
-    so_far, manifest = cumulated(allocated), results.manifest
-    if manifest.sampled is not None:
-        so_far = so_far * (manifest.all_segments / allocated.sizes["step"])
     error = segments_error(results, allocated)
     errors = {}
     if error is not None:
@@ -155,7 +152,7 @@ def _sums(results: LossResults, allocated: xr.DataArray, groups: list[str]) -> d
     hurts = np.where(layer_total.values > 0, largest, "").astype(object)
     return {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
-        "cumulative": described(so_far, "loss", "Σ allocation so far"),
+        "cumulative": described(so_far(results, allocated), "loss", "Σ allocation so far"),
         "total": described(total, "loss", "Σ allocation over training"),
         "layer_total": described(layer_total, "loss", "Σ allocation over training, all causes"),
         "hurts": described((layer_total.dims, hurts), "", "cause by which the layer hurt most"),

@@ -178,9 +178,19 @@ def refuse_part(results: LossResults, what: str) -> None:
 
 def over_training(results: LossResults, column: xr.DataArray) -> xr.DataArray:
     """Return Σ over the segments; of a run of a random part of them, the estimate of that over all."""
-    total = column.sum("step")
-    sampled, manifest = column.sizes["step"], results.manifest
-    return total if manifest.sampled is None else total * scale(manifest.all_segments, sampled)
+    return _of_all(results, column.sum("step"), column.sizes["step"])
+
+
+def so_far(results: LossResults, column: xr.DataArray) -> xr.DataArray:
+    """Return the sums over the steps so far, as `over_training` of them, with the axes where they
+    were.
+    """
+    return _of_all(results, cumulated(column), column.sizes["step"])
+
+
+def _of_all(results: LossResults, sums: xr.DataArray, segments: int) -> xr.DataArray:
+    manifest = results.manifest
+    return sums if manifest.sampled is None else sums * scale(manifest.all_segments, segments)
 
 
 def segments_error(results: LossResults, column: xr.DataArray) -> xr.DataArray | None:
@@ -202,7 +212,7 @@ def estimated(results: LossResults) -> list[str]:
         return []
     return [
         f"Sums over training are estimates from a random part of the segments, --segments "
-        f"{manifest.sampled} of {manifest.all_segments:,}; `segments` is their standard error."
+        f"{manifest.sampled} of {manifest.all_segments:,}; `segments` are their standard errors."
     ]
 
 

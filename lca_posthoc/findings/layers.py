@@ -20,6 +20,7 @@ from .common import (
     over_training,
     roles,
     segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -130,15 +131,12 @@ def _variables(
     """
     allocated = _sums(table["allocated"], members_of)
     total = over_training(results, allocated)
-    so_far = allocated.cumsum("step")
-    if results.manifest.sampled is not None:
-        so_far = so_far * (results.manifest.all_segments / table.sizes["step"])
     segments = table.sizes["step"]
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
     variables = {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
-        "cumulative": described(so_far, "loss", "Σ allocation so far"),
+        "cumulative": described(so_far(results, allocated), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
         "mean": described(
             (total / per_parameter).transpose(*by_layer),
