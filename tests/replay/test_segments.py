@@ -16,7 +16,7 @@ import pytest
 import lca_posthoc
 from lca_posthoc import Recorder, findings, open_run, open_trajectory, results
 from lca_posthoc.errors import InputError, LCAError
-from lca_posthoc.numerics.sampling import SegmentSample, standard_error
+from lca_posthoc.numerics.sampling import SegmentSample, scale, standard_error
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.run import repair
@@ -24,6 +24,7 @@ from tests.helpers.cli import contents, lca, says, task_namespace, write_task
 from tests.replay.test_replay import arrays, identical, record_training
 
 SEGMENTS = 60
+SEEDS = range(40)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,21 @@ def test_sums_over_training_are_estimates_with_their_errors(place: Path, tmp_pat
     assert (whole["sampled_of"], whole["segments_error"], whole["identity_change"]) == (None,) * 3
     everything = findings.layers(open_run(place / "whole.lca")["train"])
     assert "segments" not in everything
+
+
+def test_over_forty_seeds_errors_of_a_training_are_the_spread_of_its_estimates(
+    place: Path,
+) -> None:
+    allocated = open_run(place / "whole.lca")["train"].tensors["allocated"].values
+    values = np.column_stack([allocated, allocated.sum(1)])
+    drawn = [values[sorted(SegmentSample.parse(f"0.3@{seed}").drawn(SEGMENTS))] for seed in SEEDS]
+    estimates = np.stack([scale(SEGMENTS, len(rows)) * rows.sum(0) for rows in drawn])
+    errors = np.stack([standard_error(rows, SEGMENTS) for rows in drawn])
+    spread = estimates.std(0, ddof=1)
+    ratios = np.sqrt((errors**2).mean(0)) / spread
+    assert (ratios > 1 / 1.5).all(), ratios
+    assert (ratios < 1.5).all(), ratios
+    assert (abs(estimates.mean(0) - values.sum(0)) < 3 * spread / np.sqrt(len(SEEDS))).all()
 
 
 @pytest.mark.parametrize(
