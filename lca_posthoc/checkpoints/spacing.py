@@ -26,6 +26,43 @@ def every_of(header: Header) -> int:
     return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
 
 
+def bursts_of(header: Header) -> tuple[int, int] | None:
+    """Return the `bursts` of the recorder that wrote a file, `(every, length)`, as the file states
+    them; None where it states none.
+    """
+    stated = re.fullmatch(
+        "([1-9][0-9]{0,17}):([1-9][0-9]{0,17})", header.metadata.get("bursts", "")
+    )
+    return None if stated is None else (int(stated[1]), int(stated[2]))
+
+
+def between_bursts(
+    steps: Sequence[int], bursts: Sequence[tuple[int, int] | None], choice: Choice
+) -> frozenset[int]:
+    """Return the positions among the used checkpoints after which a burst ends and another one comes
+    next: no segment runs across the gap, of which training saw the steps and the files do not tell.
+
+    Args:
+        steps: of the used checkpoints, ascending.
+        bursts: of each of them, see `bursts_of`.
+        choice: which of all they are; with some left out between two, a long segment is meant.
+    """
+    return frozenset(
+        place
+        for place, ((before, after), (position, following)) in enumerate(
+            zip(pairwise(steps), pairwise(choice.used), strict=True)
+        )
+        if following == position + 1
+        and bursts[place] is not None
+        and bursts[place] == bursts[place + 1]
+        and _in_different_bursts(before, after, bursts[place])
+    )
+
+
+def _in_different_bursts(before: int, after: int, bursts: tuple[int, int] | None) -> bool:
+    return bursts is not None and before // bursts[0] != after // bursts[0]
+
+
 def long_segments(steps: Sequence[int], every: Sequence[int], choice: Choice) -> list[str]:
     """Return a note on segments longer than one step that the user did not choose.
 

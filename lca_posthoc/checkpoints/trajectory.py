@@ -36,7 +36,7 @@ from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
 from .paths import is_remote, reached
 from .places import STEP, Place, Where, common_root, described, places_of, revisions
-from .spacing import SameTensors, every_of, long_segments
+from .spacing import SameTensors, between_bursts, bursts_of, every_of, long_segments
 from .steps import Choice, StepChoice, parse_steps
 
 if TYPE_CHECKING:
@@ -118,6 +118,11 @@ class Trajectory:
     notes: tuple[str, ...]
     breaks: frozenset[int] = frozenset()
     places: tuple[str, ...] = ()
+
+    def up_to(self, checkpoints: int) -> Trajectory:
+        """Return the same trajectory with its first checkpoints alone."""
+        breaks = frozenset(start for start in self.breaks if start < checkpoints - 1)
+        return replace(self, checkpoints=self.checkpoints[:checkpoints], breaks=breaks)
 
     @property
     def steps(self) -> list[int]:
@@ -366,6 +371,8 @@ def open_trajectory(
         raise InputError(f"cannot look into {where}: {error.strerror}.") from None
     if len(used) < 2:
         raise _too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
+    if wanted.singles is None:  # those of a list are joined as it has them
+        choice = replace(choice, breaks=choice.breaks | _ends_of_bursts(entries, choice, headers))
     opened = _validated(root, entries, choice, rules, notes, headers, compare=compare)
     return replace(opened, places=described(places, root))
 
@@ -807,6 +814,11 @@ def _validated(
         *long_segments([entry.step for entry in entries], intervals, choice),
         *(same.notes() if same is not None else ()),
     ]
+    if len(choice.breaks) == len(checkpoints) - 1:
+        raise InputError(
+            f"no two of the {len(checkpoints)} checkpoints chosen in {root} are joined by a segment: "
+            "between ranges of --steps, and between bursts, nothing is. Choose two or more of a range."
+        )
     return Trajectory(
         root=root,
         checkpoints=tuple(checkpoints),
@@ -826,6 +838,13 @@ def _intervals(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> 
         header = headers[file] if position in used else headers.get(file)
         intervals.append(1 if header is None else every_of(header))
     return intervals
+
+
+def _ends_of_bursts(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> frozenset[int]:
+    """Return the positions among the used checkpoints after which a burst of the recorder ends."""
+    used = [entries[position] for position in choice.used]
+    bursts = [bursts_of(headers[entry.files[0]]) for entry in used]
+    return between_bursts([entry.step for entry in used], bursts, choice)
 
 
 def _joined(headers: Sequence[Header]) -> int:

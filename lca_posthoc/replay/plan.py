@@ -269,7 +269,14 @@ def _evaluations(manifest: Manifest) -> int:
     """Return how many gradients of a loss a run takes without refinement."""
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
-    return per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    return per_segment * manifest.segments + (_stretches(manifest) if rule.has_end else 0)
+
+
+def _stretches(manifest: Manifest) -> int:
+    """Return how many times the checkpoint that a segment starts from is not evaluated as the end of
+    the one before.
+    """
+    return sum(len(manifest.stretches(span)) for span in range(manifest.spans))
 
 
 def _seconds(manifest: Manifest, costs: Costs) -> float:
@@ -278,7 +285,7 @@ def _seconds(manifest: Manifest, costs: Costs) -> float:
     evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
     return (
         costs.together[manifest.keep] * _evaluations(manifest)
-        + costs.recalibrating * (manifest.segments + manifest.spans)
+        + costs.recalibrating * (manifest.segments + _stretches(manifest))
         + costs.higher * evaluations_at_once * measured_segments
     )
 

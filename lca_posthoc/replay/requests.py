@@ -98,13 +98,16 @@ class Sample:
 
     Attributes:
         points: these checkpoints.
-        segments: of the whole trajectory.
+        last: position of the last checkpoint of the trajectory.
+        looked: where to look for a few segments that move, by the checkpoints they start from: at
+            each place from one on to the next that moves.
         workers_per_host: how many share the memory of a host.
         span_length: segments of a span.
     """
 
     points: StoredPoints
-    segments: int
+    last: int
+    looked: list[list[int]]
     workers_per_host: int
     span_length: int
 

@@ -99,6 +99,7 @@ def run(
     signal: str | None = None,
     along: str | Path | None = None,
     steps: str | None = None,
+    segments: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
     cluster: str = "local",
@@ -148,6 +149,8 @@ def run(
             of them is told as well.
         steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
             them.
+        segments: `FRACTION@SEED`, such as "0.1@7": a random part of the segments, for totals with
+            standard errors. A larger fraction of the same seed adds to what is there.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
@@ -193,6 +196,7 @@ def run(
         "subset": subset,
         "signal": signal,
         "steps": steps,
+        "segments": segments,
         "pattern": pattern,
         "rename": rename,
     }
@@ -489,7 +493,7 @@ class _Driver:
             same_checkpoints(
                 RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
             )
-            if job.damage is None and self._is_finished(recorded, trajectory):
+            if job.damage is None and self._is_finished(recorded, trajectory, settings):
                 return
         else:
             results.refuse_other(job.path)
@@ -510,17 +514,30 @@ class _Driver:
             rename=settings["rename"],
             steps=settings["steps"],
         )
-        if recorded is None or self._job.damage is None:
+        if recorded is None:
             return trajectory
-        known = trajectory.checkpoints[: len(recorded.checkpoints)]
-        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+        new = len(trajectory.checkpoints) - len(recorded.checkpoints)
+        if recorded.sampled is not None and new > 0:
+            self._status.note(
+                [
+                    f"{count(new, 'checkpoint')} after step {recorded.checkpoints[-1].step} "
+                    f"{'is' if new == 1 else 'are'} left out: a random part of the segments, "
+                    f"--segments {recorded.sampled}, stays one of those it was drawn from. Write "
+                    "another run with --out to draw from all of them"
+                ]
+            )
+        elif self._job.damage is None:
+            return trajectory
+        return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
 
-    def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
+    def _is_finished(self, manifest: Manifest, trajectory: Trajectory, settings: Settings) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         job = self._job
         if manifest.provenance["task_sha256"] != digest(job.task) or len(
             trajectory.checkpoints
         ) != len(manifest.checkpoints):
+            return False
+        if settings["segments"] != manifest.sampled:
             return False
         known = manifest.provenance["task_losses"]
         losses = known if job.losses == ["all"] else job.losses or known[:1]
@@ -655,10 +672,9 @@ class _Driver:
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
         in_repair = self._job.damage is not None
         extended = {name for name in laid_out.losses if not in_repair or name not in behind}
-        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
-            writer.take_up(
-                laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
-            )
+        grown = (laid_out.checkpoints, laid_out.starts) != (recorded.checkpoints, recorded.starts)
+        if grown or behind & extended:
+            writer.take_up(laid_out, {name: laid_out.losses[name].identity for name in extended})
             if not in_repair:
                 self._status.note(_of_losses_left_behind(writer.manifest))
         new = {
@@ -746,6 +762,13 @@ def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.losses.items():
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            if manifest.sampled is not None:
+                yield (
+                    f"loss {name!r} stays as it is, over {record.covers:,} of the "
+                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Take it to "
+                    f"all of these with --loss {name}, or every loss with --loss all"
+                )
+                continue
             yield (
                 f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
                 f"{last}. Take it there with --loss {name}, or every loss with --loss all"
@@ -1027,8 +1050,7 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
     """Return the training steps a span runs from and to."""
-    rows = manifest.rows(span)
-    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
+    return manifest.ends(manifest.rows(span))
 
 
 def _span_request(
@@ -1043,15 +1065,16 @@ def _span_request(
         pending: the losses.
         durable: whether it is on the disk before it counts.
     """
-    rows = manifest.rows(span)
-    first = rows.start
+    rows, looked = manifest.rows(span), looks_back(manifest.rows(span).start)
+    starts = [*manifest.starts[looked.start : looked.stop], *manifest.starts[rows]]
+    positions = {end for start in starts for end in (start, start + 1)}
     if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
-        first = max(0, first - 1)
-    positions = (*looks_back(rows.start), *range(first, rows.stop + 1))
+        positions |= {start - 1 for start in manifest.starts[rows] if start}
     return SpanRequest(
         setup=common.setup,
         points=replace(
-            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+            common.points,
+            checkpoints={index: manifest.checkpoints[index] for index in sorted(positions)},
         ),
         run=common.run,
         batch_sizes=common.batch_sizes,

@@ -53,6 +53,7 @@ ASKED: dict[str, list[tuple[Any, Any]]] = {
     "subset": [(("train=0:9",), ["train=0:9"]), (["0.5@1"], ["0.5@1"])],
     "signal": [("train", "train"), ("validation", "validation")],
     "steps": [("0:9", "0:9"), (":3", ":3")],
+    "segments": [("0.10@7", "0.1@7"), ("1@0", "1@0")],
     "pattern": [(r"(?P<step>\d+)", r"(?P<step>\d+)"), (r"s(?P<step>\d+)", r"s(?P<step>\d+)")],
     "rename": [(("a=b", "c=d"), ["a=b", "c=d"]), (["a="], ["a="])],
 }

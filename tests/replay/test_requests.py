@@ -67,7 +67,9 @@ POINTS = StoredPoints(
 )
 SAMPLED: dict[str, Any] = {
     "setup": SETUP,
-    "sample": Sample(points=POINTS, segments=1, workers_per_host=2, span_length=4),
+    "sample": Sample(
+        points=POINTS, last=1, looked=[[0], [0], [0]], workers_per_host=2, span_length=4
+    ),
     "batch_sizes": {"a": 32},
 }
 OF_RUN: dict[str, Any] = {

@@ -28,7 +28,7 @@ from ..requests import (
     to_plain,
 )
 from .out_of_memory import with_smaller_batches
-from .parts import PartsOfSpan
+from .parts import PartsOfStretch
 from .read_ahead import PointsAhead
 from .state import (
     StoredPoint,
@@ -71,11 +71,14 @@ def stretch_of(row: int) -> range:
 
 
 def looks_back(row: int) -> range:
-    """Return the checkpoints that tell, for a span from `row` on, whether the segment that is
-    measured comes before it.
+    """Return the segments that tell, for a span from `row` on, whether the one that is measured
+    comes before it.
+
+    >>> looks_back(3), looks_back(64), looks_back(200)
+    (range(0, 3), range(64, 64), range(0, 0))
     """
     stretch = stretch_of(row)
-    return range(stretch.start, row + 1) if row > stretch.start and stretch else range(0)
+    return range(stretch.start, row) if stretch else range(0)
 
 
 @reported(SpanRequest)
@@ -225,6 +228,7 @@ class _SpanReplay:
         }
         covered = writer.manifest.of(losses[0])
         self.rows, self.length = covered.rows(request.span), covered.length(request.span)
+        self.starts, self.stretches = covered.starts, covered.stretches(request.span)
         self.tensors = [tensor.spec for tensor in writer.manifest.allocated]
         self.trained = {
             tensor.spec.name: tensor.source
@@ -318,8 +322,6 @@ class _SpanReplay:
         """Allocate every block over all segments, at least at the levels given, and hand it over;
         return the levels that were reached.
         """
-        from ...numerics.allocation import allocate_span
-
         self.statistics = self._gathering()
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
@@ -335,38 +337,65 @@ class _SpanReplay:
             )
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
-            with PointsAhead(self.request.points, self.rows, self.objective) as points:
-                parts = self._parts()
-                segments = allocate_span(
-                    points if parts is None else parts.remember(points),
-                    part,
-                    every,
-                    self.method,
-                    axes=self.axes,
-                    at_least=levels,
-                    # two are in memory then
-                    begin=points.begin_next,
-                    gathering=self._gathering_at,
-                    parts=None if parts is None else parts.of,
-                )
-                for row in range(self.length):
-                    # no name holds a segment, with its gradients, while the next one is computed
-                    levels_of_losses, residual = self._take(row, next(segments), parts)
+            done = itertools.count(1 + part_before * self.length)
+            for stretch in self.stretches:
+                rows = [row - self.rows.start for row in stretch]
+                for row, (levels_of_losses, residual) in zip(
+                    rows, self._allocate(part, every, rows, levels), strict=True
+                ):
                     reached[row] |= levels_of_losses
-                    reached_segments = (
-                        len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
-                    )
+                    reached_segments = len(self.records) * next(done) / len(self.blocks)
                     self.report.reach(reached_segments, residual)
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
 
-    def _parts(self) -> PartsOfSpan | None:
-        """Return what tells the parts of the motion; None where none are asked for."""
+    def _allocate(
+        self, part: Objective | _Only, losses: list[str], rows: list[int], levels: list[int]
+    ) -> Iterator[tuple[set[int], float]]:
+        """Allocate segments that follow each other, and add each to the statistics.
+
+        Args:
+            part: evaluates the block's groups.
+            losses: names, those of replicates among them.
+            rows: of the segments, counted from the first of the span.
+            levels: the least level of each row of the span.
+
+        Yields:
+            The levels that losses reached on a segment, and the largest residual.
+        """
+        from ...numerics.allocation import allocate_span
+
+        first = self.starts[self.rows.start + rows[0]]
+        for statistics in self.statistics.values():
+            statistics.cut(rows[0])
+        segments_of = slice(first, first + len(rows))
+        with PointsAhead(self.request.points, segments_of, self.objective) as points:
+            parts = self._parts(first)
+            segments = allocate_span(
+                points if parts is None else parts.remember(points),
+                part,
+                losses,
+                self.method,
+                axes=self.axes,
+                at_least=[levels[row] for row in rows],
+                # two are in memory then
+                begin=points.begin_next,
+                gathering=lambda position: self._gathering_at(rows[position]),
+                parts=None if parts is None else parts.of,
+            )
+            for position, row in enumerate(rows):
+                # no name holds a segment, with its gradients, while the next one is computed
+                yield self._take(position, row, next(segments), parts)
+
+    def _parts(self, first: int) -> PartsOfStretch | None:
+        """Return what tells the parts of the motion from a checkpoint on; None where none are asked
+        for.
+        """
         settings = self.request.setup.settings
         if settings.signal is None and settings.directions is None:
             return None
-        return PartsOfSpan(self.request.points, self.rows, self.objective, settings)
+        return PartsOfStretch(self.request.points, first, self.objective, settings)
 
     def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
         """Return what takes in a segment of each loss as it is computed; nothing of sums."""
@@ -428,15 +457,19 @@ class _SpanReplay:
         return order.codes.numpy()
 
     def _take(
-        self, row: int, done: dict[str, SegmentAllocation], parts: PartsOfSpan | None
+        self,
+        position: int,
+        row: int,
+        done: dict[str, SegmentAllocation],
+        parts: PartsOfStretch | None,
     ) -> tuple[set[int], float]:
-        """Add a segment to the statistics; return the levels that losses reached, and the largest
+        """Add a segment, at a position of its stretch, to its row of the statistics; return the levels that losses reached, and the largest
         residual.
         """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
         if parts is not None:
-            parts.add(row, done, self.statistics)
+            parts.add(position, row, done, self.statistics)
         for name, hidden in self.replicates.items():
             sums = done[hidden].sums
             self.parts[name][row] = np.stack([sums[tensor.name] for tensor in self.tensors], -1)
@@ -456,8 +489,8 @@ class _SpanReplay:
             for name, error in rounding_errors(
                 self.objective,
                 names,
-                point_read_twice(self.request.points, row, self.objective),
-                point_at(self.request.points, row + 1, self.objective),
+                point_read_twice(self.request.points, self.starts[row], self.objective),
+                point_at(self.request.points, self.starts[row] + 1, self.objective),
                 self.axes,
                 every=self.request.setup.settings.precision_check == "full",
             ).items():
@@ -472,27 +505,28 @@ class _SpanReplay:
         for row in range(self.rows.start, self.rows.stop):
             stretch = stretch_of(row)
             waits = bool(stretch) and (row == stretch.start or waits)
-            if waits and not self._still(range(row, row + 2)):
+            if waits and not self._still(range(row, row + 1)):
                 waits = False
                 yield row
 
-    def _still(self, checkpoints: range) -> bool:
-        """Tell whether no parameter moves over some consecutive checkpoints; where there are none,
-        something may have moved.
+    def _still(self, rows: range) -> bool:
+        """Tell whether no parameter moves on some segments; where there are none, something may have
+        moved.
 
         One that cannot be read counts as moved: its span says why. Statistics move in every forward
         pass of training and count for nothing.
         """
-        along = [
-            StoredPoint(self.request.points, index, self.objective, self.trained)
-            for index in checkpoints
-        ]
         try:
-            return bool(along) and not any(
-                differ(before, after, self.trained) for before, after in itertools.pairwise(along)
-            )
+            return bool(rows) and not any(map(self._moves, rows))
         except SpanError:
             return False
+
+    def _moves(self, row: int) -> bool:
+        before, after = (
+            StoredPoint(self.request.points, index, self.objective, self.trained)
+            for index in (self.starts[row], self.starts[row] + 1)
+        )
+        return differ(before, after, self.trained)
 
 
 class _Only:
