@@ -56,6 +56,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
+from .shards import about_shards, choose_shards, is_cut, refuse_uncut
 from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
@@ -88,7 +89,7 @@ class Destination:
     workers: int | None = None
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
-        """Return the segments per span at a level of `--keep`, where so many share the work."""
+        """Return the segments per span at a level of `--keep`, where so many share the spans."""
         of_examples = matched.numbers_of_examples
         return self.span or choose_span(
             matched.segments, workers, matched.elements, keep, of_examples
@@ -126,18 +127,32 @@ class Draft:
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
         matched, existing = self.matched, self.destination.existing
-        span = self.destination.span_of(matched, self.workers, keep)
         recorded = existing.losses if existing else {}
+        losses = _records(matched.described, self.probed, recorded, keep)
+        shards = self._shards(losses, keep)
+        # in shards, one span after the other keeps all workers busy
+        span = self.destination.span_of(matched, self.workers if shards == 1 else 1, keep)
         return Manifest(
             root=absolute(matched.trajectory.root),
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
             span=span,
             window=choose_window(matched.segments, span, keep, matched.room_for_windows),
-            settings={**self.settings, "keep": keep},
-            losses=_records(matched.described, self.probed, recorded, keep),
+            settings={**self.settings, "keep": keep, "shards": shards},
+            losses=losses,
             provenance=self.provenance,
         )
+
+    def _shards(self, losses: dict[str, LossRecord], keep: str) -> int:
+        """Return the number of shards: the one that is recorded or asked for, or the one chosen
+        for a level of `--keep`.
+        """
+        shards = self.settings["shards"]
+        if shards is not None:
+            return shards
+        if any(loss.in_order_only for loss in self.matched.described.losses.values()):
+            return 1
+        return choose_shards(self.matched.segments, self.workers, losses, self.settings, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,13 +295,19 @@ def _laid_out(
     existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
+    shards, recorded = draft.settings["shards"], existing.losses if existing else {}
+    if existing is None and shards is not None:
+        refuse_uncut(shards, manifest.losses, draft.settings, keep)
+    new = [name for name in manifest.losses if name not in recorded]
+    all_cut = all(is_cut(manifest, name) for name in manifest.losses)
     notes = [
         *notes,
         *draft.probed.notes,
         *about_keep,
         *_not_told_apart(draft.matched.described, draft.probed, keep),
-        *_about(draft.matched, manifest, existing.losses if existing else {}),
-        *_idle(existing or manifest, draft.workers),
+        *_about(draft.matched, manifest, recorded),
+        *about_shards(manifest, draft.workers, new),
+        *([] if all_cut else _idle(existing or manifest, draft.workers)),
     ]
     return Preparation(
         setup=setup,
