@@ -56,7 +56,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
-from .shards import about_shards, choose_shards, is_cut, refuse_uncut
+from .shards import about_shards, choose_shards, is_cut, refuse_uncut, why_not_cut
 from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
@@ -150,7 +150,7 @@ class Draft:
         shards = self.settings["shards"]
         if shards is not None:
             return shards
-        if any(loss.in_order_only for loss in self.matched.described.losses.values()):
+        if self.matched.in_order_only:
             return 1
         return choose_shards(self.matched.segments, self.workers, losses, self.settings, keep)
 
@@ -300,6 +300,7 @@ def _laid_out(
         refuse_uncut(shards, manifest.losses, draft.settings, keep)
     new = [name for name in manifest.losses if name not in recorded]
     all_cut = all(is_cut(manifest, name) for name in manifest.losses)
+    idle = [] if all_cut else _idle(existing or manifest, draft.workers)
     notes = [
         *notes,
         *draft.probed.notes,
@@ -307,7 +308,8 @@ def _laid_out(
         *_not_told_apart(draft.matched.described, draft.probed, keep),
         *_about(draft.matched, manifest, recorded),
         *about_shards(manifest, draft.workers, new),
-        *([] if all_cut else _idle(existing or manifest, draft.workers)),
+        *idle,
+        *(why_not_cut(manifest, draft.matched.in_order_only) if idle and shards is None else []),
     ]
     return Preparation(
         setup=setup,
@@ -386,6 +388,13 @@ class _Match:
     def segments(self) -> int:
         """The number of segments of the trajectory."""
         return len(self.trajectory.checkpoints) - 1
+
+    @property
+    def in_order_only(self) -> list[str]:
+        """The splits whose examples can only be read in order, anew at every pass."""
+        losses = self.described.losses.values()
+        splits = {loss.on for loss in losses if loss.in_order_only and loss.on is not None}
+        return sorted(splits)
 
     @property
     def elements(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from ..base.text import count
 from ..errors import InputError
 from ..numerics.schema import holds
 from ..numerics.settings import Settings
@@ -20,17 +21,12 @@ def shards_of(manifest: Manifest, loss: str) -> int:
     """Return how many shards the data of a loss is cut into."""
     record, shards = manifest.losses[loss], manifest.settings["shards"]
     assert shards is not None, "a run is laid out once its number of shards is chosen"
-    if shards == 1 or why_whole(loss, record, manifest.settings, manifest.keep) is not None:
-        return 1
-    return min(shards, _batches(record))
+    return min(shards, _batches(record)) if is_cut(manifest, loss) else 1
 
 
 def is_cut(manifest: Manifest, loss: str) -> bool:
     """Tell whether the spans of a loss are computed in shards."""
-    return (
-        manifest.settings["shards"] != 1
-        and why_whole(loss, manifest.losses[loss], manifest.settings, manifest.keep) is None
-    )
+    return manifest.settings["shards"] != 1 and _why_whole_in(manifest, loss) is None
 
 
 def _batches(record: LossRecord) -> int:
@@ -74,7 +70,8 @@ def choose_shards(
     """
     if workers == 1 or segments >= _SPANS_EACH * workers:
         return 1
-    if any(why_whole(name, record, settings, keep) for name, record in losses.items()):
+    reasons = [why_whole(name, record, settings, keep) for name, record in losses.items()]
+    if any(reason is not None for reason in reasons):
         return 1
     return min(workers, max(map(_batches, losses.values()), default=1))
 
@@ -104,20 +101,43 @@ def about_shards(manifest: Manifest, workers: int, new: Iterable[str]) -> list[s
         workers: that will share the work.
         new: names of losses.
     """
-    shards, names = manifest.settings["shards"], list(new)
-    if shards == 1 or not names:
+    if manifest.settings["shards"] == 1:
         return []
-    cut = {name: shards_of(manifest, name) for name in names if is_cut(manifest, name)}
+    names = list(new)
+    cut = [shards_of(manifest, name) for name in names if is_cut(manifest, name)]
     notes = []
     if cut:
-        most = max(cut.values())
         notes.append(
-            f"the data of each segment is cut into {most} shards, for {manifest.segments} segments "
-            f"on {workers} worker{'s' * (workers > 1)}: results depend on this number, which is "
-            "recorded, and never on how many workers there are"
+            f"the data of each segment is cut into {count(max(cut), 'shard')}, so that "
+            f"{count(manifest.segments, 'segment')} can keep up to {max(cut) * manifest.segments} "
+            f"workers busy; there {'is' if workers == 1 else 'are'} {workers}. The number of shards "
+            "is recorded, and results follow from it, never from the number of workers"
         )
     for name in names:
-        why = why_whole(name, manifest.losses[name], manifest.settings, manifest.keep)
+        why = _why_whole_in(manifest, name)
         if why is not None:
             notes.append(f"spans of loss {name!r} are replayed whole, not in shards: {why}")
     return notes
+
+
+def why_not_cut(manifest: Manifest, in_order_only: Iterable[str]) -> list[str]:
+    """Say why the data of a run with idle workers is not cut into shards, where it could not be.
+
+    Args:
+        manifest: of the run.
+        in_order_only: splits whose examples can only be read in order.
+    """
+    reasons = [_why_whole_in(manifest, name) for name in manifest.losses]
+    reasons += [
+        f"every shard of split {split!r}, whose examples can only be read in order, reads all that "
+        "come before it"
+        for split in in_order_only
+    ]
+    why = next((reason for reason in reasons if reason is not None), None)
+    if why is None:
+        return []
+    return [f"its data is not cut into shards, which would keep more workers busy: {why}"]
+
+
+def _why_whole_in(manifest: Manifest, name: str) -> str | None:
+    return why_whole(name, manifest.losses[name], manifest.settings, manifest.keep)
