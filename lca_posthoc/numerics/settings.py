@@ -57,6 +57,14 @@ def _as_segments(name: str, value: object) -> Value:
     return str(SegmentSample.parse(str(value)))
 
 
+def _as_shards(name: str, value: object) -> Value:
+    """Return a number of shards, given as a number or as text."""
+    text = str(value).strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option_of(name)} must be auto, or a number from 1 on, got {value}.")
+    return int(text)
+
+
 def _as_list(name: str, value: object) -> Value:
     """Return the values of a setting that may be repeated."""
     return list(cast("list[str]", value))
@@ -142,6 +150,16 @@ class Settings(TypedDict):
             shown_default="auto: the highest level that fits",
             choices=KEEP,
             automatic=True,
+        ),
+    ]
+    shards: Annotated[
+        int | None,
+        Setting(
+            help="At --keep tensors or units: cut the data of every segment into so many shards, "
+            "so that few segments keep many workers busy; 1 cuts nothing.",
+            shown_default="auto: one for each worker where segments are few",
+            metavar="auto|N",
+            normalise=_as_shards,
         ),
     ]
     batch_size: Annotated[

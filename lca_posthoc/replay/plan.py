@@ -33,6 +33,7 @@ from .parts import PartsAsked
 from .prepare import Destination, Preparation, prepare, unwrapped
 from .requests import Costs, CostsRequest, answered, to_plain
 from .run import default_out
+from .shards import shards_of
 from .worker import SAMPLED, measure
 
 if TYPE_CHECKING:
@@ -72,6 +73,8 @@ class Plan:
         workers: that would share the work.
         losses: by name.
         keep: the level of `--keep` that is asked for, or the one a run would choose.
+        shards: into which the data of every segment would be cut at that level; 1 where spans are
+            replayed whole.
         seconds: by level, what evaluating all losses together takes on one worker, which is less
             than their sum where they share passes.
         bytes: by level, the sizes of the result's files after compression, estimated from one
@@ -88,6 +91,7 @@ class Plan:
     workers: int
     losses: dict[str, LossPlan]
     keep: str
+    shards: int
     seconds: dict[str, float]
     bytes: dict[str, int]
     memory: dict[str, float]
@@ -218,6 +222,7 @@ def plan(
         workers=workers,
         losses={name: _loss_plan(ready, levels, name, costs) for name in manifest.losses},
         keep=manifest.keep,
+        shards=max(shards_of(manifest, name) for name in manifest.losses),
         seconds={keep: _seconds(level, costs) for keep, level in levels.items()},
         bytes=stored,
         memory=costs.memory,

@@ -58,6 +58,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
+from .shards import about_shards, choose_shards, is_cut, refuse_uncut, why_not_cut
 from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
@@ -94,7 +95,7 @@ class Destination:
     workers: int | None = None
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
-        """Return the segments per span at a level of `--keep`, where so many share the work."""
+        """Return the segments per span at a level of `--keep`, where so many share the spans."""
         of_examples = matched.numbers_of_examples
         return self.span or choose_span(
             matched.segments, workers, matched.elements, keep, of_examples
@@ -132,8 +133,11 @@ class Draft:
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
         matched, existing = self.matched, self.destination.existing
-        span = self.destination.span_of(matched, self.workers, keep)
         recorded = existing.losses if existing else {}
+        losses = _records(matched.described, self.probed, recorded, keep)
+        shards = self._shards(losses, keep)
+        # in shards, one span after the other keeps all workers busy
+        span = self.destination.span_of(matched, self.workers if shards == 1 else 1, keep)
         return Manifest(
             root=absolute(matched.trajectory.root),
             tensors=_stored_tensors(matched),
@@ -142,10 +146,21 @@ class Draft:
             breaks=sorted(matched.trajectory.breaks),
             span=span,
             window=choose_window(matched.segments, span, keep, matched.room_for_windows),
-            settings={**self.settings, "keep": keep},
-            losses=_records(matched.described, self.probed, recorded, keep),
+            settings={**self.settings, "keep": keep, "shards": shards},
+            losses=losses,
             provenance=self.provenance,
         )
+
+    def _shards(self, losses: dict[str, LossRecord], keep: str) -> int:
+        """Return the number of shards: the one that is recorded or asked for, or the one chosen
+        for a level of `--keep`.
+        """
+        shards = self.settings["shards"]
+        if shards is not None:
+            return shards
+        if self.matched.in_order_only:
+            return 1
+        return choose_shards(self.matched.segments, self.workers, losses, self.settings, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,14 +305,22 @@ def _laid_out(
     existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
+    shards, recorded = draft.settings["shards"], existing.losses if existing else {}
+    if existing is None and shards is not None:
+        refuse_uncut(shards, manifest.losses, draft.settings, keep)
+    new = [name for name in manifest.losses if name not in recorded]
+    all_cut = all(is_cut(manifest, name) for name in manifest.losses)
+    idle = [] if all_cut else _idle(existing or manifest, draft.workers)
     notes = [
         *notes,
         *draft.probed.notes,
         *about_keep,
         *_not_told_apart(draft.matched.described, draft.probed, keep),
-        *_about(draft.matched, manifest, existing.losses if existing else {}),
-        *_idle(existing or manifest, draft.workers),
+        *_about(draft.matched, manifest, recorded),
         *about_part(draft.matched.trajectory, manifest),
+        *about_shards(manifest, draft.workers, new),
+        *idle,
+        *(why_not_cut(manifest, draft.matched.in_order_only) if idle and shards is None else []),
     ]
     return Preparation(
         setup=setup,
@@ -383,6 +406,13 @@ class _Match:
     def segments(self) -> int:
         """The number of segments that are replayed."""
         return len(self.starts)
+
+    @property
+    def in_order_only(self) -> list[str]:
+        """The splits whose examples can only be read in order, anew at every pass."""
+        losses = self.described.losses.values()
+        splits = {loss.on for loss in losses if loss.in_order_only and loss.on is not None}
+        return sorted(splits)
 
     @property
     def elements(self) -> int:

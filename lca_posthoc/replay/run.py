@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import results
 from ..base.text import count
@@ -65,15 +66,27 @@ from .requests import (
     Failure,
     LossSpan,
     RunRequest,
+    ShardRequest,
     SpanAnswer,
     SpanRequest,
     answered,
-    from_plain,
     to_plain,
+    work_of,
 )
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
+from .shards import is_cut
 from .stopping import Stop, stopped_by_signals
-from .worker import committed_result, compressions, looks_back, replay_span
+from .worker import (
+    committed,
+    committed_result,
+    compressions,
+    looks_back,
+    replay_in_shards,
+    replay_span,
+)
+
+if TYPE_CHECKING:
+    from .shard_queue import ShardQueue
 
 # --- the run --------------------------------------------------------------------------------------
 
@@ -88,6 +101,7 @@ def run(
     tolerance: float | str | None = None,
     allocation_tolerance: float | str | None = None,
     keep: str | None = None,
+    shards: int | str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
@@ -132,6 +146,10 @@ def run(
             inf).
         keep: "tensors", "units", "statistics" or "parameters", each of which holds those before it;
             by default the highest that fits the memory of a worker and half of the free space.
+        shards: at keep "tensors" or "units", into how many shards the data of every segment is cut,
+            so that few segments keep many workers busy; by default one for each worker where
+            segments are few, else 1, which cuts nothing. Recorded: results never depend on how
+            many workers there are later.
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
@@ -187,6 +205,7 @@ def run(
         "tolerance": tolerance,
         "allocation_tolerance": allocation_tolerance,
         "keep": keep,
+        "shards": shards,
         "batch_size": batch_size,
         "device": device,
         "precision": precision,
@@ -815,6 +834,7 @@ class _Spans:
         self._left_partials = False
         self._reported_ends: dict[str, dict[int, list[float]]] = {}
         self._unreached: set[_Unreached] = set()
+        self._shards: ShardQueue | None = None
 
     def replay(
         self, cluster: Cluster, lock: results.Held, repair_spans: dict[str, list[int]] | None
@@ -831,8 +851,7 @@ class _Spans:
         pending = self._pending(repair_spans)
         self._plan(pending, cluster.crew().workers)
         lock.working = True  # until its end, workers may leave temporary files
-        specs = map(to_plain, self._requests(pending))
-        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
+        with contextlib.closing(self._outcomes(cluster, pending)) as outcomes:
             for outcome in outcomes:
                 self._hear(outcome)
                 if lock.lost.is_set():
@@ -874,6 +893,43 @@ class _Spans:
             manifest = self._covered[names[0]]
             yield _span_request(self._common, manifest, span, names, durable=self._durable)
 
+    def _outcomes(
+        self, cluster: Cluster, waiting: dict[tuple[int, int], list[str]]
+    ) -> Generator[Outcome]:
+        """Have the spans computed: whole, or in shards of the data where losses are cut."""
+        manifest = self._writer.manifest
+        whole = {
+            key: names
+            for key, all_names in waiting.items()
+            if (names := [name for name in all_names if not is_cut(manifest, name)])
+        }
+        specs = map(to_plain, self._requests(whole))
+        cut = [
+            (span, names)
+            for (span, _), all_names in sorted(waiting.items())
+            if (names := [name for name in all_names if is_cut(manifest, name)])
+        ]
+        if not cut:
+            return cluster.map(replay_span, specs, committed_result)
+        from .shard_queue import ShardQueue
+
+        self._shards = ShardQueue(
+            self._writer,
+            self._common,
+            cut,
+            self._finishing,
+            workers=cluster.crew().workers,
+            durable=self._durable,
+        )
+        every = itertools.chain(specs, self._shards.specs())
+        return cluster.map(replay_in_shards, every, committed)
+
+    def _finishing(self, span: int, names: list[str]) -> SpanRequest:
+        """Return the request to commit a span whose sums over shards are all there."""
+        return _span_request(
+            self._common, self._covered[names[0]], span, names, durable=self._durable
+        )
+
     # --- while they are replayed
 
     def _hear(self, outcome: Outcome) -> None:
@@ -891,21 +947,30 @@ class _Spans:
                 self._take(outcome)
         else:
             self._hear_trouble(outcome)
+        for span, names, error in self._shards.failures() if self._shards else ():
+            self._take_failure(span, names, error)
 
     def _hear_trouble(self, outcome: Lost | Retried | Slow) -> None:
-        request = from_plain(SpanRequest, outcome.spec)
-        span, manifest = request.span, self._manifest_of(request)
+        request = work_of(outcome.spec)
+        names = request.losses if isinstance(request, ShardRequest) else request.pending
+        span, manifest = request.span, self._writer.manifest.of(names[0])
         where = (span, *_steps(manifest, span))
         self._left_partials |= not isinstance(outcome, Slow)
         if isinstance(outcome, Lost):
-            self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
+            if self._gives_up(request):
+                self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
         elif isinstance(outcome, Retried):
             self._status.tell(SpanRetried(*where, outcome.worker, outcome.why))
         else:
             self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
 
-    def _manifest_of(self, request: SpanRequest) -> Manifest:
-        return self._writer.manifest.of(request.pending[0])
+    def _gives_up(self, request: SpanRequest | ShardRequest) -> bool:
+        """Tell whether a span is given up by the failure of a request, and not by an earlier
+        one.
+        """
+        if not isinstance(request, ShardRequest):
+            return True
+        return self._shards is not None and bool(self._shards.drop(request.span))
 
     def _fail(
         self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
@@ -915,10 +980,16 @@ class _Spans:
         self._status.tell(failure)
 
     def _take(self, done: Done) -> None:
-        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
-        if isinstance(answer, Failure):
-            self._take_failure(request, answer.exception())
+        request = work_of(done.spec)
+        if isinstance(request, ShardRequest):
+            self._take_sums(request, done)
             return
+        answer = answered(SpanRequest, done.result)
+        if isinstance(answer, Failure):
+            self._take_failure(request.span, request.pending, answer.exception())
+            return
+        if self._shards is not None and is_cut(self._writer.manifest, request.pending[0]):
+            self._shards.finish(request.span)
         self._status.span_seconds, self._status.workers = answer.seconds, done.workers
         for name, part in answer.losses.items():
             self._compare_ends(name, request.span, part.ends)
@@ -928,11 +999,22 @@ class _Spans:
             }
         self._status.tell(_span_done(request.span, answer, done))
 
-    def _take_failure(self, request: SpanRequest, error: Exception) -> None:
+    def _take_sums(self, request: ShardRequest, done: Done) -> None:
+        """Take in the sums of some shards; what follows from them is handed out next."""
+        assert self._shards is not None, "only the queue of shards asks for sums"
+        answer = answered(ShardRequest, done.result)
+        if not isinstance(answer, Failure):
+            self._shards.take(request)
+            return
+        error = answer.exception()
+        if isinstance(error, ResourceError) or self._gives_up(request):
+            self._take_failure(request.span, request.losses, error)
+
+    def _take_failure(self, span: int, losses: list[str], error: Exception) -> None:
         if isinstance(error, ResourceError):
             raise error
         step = error.step if isinstance(error, NotFiniteError) else None
-        self._fail(self._manifest_of(request), request.span, str(error), step)
+        self._fail(self._writer.manifest.of(losses[0]), span, str(error), step)
 
     def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
         """Tell once that memory ran out, and a span was computed in smaller batches."""
@@ -1081,5 +1163,4 @@ def _span_request(
         durable=durable,
         span=span,
         pending=pending,
-        calibration={name: record.calibration for name, record in manifest.losses.items()},
     )

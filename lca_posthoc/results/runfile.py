@@ -423,6 +423,7 @@ def _settings(value: object) -> Settings:
         raise _wrong("settings", "a table", value)
     for name, read in (
         ("keep", _text),
+        ("shards", _shards),
         ("precision", _text),
         ("precision_check", _text),
         ("tensors", _texts),
@@ -438,6 +439,10 @@ def _settings(value: object) -> Settings:
         _texts(value["places"], "settings.places")
     _one_of(value["keep"], "settings.keep", KEEP)
     return cast("Settings", dict(value))
+
+
+def _shards(value: object, field: str) -> int:
+    return _whole(value, field, 1)
 
 
 def _directions(value: object) -> None:

@@ -35,6 +35,7 @@ from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
 from .partials import bytes_of_partial, read_partial, write_partial
 from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
+from .shard_sums import remove_sums
 from .totals import StoredTotals
 from .underway import LOG, remove_reports
 
@@ -369,6 +370,7 @@ class RunWriter:
         self.manifest = self.manifest.without(name)
         write_manifest(self.manifest, self.path, self.durable)
         self._clear(key)
+        remove_sums(self.path)
 
     def take_up(self, larger: Manifest, identities: Mapping[str, Identity]) -> None:
         """Add checkpoints at the end, or in place of ones no number relies on, and the segments that

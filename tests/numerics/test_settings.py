@@ -44,6 +44,7 @@ ASKED: dict[str, list[tuple[Any, Any]]] = {
     "tolerance": [("0.10 %", "0.1%"), (float("inf"), "inf")],
     "allocation_tolerance": [("1e-2", 1e-2), (0.5, 0.5)],
     "keep": [("units", "units"), ("tensors", "tensors")],
+    "shards": [("16", 16), (4, 4)],
     "batch_size": [(7, 7), (8, 8)],
     "device": [("cpu", "cpu"), ("cuda", "cuda")],
     "precision": [("float64", "float64"), ("tf32", "tf32")],

@@ -93,6 +93,7 @@ def _described(objective: Objective, name: str) -> LossDescription:
         rows=split.examples * (objective.elements_of(name) if loss.per == "element" else 1)
         if split and loss.per
         else 0,
+        in_order_only=split is not None and split.in_order_only,
     )
 
 
