@@ -18,7 +18,7 @@ from .observations import observe
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What a series holds, and what was seen in it.
+    """A series as it was inspected.
 
     Attributes:
         steps: of its checkpoints, ascending.

@@ -15,8 +15,10 @@ def gaps_in_a_grid(steps: Sequence[int]) -> list[tuple[int, int, int]]:
     A gap is one where the two segments on both sides have one length, of which it is a multiple.
     Gaps that come back at equal distances are those between bursts.
 
-    >>> gaps_in_a_grid([0, 10, 20, 50, 60, 70]), gaps_in_a_grid([0, 1, 2, 10, 11, 12, 20, 21, 22])
-    ([(20, 50, 10)], [])
+    >>> gaps_in_a_grid([0, 10, 20, 30, 50, 60, 70])
+    [(30, 50, 10)]
+    >>> gaps_in_a_grid([0, 1, 2, 10, 11, 12, 20, 21, 22])
+    []
     """
     lengths = [after - before for before, after in pairwise(steps)]
     gaps = []

@@ -62,8 +62,8 @@ def _too_small(elements: int) -> Observation:
         kind="too small",
         grade="note",
         steps=(),
-        text=f"{count(elements, 'weight')} that move are too few to tell a training from another by "
-        f"distances, for which {geometry.FEWEST_WEIGHTS:,} are needed",
+        text=f"{count(elements, 'weight')} that move are too few to tell a training from another "
+        f"by distances, for which {geometry.FEWEST_WEIGHTS:,} are needed",
     )
 
 
@@ -319,8 +319,9 @@ def _unrelated(points: Points, sets: Sequence[Sequence[int]]) -> Iterator[Observ
             kind="two series",
             grade="defect",
             steps=tuple(readings[some[0]].step for some in large),
-            text=f"{len(large)} series lie in one place: {listed}. Their weights are not correlated, "
-            "as those of different seeds or models. Tell them apart with --pattern, or move one away",
+            text=f"{len(large)} series lie in one place: {listed}. Their weights are not "
+            "correlated, as those of different seeds or models. Tell them apart with --pattern, or "
+            "move one away",
         )
     for some in sets:
         if some is most or some in large:
@@ -431,8 +432,8 @@ def _jumps(points: Points) -> Iterator[Observation]:
             kind="jump",
             grade="doubt",
             steps=steps,
-            text=f"from step {steps[0]} to {steps[1]} the weights jump: {times:.3g} times as far as "
-            "the segments around suggest. Steps may be missing or misnumbered there, training may "
+            text=f"from step {steps[0]} to {steps[1]} the weights jump: {times:.3g} times as far "
+            "as the segments around suggest. Steps may be missing or misnumbered there, training may "
             "have gone on from another checkpoint, or the loss blew up",
         )
 
@@ -445,8 +446,8 @@ def _half_precision(measured: Measured, usable: Sequence[Reading]) -> Iterator[O
     widened = {reading.widened_from for reading in usable}
     if measured.half_precision:
         what = (
-            f"{len(measured.half_precision)} of {count(len(measured.weights), 'tensor')} of weights "
-            "are stored in half precision"
+            f"{len(measured.half_precision)} of {count(len(measured.weights), 'tensor')} of "
+            "weights are stored in half precision"
         )
     elif len(widened) == 1 and None not in widened:
         (dtype,) = widened
