@@ -13,7 +13,7 @@ from ..base.text import count
 from ..errors import LCAError
 from ..numerics.long_segments import is_long, pairs
 from ..results import LossResults
-from .common import Numbers
+from .common import Numbers, scale_of
 
 Members = Sequence[Sequence[int]]  # positions of the tensors that are added up, of each sum
 ERRORS = ("quadrature", "path", "examples")
@@ -85,6 +85,8 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
     twice the root of the sum of their squares, of the path that has more: what shifts of random
     signs come to.
 
+    Of a random part of the segments, both are scaled to all of them.
+
     Args:
         results: one loss of a run.
         members: of each sum.
@@ -92,9 +94,10 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
     shifts = other_paths(results, members)
     if shifts is None:
         return None
-    systematic = sum(np.abs(of_path.sum(0)) for of_path in shifts)
+    larger = scale_of(results, results.tensors.sizes["step"])
+    systematic = larger * sum(np.abs(of_path.sum(0)) for of_path in shifts)
     random = np.max([np.sqrt((of_path**2).sum(0)) for of_path in shifts], axis=0)
-    band: Numbers = systematic + 2 * random
+    band: Numbers = systematic + 2 * np.sqrt(larger) * random
     return band
 
 
@@ -112,23 +115,22 @@ def other_paths(results: LossResults, members: Members) -> tuple[Numbers, Number
         _summed(column, members)
         for column in (table["allocated"], stored["shift"], stored["doubled"])
     )
-    first = _first_halves(results, table)
-    both = doubled[first] + doubled[first + 1]
-    return shift, both - allocated[first] - allocated[first + 1]
+    apart = doubled - allocated
+    halves = _halves(results, table)
+    return shift, apart[halves[:, 0]] + apart[halves[:, 1]]
 
 
-def _first_halves(results: LossResults, table: xr.Dataset) -> Numbers:
-    """Return the rows of the finished segments that are the first half of a doubled line whose
-    other half is finished as well.
-    """
-    steps = results.manifest.steps
-    rows = {int(step): row for row, step in enumerate(table["step"].values)}
+def _halves(results: LossResults, table: xr.Dataset) -> Numbers:
+    """Return the rows of both halves of every doubled line of which both are finished, (lines, 2)."""
+    manifest = results.manifest
+    row_of = {int(step): row for row, step in enumerate(table["step"].values)}
+    starts = [checkpoint.step for checkpoint in manifest.checkpoints]
     halves = [
-        rows[steps[first]]
-        for first in pairs(results.manifest.lengths)
-        if steps[first] in rows and steps[first + 1] in rows
+        (row_of[starts[first]], row_of[starts[first + 1]])
+        for first in pairs(manifest.lengths)
+        if starts[first] in row_of and starts[first + 1] in row_of
     ]
-    return np.array(halves, dtype=int)
+    return np.array(halves, dtype=int).reshape(-1, 2)
 
 
 def _summed(column: xr.DataArray, members: Members) -> Numbers:
@@ -147,7 +149,7 @@ def quadrature_errors(results: LossResults, members: Members) -> Numbers:
     bound = results.steps["error_bound"].values
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.where(whole[..., None] > 0, sizes / whole[..., None], 0.0)
-    errors: Numbers = (bound[..., None] * share).sum(0)
+    errors: Numbers = scale_of(results, len(bound)) * (bound[..., None] * share).sum(0)
     return errors
 
 
@@ -161,5 +163,6 @@ def example_errors(results: LossResults, members: Members) -> Numbers | None:
     sums = table["replicates"].sum("step").transpose("replicate", "tensor").values
     sums = np.stack([sums[:, list(some)].sum(-1) for some in members], axis=-1)
     sampled = record.examples / max(1, record.total)
-    errors: Numbers = np.sqrt(sums.var(0, ddof=1) / len(sums) * (1 - sampled))
+    larger = scale_of(results, table.sizes["step"])
+    errors: Numbers = larger * np.sqrt(sums.var(0, ddof=1) / len(sums) * (1 - sampled))
     return errors

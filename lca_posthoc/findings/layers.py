@@ -22,10 +22,14 @@ from .common import (
     Variable,
     about,
     described,
+    estimated,
     grouping,
     label_of,
     moving_buffers,
+    over_training,
     roles,
+    segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -36,6 +40,7 @@ FINDING = Finding(
     needs="any run; shares that help `--keep statistics`",
     place=20,
     runs="beside",
+    sampled=True,
     options=(
         GROUPS,
         BY,
@@ -74,21 +79,23 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
         mean is per parameter and over the whole training), in units of loss; from `--keep
         statistics` on, `helping` (layer[, group]), the share of its parameters × segments that
-        helped; on segments of more than one training step nothing is counted. Coordinates of
-        `layer`: `elements` and `role`.
+        helped; on segments of more than one training step nothing is counted. Of a run of a random
+        part of the segments, `--segments`, `cumulative`, `total` and `mean` are estimates of what
+        all segments give. Coordinates of `layer`: `elements` and `role`.
 
         The errors of `total`, each apart, in units of loss: `quadrature` (layer[, group]), the
         layer's part of `error_bound`; `path` (layer[, group]), what other paths through the same
         checkpoints would change, where segments are longer than one training step, see
         `bands.path_bands`, and beside it, with their signs, `curve` and `doubling` (layer[, group]),
-        what each of the two would change; `examples` (layer), the standard error by the examples that were drawn,
-        of a loss over a part of them. Those that are not known are left out.
+        what each of the two would change; `examples` (layer), the standard error by the examples
+        that were drawn, of a loss over a part of them; `segments` (layer[, group]), that by the
+        segments drawn. Those that are not known are left out.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
         InputError: for another `by`.
     """
-    table, role = tables(results), roles(results)
+    table, role = tables(results, sampled=True), roles(results)
     members_of = _members(table, role, by, by_role)
     elements = np.array(
         [int(table["elements"].values[members].sum()) for members in members_of.values()]
@@ -100,7 +107,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         "elements": ("layer", elements),
         "role": ("layer", np.array(among, dtype=object)),
     }
-    left_out = unfinished(results)
+    left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
             "The run keeps some tensors alone; what the others did is the remainder of `steps`."
@@ -116,7 +123,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         if name in ("step", "step_end", "group", "examples")
     }
     return xr.Dataset(
-        _variables(table, members_of, elements) | _errors(results, table, members_of),
+        _variables(results, table, members_of, elements) | _errors(results, table, members_of),
         coords={**shared, **coords},
         attrs=about(results, "layers", left_out),
     )
@@ -139,18 +146,18 @@ def _members(
 
 
 def _variables(
-    table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
+    results: LossResults, table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
 ) -> dict[str, Variable]:
     """Return the sums and means of the layers, and their shares that helped where these were
     counted.
     """
     allocated = _sums(table["allocated"], members_of)
-    total = allocated.sum("step")
+    total = over_training(results, allocated)
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
     variables = {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
-        "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
+        "cumulative": described(so_far(results, allocated), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
         "mean": described(
             (total / per_parameter).transpose(*by_layer),
@@ -158,6 +165,11 @@ def _variables(
             "allocation per parameter over training",
         ),
     }
+    error = segments_error(results, allocated)
+    if error is not None:
+        variables["segments"] = described(
+            error.transpose(*by_layer), "loss", "standard error of the total by the segments drawn"
+        )
     single = ~long_segments(table)
     if "helping" in table and single.any():
         counted = _sums(table["helping"].isel(step=single), members_of).sum("step")

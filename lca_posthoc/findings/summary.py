@@ -12,7 +12,7 @@ from ..errors import LCAError
 from ..results import LossResults
 from .bands import long_segments, other_paths, path_bands
 from .causes import causes
-from .common import has_part, label_of, moving_buffers
+from .common import has_part, label_of, moving_buffers, scale_of, segments_error
 from .directions import directions
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
@@ -30,6 +30,7 @@ class Part(TypedDict, Generic[F]):
     allocated: F
     standard_error: float | None
     path_band: F | None
+    segments_error: F | None
     helping: NotRequired[F]
 
 
@@ -58,6 +59,9 @@ class Figures(TypedDict, Generic[F]):
 
     segments: int
     long_segments: int
+    sampled_of: int | None
+    identity_change: float | None
+    segments_error: F | None
     first_step: int
     last_step: int
     norm_stats: str | None
@@ -127,6 +131,13 @@ def summary(results: LossResults) -> Summary:
     `bands.path_bands`, null where no segment is long or the run does not tell it; that of the loss
     is the sum over modules. `doubling` is how much of Σ|sum| over modules leaving every second
     checkpoint out would move between them, a share.
+    Of a run of a random part of the segments, `--segments`, `sampled_of` is the number of segments
+    they were drawn from, null for other runs; `loss_change`, `allocated`, `buffers`, `remainder`
+    and `residual` are then estimates of what all of these give, `loss_start` and `loss_end` are
+    those at `first_step` and `last_step`, between the first and the last segment drawn,
+    `segments_error` is the standard error of `allocated`, null for other runs, and
+    `identity_change` is no estimate: what the loss changed by from the first checkpoint to the
+    last, but on the first 256 examples alone (fewer where the data or a batch has fewer).
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
@@ -148,20 +159,21 @@ def summary(results: LossResults) -> Summary:
         raise LCAError(
             f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first."
         )
-    change = _total(steps["loss_end"] - steps["loss_start"])
-    remainder = _total(steps["remainder"]) if "remainder" in steps else None
-    allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
+    larger = scale_of(results, segments)
+    change = larger * _total(steps["loss_end"] - steps["loss_start"])
+    remainder = larger * _total(steps["remainder"]) if "remainder" in steps else None
+    allocated = larger * _total(tensors["allocated"], "tensor") + (
+        0.0 if remainder is None else remainder
+    )
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
     buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
     sampled = record.examples / max(1, record.total)
-    markers, long = results.markers, long_segments(tensors)
-    modules = _modules(tensors)
-    of_tensors = path_bands(results, [[one] for one in range(tensors.sizes["tensor"])])
-    of_modules = path_bands(results, list(modules.values()))
+    markers = results.markers
     figures = {
         "segments": segments,
-        "long_segments": int(long.sum()),
+        **_of_paths(results, tensors),
+        **_of_sample(results, steps, tensors),
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
         "norm_stats": results.norm_stats,
@@ -171,13 +183,11 @@ def summary(results: LossResults) -> Summary:
         "loss_end": _plain(steps["loss_end"][-1].values),
         "loss_change": _plain(change),
         "allocated": _plain(allocated),
-        "buffers": _plain(_total(buffers["allocated"], "tensor"))
+        "buffers": _plain(larger * _total(buffers["allocated"], "tensor"))
         if buffers.sizes["tensor"]
         else None,
         "remainder": None if remainder is None else _plain(remainder),
         "residual": _plain(change - allocated),
-        "path_band": None if of_modules is None else _plain(of_modules.sum(-1)),
-        "doubling": _doubling(results, tensors, list(modules.values())),
         "max_segment_residual": _plain(abs(steps["residual"]).max("step").values),
         "unconverged": int((~steps["converged"]).sum()),
         "evaluations": sum(marker["evaluations"] for marker in markers),
@@ -190,21 +200,45 @@ def summary(results: LossResults) -> Summary:
         "groups": record.groups,
         "group_examples": record.counts,
         "group_weights": None if record.groups is None else _plain(steps["weight"][0].values),
+        **_rows(results, tensors, sampled),
+        **_parts(results),
+    }
+    return cast("Summary", figures)
+
+
+def _of_paths(results: LossResults, tensors: xr.Dataset) -> dict[str, object]:
+    """Return how many segments are long, and what other paths move between modules."""
+    modules = list(_modules(tensors).values())
+    bands = path_bands(results, modules)
+    return {
+        "long_segments": int(long_segments(tensors).sum()),
+        "path_band": None if bands is None else _plain(bands.sum(-1)),
+        "doubling": _doubling(results, tensors, modules),
+    }
+
+
+def _rows(results: LossResults, tensors: xr.Dataset, sampled: float) -> dict[str, object]:
+    """Return the figures of every tensor and of every module."""
+    modules = _modules(tensors)
+    of_tensors = path_bands(results, [[one] for one in range(tensors.sizes["tensor"])])
+    of_modules = path_bands(results, list(modules.values()))
+    return {
         "tensors": [
             {
                 "name": str(tensors["tensor"].values[position]),
                 "kind": str(tensors["kind"].values[position]),
-                **_row(tensors.isel(tensor=[position]), sampled, of_tensors, position),
+                **_row(results, tensors.isel(tensor=[position]), sampled, of_tensors, position),
             }
             for position in range(tensors.sizes["tensor"])
         ],
         "modules": [
-            {"name": name, **_row(tensors.isel(tensor=positions), sampled, of_modules, number)}
+            {
+                "name": name,
+                **_row(results, tensors.isel(tensor=positions), sampled, of_modules, number),
+            }
             for number, (name, positions) in enumerate(modules.items())
         ],
-        **_parts(results),
     }
-    return cast("Summary", figures)
 
 
 def _doubling(
@@ -282,16 +316,55 @@ def _modules(tensors: xr.Dataset) -> dict[str, list[int]]:
     }
 
 
+def _of_sample(
+    results: LossResults, steps: xr.Dataset, tensors: xr.Dataset
+) -> dict[str, float | list[float] | None]:
+    """Return of how many segments a random part is, and the standard error of all that is
+    allocated.
+    """
+    manifest, whole = results.manifest, tensors["allocated"].sum("tensor")
+    if "remainder" in steps:
+        whole = whole + steps["remainder"]
+    return {
+        "sampled_of": None if manifest.sampled is None else manifest.all_segments,
+        "identity_change": None if manifest.sampled is None else _identity_change(results),
+        "segments_error": _segments_error(results, whole),
+    }
+
+
+def _identity_change(results: LossResults) -> float | None:
+    """Return the change from the first to the last checkpoint on the examples by which a run
+    recognises the loss; None where it is not finite at one of them, or the last is another one.
+    """
+    first, last = results.record.identity
+    return None if first is None or last is None else last["loss"] - first["loss"]
+
+
+def _segments_error(results: LossResults, column: xr.DataArray) -> float | list[float] | None:
+    """Return the standard error of a sum over training by the segments drawn, of each group; None of
+    a run of all segments.
+    """
+    error = segments_error(results, column)
+    return None if error is None else _plain(error.values)
+
+
 def _row(
-    part: xr.Dataset, sampled: float, bands: np.ndarray[Any, Any] | None, position: int
+    results: LossResults,
+    part: xr.Dataset,
+    sampled: float,
+    bands: np.ndarray[Any, Any] | None,
+    position: int,
 ) -> dict[str, object]:
-    """Return the figures of some tensors together; `bands` are ([groups, ]parts)."""
-    shares = _shares(part)
+    """Return the figures of some tensors together; `sampled` is the share of examples of the split,
+    `bands` are ([groups, ]parts).
+    """
+    shares, larger = _shares(part), scale_of(results, part.sizes["step"])
     return {
         "parameters": int(part["elements"].sum()),
         "moved": bool(part["motion"].values.any()),
-        "allocated": _plain(_total(part["allocated"], "tensor")),
-        "standard_error": _standard_error(part, sampled),
+        "allocated": _plain(larger * _total(part["allocated"], "tensor")),
+        "standard_error": larger * error if (error := _standard_error(part, sampled)) else error,
+        "segments_error": _segments_error(results, part["allocated"].sum("tensor")),
         "path_band": None if bands is None else _plain(bands[..., position]),
         **({"helping": shares["helping"]} if shares else {}),
     }

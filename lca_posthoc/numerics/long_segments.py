@@ -12,17 +12,22 @@ def is_long(length: int) -> bool:
     return length > 1
 
 
-def pairs(lengths: Sequence[int]) -> list[int]:
-    """Return the segments that are the first half of a line of twice their length.
+def pairs(lengths: Sequence[int | None]) -> list[int]:
+    """Return the segments that are the first half of a line of twice their length, by the positions
+    of the checkpoints they start from.
 
     Args:
-        lengths: of all segments, in training steps.
+        lengths: training steps from each checkpoint to the next; None where no segment follows it.
 
-    >>> pairs([4, 4, 4, 1, 8, 8, 8])
+    >>> pairs([4, 4, 4, 1, 8, 8, None, 8, 8])
     [0, 4]
     """
     around = zip([None, *lengths[:-1]], lengths, [*lengths[1:], None], strict=True)
-    return [index for index, three in enumerate(around) if half_of(index, three) == 0]
+    return [
+        index
+        for index, (before, length, after) in enumerate(around)
+        if length is not None and half_of(index, (before, length, after)) == 0
+    ]
 
 
 def half_of(index: int, lengths: tuple[int | None, int, int | None]) -> int | None:

@@ -47,6 +47,49 @@ class Evaluates(Protocol):
         """
 
 
+class Nodes(Protocol):
+    """One segment as the rules see it: evaluations at its nodes, however they are come by."""
+
+    @property
+    def points(self) -> Motion:
+        """Return both ends; ends that are 1 apart where gradients are sums along the motion."""
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        """Return Σ|θ′ − θ| of some tensors."""
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        """Return losses at θ + x(θ′ − θ), x < 1."""
+
+    def know_signal(self) -> None:
+        """See to it that the gradient at θ is known that parts of the motion are made of, if any
+        are.
+        """
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        """Return losses at θ′, for this segment and for the one that follows, see `Segment`."""
+
+    @property
+    def has_paths(self) -> bool:
+        """Tell whether other paths are asked for."""
+
+    @property
+    def bends(self) -> bool:
+        """Tell whether another path through its ends is asked for and known."""
+
+    def middle(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Numbers]]:
+        """Return sums along the motion in the middle, see `Segment`."""
+
+    def shifts(
+        self,
+        first: Mapping[str, Evaluation],
+        last: Mapping[str, Evaluation],
+        middle: Mapping[str, Mapping[str, Numbers]],
+    ) -> dict[str, PathShift]:
+        """Return by how much another path changes the allocation, see `Segment`."""
+
+
 class Between(Mapping[str, Tensor]):
     """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
     floating (counters) are loaded, never interpolated.
@@ -157,6 +200,11 @@ class Segment:
             begins = None if coming is None else coming.split
             last = self._evaluate(self.own.motion.end, losses, ways, begins)
         return last[0], last[-1]
+
+    @property
+    def has_paths(self) -> bool:
+        """Tell whether other paths are asked for."""
+        return self.own.path is not None
 
     @property
     def bends(self) -> bool:

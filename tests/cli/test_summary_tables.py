@@ -273,12 +273,16 @@ def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[s
         "parameters": 4,
         "moved": True,
         "standard_error": None,
+        "segments_error": None,
         "path_band": None,
         "helping": 0.5,
     }
     figures: dict[str, Any] = {
         "segments": 1,
         "long_segments": 0,
+        "sampled_of": None,
+        "identity_change": None,
+        "segments_error": None,
         "first_step": 0,
         "last_step": 1,
         "parameters": 4,

@@ -274,6 +274,26 @@ def test_a_run_that_grew_is_the_same_to_the_bit(
         assert grown.totals.equals(whole.totals)
 
 
+def test_a_random_part_of_the_segments_has_the_bits_of_all(sparse: Path, tmp_path: Path) -> None:
+    whole = replay(sparse, tmp_path / "whole.lca", losses=["train"])["train"].other_path
+    part = replay(sparse, tmp_path / "part.lca", losses=["train"], segments="0.6@1")["train"]
+    assert 0 < part.other_path.sizes["step"] < whole.sizes["step"]
+    for name in ("shift", "doubled"):
+        np.testing.assert_array_equal(
+            part.other_path[name].values,
+            whole[name].sel(step=part.other_path["step"].values).values,
+        )
+
+
+def test_paths_do_not_bend_across_what_is_left_out(sparse: Path, tmp_path: Path) -> None:
+    # of steps 0, 1, 2, 4, 8 and 12, 15, 19
+    both = replay(sparse, tmp_path / "both.lca", losses=["train"], steps="0:8,12:19")["train"]
+    ends = replay(sparse, tmp_path / "ends.lca", losses=["train"], steps="0:8")["train"]
+    for name in ("shift",):
+        joined = both.other_path[name].sel(step=ends.other_path["step"].values)
+        np.testing.assert_array_equal(joined.values, ends.other_path[name].values)
+
+
 # --- laws -----------------------------------------------------------------------------------------
 
 

@@ -36,12 +36,12 @@ class _OfSegment:
     together: Together
 
 
-class PartsOfSpan:
-    """Tells the parts of the motion on every segment of a span, in turn.
+class PartsOfStretch:
+    """Tells the parts of the motion on segments that follow each other, in turn.
 
     Args:
-        points: the checkpoints, the one before the span among them where there is one.
-        first: position of the first one of the span.
+        points: the checkpoints, the one before the stretch among them where there is one.
+        first: position of the checkpoint it starts from.
         passed: those that the replay has gone through, the last three among them: the motion before
             a segment is its momentum.
         objective: evaluates the losses.
@@ -66,8 +66,8 @@ class PartsOfSpan:
         self._parts: dict[int, _OfSegment] = {}
 
     def of(self, row: int) -> Together:
-        """Return the parts of the segment at a position of the span; the checkpoint it starts from
-        has gone by.
+        """Return the parts of the segment at a position of the stretch; the checkpoint it starts
+        from has gone by.
         """
         from ...numerics.along import SegmentDirections, Together
 
@@ -84,16 +84,23 @@ class PartsOfSpan:
 
     def add(
         self,
+        position: int,
         row: int,
         segments: Mapping[str, SegmentAllocation],
         statistics: Mapping[str, SpanSums],
     ) -> None:
-        """Add what the parts of the segment at a position of the span are allocated to the
+        """Add what the parts of the segment at a position of the stretch are allocated to the
         statistics of each loss.
+
+        Args:
+            position: of the segment.
+            row: its row of the statistics.
+            segments: the allocation of each loss.
+            statistics: of each loss.
         """
         from ...numerics.along import allocated_along
 
-        parts, index = self._parts.pop(row), self._first + row
+        parts, index = self._parts.pop(position), self._first + position
         end = self._passed.at(index + 1)
         moved = None if parts.directions is None else parts.directions.moved(end)
         for name, of_loss in statistics.items():

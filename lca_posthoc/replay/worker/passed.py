@@ -22,26 +22,27 @@ class Passed:
     """Keeps the last checkpoints of a replay, by their position in the trajectory.
 
     Args:
-        points: the checkpoints, some before and after the span among them where they are needed.
-        rows: the segments of the span.
+        points: the checkpoints, some before and after these among them where they are needed.
+        segments: those that are replayed in turn, by the positions of the checkpoints they start
+            from.
         objective: on whose device they are.
     """
 
-    def __init__(self, points: StoredPoints, rows: slice, objective: Objective) -> None:
-        self._points, self._rows, self._objective = points, rows, objective
+    def __init__(self, points: StoredPoints, segments: slice, objective: Objective) -> None:
+        self._points, self._segments, self._objective = points, segments, objective
         self._kept: dict[int, Mapping[str, Tensor]] = {}
         self._walk: Walk = iter(())
-        self._upcoming = rows.start
+        self._upcoming = segments.start
 
     def remember(self, walk: Walk) -> Walk:
-        """Yield the checkpoints of the span, and keep them; `walk` may go on after the last one."""
+        """Yield the checkpoints at their ends, and keep them; `walk` may go on after the last one."""
         self._walk = walk
-        for index in range(self._rows.start, self._rows.stop + 1):
+        for index in range(self._segments.start, self._segments.stop + 1):
             yield self._points.checkpoints[index].step, self.at(index)
 
     def at(self, index: int) -> Mapping[str, Tensor]:
         """Return a checkpoint as losses are evaluated there: one that has gone by or is still to
-        come, or one before the span, which is read.
+        come, or one before them, which is read.
         """
         while self._upcoming <= index:
             _, point = next(self._walk)

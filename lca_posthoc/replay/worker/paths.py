@@ -1,4 +1,4 @@
-"""Another path through the checkpoints around every segment of a span."""
+"""Another path through the checkpoints around segments that follow each other."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ if TYPE_CHECKING:
     from ..requests import StoredPoints
 
 
-class PathsOfSpan:
-    """Tells the path through the checkpoints around every segment of a span.
+class PathsOfStretch:
+    """Tells the path through the checkpoints around segments that follow each other.
 
     Args:
-        points: the checkpoints: those of the span, one before it and one after it where there are
-            any.
-        first: position of the first one of the span.
+        points: the checkpoints: those of the stretch, one before it and one after it where there
+            are any.
+        breaks: positions of checkpoints after which no segment follows.
+        first: position of the checkpoint it starts from.
         passed: those that the replay has gone through.
     """
 
-    def __init__(self, points: StoredPoints, first: int, passed: Passed) -> None:
-        self._checkpoints, self._first, self._passed = points.checkpoints, first, passed
+    def __init__(
+        self, points: StoredPoints, breaks: frozenset[int], first: int, passed: Passed
+    ) -> None:
+        self._checkpoints, self._breaks = points.checkpoints, breaks
+        self._first, self._passed = first, passed
 
     def of(self, row: int) -> SegmentPath:
-        """Return the path of the segment at a position of the span."""
+        """Return the path of the segment at a position of the stretch."""
         from ...numerics.path import Neighbours, SegmentPath
 
         index = self._first + row
         before, length, after = (self._length(place) for place in (index - 1, index, index + 1))
-        assert length is not None, "a segment of the span has both ends"
+        assert length is not None, "a segment has both ends"
         return SegmentPath(
             Neighbours(
                 lengths=(before, length, after),
@@ -45,4 +49,6 @@ class PathsOfSpan:
         none.
         """
         start, end = (self._checkpoints.get(place) for place in (index, index + 1))
-        return None if start is None or end is None else end.step - start.step
+        if start is None or end is None or index in self._breaks:
+            return None
+        return end.step - start.step
