@@ -433,8 +433,8 @@ def _jumps(points: Points) -> Iterator[Observation]:
             grade="doubt",
             steps=steps,
             text=f"from step {steps[0]} to {steps[1]} the weights jump: {times:.3g} times as far "
-            "as the segments around suggest. Steps may be missing or misnumbered there, training may "
-            "have gone on from another checkpoint, or the loss blew up",
+            "as the segments around suggest. Steps may be missing or misnumbered there, training "
+            "may have gone on from another checkpoint, or the loss blew up",
         )
 
 
