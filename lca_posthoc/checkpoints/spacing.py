@@ -12,6 +12,7 @@ from pathlib import Path
 from ..errors import few
 from .headers import Header
 from .paths import is_remote
+from .steps import Choice
 
 _CHUNK = 2**20
 _MOST_COMPARED = 2**30
@@ -25,22 +26,59 @@ def every_of(header: Header) -> int:
     return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
 
 
-def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1) -> list[str]:
+def bursts_of(header: Header) -> tuple[int, int] | None:
+    """Return the `bursts` of the recorder that wrote a file, `(every, length)`, as the file states
+    them; None where it states none.
+    """
+    stated = re.fullmatch(
+        "([1-9][0-9]{0,17}):([1-9][0-9]{0,17})", header.metadata.get("bursts", "")
+    )
+    return None if stated is None else (int(stated[1]), int(stated[2]))
+
+
+def between_bursts(
+    steps: Sequence[int], bursts: Sequence[tuple[int, int] | None], choice: Choice
+) -> frozenset[int]:
+    """Return the positions among the used checkpoints after which a burst ends and another one comes
+    next: no segment runs across the gap, of which training saw the steps and the files do not tell.
+
+    Args:
+        steps: of the used checkpoints, ascending.
+        bursts: of each of them, see `bursts_of`.
+        choice: which of all they are; with some left out between two, a long segment is meant.
+    """
+    return frozenset(
+        place
+        for place, ((before, after), (position, following)) in enumerate(
+            zip(pairwise(steps), pairwise(choice.used), strict=True)
+        )
+        if following == position + 1
+        and bursts[place] is not None
+        and bursts[place] == bursts[place + 1]
+        and _in_different_bursts(before, after, bursts[place])
+    )
+
+
+def _in_different_bursts(before: int, after: int, bursts: tuple[int, int] | None) -> bool:
+    return bursts is not None and before // bursts[0] != after // bursts[0]
+
+
+def long_segments(steps: Sequence[int], every: Sequence[int], choice: Choice) -> list[str]:
     """Return a note on segments longer than one step that the user did not choose.
 
     Args:
         steps: of all checkpoints, ascending.
         every: for each, the `every` it was recorded with; the user chose a gap of as many steps,
             where no shorter one than that is in the series, but single steps.
-        thinning: K where only every K-th checkpoint is used, which the user chose too.
+        choice: which of them are used, and where no segment follows, which the user chose too.
     """
-    used = range(0, len(steps), thinning)
-    segments = [(steps[start], steps[stop]) for start, stop in pairwise(used)]
-    long = _unintended(segments, steps, every, used)
+    ends = [pair for index, pair in enumerate(pairwise(choice.used)) if index not in choice.breaks]
+    segments = [(steps[start], steps[stop]) for start, stop in ends]
+    long = _unintended(ends, steps, every)
     if not long:
         return []
     inside = sum(stop - start for start, stop in long)
-    share = inside / (segments[-1][1] - segments[0][0])
+    share = inside / sum(stop - start for start, stop in segments)
     longest = max(long, key=lambda segment: segment[1] - segment[0])
     which = _which(len(long), len(segments))
     return [
@@ -53,17 +91,23 @@ def long_segments(steps: Sequence[int], every: Sequence[int], thinning: int = 1)
 
 
 def _unintended(
-    segments: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int], used: range
+    ends: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the segments of more than one step with a gap in them that the user did not choose."""
+    """Return the segments of more than one step with a gap in them that the user did not choose.
+
+    Args:
+        ends: of each segment, as positions in `steps`.
+        steps: of all checkpoints, ascending.
+        every: as for `long_segments`.
+    """
     gaps = [after - before for before, after in pairwise(steps)]
     # in a series with shorter gaps, such as 1, 2, 4, … 512, 1000, 2000, `every` is not its grid
     shortest = min((gap for gap in gaps if gap > 1), default=1)
     intended = [gap == 1 or gap == every[index + 1] == shortest for index, gap in enumerate(gaps)]
     return [
-        segment
-        for segment, (start, stop) in zip(segments, pairwise(used), strict=True)
-        if not all(intended[start:stop]) and segment[1] - segment[0] > 1
+        (steps[start], steps[stop])
+        for start, stop in ends
+        if not all(intended[start:stop]) and steps[stop] - steps[start] > 1
     ]
 
 

@@ -50,6 +50,8 @@ class Recorder:
             name. Keep it in float32 (under `torch.autocast` it is): most of the motion is lost in
             fewer bits.
         every: only steps that are multiples of it.
+        bursts: `(every, length)`: `length` consecutive iterates every `every` steps, from step 0
+            on. A replay takes the bursts and leaves out the gaps between them.
         steps: only these.
         until: only steps up to this one.
         frozen: True to write parameters that have no gradient when recording begins too. Buffers
@@ -75,17 +77,20 @@ class Recorder:
         model: nn.Module,
         *,
         every: int = 1,
+        bursts: tuple[int, int] | None = None,
         steps: Collection[int] | None = None,
         until: int | None = None,
         frozen: bool = True,
         on_full: Literal["stop", "pause"] = "stop",
     ) -> None:
         _refuse_arguments(model, every, steps, until, on_full)
+        _refuse_bursts(bursts, every)
         self.directory = here(
             directory, "iterates are written to this machine's file systems. Name a directory."
         ).expanduser()
         self._model = model
         self._every, self._until = every, until
+        self._bursts = None if bursts is None else (bursts[0], bursts[1])
         self._steps = None if steps is None else frozenset(steps)
         self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
@@ -332,7 +337,12 @@ class Recorder:
         if self._is_wanted(step):
             if self._series is None:
                 self._series = _Series(
-                    self.directory, self._model, self._frozen, self._pauses, self._every
+                    self.directory,
+                    self._model,
+                    self._frozen,
+                    self._pauses,
+                    self._every,
+                    self._bursts,
                 )
                 weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
@@ -394,7 +404,7 @@ class Recorder:
         first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
         last = until if self._until is None else min(until, self._until)
         if self._steps is None:
-            iterates = max(0, last // self._every - (first - 1) // self._every)
+            iterates = max(0, self._wanted_up_to(last) - self._wanted_up_to(first - 1))
         else:
             iterates = sum(first <= step <= last and self._is_wanted(step) for step in self._steps)
         needed, free = iterates * size, shutil.disk_usage(place).free
@@ -402,15 +412,23 @@ class Recorder:
             text = (
                 f"{count(iterates, 'iterate')} of {amount(size)} take{'s' * (iterates == 1)} "
                 f"{amount(needed)}, and {place} has {amount(free)} free. Record fewer (every=, "
-                "steps=, until=) or elsewhere."
+                "bursts=, steps=, until=) or elsewhere."
             )
             if not self._pauses:
                 raise ResourceError(text)
             warnings.warn(text, stacklevel=2)
 
+    def _wanted_up_to(self, step: int) -> int:
+        """Return how many iterates there are from step 0 to one, where `steps` does not choose."""
+        if self._bursts is None:
+            return step // self._every + 1
+        bursts, rest = divmod(step + 1, self._bursts[0])
+        return bursts * self._bursts[1] + min(rest, self._bursts[1])
+
     def _is_wanted(self, step: int) -> bool:
         return (
             step % self._every == 0
+            and (self._bursts is None or step % self._bursts[0] < self._bursts[1])
             and (self._steps is None or step in self._steps)
             and (self._until is None or step <= self._until)
         )
@@ -430,6 +448,23 @@ def _refuse_arguments(
         raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
     if on_full not in ("stop", "pause"):
         raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
+
+
+def _refuse_bursts(bursts: object, every: int) -> None:
+    """Refuse bursts that have no segment or no gap, or that go with `every`."""
+    if bursts is None:
+        return
+    pair = bursts if isinstance(bursts, (tuple, list)) and len(bursts) == 2 else (0, 0)
+    if not all(map(_is_step, pair)) or not 2 <= pair[1] < pair[0]:
+        raise InputError(
+            f"bursts={bursts!r}: give (every, length), such as (100, 8): 8 consecutive iterates "
+            "every 100 steps; 2 or more, and fewer than from one burst to the next."
+        )
+    if every != 1:
+        raise InputError(
+            f"bursts={bursts!r} records consecutive iterates, every={every} does not. Give one of "
+            "the two."
+        )
 
 
 def _locked(directory: Path) -> DirectoryLock:
@@ -463,7 +498,13 @@ class _Series:
     """
 
     def __init__(
-        self, directory: Path, model: nn.Module, frozen: bool, pauses: bool, every: int
+        self,
+        directory: Path,
+        model: nn.Module,
+        frozen: bool,
+        pauses: bool,
+        every: int,
+        bursts: tuple[int, int] | None,
     ) -> None:
         refuse_flattened(model)
         self._contents = Contents(model, frozen)
@@ -475,7 +516,7 @@ class _Series:
         if not _writes():
             return
         self._refuse_reserved()
-        self._layout = Layout(tensors, every)
+        self._layout = Layout(tensors, every, bursts)
         self._warn_of_contents(len(tensors))
         self._stager = Stager(self._layout)
         self._lock = _locked(directory)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import results
 from ..base.text import count
-from ..checkpoints.paths import here, is_remote, located
+from ..checkpoints.paths import here, is_remote
+from ..checkpoints.places import Where, found_again, places_of
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import (
     Cluster,
@@ -64,21 +66,33 @@ from .requests import (
     Failure,
     LossSpan,
     RunRequest,
+    ShardRequest,
     SpanAnswer,
     SpanRequest,
     answered,
-    from_plain,
     to_plain,
+    work_of,
 )
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
+from .shards import is_cut
 from .stopping import Stop, stopped_by_signals
-from .worker import committed_result, compressions, looks_back, replay_span
+from .worker import (
+    committed,
+    committed_result,
+    compressions,
+    looks_back,
+    replay_in_shards,
+    replay_span,
+)
+
+if TYPE_CHECKING:
+    from .shard_queue import ShardQueue
 
 # --- the run --------------------------------------------------------------------------------------
 
 
 def run(
-    checkpoints: str | Path,
+    checkpoints: Where,
     task: str | Path | Task,
     *,
     losses: Sequence[str] | None = None,
@@ -87,6 +101,7 @@ def run(
     tolerance: float | str | None = None,
     allocation_tolerance: float | str | None = None,
     keep: str | None = None,
+    shards: int | str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
@@ -98,6 +113,7 @@ def run(
     signal: str | None = None,
     along: str | Path | None = None,
     steps: str | None = None,
+    segments: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
     cluster: str = "local",
@@ -115,7 +131,9 @@ def run(
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read
+        checkpoints: directory of safetensors iterates, a place with `{step}` in it such as
+            `ROOT/step{step}/model.safetensors`, a hub's cache, or a list of such places that hold
+            one series together; a URL of fsspec's, such as `s3://…`, is read
             through its driver.
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
         losses: names of the task's losses; None for its first, `["all"]` for every one.
@@ -128,6 +146,10 @@ def run(
             inf).
         keep: "tensors", "units", "statistics" or "parameters", each of which holds those before it;
             by default the highest that fits the memory of a worker and half of the free space.
+        shards: at keep "tensors" or "units", into how many shards the data of every segment is cut,
+            so that few segments keep many workers busy; by default one for each worker where
+            segments are few, else 1, which cuts nothing. Recorded: results never depend on how
+            many workers there are later.
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
@@ -143,7 +165,10 @@ def run(
             `losses`. It is replayed too.
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
-        steps: `A:B[:K]`, training steps.
+        steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
+            them.
+        segments: `FRACTION@SEED`, such as "0.1@7": a random part of the segments, for totals with
+            standard errors. A larger fraction of the same seed adds to what is there.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
@@ -180,6 +205,7 @@ def run(
         "tolerance": tolerance,
         "allocation_tolerance": allocation_tolerance,
         "keep": keep,
+        "shards": shards,
         "batch_size": batch_size,
         "device": device,
         "precision": precision,
@@ -189,6 +215,7 @@ def run(
         "subset": subset,
         "signal": signal,
         "steps": steps,
+        "segments": segments,
         "pattern": pattern,
         "rename": rename,
     }
@@ -210,7 +237,7 @@ def run(
         log = Log(listener)
         entry, data = pack_task(task)
         job = _Job(
-            checkpoints=located(checkpoints),
+            checkpoints=checkpoints,
             task=entry,
             data=data,
             losses=list(losses or []),
@@ -287,10 +314,10 @@ def repair(
         for part in damage
         if part.loss is not None and (part.span, part.window) != (None, None)
     }
-    root = located(checkpoints if checkpoints is not None else manifest.root)
+    root = checkpoints if checkpoints is not None else manifest.root
     with listening(progress) as listener:
         job = _Job(
-            checkpoints=root,
+            checkpoints=found_again(root, manifest.settings.get("places", ())),
             task=entry,
             data=data,
             losses=list(losses),
@@ -327,16 +354,21 @@ def _durable(durability: str) -> bool:
     return durability == "full"
 
 
-def default_out(checkpoints: str | Path) -> Path:
+def default_out(checkpoints: Where) -> Path:
     """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
-        InputError: where the checkpoints are remote, which results cannot be.
+        InputError: where the checkpoints are remote, which results cannot be, or in several places.
     """
-    directory = located(checkpoints)
+    places = places_of(checkpoints)
+    directory = places[0].root
     if is_remote(directory):
         raise InputError(
-            f"{directory} is remote, and results are not: say where they go with --out RUN."
+            f"{places[0]} is remote, and results are not: say where they go with --out RUN."
+        )
+    if len(places) > 1:
+        raise InputError(
+            f"the checkpoints lie in {len(places)} places: say where results go with --out RUN."
         )
     directory = directory.resolve() if directory.name in ("", "..") else directory
     return directory.with_name(f"{directory.name}.lca")
@@ -353,7 +385,7 @@ class _Job:
     """The work that `run` or `repair` was asked to do.
 
     Attributes:
-        checkpoints: their directory.
+        checkpoints: their directory or places.
         task: where the task is.
         data: its source, for workers.
         losses: their names; empty for the first, `["all"]` for every one.
@@ -366,7 +398,7 @@ class _Job:
         parts: the parts of the motion that are asked for.
     """
 
-    checkpoints: Path
+    checkpoints: Where
     task: Entry
     data: bytes
     losses: list[str]
@@ -474,11 +506,13 @@ class _Driver:
         status.begin("reading the headers of the checkpoints")
         trajectory = self._trajectory(settings, recorded)
         status.note(trajectory.notes)
+        if trajectory.places and recorded is None:
+            settings = {**settings, "places": list(trajectory.places)}
         if recorded is not None:
             same_checkpoints(
                 RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
             )
-            if job.damage is None and self._is_finished(recorded, trajectory):
+            if job.damage is None and self._is_finished(recorded, trajectory, settings):
                 return
         else:
             results.refuse_other(job.path)
@@ -499,17 +533,30 @@ class _Driver:
             rename=settings["rename"],
             steps=settings["steps"],
         )
-        if recorded is None or self._job.damage is None:
+        if recorded is None:
             return trajectory
-        known = trajectory.checkpoints[: len(recorded.checkpoints)]
-        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+        new = len(trajectory.checkpoints) - len(recorded.checkpoints)
+        if recorded.sampled is not None and new > 0:
+            self._status.note(
+                [
+                    f"{count(new, 'checkpoint')} after step {recorded.checkpoints[-1].step} "
+                    f"{'is' if new == 1 else 'are'} left out: a random part of the segments, "
+                    f"--segments {recorded.sampled}, stays one of those it was drawn from. Write "
+                    "another run with --out to draw from all of them"
+                ]
+            )
+        elif self._job.damage is None:
+            return trajectory
+        return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
 
-    def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
+    def _is_finished(self, manifest: Manifest, trajectory: Trajectory, settings: Settings) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         job = self._job
         if manifest.provenance["task_sha256"] != digest(job.task) or len(
             trajectory.checkpoints
         ) != len(manifest.checkpoints):
+            return False
+        if settings["segments"] != manifest.sampled:
             return False
         known = manifest.provenance["task_losses"]
         losses = known if job.losses == ["all"] else job.losses or known[:1]
@@ -644,10 +691,9 @@ class _Driver:
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
         in_repair = self._job.damage is not None
         extended = {name for name in laid_out.losses if not in_repair or name not in behind}
-        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
-            writer.take_up(
-                laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
-            )
+        grown = (laid_out.checkpoints, laid_out.starts) != (recorded.checkpoints, recorded.starts)
+        if grown or behind & extended:
+            writer.take_up(laid_out, {name: laid_out.losses[name].identity for name in extended})
             if not in_repair:
                 self._status.note(_of_losses_left_behind(writer.manifest))
         new = {
@@ -735,6 +781,13 @@ def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.losses.items():
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            if manifest.sampled is not None:
+                yield (
+                    f"loss {name!r} stays as it is, over {record.covers:,} of the "
+                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Take it to "
+                    f"all of these with --loss {name}, or every loss with --loss all"
+                )
+                continue
             yield (
                 f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
                 f"{last}. Take it there with --loss {name}, or every loss with --loss all"
@@ -781,6 +834,7 @@ class _Spans:
         self._left_partials = False
         self._reported_ends: dict[str, dict[int, list[float]]] = {}
         self._unreached: set[_Unreached] = set()
+        self._shards: ShardQueue | None = None
 
     def replay(
         self, cluster: Cluster, lock: results.Held, repair_spans: dict[str, list[int]] | None
@@ -797,8 +851,7 @@ class _Spans:
         pending = self._pending(repair_spans)
         self._plan(pending, cluster.crew().workers)
         lock.working = True  # until its end, workers may leave temporary files
-        specs = map(to_plain, self._requests(pending))
-        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
+        with contextlib.closing(self._outcomes(cluster, pending)) as outcomes:
             for outcome in outcomes:
                 self._hear(outcome)
                 if lock.lost.is_set():
@@ -840,6 +893,43 @@ class _Spans:
             manifest = self._covered[names[0]]
             yield _span_request(self._common, manifest, span, names, durable=self._durable)
 
+    def _outcomes(
+        self, cluster: Cluster, waiting: dict[tuple[int, int], list[str]]
+    ) -> Generator[Outcome]:
+        """Have the spans computed: whole, or in shards of the data where losses are cut."""
+        manifest = self._writer.manifest
+        whole = {
+            key: names
+            for key, all_names in waiting.items()
+            if (names := [name for name in all_names if not is_cut(manifest, name)])
+        }
+        specs = map(to_plain, self._requests(whole))
+        cut = [
+            (span, names)
+            for (span, _), all_names in sorted(waiting.items())
+            if (names := [name for name in all_names if is_cut(manifest, name)])
+        ]
+        if not cut:
+            return cluster.map(replay_span, specs, committed_result)
+        from .shard_queue import ShardQueue
+
+        self._shards = ShardQueue(
+            self._writer,
+            self._common,
+            cut,
+            self._finishing,
+            workers=cluster.crew().workers,
+            durable=self._durable,
+        )
+        every = itertools.chain(specs, self._shards.specs())
+        return cluster.map(replay_in_shards, every, committed)
+
+    def _finishing(self, span: int, names: list[str]) -> SpanRequest:
+        """Return the request to commit a span whose sums over shards are all there."""
+        return _span_request(
+            self._common, self._covered[names[0]], span, names, durable=self._durable
+        )
+
     # --- while they are replayed
 
     def _hear(self, outcome: Outcome) -> None:
@@ -857,21 +947,30 @@ class _Spans:
                 self._take(outcome)
         else:
             self._hear_trouble(outcome)
+        for span, names, error in self._shards.failures() if self._shards else ():
+            self._take_failure(span, names, error)
 
     def _hear_trouble(self, outcome: Lost | Retried | Slow) -> None:
-        request = from_plain(SpanRequest, outcome.spec)
-        span, manifest = request.span, self._manifest_of(request)
+        request = work_of(outcome.spec)
+        names = request.losses if isinstance(request, ShardRequest) else request.pending
+        span, manifest = request.span, self._writer.manifest.of(names[0])
         where = (span, *_steps(manifest, span))
         self._left_partials |= not isinstance(outcome, Slow)
         if isinstance(outcome, Lost):
-            self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
+            if self._gives_up(request):
+                self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
         elif isinstance(outcome, Retried):
             self._status.tell(SpanRetried(*where, outcome.worker, outcome.why))
         else:
             self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
 
-    def _manifest_of(self, request: SpanRequest) -> Manifest:
-        return self._writer.manifest.of(request.pending[0])
+    def _gives_up(self, request: SpanRequest | ShardRequest) -> bool:
+        """Tell whether a span is given up by the failure of a request, and not by an earlier
+        one.
+        """
+        if not isinstance(request, ShardRequest):
+            return True
+        return self._shards is not None and bool(self._shards.drop(request.span))
 
     def _fail(
         self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
@@ -881,10 +980,16 @@ class _Spans:
         self._status.tell(failure)
 
     def _take(self, done: Done) -> None:
-        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
-        if isinstance(answer, Failure):
-            self._take_failure(request, answer.exception())
+        request = work_of(done.spec)
+        if isinstance(request, ShardRequest):
+            self._take_sums(request, done)
             return
+        answer = answered(SpanRequest, done.result)
+        if isinstance(answer, Failure):
+            self._take_failure(request.span, request.pending, answer.exception())
+            return
+        if self._shards is not None and is_cut(self._writer.manifest, request.pending[0]):
+            self._shards.finish(request.span)
         self._status.span_seconds, self._status.workers = answer.seconds, done.workers
         for name, part in answer.losses.items():
             self._compare_ends(name, request.span, part.ends)
@@ -894,11 +999,22 @@ class _Spans:
             }
         self._status.tell(_span_done(request.span, answer, done))
 
-    def _take_failure(self, request: SpanRequest, error: Exception) -> None:
+    def _take_sums(self, request: ShardRequest, done: Done) -> None:
+        """Take in the sums of some shards; what follows from them is handed out next."""
+        assert self._shards is not None, "only the queue of shards asks for sums"
+        answer = answered(ShardRequest, done.result)
+        if not isinstance(answer, Failure):
+            self._shards.take(request)
+            return
+        error = answer.exception()
+        if isinstance(error, ResourceError) or self._gives_up(request):
+            self._take_failure(request.span, request.losses, error)
+
+    def _take_failure(self, span: int, losses: list[str], error: Exception) -> None:
         if isinstance(error, ResourceError):
             raise error
         step = error.step if isinstance(error, NotFiniteError) else None
-        self._fail(self._manifest_of(request), request.span, str(error), step)
+        self._fail(self._writer.manifest.of(losses[0]), span, str(error), step)
 
     def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
         """Tell once that memory ran out, and a span was computed in smaller batches."""
@@ -1016,8 +1132,7 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
     """Return the training steps a span runs from and to."""
-    rows = manifest.rows(span)
-    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
+    return manifest.ends(manifest.rows(span))
 
 
 def _span_request(
@@ -1032,20 +1147,20 @@ def _span_request(
         pending: the losses.
         durable: whether it is on the disk before it counts.
     """
-    rows = manifest.rows(span)
-    first = rows.start
+    rows, looked = manifest.rows(span), looks_back(manifest.rows(span).start)
+    starts = [*manifest.starts[looked.start : looked.stop], *manifest.starts[rows]]
+    positions = {end for start in starts for end in (start, start + 1)}
     if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
-        first = max(0, first - 1)
-    positions = (*looks_back(rows.start), *range(first, rows.stop + 1))
+        positions |= {start - 1 for start in manifest.starts[rows] if start}
     return SpanRequest(
         setup=common.setup,
         points=replace(
-            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+            common.points,
+            checkpoints={index: manifest.checkpoints[index] for index in sorted(positions)},
         ),
         run=common.run,
         batch_sizes=common.batch_sizes,
         durable=durable,
         span=span,
         pending=pending,
-        calibration={name: record.calibration for name, record in manifest.losses.items()},
     )

@@ -83,6 +83,14 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         "1 of 3 segments is longer than one step, with 6 steps or 60% of training in them, the "
         "longest 4→10",
     ),
+    "chosen one by one": (tuple(range(13)), 1, "0,1,2,4,12", None),
+    "ranges, and a gap in one of them": (
+        (0, 1, 2, 50, 51, 53),
+        1,
+        "0:2,50:53",
+        "1 of 4 segments is longer than one step, with 2 steps or 40% of training in them, the "
+        "longest 51→53",
+    ),
     "a gap and single steps": (
         (0, 1, 2, 4, 5),
         1,
