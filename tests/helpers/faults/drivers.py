@@ -117,14 +117,14 @@ def worker_killed(count: int, _: Path) -> str:
 
 
 @fault(
-    "R19",
+    "R21",
     "kill -9 of the driver, or of a worker, while spans are computed in shards",
     ci=2,
     full=40,
 )
 def killed_in_shards(count: int, _: Path) -> str:
     """Ten segments in spans of ten and three shards, so that nearly every kill is inside a span."""
-    chance, kills, runs, resumed = random.Random(19), Counter[str](), 0, 0
+    chance, kills, runs, resumed = random.Random(21), Counter[str](), 0, 0
     options = ("--shards", 3, "--batch-size", 4)
     with laid_out(10, keep="units") as (place, _clean):
         write_task(place / "small_task.py")  # whose losses can be cut
