@@ -26,7 +26,7 @@ from .directions_writer import DirectionsWriter, refuse_existing, refuse_too_lar
 from .displacements import BlockSize, Displacements, Matrix, Piece, block_size, split, squares
 from .moving_tensors import LeftOut, chosen_tensors, motion_of
 from .paths import here
-from .places import Where, places_of
+from .places import Where, arguments_of, places_of
 from .trajectory import Trajectory, open_trajectory
 
 Progress = Callable[[str, int, int], None]
@@ -152,11 +152,10 @@ def write_basis(
     """
     _check_numbers(directions, random, seed)
     place = here(out, "directions are written to a file system. Name a file there with -o.")
-    places = places_of(checkpoints)
-    for source in places:
-        here(source.root, "displacements are read from a file system. Copy them here first.")
+    for argument in arguments_of(checkpoints):
+        here(argument, "displacements are read from a file system. Copy them here first.")
     refuse_existing(place)
-    for source in places:
+    for source in places_of(checkpoints):
         _refuse_inside(place, source.root)
     trajectory = open_trajectory(checkpoints, pattern=pattern, rename=rename, steps=steps)
     for note in [*trajectory.notes, *_half(trajectory)]:

@@ -82,16 +82,18 @@ def place_of(where: str | Path) -> Place:
     return Place(located(root or ("/" if first else ".")), "/".join(parts[first:]))
 
 
+def arguments_of(where: Where) -> list[str | Path]:
+    """Return what names places, one by one."""
+    return [where] if isinstance(where, str | Path) else [*where]
+
+
 def places_of(where: Where) -> list[Place]:
     """Return the places that one or several arguments name; several are absolute.
 
     Raises:
         InputError: where there is none, or some are remote and others are not.
     """
-    arguments = (
-        [where] if isinstance(where, str | Path) or not isinstance(where, Sequence) else where
-    )
-    places = [place_of(argument) for argument in arguments]
+    places = [place_of(argument) for argument in arguments_of(where)]
     if not places:
         raise InputError("no place of checkpoints is named. Give the directory that holds them.")
     if len(places) == 1:

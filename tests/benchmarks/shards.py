@@ -1,6 +1,7 @@
 """What ten segments of MNIST-FC cost in shards of their data and in whole spans, on two workers:
 processor time of driver and workers and time on the clock, in turn, medians; and how far the sums of
-tensors are apart.
+tensors are apart. Whole spans are as long as a run chooses, and as long as those in shards, which
+takes the same number of evaluations.
 
 ```sh
 LCA_DATA=DIR python tests/benchmarks/shards.py [--segments 10] [--every 20] [--shards 2 16] [--rounds 3]
@@ -54,7 +55,9 @@ def processor_seconds() -> float:
     return sum(sum(one.cpu_times()[:2]) for one in (own, *own.children(recursive=True)))
 
 
-def replay(checkpoints: Path, out: Path, shards: int) -> tuple[float, float, np.ndarray]:
+def replay(
+    checkpoints: Path, out: Path, shards: int, span: int | None
+) -> tuple[float, float, np.ndarray]:
     """Processor seconds, seconds, and what tensors are allocated."""
     marks: list[tuple[float, float]] = []
 
@@ -68,6 +71,7 @@ def replay(checkpoints: Path, out: Path, shards: int) -> tuple[float, float, np.
         out=out,
         keep="tensors",
         shards=shards,
+        span=span,
         workers=2,
         device="cpu",
         tolerance="inf",
@@ -86,31 +90,42 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    kinds = [1, *given.shards]
-    costs: dict[int, list[tuple[float, float]]] = {shards: [] for shards in kinds}
+    kinds: dict[str, tuple[int, int | None]] = {
+        "whole spans": (1, None),
+        "whole spans of 8": (1, 8),
+        **{f"{shards} shards": (shards, None) for shards in given.shards},
+    }
+    costs: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as root:
         place = Path(root)
         record(place / "checkpoints", given.segments, given.every)
         for number in range(given.rounds):
-            sums = {}
-            for shards in kinds:
-                out = place / f"{shards}-{number}.lca"
-                processor, clock, sums[shards] = replay(place / "checkpoints", out, shards)
-                costs[shards].append((processor, clock))
-                apart = float(np.abs(sums[shards] - sums[1]).sum() / np.abs(sums[1]).sum())
+            whole = None
+            for kind, cut in kinds.items():
+                out = place / f"{kind}-{number}.lca"
+                processor, clock, sums = replay(place / "checkpoints", out, *cut)
+                whole = sums if whole is None else whole
+                costs[kind].append((processor, clock))
+                apart = float(np.abs(sums - whole).sum() / np.abs(whole).sum())
                 print(
-                    f"{shards} shards: {processor:.1f} s of processors, {clock:.1f} s, sums of "
-                    f"tensors {apart:.1e} of the sum of sizes apart",
+                    f"{kind}: {processor:.1f} s of processors, {clock:.1f} s, sums of tensors "
+                    f"{apart:.1e} of the sum of sizes apart",
                     flush=True,
                 )
-    whole = [statistics.median(column) for column in zip(*costs[1], strict=True)]
-    for shards in given.shards:
-        of_kind = [statistics.median(column) for column in zip(*costs[shards], strict=True)]
-        ratios = [mine / theirs for mine, theirs in zip(of_kind, whole, strict=True)]
-        print(
-            f"{shards} shards against whole spans: {ratios[0]:.3f} of the processor time, "
-            f"{ratios[1]:.3f} of the time"
-        )
+    for kind, taken in costs.items():
+        for other in list(kinds)[:2]:
+            ratios = [
+                statistics.median(
+                    mine[part] / theirs[part]
+                    for mine, theirs in zip(taken, costs[other], strict=True)
+                )
+                for part in (0, 1)
+            ]
+            if kind not in list(kinds)[:2]:
+                print(
+                    f"{kind} against {other}: {ratios[0]:.3f} of the processor time, "
+                    f"{ratios[1]:.3f} of the time"
+                )
 
 
 if __name__ == "__main__":
