@@ -9,6 +9,7 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import InputError
+from ..findings.bands import needs_single_steps
 from ..findings.common import (
     about_part,
     findings_beyond,
@@ -151,6 +152,8 @@ def _obstacle(
         return too_little
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
+    if (on_lines := needs_single_steps(results, name)) is not None:
+        return on_lines
     if not takes_part(results, name):
         return f"such findings {results.of_a_part()}"
     if not has_part(results, declared_findings()[name].part):

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
+from ..base.declarations import declared_findings
 from ..base.text import count
 from ..errors import LCAError
 from ..numerics.long_segments import is_long, pairs
@@ -73,6 +74,21 @@ def refuse_straight_lines(table: xr.Dataset, what: str) -> None:
         raise LCAError(
             f"{reasons[0]} Net sums of layers and units are told: `lca plot RUN layers`."
         )
+
+
+def needs_single_steps(results: LossResults, name: str) -> str | None:
+    """Say why a finding is held back on segments of more than one training step; None where it is
+    not.
+
+    Args:
+        results: one loss of a run.
+        name: of the finding.
+    """
+    needed, table = declared_findings()[name].single_steps, results.steps
+    long = long_segments(table)
+    if not needed or not (long.any() if needed == "every" else long.all()):
+        return None
+    return f"{straight_lines(table)}, and it is about single parameters in single training steps."
 
 
 def path_bands(results: LossResults, members: Members) -> Numbers | None:

@@ -29,6 +29,7 @@ FINDING = Finding(
     needs="`--keep statistics`; the fit `--keep parameters`",
     place=40,
     level="statistics",
+    single_steps="every",
     options=(GROUPS,),
 )
 

@@ -30,6 +30,7 @@ FINDING = Finding(
     needs="`--keep statistics`",
     place=30,
     level="statistics",
+    single_steps="some",
     options=(GROUPS,),
 )
 

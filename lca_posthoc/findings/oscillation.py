@@ -36,6 +36,7 @@ FINDING = Finding(
     needs="`--keep statistics`; traces `--keep parameters`",
     place=50,
     level="statistics",
+    single_steps="every",
     options=(
         GROUPS,
         Option(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lca_posthoc import Loss, Recorder, Task, findings, open_run, plots, run
 from lca_posthoc.errors import LCAError
+from lca_posthoc.export import export
 from lca_posthoc.findings.bands import path_bands
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import LossResults
@@ -154,6 +155,23 @@ def test_what_counts_parameters_is_held_back_where_all_segments_are_long(
     figures = findings.summary(loss_of(folder, "long"))
     assert not {"helping", "hurting", "zero"} & set(figures)
     assert "helping" not in findings.layers(loss_of(folder, "long"))
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("dense", set()),
+        ("sparse", {"distribution", "oscillation"}),
+        ("long", {"distribution", "oscillation", "helping"}),
+    ],
+)
+def test_an_export_goes_on_without_what_is_held_back(
+    folder: Path, tmp_path: Path, name: str, left_out: set[str]
+) -> None:
+    said: list[str] = []
+    export(open_run(folder / f"{name}.lca"), tmp_path / "x", losses=["train"], say=said.append)
+    lines = [text for text in said if "longer than one training step" in text]
+    assert {text.partition(" ")[0] for text in lines} == left_out
 
 
 def test_named_parameters_are_still_traced(folder: Path) -> None:
