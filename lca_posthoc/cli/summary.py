@@ -327,7 +327,7 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
     if any(figures["path_band"] is not None for figures in plain.values()):
         bands = (
-            "" if figures["path_band"] is None else f"±{figures['path_band']:.1e}"
+            "" if figures["path_band"] is None else f"± {figures['path_band']:.1e}"
             for figures in plain.values()
         )
         headline.add_row("± path, Σ over modules", *bands)

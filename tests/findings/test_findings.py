@@ -126,8 +126,8 @@ def test_curve(replayed: Bowl) -> None:
         added += row
         close(found["predicted"][at], added)
         close(found["residual_total"][at], losses[at + 1] - added)
-    assert list(found["step"].values) == list(range(0, 10 * SEGMENTS, 10))
-    assert list(found["step_end"].values) == list(range(10, 10 * SEGMENTS + 10, 10))
+    assert list(found["step"].values) == list(range(SEGMENTS))
+    assert list(found["step_end"].values) == list(range(1, SEGMENTS + 1))
 
 
 def test_curve_starts_again_after_a_gap(unfinished: Bowl) -> None:
