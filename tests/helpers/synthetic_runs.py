@@ -91,7 +91,7 @@ def laid_out(
         breaks=[],
         span=span,
         window=window or choose_window(segments, span, keep, segments // 85),
-        settings={**resolve({"keep": keep, "path_band": "off"}, None), "device": "cpu"},
+        settings=resolve({"keep": keep, "path_band": "off", "shards": 1}, None) | {"device": "cpu"},
         losses=records,
         provenance={"task_sha256": "0" * 64, "task_losses": list(losses)},
     )
