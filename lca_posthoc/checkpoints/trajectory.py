@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,13 +101,26 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All checkpoints in order of their step, with the tensors every one of them holds."""
+    """All checkpoints in order of their step, with the tensors every one of them holds.
+
+    `gone` are the steps of those whose files a replay removed once it needed them no more.
+    """
 
     root: Path
     checkpoints: tuple[Checkpoint, ...]
     tensors: dict[str, TensorHeader]
     sources: dict[str, str]
     notes: tuple[str, ...]
+    gone: frozenset[int] = frozenset()
+
+    @property
+    def first_there(self) -> int:
+        """Return the position of the first checkpoint whose files are there."""
+        return next(
+            index
+            for index, checkpoint in enumerate(self.checkpoints)
+            if checkpoint.step not in self.gone
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -301,6 +314,7 @@ def open_trajectory(
     pattern: str | None = None,
     rename: Sequence[str] = (),
     steps: str | None = None,
+    consumed: Sequence[Checkpoint] = (),
 ) -> Trajectory:
     """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
     with an index.
@@ -314,6 +328,7 @@ def open_trajectory(
             tensor whose whole name becomes empty is left out.
         steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of
             them.
+        consumed: checkpoints that belong to the trajectory though their files may be removed.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
@@ -328,7 +343,9 @@ def open_trajectory(
             entries, notes = _discover(root, regex, headers)
             named = sorted((entry.step, entry.files) for entry in entries)
             chosen, thinning = _select(named, steps)
-            if len(chosen) < 2:
+            there = {step for step, _ in named}
+            gone = [checkpoint for checkpoint in consumed if checkpoint.step not in there]
+            if len(chosen) + len(gone) < 2:
                 refuse_unreadable(root)
             used = dict(chosen[::thinning])
             notes += _counted(
@@ -336,12 +353,45 @@ def open_trajectory(
             )
     except OSError as error:
         raise InputError(f"cannot look into {root}: {error.strerror}.") from None
-    if len(chosen[::thinning]) < 2:
+    if not used or len(used) + len(gone) < 2:
         which = (f" among steps {steps}" if steps else "") + (
             f" whose name --pattern {pattern!r} matches" if pattern else ""
         )
         raise _too_few(root, [step for step, _ in chosen], which)
-    return _validated(root, chosen, thinning, rules, notes, headers)
+    opened = _validated(root, chosen, thinning, rules, notes, headers, bool(gone))
+    return replace(
+        opened,
+        checkpoints=tuple(sorted((*gone, *opened.checkpoints), key=lambda one: one.step)),
+        gone=frozenset(checkpoint.step for checkpoint in gone),
+    )
+
+
+def extended(
+    trajectory: Trajectory, files: Mapping[int, Path], rename: Sequence[str] = ()
+) -> Trajectory:
+    """Return a trajectory with checkpoints that came since, of one file each.
+
+    Args:
+        trajectory: as it was.
+        files: of later steps, by step.
+        rename: as for `open_trajectory`.
+
+    Raises:
+        InputError: where one holds other tensors, or cannot be read.
+    """
+    rules = [_rename_rule(text) for text in rename]
+    known = {source: trajectory.tensors[name] for name, source in trajectory.sources.items()}
+    more = []
+    for step, path in sorted(files.items()):
+        header = read_header(path)
+        stored = header.tensors
+        if stored.keys() != known.keys():
+            names = _names(stored, rules, path, {})
+            stored = {source: stored[source] for source in names.values()}
+        if stored != known:
+            raise InputError(_difference(stored, known, step, path))
+        more.append(Checkpoint(step, (path,), header.size, _joined([header])))
+    return replace(trajectory, checkpoints=(*trajectory.checkpoints, *more))
 
 
 def _require_directory(root: Path) -> None:
@@ -649,6 +699,7 @@ def _validated(
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
     headers: _Headers,
+    has_gaps: bool,
 ) -> Trajectory:
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
@@ -692,8 +743,9 @@ def _validated(
         ]
     notes = [
         *notes,
-        *_late(chosen[0][0]),
-        *long_segments([step for step, _ in within], intervals, thinning),
+        # of what was consumed nothing is known here but that it was there
+        *([] if has_gaps else _late(chosen[0][0])),
+        *([] if has_gaps else long_segments([step for step, _ in within], intervals, thinning)),
         *still.notes(),
     ]
     return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))

@@ -80,18 +80,23 @@ class Destination:
         existing: the run that is there already, whose batch sizes and keys hold.
         span: segments per span; chosen where None.
         workers: how many of this host will share the work; those of the cluster where None.
+        segments: how many the run will have in the end, where checkpoints are still to come.
+        longest_span: the most segments per span that may be chosen.
     """
 
     path: Path
     existing: Manifest | None = None
     span: int | None = None
     workers: int | None = None
+    segments: int | None = None
+    longest_span: int = _LONGEST_SPAN
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
         """Return the segments per span at a level of `--keep`, where so many share the work."""
         of_examples = matched.numbers_of_examples
-        return self.span or choose_span(
-            matched.segments, workers, matched.elements, keep, of_examples
+        return self.span or min(
+            self.longest_span,
+            choose_span(matched.planned, workers, matched.elements, keep, of_examples),
         )
 
 
@@ -123,6 +128,18 @@ class Draft:
         """
         return KEEP[: KEEP.index(keep)] if self.destination.existing is None else ()
 
+    @property
+    def gone(self) -> frozenset[int]:
+        """Return the steps of the checkpoints whose files were removed."""
+        return self.matched.trajectory.gone
+
+    def in_the_end(self, manifest: Manifest) -> Manifest:
+        """Return a manifest with checkpoints in place of those that are still to come."""
+        last = manifest.checkpoints[-1]
+        coming = range(1, 1 + self.matched.planned - manifest.segments)
+        more = [replace(last, step=last.step + number) for number in coming]
+        return replace(manifest, checkpoints=[*manifest.checkpoints, *more])
+
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
         matched, existing = self.matched, self.destination.existing
@@ -133,7 +150,7 @@ class Draft:
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
             span=span,
-            window=choose_window(matched.segments, span, keep, matched.room_for_windows),
+            window=choose_window(matched.planned, span, keep, matched.room_for_windows),
             settings={**self.settings, "keep": keep},
             losses=_records(matched.described, self.probed, recorded, keep),
             provenance=self.provenance,
@@ -215,7 +232,7 @@ def prepare(
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
         _known_splits(settings["subset"], described)
-    matched = _match(trajectory, described)
+    matched = _match(trajectory, described, destination.segments)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
     workers = destination.workers or crew.workers
@@ -228,6 +245,7 @@ def prepare(
         span_length=(
             existing.span if existing else destination.span_of(matched, workers, "parameters")
         ),
+        first=trajectory.first_there,
     )
     recorded = existing.losses if existing else {}
     probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))
@@ -336,7 +354,7 @@ def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
         return keep, []
 
     def stored(level: str) -> int:
-        manifest = draft.at(level)
+        manifest = draft.in_the_end(draft.at(level))
         return results.required_bytes(manifest, level, manifest.losses)
 
     return highest_that_fits(memory, stored, draft.destination.path)
@@ -354,12 +372,20 @@ def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """A described task on the trajectory it fits; `names` are tensors → names inside the files."""
+    """A described task on the trajectory it fits; `names` are tensors → names inside the files,
+    `to_come` is the number of segments in the end, None where all are there.
+    """
 
     trajectory: Trajectory
     described: Description
     names: dict[str, str]
     leftovers: dict[str, str]
+    to_come: int | None = None
+
+    @property
+    def planned(self) -> int:
+        """The number of segments of the trajectory in the end."""
+        return max(self.segments, self.to_come or 0)
 
     @property
     def segments(self) -> int:
@@ -381,11 +407,12 @@ class _Match:
     def room_for_windows(self) -> int:
         """The number of windows of totals that take a tenth of the space of the checkpoints."""
         stored = sum(checkpoint.size for checkpoint in self.trajectory.checkpoints)
+        stored = stored * (self.planned + 1) // (self.segments + 1)
         return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
 
 
-def _match(trajectory: Trajectory, described: Description) -> _Match:
-    """Match a described task with a trajectory.
+def _match(trajectory: Trajectory, described: Description, to_come: int | None) -> _Match:
+    """Match a described task with a trajectory of so many segments in the end.
 
     Raises:
         InputError: where they do not fit.
@@ -396,6 +423,7 @@ def _match(trajectory: Trajectory, described: Description) -> _Match:
         described=described,
         names=trajectory.match(described.tensors, *without),
         leftovers=trajectory.leftovers(described.tensors, *without),
+        to_come=to_come,
     )
 
 
@@ -493,7 +521,7 @@ def check_workers(
         token=token[0],
         text=token[1],
         root=absolute(trajectory.root),
-        checkpoints=[checkpoints[0], checkpoints[-1]],
+        checkpoints=[checkpoints[trajectory.first_there], checkpoints[-1]],
     )
     answers = cluster.check_workers(admit, to_plain(request))
     _refuse_workers(answers)
@@ -686,6 +714,7 @@ def _sampled_points(
     segments = len(trajectory.checkpoints) - 1
     starts = {index for places in sampled(segments) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
+    positions.add(trajectory.first_there)
     checkpoints = relative(trajectory)
     return StoredPoints(
         root=absolute(trajectory.root),

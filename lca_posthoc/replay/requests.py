@@ -101,12 +101,15 @@ class Sample:
         segments: of the whole trajectory.
         workers_per_host: how many share the memory of a host.
         span_length: segments of a span.
+        first: position of the first checkpoint whose files are there: those before it were removed
+            once a replay had done with them.
     """
 
     points: StoredPoints
     segments: int
     workers_per_host: int
     span_length: int
+    first: int = 0
 
 
 class Question(Generic[A]):
@@ -489,12 +492,15 @@ class SpanRequest(RunRequest[SpanAnswer]):
         span: its number.
         pending: the losses it is replayed for.
         calibration: of the trapezoid's error, by loss; None for other rules.
+        looks_back: checkpoints that tell whether nothing moved in its stretch of segments before
+            it; none where something did.
     """
 
     durable: bool
     span: int
     pending: list[str]
     calibration: dict[str, float | None]
+    looks_back: list[int]
 
 
 # --- to and from plain data -----------------------------------------------------------------------

@@ -8,7 +8,7 @@ Each takes a request as plain data and returns its answer, or the error it met, 
 from .checks import calibrations, describe, probe, sampled
 from .compatibility import admit, versions
 from .costs import compressions, measure
-from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span
+from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span, stretch_of
 
 __all__ = [
     "SAMPLED",
@@ -23,5 +23,6 @@ __all__ = [
     "probe",
     "replay_span",
     "sampled",
+    "stretch_of",
     "versions",
 ]

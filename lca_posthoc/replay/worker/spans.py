@@ -468,7 +468,7 @@ class _SpanReplay:
 
     def _measured_rows(self) -> Iterator[int]:
         """Yield the segments of the span that are the first of their stretch to move."""
-        waits = self._still(looks_back(self.rows.start))
+        waits = self._still(self.request.looks_back)
         for row in range(self.rows.start, self.rows.stop):
             stretch = stretch_of(row)
             waits = bool(stretch) and (row == stretch.start or waits)
@@ -476,7 +476,7 @@ class _SpanReplay:
                 waits = False
                 yield row
 
-    def _still(self, checkpoints: range) -> bool:
+    def _still(self, checkpoints: Sequence[int]) -> bool:
         """Tell whether no parameter moves over some consecutive checkpoints; where there are none,
         something may have moved.
 
