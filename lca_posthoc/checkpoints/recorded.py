@@ -1,5 +1,5 @@
-"""What a recorder and a replay that follows it tell each other: the names of iterates, and two
-small files beside them.
+"""Names of a recorder's iterates, and two small files beside them by which a recorder and a replay
+that follows it tell each other of themselves.
 
 The recorder's sign says whether more iterates will come. The release says up to which step a replay
 needs no iterate any more.
@@ -195,7 +195,7 @@ def read_sign(directory: Path) -> RecorderSign | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """What a replay needs no more of the iterates of a directory.
+    """The iterates of a directory that a replay needs no more.
 
     Attributes:
         before: iterates of earlier steps are removed, or stay for good.

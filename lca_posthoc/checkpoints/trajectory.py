@@ -343,8 +343,8 @@ def open_trajectory(
             entries, notes = _discover(root, regex, headers)
             named = sorted((entry.step, entry.files) for entry in entries)
             chosen, thinning = _select(named, steps)
-            there = {step for step, _ in named}
-            gone = [checkpoint for checkpoint in consumed if checkpoint.step not in there]
+            stored = {step for step, _ in named}
+            gone = [checkpoint for checkpoint in consumed if checkpoint.step not in stored]
             if len(chosen) + len(gone) < 2:
                 refuse_unreadable(root)
             used = dict(chosen[::thinning])

@@ -20,7 +20,7 @@ from ..base.locks import DirectoryLock
 from ..base.text import count
 from ..checkpoints.layouts import MOMENTS
 from ..checkpoints.paths import here, nearest
-from ..checkpoints.recorded import RecorderSign, steps_there, write_sign
+from ..checkpoints.recorded import SIGN, RecorderSign, steps_there, write_sign
 from ..checkpoints.trajectory import reserved
 from ..errors import InputError, LCAError, ResourceError, amount, few
 from .moments import MomentStager
@@ -372,7 +372,7 @@ class Recorder:
         if self._until is None and self._steps is None:
             return None
         last = self._until if self._until is not None else max(self._steps or (-1,))
-        before = sum(there < step for there in steps_there(self.directory))
+        before = sum(earlier < step for earlier in steps_there(self.directory))
         return before + sum(map(self._is_wanted, range(step, last + 1)))
 
     def flush(self) -> None:
@@ -487,9 +487,13 @@ def _locked(directory: Path) -> DirectoryLock:
             "torch.distributed.init_process_group."
         ) from None
     # of a process that was killed
-    for folder in (directory, directory / MOMENTS) if lock.locked else ():
-        for path in folder.glob(".step_*.safetensors.*.tmp"):
-            path.unlink()
+    unfinished = (
+        *directory.glob(".step_*.safetensors.*.tmp"),
+        *(directory / MOMENTS).glob(".step_*.safetensors.*.tmp"),
+        *directory.glob(f"{SIGN}.*.tmp"),
+    )
+    for path in unfinished if lock.locked else ():
+        path.unlink()
     return lock
 
 

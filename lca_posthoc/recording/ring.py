@@ -153,8 +153,8 @@ class Ring:
         """See what waits now."""
         release = read_release(self._directory)
         before = 0 if release is None else release.before
-        there = [step for step in steps_there(self._directory) if step >= before]
-        sizes = {step: bytes_of(self._directory, step) for step in there}
+        waiting = [step for step in steps_there(self._directory) if step >= before]
+        sizes = {step: bytes_of(self._directory, step) for step in waiting}
         self._waiting = {step: size for step, size in sizes.items() if size}
 
     def _held(self) -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoints.paths import is_remote
 from ..checkpoints.recorded import (
+    RELEASE,
     Release,
     files_of,
     name_of,
@@ -181,6 +182,8 @@ class Consumer:
             if tensor.spec.kind == "parameter"
         }
         self._span = 0  # the first span that is not done
+        for unfinished in root.glob(f"{RELEASE}.*.tmp"):  # of a driver that was killed
+            unfinished.unlink(missing_ok=True)
         for step in steps_there(root):  # whose removal a kill cut short
             if step < self._release.before and not self._release.keeps(step):
                 self._remove(step)

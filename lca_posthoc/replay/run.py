@@ -1044,7 +1044,16 @@ class _Spans:
         pending = sum(len(names) * length for (_, length), names in waiting.items())
         total = sum(manifest.segments for manifest in self._covered.values())
         directory = self._common.run if pending else ""
-        self._status.plan(Planned(pending, total, len(waiting), workers, directory, self._follows))
+        self._status.plan(
+            Planned(
+                pending=pending,
+                total=total,
+                spans=len(waiting),
+                workers=workers,
+                directory=directory,
+                follows=self._follows,
+            )
+        )
 
     def _requests(self, waiting: dict[tuple[int, int], list[str]]) -> Iterator[SpanRequest]:
         for (span, _), names in sorted(waiting.items()):

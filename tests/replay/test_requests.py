@@ -193,7 +193,9 @@ SENT = (
     ),
     LossesRequest(**OF_RUN, meetings={3: ["a"], 12: ["b"]}),
     LossesAnswer(losses={"a": 0.5}),
-    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], calibration={"a": None}),
+    SpanRequest(
+        **OF_RUN, durable=True, span=3, pending=["a"], calibration={"a": None}, looks_back=[0, 1]
+    ),
     SpanAnswer(losses={"a": LOSS_SPAN}, segments=4, seconds=1.5, peak_bytes=2**30),
     Failure(error=pack_error(InputError("no such loss")), trace="line 1"),
 )
