@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import threading
 import warnings
 from dataclasses import dataclass
@@ -167,9 +168,12 @@ class Ring:
         if self._said:
             return
         self._said = True
-        warnings.warn(
+        text = (
             f"{self._directory} holds {self._held()}, of at most {self._bound}: recording waits "
             "for room, and training with it. A replay makes it: `lca run "
-            f"{self._directory} --task FILE --follow --consume`, beside this training",
-            stacklevel=2,
+            f"{self._directory} --task FILE --follow --consume`, beside this training"
         )
+        try:
+            warnings.warn(text, stacklevel=2)
+        except UserWarning:  # which a filter makes an error of; to wait is none
+            print(text, file=sys.stderr)
