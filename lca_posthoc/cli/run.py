@@ -59,7 +59,7 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
     """
     from ..findings import summary
     from ..replay.run import run
-    from .summary import print_causes, print_examples, print_summary
+    from .summary import print_causes, print_directions, print_examples, print_summary
 
     with prints_to_stderr(), Display() as listen:
         opened = run(checkpoints, progress=listen, **options)
@@ -76,6 +76,7 @@ def command(checkpoints: str, as_json: bool, **options: Any) -> None:
         return
     print_summary(summaries, opened.path)
     print_causes(opened, summaries)
+    print_directions(opened, summaries)
     print_examples(opened, summaries)
     stdout().print(f"\nresults in {opened.path}", markup=False)
 

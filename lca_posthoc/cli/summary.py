@@ -82,6 +82,7 @@ def command(
     else:
         print_summary(summaries, opened.path, top=top, everything=everything)
         print_causes(opened, summaries)
+        print_directions(opened, summaries)
         print_examples(opened, summaries)
 
 
@@ -181,6 +182,23 @@ def print_causes(run: Run, losses: Iterable[str]) -> None:
             f"causes of {safe(name)!r}: rest is {percent(share)} of Σ|A|{within}{large}"
             f"{'; ' if sums else ''}{', '.join(sums)}: `lca plot {_quoted(run.path)} causes --loss "
             f"{safe(shlex.quote(name))}`"
+        )
+        console.print(Text(wrapped(line, console)))
+
+
+def print_directions(run: Run, losses: Iterable[str]) -> None:
+    """Print, of a run along directions, how much of the motion and of each loss is theirs."""
+    from ..findings import directions
+    from ..findings.common import has_part
+    from ..findings.directions import balance
+
+    console = stdout()
+    for name in losses:
+        if not has_part(run[name], "along"):
+            return
+        line = (
+            f"directions of {safe(name)!r}: {balance(directions(run[name]))} `lca plot "
+            f"{_quoted(run.path)} directions --loss {safe(shlex.quote(name))}`"
         )
         console.print(Text(wrapped(line, console)))
 

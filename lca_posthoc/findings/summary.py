@@ -11,7 +11,9 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..results import LossResults
-from .common import label_of, moving_buffers
+from .causes import causes
+from .common import has_part, label_of, moving_buffers
+from .directions import directions
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
 
@@ -28,6 +30,26 @@ class Part(TypedDict, Generic[F]):
     allocated: F
     standard_error: float | None
     helping: NotRequired[F]
+
+
+class Causes(TypedDict, Generic[F]):
+    """The sums of a loss by what moved the weights, and Σ|A_rest| / Σ|A| over parameters."""
+
+    signal: str
+    allocated: dict[str, F]
+    rest_share: F
+
+
+class Directions(TypedDict, Generic[F]):
+    """The loss change inside the subspace of a run's directions and outside of it, and the share of
+    Σ‖Δθ‖² inside.
+    """
+
+    directions: int
+    captured: float
+    captured_by_chance: float
+    inside: F
+    outside: F
 
 
 class Figures(TypedDict, Generic[F]):
@@ -62,6 +84,8 @@ class Figures(TypedDict, Generic[F]):
     group_weights: list[float] | None
     tensors: list[Part[F]]
     modules: list[Part[F]]
+    causes: NotRequired[Causes[F]]
+    directions: NotRequired[Directions[F]]
 
 
 Summary = Figures[float] | Figures[list[float]]
@@ -95,7 +119,8 @@ def summary(results: LossResults) -> Summary:
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
-    `moved` is false where no element moved on any segment.
+    `moved` is false where no element moved on any segment. Runs with `--causes` have `causes` too,
+    those with `--along` `directions`, see the findings of these names.
 
     Args:
         results: one loss of a run.
@@ -157,8 +182,35 @@ def summary(results: LossResults) -> Summary:
             for position in range(tensors.sizes["tensor"])
         ],
         "modules": [{"name": name, **_row(part, sampled)} for name, part in _modules(tensors)],
+        **_parts(results),
     }
     return cast("Summary", figures)
+
+
+def _parts(results: LossResults) -> dict[str, object]:
+    """Return the figures of what a run has only where it was asked for."""
+    figures: dict[str, object] = {}
+    if has_part(results, "causes"):
+        split = causes(results)
+        sums = {
+            str(cause): _plain(split["total"].sel(cause=cause).sum("layer").values)
+            for cause in split["cause"].values
+        }
+        figures["causes"] = {
+            "signal": split.attrs["signal"],
+            "allocated": sums,
+            "rest_share": _plain(split["rest_overall"].values),
+        }
+    if has_part(results, "along"):
+        inside = directions(results)
+        figures["directions"] = {
+            "directions": inside.sizes["direction"],
+            "captured": float(inside["captured_total"]),
+            "captured_by_chance": float(inside["captured_by_chance"]),
+            "inside": _plain(inside["inside_total"].values),
+            "outside": _plain(inside["outside_total"].values),
+        }
+    return figures
 
 
 def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:

@@ -206,6 +206,32 @@ def test_the_report_has_their_numbers(plain: Run, tmp_path: Path) -> None:
     assert "_fc$1" in text
 
 
+def test_the_summary_has_them_in_a_line_and_in_its_figures(plain: Run) -> None:
+    for loss in ("train", "groups"):
+        results = OtherParts(plain[loss])
+        finding, split = findings.directions(results), findings.causes(results)
+        figures = findings.summary(results)
+        inside = figures["directions"]
+        assert inside["directions"] == 3
+        assert inside["captured"] == float(finding["captured_total"])
+        close(inside["inside"], finding["inside_total"])
+        close(inside["outside"], finding["outside_total"])
+        of_causes = figures["causes"]
+        assert of_causes["signal"] == "train"
+        close(of_causes["rest_share"], split["rest_overall"])
+        close(sum(np.array(part) for part in of_causes["allocated"].values()), figures["allocated"])
+    assert "causes" not in findings.summary(plain["train"])
+    assert "directions" not in findings.summary(plain["train"])
+
+
+def test_a_run_is_summed_up_in_the_terminal(with_directions: Path) -> None:
+    shown = " ".join(lca("summary", with_directions).stdout.split())
+    finding = findings.directions(
+        OtherParts(lca_posthoc.results.open_run(with_directions)["train"])
+    )
+    assert f"directions of 'train': {balance(finding)} `lca plot " in shown
+
+
 def test_the_figure_draws_both_sides_of_the_subspace_and_the_null(plain: Run) -> None:
     null = OtherParts(plain["train"], rows=parts.basis(99))
     found = findings.directions(OtherParts(plain["train"]), null=null)

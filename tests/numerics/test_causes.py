@@ -34,7 +34,7 @@ from torch.optim import (
 
 import lca_posthoc
 from lca_posthoc import Loss, Run, Task
-from lca_posthoc.checkpoints.optimizer_steps import METADATA_KEY, moments_path
+from lca_posthoc.checkpoints.optimizer_steps import FIRST, METADATA_KEY, SECOND, moments_path
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.replay.worker import checks
 from lca_posthoc.results import LossResults
@@ -719,6 +719,22 @@ def test_damaged_moments_are_an_error_that_names_the_file(lab: Lab, tmp_path: Pa
     with pytest.raises(LCAError) as failure:
         replay(recorded, tmp_path / "run.lca")
     assert str(path) in str(failure.value)
+
+
+def test_moments_of_another_model_are_an_error_that_names_file_and_tensor(
+    lab: Lab, tmp_path: Path
+) -> None:
+    recorded = copied(lab.training("AdamW"), tmp_path / "checkpoints")
+    path = moments_path(recorded.directory, 3)
+    moments = load_file(path)
+    name = next(name for name, values in moments.items() if values.dim() == 2)
+    save_file({**moments, name: moments[name].T.contiguous()[:1]}, path)
+    with pytest.raises(LCAError) as failure:
+        replay(recorded, tmp_path / "run.lca")
+    assert str(path) in str(failure.value)
+    tensor = name.removeprefix(FIRST).removeprefix(SECOND)
+    assert repr(tensor) in str(failure.value)
+    assert "another model" in str(failure.value)
 
 
 def linear() -> nn.Module:

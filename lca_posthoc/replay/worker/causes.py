@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ class CausesOfSpan:
         self._names = {source: name for name, source in points.names.items()}
         # both ends of a segment, each of which is one of the next one too
         self._headers = functools.lru_cache(2)(functools.partial(_headers_at, points))
-        self._moments_of = functools.lru_cache(2)(functools.partial(_moments_at, points, objective))
+        self._moments_of = functools.lru_cache(2)(self._moments_at)
 
     def of(self, index: int) -> SegmentCauses:
         """Return the causes of the motion from a checkpoint on, which has gone by."""
@@ -105,6 +105,20 @@ class CausesOfSpan:
             raise SpanError(str(error)) from None
         return step if step is not None and step.since == before.step else None
 
+    def _moments_at(self, index: int) -> _MomentsFile:
+        """Return the moments of a checkpoint, on the device of the objective."""
+        checkpoint = checkpoint_at(self._points, index)
+        shapes = {
+            name: stored.shape
+            for header in self._headers(index).values()
+            for name, stored in header.tensors.items()
+        }
+        try:
+            path = moments_of(checkpoint, located(self._points.root))
+            return _MomentsFile(path, checkpoint.step, self._objective, shapes)
+        except InputError as error:
+            raise SpanError(str(error)) from None
+
     def _moments(self, index: int) -> tuple[Moments, StoredMoments]:
         """Return the moments around the segment from a checkpoint on, and which there are."""
         from ...numerics.causes import Moments, StoredMoments
@@ -135,14 +149,18 @@ def _headers_at(points: StoredPoints, index: int) -> dict[Path, Header]:
         raise SpanError(str(error)) from None
 
 
-def _moments_at(points: StoredPoints, objective: Objective, index: int) -> _MomentsFile:
-    """Return the moments of a checkpoint, on the device of an objective."""
-    checkpoint = checkpoint_at(points, index)
-    try:
-        path = moments_of(checkpoint, located(points.root))
-        return _MomentsFile(path, checkpoint.step, objective)
-    except InputError as error:
-        raise SpanError(str(error)) from None
+def _refuse_other_shapes(
+    path: Path, stored: Mapping[str, TensorHeader], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse moments that have other shapes than the tensors they are of."""
+    for entry, header in stored.items():
+        for name in (entry.removeprefix(FIRST), entry.removeprefix(SECOND)):
+            if name != entry and name in shapes and shapes[name] != header.shape:
+                raise InputError(
+                    f"{path} holds moments of shape {list(header.shape)} of tensor {name!r}, which "
+                    f"has shape {list(shapes[name])} in the checkpoint. They are of another model; "
+                    "save them again, or take the file away: what needs moments is then in rest."
+                )
 
 
 class _MomentsFile:
@@ -152,14 +170,25 @@ class _MomentsFile:
         path: of the file; None where there is none.
         step: of the checkpoint it belongs to.
         objective: on whose device tensors are.
+        shapes: of the tensors of the checkpoint.
 
     Raises:
-        InputError: where the file cannot be read.
+        InputError: where the file cannot be read, or its moments are of tensors of other shapes.
     """
 
-    def __init__(self, path: Path | None, step: int, objective: Objective) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        step: int,
+        objective: Objective,
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
         self._path, self._step, self._objective = path, step, objective
-        self._tensors = frozenset[str]() if path is None else frozenset(read_header(path).tensors)
+        self._tensors = frozenset[str]()
+        if path is not None:
+            stored = read_header(path).tensors
+            _refuse_other_shapes(path, stored, shapes)
+            self._tensors = frozenset(stored)
         self._places: dict[str, tuple[TensorHeader, range]] | None = None
         self._whole: dict[str, Tensor] | None = None
 

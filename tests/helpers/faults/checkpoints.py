@@ -211,7 +211,7 @@ def damaged(count: int, _: Path) -> str:
     )
 
 
-@fault("R8", "a checkpoint replaced or truncated while it is read", ci=4, full=20)
+@fault("R8", "a checkpoint replaced or truncated while it is read", ci=2, full=20)
 def replaced(count: int, _: Path) -> str:
     chance, harmless, found = random.Random(8), 0, 0
     with laid_out() as (place, clean):

@@ -46,7 +46,7 @@ def _measured(
     return took
 
 
-@fault("R1", "kill -9 of the driver at random moments", ci=10, full=100)
+@fault("R1", "kill -9 of the driver at random moments", ci=5, full=100)
 def driver_killed(count: int, _: Path) -> str:
     chance, levels, again, kills = random.Random(1), drawn_levels(1), 0, 0
     clusters, took, trials = (INLINE, LOCAL), list[float](), list[str]()
@@ -80,7 +80,7 @@ def driver_killed(count: int, _: Path) -> str:
     )
 
 
-@fault("R2", "kill -9 of a worker at random moments", ci=6, full=50)
+@fault("R2", "kill -9 of a worker at random moments", ci=3, full=50)
 def worker_killed(count: int, _: Path) -> str:
     chance, kills, runs, again, resumed = random.Random(2), 0, 0, 0, 0
     with laid_out(132) as (place, clean):

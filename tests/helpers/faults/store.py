@@ -138,7 +138,7 @@ def _failing(out: Path, number: int | None, code: int) -> Iterator[list[int]]:
 @fault(
     "R4",
     "the N-th call that opens, writes, flushes or renames fails (EIO, ENOSPC)",
-    ci=40,
+    ci=20,
     full=200,
 )
 def fail_a_call(count: int, place: Path) -> str:
@@ -209,7 +209,7 @@ ARRAYS = {
 @fault(
     "R6",
     "a chunk is damaged: six ways, first, middle and last span, some arrays of each level",
-    ci=18,
+    ci=12,
     full=54,
 )
 def damage_a_chunk(count: int, place: Path) -> str:

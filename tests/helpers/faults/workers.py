@@ -127,7 +127,7 @@ def _run(place: Path, out: Path, *options: object, loss: str = "all") -> Any:
         return run_lca(place / "checkpoints", place / "small_task.py", out, *given)
 
 
-@fault("R12", "memory that runs out", ci=3, full=10)
+@fault("R12", "memory that runs out", ci=2, full=10)
 def out_of_memory(count: int, _: Path) -> str:
     """Splits of 30 and 10 examples, of which no more than b may be had at once as soon as spans are
     computed.
