@@ -49,6 +49,7 @@ class Finding:
         part: of the results, that it is of and that a run has only where it was asked for.
         runs: "one", several drawn "beside" each other, or several "compared" in one result.
         options: of `lca plot`.
+        sampled: whether a random part of the segments, of `--segments`, allows it.
         on_request: whether `lca export` writes it only where it is named, because it is large.
     """
 
@@ -61,6 +62,7 @@ class Finding:
     part: Literal["", "causes", "along"] = ""
     runs: Literal["one", "beside", "compared"] = "one"
     options: tuple[Option, ...] = ()
+    sampled: bool = False
     on_request: bool = False
 
 

@@ -13,8 +13,9 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -77,6 +78,18 @@ def bytes_of(directory: Path, step: int) -> int:
     return size
 
 
+def segments_between(steps: Iterable[int], bursts: tuple[int, int] | None) -> int:
+    """Return how many segments the iterates of some steps have: none across the gaps between bursts.
+
+    >>> segments_between([0, 1, 2, 10, 11, 12], (10, 3)), segments_between([0, 1, 2, 10], None)
+    (4, 3)
+    """
+    return sum(
+        bursts is None or before // bursts[0] == after // bursts[0]
+        for before, after in pairwise(steps)
+    )
+
+
 # --- the recorder's sign --------------------------------------------------------------------------
 
 
@@ -90,8 +103,9 @@ class RecorderSign:
         host: on which it runs.
         pid: its process.
         began: when that process began, in seconds since 1970.
-        iterates: how many it will have recorded in the end, with those that were there; None where
-            nothing tells.
+        segments: how many its iterates will have in the end, with those that were there; None
+            where nothing tells.
+        bursts: of the recorder, `(every, length)`; None where it records none.
         most_iterates: the most that it lets wait for a replay; None for no such bound.
         most_bytes: the most bytes that those may take; None for no such bound.
     """
@@ -100,13 +114,18 @@ class RecorderSign:
     host: str
     pid: int
     began: float
-    iterates: int | None
+    segments: int | None
+    bursts: tuple[int, int] | None
     most_iterates: int | None
     most_bytes: int | None
 
     @classmethod
     def of_this_process(
-        cls, iterates: int | None, most_iterates: int | None, most_bytes: int | None
+        cls,
+        segments: int | None,
+        bursts: tuple[int, int] | None,
+        most_iterates: int | None,
+        most_bytes: int | None,
     ) -> RecorderSign:
         """Return the sign of a recorder that begins, in this process."""
         return cls(
@@ -114,7 +133,8 @@ class RecorderSign:
             host=socket.gethostname(),
             pid=os.getpid(),
             began=psutil.Process().create_time(),
-            iterates=iterates,
+            segments=segments,
+            bursts=bursts,
             most_iterates=most_iterates,
             most_bytes=most_bytes,
         )
@@ -184,7 +204,8 @@ def read_sign(directory: Path) -> RecorderSign | None:
             host=str(entry["host"]),
             pid=_whole(entry["pid"]),
             began=float(entry["began"]),  # type: ignore[arg-type]
-            iterates=_maybe_whole(entry["iterates"]),
+            segments=_maybe_whole(entry["segments"]),
+            bursts=_maybe_pair(entry["bursts"]),
             most_iterates=_maybe_whole(entry["most_iterates"]),
             most_bytes=_maybe_whole(entry["most_bytes"]),
         )
@@ -300,3 +321,11 @@ def _whole(value: object) -> int:
 
 def _maybe_whole(value: object) -> int | None:
     return None if value is None else _whole(value)
+
+
+def _maybe_pair(value: object) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"{value!r} is no pair")
+    return _whole(value[0]), _whole(value[1])

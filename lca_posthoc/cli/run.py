@@ -44,10 +44,15 @@ if TYPE_CHECKING:
     help="With --consume: leave the iterates of every K-th step.",
 )
 @json_option
-def command(checkpoints: str, as_json: bool, **options: Any) -> None:
+def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Allocate the loss change between consecutive CHECKPOINTS to every parameter.
 
     Run again, it resumes, adds losses that are missing, and takes up new checkpoints at the end.
+
+    CHECKPOINTS is a directory of them, a place with {step} in it (step{step}/model.safetensors,
+    hf://ORG/NAME@step{step} with --steps), the cache of a hub (models--ORG--NAME), or several of
+    these that hold one series. Remote files are kept in a cache of at most 20 GB (LCA_CACHE_SIZE,
+    LCA_CACHE).
 
     \b
     lca run checkpoints --task my_task.py

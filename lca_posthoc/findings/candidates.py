@@ -22,6 +22,7 @@ from .common import (
     layer_of,
     parameter_name,
     place_of,
+    refuse_part,
     unfinished,
 )
 from .layers import layers
@@ -65,6 +66,7 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
+    refuse_part(results, "candidates")
     by_layer = layers(results, by=by)
     total = by_layer["total"]
     if "group" in by_layer.dims:

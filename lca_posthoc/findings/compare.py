@@ -24,6 +24,7 @@ FINDING = Finding(
     question="Do settings differ, over repeats",
     needs="several runs",
     place=110,
+    sampled=True,
     runs="compared",
     options=(BY, TOP),
 )
@@ -253,6 +254,12 @@ def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[
 def _left_out(results: LossResults) -> list[str]:
     patterns = results.manifest.settings["tensors"]
     rest = ["what tensors did that `--tensors` left out is in no layer."] if patterns else []
+    sampled = results.manifest.sampled
+    if sampled is not None:
+        rest.append(
+            f"sums are estimates from a random part of the segments (--segments {sampled}), and "
+            "differ from those of other runs by that too."
+        )
     return [f"{results.path}: {word}" for word in [*unfinished(results), *rest]]
 
 

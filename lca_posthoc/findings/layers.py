@@ -13,10 +13,14 @@ from .common import (
     Variable,
     about,
     described,
+    estimated,
     grouping,
     label_of,
     moving_buffers,
+    over_training,
     roles,
+    segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -27,6 +31,7 @@ FINDING = Finding(
     needs="any run; shares that help `--keep statistics`",
     place=20,
     runs="beside",
+    sampled=True,
     options=(
         GROUPS,
         BY,
@@ -65,13 +70,15 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
         mean is per parameter and over the whole training), in units of loss; from `--keep
         statistics` on, `helping` (layer[, group]), the share of its parameters × segments that
-        helped. Coordinates of `layer`: `elements` and `role`.
+        helped. Of a run of a random part of the segments, `--segments`, `cumulative`, `total` and
+        `mean` are estimates of what all segments give, and `segments` (layer[, group]) is
+        the standard error of `total`, in units of loss. Coordinates of `layer`: `elements` and `role`.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
         InputError: for another `by`.
     """
-    table, role = tables(results), roles(results)
+    table, role = tables(results, sampled=True), roles(results)
     members_of = _members(table, role, by, by_role)
     elements = np.array(
         [int(table["elements"].values[members].sum()) for members in members_of.values()]
@@ -83,7 +90,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         "elements": ("layer", elements),
         "role": ("layer", np.array(among, dtype=object)),
     }
-    left_out = unfinished(results)
+    left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
             "The run keeps some tensors alone; what the others did is the remainder of `steps`."
@@ -94,7 +101,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         if name in ("step", "step_end", "group", "examples")
     }
     return xr.Dataset(
-        _variables(table, members_of, elements),
+        _variables(results, table, members_of, elements),
         coords={**shared, **coords},
         attrs=about(results, "layers", left_out),
     )
@@ -117,19 +124,19 @@ def _members(
 
 
 def _variables(
-    table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
+    results: LossResults, table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
 ) -> dict[str, Variable]:
     """Return the sums and means of the layers, and their shares that helped where these were
     counted.
     """
     allocated = _sums(table["allocated"], members_of)
-    total = allocated.sum("step")
+    total = over_training(results, allocated)
     segments = table.sizes["step"]
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
     variables = {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
-        "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
+        "cumulative": described(so_far(results, allocated), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
         "mean": described(
             (total / per_parameter).transpose(*by_layer),
@@ -137,6 +144,11 @@ def _variables(
             "allocation per parameter over training",
         ),
     }
+    error = segments_error(results, allocated)
+    if error is not None:
+        variables["segments"] = described(
+            error.transpose(*by_layer), "loss", "standard error of the total by the segments drawn"
+        )
     if "helping" in table:
         counted = _sums(table["helping"], members_of).sum("step")
         variables["helping"] = described(

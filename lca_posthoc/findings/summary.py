@@ -10,9 +10,10 @@ import numpy as np
 import xarray as xr
 
 from ..errors import LCAError
+from ..numerics.sampling import scale
 from ..results import LossResults
 from .causes import causes
-from .common import has_part, label_of, moving_buffers
+from .common import has_part, label_of, moving_buffers, segments_error
 from .directions import directions
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
@@ -29,6 +30,7 @@ class Part(TypedDict, Generic[F]):
     moved: bool
     allocated: F
     standard_error: float | None
+    segments_error: F | None
     helping: NotRequired[F]
 
 
@@ -56,6 +58,9 @@ class Figures(TypedDict, Generic[F]):
     """The figures of one loss, see `summary`; shares where the run keeps statistics."""
 
     segments: int
+    sampled_of: int | None
+    identity_change: float | None
+    segments_error: F | None
     first_step: int
     last_step: int
     norm_stats: str | None
@@ -117,6 +122,14 @@ def summary(results: LossResults) -> Summary:
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where
     there is none.
 
+    Of a run of a random part of the segments, `--segments`, `sampled_of` is the number of segments
+    they were drawn from, null for other runs; `loss_change`, `allocated`, `buffers`, `remainder`
+    and `residual` are then estimates of what all of these give, `loss_start` and `loss_end` are
+    those at `first_step` and `last_step`, between the first and the last segment drawn,
+    `segments_error` is the standard error of `allocated`, null for other runs, and
+    `identity_change` is no estimate: what the loss changed by from the first checkpoint to the
+    last, but on the first 256 examples alone (fewer where the data or a batch has fewer).
+
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
     `moved` is false where no element moved on any segment. Runs with `--causes` have `causes` too,
@@ -137,9 +150,12 @@ def summary(results: LossResults) -> Summary:
         raise LCAError(
             f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first."
         )
-    change = _total(steps["loss_end"] - steps["loss_start"])
-    remainder = _total(steps["remainder"]) if "remainder" in steps else None
-    allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
+    larger = _scale(results, segments)
+    change = larger * _total(steps["loss_end"] - steps["loss_start"])
+    remainder = larger * _total(steps["remainder"]) if "remainder" in steps else None
+    allocated = larger * _total(tensors["allocated"], "tensor") + (
+        0.0 if remainder is None else remainder
+    )
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
     buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
@@ -147,6 +163,7 @@ def summary(results: LossResults) -> Summary:
     markers = results.markers
     figures = {
         "segments": segments,
+        **_of_sample(results, steps, tensors),
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
         "norm_stats": results.norm_stats,
@@ -156,7 +173,7 @@ def summary(results: LossResults) -> Summary:
         "loss_end": _plain(steps["loss_end"][-1].values),
         "loss_change": _plain(change),
         "allocated": _plain(allocated),
-        "buffers": _plain(_total(buffers["allocated"], "tensor"))
+        "buffers": _plain(larger * _total(buffers["allocated"], "tensor"))
         if buffers.sizes["tensor"]
         else None,
         "remainder": None if remainder is None else _plain(remainder),
@@ -177,11 +194,13 @@ def summary(results: LossResults) -> Summary:
             {
                 "name": str(tensors["tensor"].values[position]),
                 "kind": str(tensors["kind"].values[position]),
-                **_row(tensors.isel(tensor=[position]), sampled),
+                **_row(results, tensors.isel(tensor=[position]), sampled),
             }
             for position in range(tensors.sizes["tensor"])
         ],
-        "modules": [{"name": name, **_row(part, sampled)} for name, part in _modules(tensors)],
+        "modules": [
+            {"name": name, **_row(results, part, sampled)} for name, part in _modules(tensors)
+        ],
         **_parts(results),
     }
     return cast("Summary", figures)
@@ -245,14 +264,53 @@ def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
         yield label, tensors.isel(tensor=parameters or positions)
 
 
-def _row(part: xr.Dataset, sampled: float) -> dict[str, object]:
-    """Return the figures of some tensors together."""
-    shares = _shares(part)
+def _scale(results: LossResults, segments: int) -> float:
+    """Return what sums over so many segments are multiplied by; 1 of a run of all segments."""
+    manifest = results.manifest
+    return 1.0 if manifest.sampled is None else scale(manifest.all_segments, segments)
+
+
+def _of_sample(
+    results: LossResults, steps: xr.Dataset, tensors: xr.Dataset
+) -> dict[str, float | list[float] | None]:
+    """Return of how many segments a random part is, and the standard error of all that is
+    allocated.
+    """
+    manifest, whole = results.manifest, tensors["allocated"].sum("tensor")
+    if "remainder" in steps:
+        whole = whole + steps["remainder"]
+    return {
+        "sampled_of": None if manifest.sampled is None else manifest.all_segments,
+        "identity_change": None if manifest.sampled is None else _identity_change(results),
+        "segments_error": _segments_error(results, whole),
+    }
+
+
+def _identity_change(results: LossResults) -> float | None:
+    """Return the change from the first to the last checkpoint on the examples by which a run
+    recognises the loss; None where it is not finite at one of them, or the last is another one.
+    """
+    first, last = results.record.identity
+    return None if first is None or last is None else last["loss"] - first["loss"]
+
+
+def _segments_error(results: LossResults, column: xr.DataArray) -> float | list[float] | None:
+    """Return the standard error of a sum over training by the segments drawn, of each group; None of
+    a run of all segments.
+    """
+    error = segments_error(results, column)
+    return None if error is None else _plain(error.values)
+
+
+def _row(results: LossResults, part: xr.Dataset, sampled: float) -> dict[str, object]:
+    """Return the figures of some tensors together; `sampled` is the share of examples of the split."""
+    shares, larger = _shares(part), _scale(results, part.sizes["step"])
     return {
         "parameters": int(part["elements"].sum()),
         "moved": bool(part["motion"].values.any()),
-        "allocated": _plain(_total(part["allocated"], "tensor")),
-        "standard_error": _standard_error(part, sampled),
+        "allocated": _plain(larger * _total(part["allocated"], "tensor")),
+        "standard_error": larger * error if (error := _standard_error(part, sampled)) else error,
+        "segments_error": _segments_error(results, part["allocated"].sum("tensor")),
         **({"helping": shares["helping"]} if shares else {}),
     }
 

@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ from ..errors import SpanError
 from .objective import Evaluation, Motion, Numbers, blocks
 from .parts import Computed, Parts, Point, Split
 from .quadrature import COMPOSITE, Family, Rule
-from .segments import Axes, Evaluates, Segment, Way, segment_of, unit_motion
+from .segments import Axes, Evaluates, Nodes, Way, segment_of, unit_motion
 
 Gradient = dict[str, Tensor]
 Node = tuple[float, Gradient]  # a weight, and the gradient there
@@ -670,15 +671,29 @@ def allocate(
 
     own = Way(Motion(start, end), split)
     segment = segment_of(own, objective, axes, next_way, per_example)
+    return allocate_nodes(
+        segment, losses, method, at_start=at_start, at_least=at_least, gather=gather or {}
+    )
+
+
+def allocate_nodes(
+    segment: Nodes,
+    losses: list[str],
+    method: Method,
+    *,
+    at_start: Mapping[str, Evaluation] | None = None,
+    at_least: int = 0,
+    gather: Mapping[str, Gathers] = MappingProxyType({}),
+) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
+    """Allocate every loss on a segment by its evaluations at nodes, see `allocate`."""
     level = method.family.level_of(method.rule)
-    gather = gather or {}
     if level is None:
         return _allocate_fixed(segment, losses, method, at_start, gather)
     return _allocate_refined(segment, losses, method, at_start, max(at_least, level), gather)
 
 
 def _allocate_refined(
-    segment: Segment,
+    segment: Nodes,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
@@ -765,7 +780,7 @@ def _judged(
 
 
 def _allocate_fixed(
-    segment: Segment,
+    segment: Nodes,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
@@ -949,16 +964,20 @@ def allocate_span(
         except SpanError as error:
             if error is ahead.failure:
                 raise
-            raise SpanError(
-                f"{error}, between steps {step} and {next_step}. Leave these steps out with "
-                "--steps."
-            ) from None
+            raise between(error, step, next_step) from None
         step, start = next_step, end
         yield done
         del done  # gradients at nodes that the next segment has no use for
         split = None  # the signal where it began
         upcoming = ahead.item()
         split = None if upcoming is None else next_split()
+
+
+def between(error: SpanError, step: int, next_step: int) -> SpanError:
+    """Return an error of a segment that says between which training steps it is."""
+    return SpanError(
+        f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps."
+    )
 
 
 def _split(parts: Callable[[int], Parts] | None, row: int) -> Split | None:

@@ -46,6 +46,30 @@ class Evaluates(Protocol):
         """
 
 
+class Nodes(Protocol):
+    """One segment as the rules see it: evaluations at its nodes, however they are come by."""
+
+    @property
+    def points(self) -> Motion:
+        """Return both ends; ends that are 1 apart where gradients are sums along the motion."""
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        """Return Σ|θ′ − θ| of some tensors."""
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        """Return losses at θ + x(θ′ − θ), x < 1."""
+
+    def know_signal(self) -> None:
+        """See to it that the gradient at θ is known that parts of the motion are made of, if any
+        are.
+        """
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        """Return losses at θ′, for this segment and for the one that follows, see `Segment`."""
+
+
 class Between(Mapping[str, Tensor]):
     """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
     floating (counters) are loaded, never interpolated.

@@ -138,6 +138,17 @@ class _Signals:
         self.names = names
         self._turns = torch.zeros((len(names), elements), dtype=counts, device=device)
         self._last = torch.zeros((len(names), elements), dtype=torch.int8, device=device)
+        self._first: Tensor | None = None  # once segments do not follow each other
+
+    def cut(self) -> None:
+        """Count no turn from here to what is added next, which does not follow on it."""
+        if self._first is None:
+            self._first = self._followed_back()
+        self._last.zero_()
+
+    def _followed_back(self) -> Tensor:
+        """Return the first signs: each turn changes the sign, so they follow from the last ones."""
+        return (self._turns & 1).to(torch.int8).mul_(-2).add_(1).mul_(self._last)
 
     def add(self, part: slice, signs: Tensor, scratch: Scratch) -> None:
         """Add the signs of some of the parameters on the next segment, (names, parameters); they
@@ -150,14 +161,11 @@ class _Signals:
         self._turns[:, part] -= both.clamp_(max=0)  # −1 where they differ
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """Return turns and signs of one of the numbers, by field.
-
-        Each turn changes the sign, so the first one follows from the last.
-        """
+        """Return turns and signs of one of the numbers, by field."""
         row = self.names.index(name)
-        turns, last = self._turns[row], self._last[row]
-        first = (turns & 1).to(torch.int8).mul_(-2).add_(1).mul_(last)
-        return {f"{name}_turns": turns, f"{name}_first": first, f"{name}_last": last}
+        first = self._followed_back() if self._first is None else self._first
+        numbers = {"turns": self._turns, "first": first, "last": self._last}
+        return {f"{name}_{field}": values[row] for field, values in numbers.items()}
 
 
 class _Running:
@@ -223,6 +231,10 @@ class _Running:
         self._helping[part] -= negative
         self._hurting[part] += sign.sub_(negative)
         self._add_up(part, exact, largest)
+
+    def cut(self) -> None:
+        """Count no turn of own signals from here to the next segment."""
+        self._signals.cut()
 
     def _add_up(self, part: slice, exact: Tensor, largest: float) -> None:
         """Add to the sums; `largest` is the largest size of the numbers in float32, which takes
@@ -470,6 +482,11 @@ class SpanSums:
             and self.tensors["motion"][row, position] > 0
         }
 
+    def cut(self, row: int) -> None:
+        """Note that the segment at position `row` of the span does not start where the one before
+        ends: from the one to the other nothing turns.
+        """
+
     def totals(self) -> dict[str, Arrays]:
         """Return the per-parameter totals over the span, by tensor: none of sums."""
         return {}
@@ -535,6 +552,12 @@ class SpanStatistics(SpanSums):
         for spec in self._table if holds(self._keep, "parameters") else ():
             shape = (self._length, *self._rows, *spec.shape)
             self.allocation[spec.name] = np.zeros(shape, "float32")
+
+    def cut(self, row: int) -> None:
+        """Count no turns between a segment and the one before, see `SpanSums.cut`."""
+        if row > self.since and self.block.stop == (self._groups or 1):
+            for running in self._running.values():
+                running.cut()
 
     def gathering(self, row: int) -> Gathers:
         """Return what takes in a segment, at position `row` of the span, while its sums are

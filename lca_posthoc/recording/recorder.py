@@ -20,7 +20,13 @@ from ..base.locks import DirectoryLock
 from ..base.text import count
 from ..checkpoints.layouts import MOMENTS
 from ..checkpoints.paths import here, nearest
-from ..checkpoints.recorded import SIGN, RecorderSign, steps_there, write_sign
+from ..checkpoints.recorded import (
+    SIGN,
+    RecorderSign,
+    segments_between,
+    steps_there,
+    write_sign,
+)
 from ..checkpoints.trajectory import reserved
 from ..errors import InputError, LCAError, ResourceError, amount, few
 from .moments import MomentStager
@@ -53,6 +59,8 @@ class Recorder:
             name. Keep it in float32 (under `torch.autocast` it is): most of the motion is lost in
             fewer bits.
         every: only steps that are multiples of it.
+        bursts: `(every, length)`: `length` consecutive iterates every `every` steps, from step 0
+            on. A replay takes the bursts and leaves out the gaps between them.
         steps: only these.
         until: only steps up to this one.
         frozen: True to write parameters that have no gradient when recording begins too. Buffers
@@ -82,6 +90,7 @@ class Recorder:
         model: nn.Module,
         *,
         every: int = 1,
+        bursts: tuple[int, int] | None = None,
         steps: Collection[int] | None = None,
         until: int | None = None,
         frozen: bool = True,
@@ -89,12 +98,14 @@ class Recorder:
         at_most: int | str | None = None,
     ) -> None:
         _refuse_arguments(model, every, steps, until, on_full)
+        _refuse_bursts(bursts, every)
         self._bound = Bound.of(at_most)
         self.directory = here(
             directory, "iterates are written to this machine's file systems. Name a directory."
         ).expanduser()
         self._model = model
         self._every, self._until = every, until
+        self._bursts = None if bursts is None else (bursts[0], bursts[1])
         self._steps = None if steps is None else frozenset(steps)
         self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
@@ -362,18 +373,20 @@ class Recorder:
             self._frozen,
             self._pauses,
             self._every,
-            _RingAsked(self._bound, beside, self._iterates_in_the_end(step)),
+            self._bursts,
+            _RingAsked(self._bound, beside, self._segments_in_the_end(step)),
         )
 
-    def _iterates_in_the_end(self, step: int) -> int | None:
-        """Return how many iterates the directory will have got where recording begins at a step;
-        None where nothing tells.
+    def _segments_in_the_end(self, step: int) -> int | None:
+        """Return how many segments the iterates of the directory will have where recording begins
+        at a step; None where nothing tells.
         """
         if self._until is None and self._steps is None:
             return None
         last = self._until if self._until is not None else max(self._steps or (-1,))
-        before = sum(earlier < step for earlier in steps_there(self.directory))
-        return before + sum(map(self._is_wanted, range(step, last + 1)))
+        before = [earlier for earlier in steps_there(self.directory) if earlier < step]
+        coming = filter(self._is_wanted, range(step, last + 1))
+        return segments_between([*before, *coming], self._bursts)
 
     def flush(self) -> None:
         """Wait until every iterate saved so far is on the disk: before a checkpoint that training
@@ -427,7 +440,7 @@ class Recorder:
         first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
         last = until if self._until is None else min(until, self._until)
         if self._steps is None:
-            iterates = max(0, last // self._every - (first - 1) // self._every)
+            iterates = max(0, self._wanted_up_to(last) - self._wanted_up_to(first - 1))
         else:
             iterates = sum(first <= step <= last and self._is_wanted(step) for step in self._steps)
         self._bound.refuse_large(size)
@@ -438,15 +451,23 @@ class Recorder:
             text = (
                 f"{count(iterates, 'iterate')} of {amount(size)} take{'s' * (iterates == 1)} "
                 f"{amount(needed)}, and {place} has {amount(free)} free. Record fewer (every=, "
-                "steps=, until=) or elsewhere."
+                "bursts=, steps=, until=) or elsewhere."
             )
             if not self._pauses:
                 raise ResourceError(text)
             warnings.warn(text, stacklevel=2)
 
+    def _wanted_up_to(self, step: int) -> int:
+        """Return how many iterates there are from step 0 to one, where `steps` does not choose."""
+        if self._bursts is None:
+            return step // self._every + 1
+        bursts, rest = divmod(step + 1, self._bursts[0])
+        return bursts * self._bursts[1] + min(rest, self._bursts[1])
+
     def _is_wanted(self, step: int) -> bool:
         return (
             step % self._every == 0
+            and (self._bursts is None or step % self._bursts[0] < self._bursts[1])
             and (self._steps is None or step in self._steps)
             and (self._until is None or step <= self._until)
         )
@@ -466,6 +487,23 @@ def _refuse_arguments(
         raise InputError(f"until={until!r}: name an optimiser step, a whole number from 0.")
     if on_full not in ("stop", "pause"):
         raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
+
+
+def _refuse_bursts(bursts: object, every: int) -> None:
+    """Refuse bursts that have no segment or no gap, or that go with `every`."""
+    if bursts is None:
+        return
+    pair = bursts if isinstance(bursts, (tuple, list)) and len(bursts) == 2 else (0, 0)
+    if not all(map(_is_step, pair)) or not 2 <= pair[1] < pair[0]:
+        raise InputError(
+            f"bursts={bursts!r}: give (every, length), such as (100, 8): 8 consecutive iterates "
+            "every 100 steps; 2 or more, and fewer than from one burst to the next."
+        )
+    if every != 1:
+        raise InputError(
+            f"bursts={bursts!r} records consecutive iterates, every={every} does not. Give one of "
+            "the two."
+        )
 
 
 def _locked(directory: Path) -> DirectoryLock:
@@ -500,12 +538,12 @@ def _locked(directory: Path) -> DirectoryLock:
 @dataclass(frozen=True)
 class _RingAsked:
     """The room a series has: the bound on what waits for a replay, bytes of the moments of an
-    iterate, and how many iterates will come; None where nothing tells.
+    iterate, and how many segments there will be in the end; None where nothing tells.
     """
 
     bound: Bound
     moments: int
-    iterates: int | None
+    segments: int | None
 
 
 class _Series:
@@ -520,6 +558,7 @@ class _Series:
         frozen: bool,
         pauses: bool,
         every: int,
+        bursts: tuple[int, int] | None,
         ring: _RingAsked,
     ) -> None:
         refuse_flattened(model)
@@ -534,14 +573,14 @@ class _Series:
         if not _writes():
             return
         self._refuse_reserved()
-        self._layout = Layout(tensors, every)
+        self._layout = Layout(tensors, every, bursts)
         self._warn_of_contents(len(tensors))
         self._stager = Stager(self._layout)
         ring.bound.refuse_large(self._layout.bytes + ring.moments)
         self._lock = _locked(directory)
         self._before = _highest(directory)
         self._sign = RecorderSign.of_this_process(
-            ring.iterates, ring.bound.iterates, ring.bound.bytes
+            ring.segments, bursts, ring.bound.iterates, ring.bound.bytes
         )
         try:
             self._put_sign(self._sign)

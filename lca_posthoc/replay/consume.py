@@ -7,12 +7,14 @@ motion before them. The last one stays, and so do those of a last span that may 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..checkpoints.paths import is_remote
+from ..checkpoints.places import Where, places_of
 from ..checkpoints.recorded import (
     RELEASE,
     Release,
@@ -22,8 +24,15 @@ from ..checkpoints.recorded import (
     steps_there,
     write_release,
 )
-from ..checkpoints.trajectory import Checkpoint, Trajectory, read_checkpoint
+from ..checkpoints.trajectory import (
+    NOTHING_CONSUMED,
+    Checkpoint,
+    Consumed,
+    Trajectory,
+    read_checkpoint,
+)
 from ..errors import InputError, SpanError, few
+from ..numerics.settings import Settings
 from ..results import Commits, Manifest, RunWriter
 from .worker import looks_back, stretch_of
 
@@ -38,20 +47,36 @@ def reads_before(has_causes: bool) -> int:
     return 1 if has_causes else 0
 
 
+def only_directory(checkpoints: Where, option: str) -> Path:
+    """Return the directory that a recorder writes.
+
+    Raises:
+        InputError: where the checkpoints are at several places, or at one with `{step}` in it.
+    """
+    places = places_of(checkpoints)
+    if len(places) > 1 or places[0].rest:
+        raise InputError(
+            f"{option} takes the one directory that a recorder writes, not {few([*map(str, places)])}. "
+            "Give that directory, or leave the option out."
+        )
+    return places[0].root
+
+
 def refuse_options(
-    root: Path, asked: Mapping[str, object], *, durable: bool, keep_every: int | None
+    checkpoints: Where, settings: Settings, *, durable: bool, keep_every: int | None
 ) -> None:
     """Refuse to remove what cannot be removed safely.
 
     Args:
-        root: the directory of the checkpoints.
-        asked: settings by name, as the caller gave them.
+        checkpoints: where they lie.
+        settings: those asked for, or recorded.
         durable: whether results are on the disk before they count.
         keep_every: as for `Consumer`.
 
     Raises:
         InputError: with the reason.
     """
+    root = only_directory(checkpoints, "--consume")
     if is_remote(root):
         raise InputError(
             f"{root} is remote, and --consume removes files of this machine's file systems alone. "
@@ -62,26 +87,33 @@ def refuse_options(
             "--consume removes iterates once what is computed from them is on the disk, which "
             "--durability none does not wait for. Leave one of them out."
         )
-    refuse_a_part(asked, "--consume")
+    refuse_a_part(settings, "--consume")
     if keep_every is not None and keep_every < 1:
         raise InputError(
             f"--keep-every {keep_every}: keep every iterate (1), every second (2), and so on."
         )
 
 
-def refuse_a_part(asked: Mapping[str, object], option: str) -> None:
-    """Refuse an option for a part of the checkpoints.
+def refuse_a_part(settings: Settings, option: str) -> None:
+    """Refuse an option for a part of the checkpoints, or of the segments.
 
     Raises:
         InputError: naming both options.
     """
-    for part in ("steps", "pattern"):
-        if asked.get(part) is not None:
+    parts = {"steps": settings["steps"], "pattern": settings["pattern"]}
+    for part, chosen in parts.items():
+        if chosen is not None:
             raise InputError(
                 f"--{part} is for a part of the checkpoints, and {option} is for all that a "
                 "recorder writes. Leave one of them out; record fewer with Recorder(every=, "
-                "steps=, until=)."
+                "bursts=, steps=, until=)."
             )
+    if settings["segments"] is not None:
+        raise InputError(
+            "--segments draws a random part of the segments from all of training, which has to be "
+            f"there when it is drawn, and {option} is for iterates that come and go. Leave one of "
+            "them out; Recorder(bursts=(every, length)) records a part of training."
+        )
 
 
 def refuse_other_files(trajectory: Trajectory) -> None:
@@ -98,18 +130,21 @@ def refuse_other_files(trajectory: Trajectory) -> None:
             )
 
 
-def consumed_of(manifest: Manifest, root: Path) -> list[Checkpoint]:
+def consumed_of(manifest: Manifest, root: Path) -> Consumed:
     """Return the checkpoints of a run whose files the run itself may have removed, with the whole
     paths of these; none where it removes nothing.
     """
     release = None if is_remote(root) else read_release(root)
     if release is None or release.run != manifest.id:
-        return []
-    return [
-        replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
-        for checkpoint in manifest.checkpoints
-        if checkpoint.step < release.before
-    ]
+        return NOTHING_CONSUMED
+    return Consumed(
+        tuple(
+            replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
+            for checkpoint in manifest.checkpoints
+            if checkpoint.step < release.before
+        ),
+        frozenset(manifest.checkpoints[place].step for place in manifest.breaks),
+    )
 
 
 def refuse_gone(
@@ -130,8 +165,13 @@ def refuse_gone(
         of_loss = manifest.of(loss)
         for span in numbers:
             rows = of_loss.rows(span)
-            needed = of_loss.checkpoints[max(0, rows.start - before) : rows.stop + 1]
-            missing = [str(checkpoint.step) for checkpoint in needed if checkpoint.step in gone]
+            needed = {
+                position
+                for start in of_loss.starts[rows]
+                for position in range(max(0, start - before), start + 2)
+            }
+            steps = [of_loss.checkpoints[position].step for position in sorted(needed)]
+            missing = [str(step) for step in steps if step in gone]
             if missing:
                 first, last = of_loss.ends(rows)
                 raise InputError(
@@ -206,12 +246,15 @@ class Consumer:
             at_rest: whether no span is underway. Until then the iterates of a stretch in which
                 nothing moved yet stay: spans that are underway look back at them.
         """
-        checkpoints = self._writer.manifest.checkpoints
+        manifest = self._writer.manifest
+        checkpoints, starts = manifest.checkpoints, manifest.starts
         before = sum(checkpoint.step < self._release.before for checkpoint in checkpoints)
         leaving = range(before, self._first_needed())
-        moved = self._stretches_that_moved(leaving)
+        # a run whose iterates are removed has its segments in the order of training
+        rows = range(bisect_left(starts, leaving.start), bisect_left(starts, leaving.stop))
+        moved = self._stretches_that_moved(rows)
         if not at_rest:
-            still = (index for index in leaving if _is_still(index, moved))
+            still = (starts[row] for row in rows if _is_still(row, moved))
             leaving = range(before, next(still, leaving.stop))
         if not leaving:
             return
@@ -230,30 +273,32 @@ class Consumer:
         of_losses = [self._writer.commits(loss) for loss in manifest.losses]
         while all(_is_done(commits, self._span) for commits in of_losses):
             self._span += 1
-        before = reads_before(manifest.settings["signal"] is not None)
-        return self._span * manifest.span - before
+        row = self._span * manifest.span
+        last = len(manifest.checkpoints) - 1  # from which the next segment starts, if no gap comes
+        first = manifest.starts[row] if row < manifest.segments else last
+        return first - reads_before(manifest.settings["signal"] is not None)
 
-    def _stretches_that_moved(self, leaving: range) -> tuple[int, ...]:
+    def _stretches_that_moved(self, rows: range) -> tuple[int, ...]:
         """Return the stretches in which a parameter moved before the checkpoints that stay: which
         segment is measured depends on it.
 
         Args:
-            leaving: positions of the checkpoints that go.
+            rows: of the segments that start from checkpoints that go.
         """
         moved = {*self._release.moved}
-        for index in leaving:
-            stretch = stretch_of(index)
-            if stretch and stretch.start not in moved and self._moves(index):
+        for row in rows:
+            stretch = stretch_of(row)
+            if stretch and stretch.start not in moved and self._moves(row):
                 moved.add(stretch.start)
         return tuple(sorted(moved))
 
-    def _moves(self, index: int) -> bool:
+    def _moves(self, row: int) -> bool:
         """Tell whether a parameter moves on a segment; where that cannot be read, it counts as
         moved.
         """
         before, after = (
             replace(checkpoint, files=tuple(self._root / file for file in checkpoint.files))
-            for checkpoint in self._writer.manifest.checkpoints[index : index + 2]
+            for checkpoint in self._writer.manifest.ends_of(row)
         )
         try:
             return any(
@@ -276,9 +321,9 @@ def _is_done(commits: Commits, span: int) -> bool:
     )
 
 
-def _is_still(index: int, moved: Collection[int]) -> bool:
+def _is_still(row: int, moved: Collection[int]) -> bool:
     """Tell whether a segment is of a stretch in which nothing moved so far."""
-    stretch = stretch_of(index)
+    stretch = stretch_of(row)
     return bool(stretch) and stretch.start not in moved
 
 
@@ -302,14 +347,17 @@ def refuse_others(manifest: Manifest, asked: Collection[str], out: Path) -> None
             )
 
 
-def looked_back_at(root: Path, manifest: Manifest, row: int) -> Sequence[int]:
-    """Return the checkpoints that tell, for a span from `row` on, whether nothing moved in its
-    stretch of segments before it; none where something did.
+def looked_back_at(root: Path, manifest: Manifest, row: int) -> list[int] | None:
+    """Return the segments that tell, for a span from `row` on, where none of them moves, that
+    nothing moved in its stretch before it; None where something did, or nothing comes before it.
+    Of those whose iterates were removed it is known.
     """
-    positions = looks_back(row)
+    rows = looks_back(row)
+    if not rows:
+        return None
     release = None if is_remote(root) else read_release(root)
-    if not positions or release is None or release.run != manifest.id:
-        return positions
-    if positions.start in release.moved:
-        return ()
-    return [index for index in positions if manifest.checkpoints[index].step >= release.before]
+    if release is None or release.run != manifest.id:
+        return list(rows)
+    if rows.start in release.moved:
+        return None
+    return [row for row in rows if manifest.ends_of(row)[0].step >= release.before]

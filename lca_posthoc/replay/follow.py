@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..base.text import count
 from ..checkpoints.paths import is_remote
-from ..checkpoints.recorded import RecorderSign, bytes_of, name_of, read_sign, steps_there
+from ..checkpoints.places import Where
+from ..checkpoints.recorded import (
+    RecorderSign,
+    bytes_of,
+    name_of,
+    read_sign,
+    segments_between,
+    steps_there,
+)
 from ..checkpoints.trajectory import Trajectory, extended
 from ..errors import InputError
 from ..results import Manifest
-from .consume import reads_before
+from .consume import only_directory, reads_before
 from .stopping import Stop
 
 UNKNOWN = 10_000  # segments that are reckoned with where nothing tells how many will come
@@ -23,12 +31,13 @@ _SOONEST, _LATEST = 0.02, 2.0  # seconds between two looks for iterates
 _LOOKS = 4  # while as many iterates come as are waited for
 
 
-def refuse_remote(root: Path) -> None:
+def refuse_remote(checkpoints: Where) -> None:
     """Refuse to follow what no recorder writes.
 
     Raises:
-        InputError: where the directory is behind a URL.
+        InputError: where the checkpoints are not in one directory, or behind a URL.
     """
+    root = only_directory(checkpoints, "--follow")
     if is_remote(root):
         raise InputError(
             f"{root} is remote, and a recorder writes to this machine's file systems. Leave "
@@ -65,13 +74,13 @@ class Follower:
     @property
     def segments(self) -> int:
         """The number of segments in the end, as far as the recorder says."""
-        known = None if self._sign is None else self._sign.iterates
-        return UNKNOWN if known is None else max(1, known - 1)
+        known = None if self._sign is None else self._sign.segments
+        return UNKNOWN if known is None else max(1, known)
 
     @property
     def is_told(self) -> bool:
-        """Tell whether the recorder says how many iterates will come."""
-        return self._sign is not None and self._sign.iterates is not None
+        """Tell whether the recorder says how many segments there will be."""
+        return self._sign is not None and self._sign.segments is not None
 
     def wait_for_first(self, recorded: Manifest | None, span: int | None) -> None:
         """Wait until there are iterates to begin with, and settle how many make a span.
@@ -87,13 +96,13 @@ class Follower:
         self._wait(lambda steps: _LOOKED_AT - len(steps) if recorded is None else 1 - len(steps))
         self.span = self._settled(recorded.span if recorded is not None else span)
         if recorded is None:
-            self._wait(lambda steps: 1 + self.span - len(steps))
+            self._wait(lambda steps: self.span - self._segments(steps))
 
     def _settled(self, fixed: int | None) -> int:
         """Return the segments of a span, for which there is room: at most half of it, so that
         training and replay go on side by side.
         """
-        sign, before = self._sign, reads_before(self.has_causes)
+        sign = self._sign
         if sign is None or not sign.is_bounded or sign.state == "closed":
             return fixed or _LONGEST_SPAN
         if not self.consumes:
@@ -104,43 +113,61 @@ class Follower:
         largest = max((bytes_of(self.root, step) for step in steps_there(self.root)), default=1)
         room = sign.room(largest) or 0
         span = fixed or 1
-        if 1 + before + span > room:
+        if self._needed(span) > room:
             raise InputError(
                 f"the recorder of {self.root} lets {count(room, 'iterate')} wait (at_most), and a "
-                f"span of {count(span, 'segment')} needs {1 + before + span} at once. Record with "
+                f"span of {count(span, 'segment')} needs {self._needed(span)} at once. Record with "
                 "a larger at_most" + (", or write another run with --out." if fixed else ".")
             )
-        while fixed is None and 2 * (2 * span) + 1 + before <= room and span < _LONGEST_SPAN:
+        while fixed is None and self._needed(2 * (2 * span)) <= room and span < _LONGEST_SPAN:
             span *= 2
         return span
 
+    def _needed(self, segments: int) -> int:
+        """Return how many iterates are there at most while so many segments are replayed: each
+        burst has one more than it has segments, and that at the end of the burst before is there
+        until the next one begins.
+        """
+        bursts = None if self._sign is None else self._sign.bursts
+        gaps = 0 if bursts is None else -(-segments // (bursts[1] - 1))
+        return reads_before(self.has_causes) + segments + 1 + gaps
+
+    def _segments(self, steps: Sequence[int]) -> int:
+        """Return how many segments the iterates of some steps have, by what the recorder says."""
+        return segments_between(steps, None if self._sign is None else self._sign.bursts)
+
     def whole(self, trajectory: Trajectory, recorded: int = 0) -> Trajectory:
-        """Return a trajectory without the checkpoints after its last whole span, unless no more
-        will come.
+        """Return a trajectory without the checkpoints after its last whole span, unless there is none
+        or no more will come.
 
         Args:
             trajectory: with all that is there.
             recorded: checkpoints that the run has already, which stay.
         """
-        if self.is_over:
+        starts = trajectory.starts
+        rows = len(starts) // self.span * self.span
+        if self.is_over or not (rows or recorded):
             return trajectory
-        spans = (len(trajectory.checkpoints) - 1) // self.span
-        most = max(recorded, 1 + spans * self.span)
-        return replace(trajectory, checkpoints=trajectory.checkpoints[:most])
+        return trajectory.up_to(max(recorded, starts[rows - 1] + 2 if rows else 0))
 
     def more(self, trajectory: Trajectory, rename: Sequence[str]) -> Trajectory:
         """Wait for another whole span, or for the end, and return the trajectory with what came."""
+        known = len(trajectory.checkpoints)
         last = trajectory.checkpoints[-1].step
         # a last span that is short grows first
-        missing = self.span - (len(trajectory.checkpoints) - 1) % self.span
+        missing = self.span - len(trajectory.starts) % self.span
 
         def lacks(steps: Sequence[int]) -> int:
-            return missing - sum(step > last for step in steps)
+            return missing - self._segments([last, *(step for step in steps if step > last)])
 
-        self._wait(lacks)
-        files = {step: self.root / name_of(step) for step in steps_there(self.root) if step > last}
-        grown = extended(trajectory, files, rename)
-        return self.whole(grown, len(trajectory.checkpoints))
+        while True:
+            self._wait(lacks)
+            later = [step for step in steps_there(self.root) if step > last]
+            files = {step: self.root / name_of(step) for step in later}
+            grown = self.whole(extended(trajectory, files, rename), known)
+            if self.is_over or len(grown.checkpoints) > known:
+                return grown
+            missing += 1  # a recorder before this one recorded other bursts
 
     def _wait(self, lacks: Callable[[Sequence[int]], int]) -> None:
         """Wait until no iterate is lacking, or until none will come.

@@ -22,10 +22,12 @@ from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
+from ..numerics.sampling import SegmentSample
 from ..numerics.schema import (
     BYTES_OF_TOTALS,
     EXAMPLE_FIELDS,
     KEEP,
+    KEEP_OF_A_SAMPLE,
     holds,
     in_units_of_loss,
     is_share,
@@ -56,6 +58,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
+from .shards import about_shards, choose_shards, is_cut, refuse_uncut, why_not_cut
 from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
@@ -64,6 +67,10 @@ _WINDOWS = 64
 _BEGUN = (
     "A run that has begun keeps its tolerance and its precision: with others, write another run "
     "with --out."
+)
+_OTHER_SEGMENTS = (
+    "this run has other segments than these checkpoints and --steps, or this release's drawing of "
+    "--segments, give. Restore them, or write another run with --out."
 )
 Answer = TypeVar("Answer")
 
@@ -92,7 +99,7 @@ class Destination:
     longest_span: int = _LONGEST_SPAN
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
-        """Return the segments per span at a level of `--keep`, where so many share the work."""
+        """Return the segments per span at a level of `--keep`, where so many share the spans."""
         of_examples = matched.numbers_of_examples
         return self.span or min(
             self.longest_span,
@@ -135,26 +142,46 @@ class Draft:
 
     def in_the_end(self, manifest: Manifest) -> Manifest:
         """Return a manifest with checkpoints in place of those that are still to come."""
-        last = manifest.checkpoints[-1]
-        coming = range(1, 1 + self.matched.planned - manifest.segments)
-        more = [replace(last, step=last.step + number) for number in coming]
-        return replace(manifest, checkpoints=[*manifest.checkpoints, *more])
+        last, position = manifest.checkpoints[-1], len(manifest.checkpoints) - 1
+        coming = range(self.matched.planned - manifest.segments)
+        more = [replace(last, step=last.step + 1 + number) for number in coming]
+        return replace(
+            manifest,
+            checkpoints=[*manifest.checkpoints, *more],
+            starts=[*manifest.starts, *(position + number for number in coming)],
+        )
 
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
         matched, existing = self.matched, self.destination.existing
-        span = self.destination.span_of(matched, self.workers, keep)
         recorded = existing.losses if existing else {}
+        losses = _records(matched.described, self.probed, recorded, keep)
+        shards = self._shards(losses, keep)
+        # in shards, one span after the other keeps all workers busy
+        span = self.destination.span_of(matched, self.workers if shards == 1 else 1, keep)
         return Manifest(
             root=absolute(matched.trajectory.root),
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
+            starts=matched.starts,
+            breaks=sorted(matched.trajectory.breaks),
             span=span,
             window=choose_window(matched.planned, span, keep, matched.room_for_windows),
-            settings={**self.settings, "keep": keep},
-            losses=_records(matched.described, self.probed, recorded, keep),
+            settings={**self.settings, "keep": keep, "shards": shards},
+            losses=losses,
             provenance=self.provenance,
         )
+
+    def _shards(self, losses: dict[str, LossRecord], keep: str) -> int:
+        """Return the number of shards: the one that is recorded or asked for, or the one chosen
+        for a level of `--keep`.
+        """
+        shards = self.settings["shards"]
+        if shards is not None:
+            return shards
+        if self.matched.in_order_only:
+            return 1
+        return choose_shards(self.matched.planned, self.workers, losses, self.settings, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,15 +259,17 @@ def prepare(
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
         _known_splits(settings["subset"], described)
-    matched = _match(trajectory, described, destination.segments)
+    starts = _chosen(trajectory, settings["segments"])
+    if existing is not None and starts[: existing.segments] != existing.starts:
+        raise InputError(_OTHER_SEGMENTS)
+    matched = _match(trajectory, described, starts, destination.segments)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
     workers = destination.workers or crew.workers
     sample = Sample(
-        points=_sampled_points(
-            trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
-        ),
-        segments=matched.segments,
+        points=_sampled_points(trajectory, matched.names, _looked_at_in_both_modes(matched.last)),
+        last=matched.last,
+        looked=_looked(trajectory),
         workers_per_host=destination.workers or crew.max_per_host,
         span_length=(
             existing.span if existing else destination.span_of(matched, workers, "parameters")
@@ -298,13 +327,22 @@ def _laid_out(
     existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
+    shards, recorded = draft.settings["shards"], existing.losses if existing else {}
+    if existing is None and shards is not None:
+        refuse_uncut(shards, manifest.losses, draft.settings, keep)
+    new = [name for name in manifest.losses if name not in recorded]
+    all_cut = all(is_cut(manifest, name) for name in manifest.losses)
+    idle = [] if all_cut else _idle(existing or manifest, draft.workers)
     notes = [
         *notes,
         *draft.probed.notes,
         *about_keep,
         *_not_told_apart(draft.matched.described, draft.probed, keep),
-        *_about(draft.matched, manifest, existing.losses if existing else {}),
-        *_idle(existing or manifest, draft.workers),
+        *_about(draft.matched, manifest, recorded),
+        *about_part(draft.matched.trajectory, manifest),
+        *about_shards(manifest, draft.workers, new),
+        *idle,
+        *(why_not_cut(manifest, draft.matched.in_order_only) if idle and shards is None else []),
     ]
     return Preparation(
         setup=setup,
@@ -357,7 +395,8 @@ def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
         manifest = draft.in_the_end(draft.at(level))
         return results.required_bytes(manifest, level, manifest.losses)
 
-    return highest_that_fits(memory, stored, draft.destination.path)
+    levels = KEEP if draft.settings["segments"] is None else KEEP_OF_A_SAMPLE
+    return highest_that_fits(memory, stored, draft.destination.path, levels)
 
 
 def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
@@ -380,17 +419,30 @@ class _Match:
     described: Description
     names: dict[str, str]
     leftovers: dict[str, str]
+    starts: list[int]
     to_come: int | None = None
 
     @property
+    def last(self) -> int:
+        """The position of the last checkpoint of the trajectory."""
+        return len(self.trajectory.checkpoints) - 1
+
+    @property
     def planned(self) -> int:
-        """The number of segments of the trajectory in the end."""
+        """The number of segments that will have been replayed in the end."""
         return max(self.segments, self.to_come or 0)
 
     @property
     def segments(self) -> int:
-        """The number of segments of the trajectory."""
-        return len(self.trajectory.checkpoints) - 1
+        """The number of segments that are replayed."""
+        return len(self.starts)
+
+    @property
+    def in_order_only(self) -> list[str]:
+        """The splits whose examples can only be read in order, anew at every pass."""
+        losses = self.described.losses.values()
+        splits = {loss.on for loss in losses if loss.in_order_only and loss.on is not None}
+        return sorted(splits)
 
     @property
     def elements(self) -> int:
@@ -411,8 +463,11 @@ class _Match:
         return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
 
 
-def _match(trajectory: Trajectory, described: Description, to_come: int | None) -> _Match:
-    """Match a described task with a trajectory of so many segments in the end.
+def _match(
+    trajectory: Trajectory, described: Description, starts: list[int], to_come: int | None
+) -> _Match:
+    """Match a described task with a trajectory, whose segments start from some checkpoints and are
+    so many in the end.
 
     Raises:
         InputError: where they do not fit.
@@ -423,6 +478,7 @@ def _match(trajectory: Trajectory, described: Description, to_come: int | None) 
         described=described,
         names=trajectory.match(described.tensors, *without),
         leftovers=trajectory.leftovers(described.tensors, *without),
+        starts=starts,
         to_come=to_come,
     )
 
@@ -437,7 +493,7 @@ def _probe_request(
         batch_sizes={
             record.on: record.batch_size for record in recorded.values() if record.on is not None
         },
-        modes=_looked_at_in_both_modes(matched.segments),
+        modes=_looked_at_in_both_modes(matched.last),
         half=trajectory.half_precision,
         ties=trajectory.ties(described.tensors),
         fixed=trajectory.sources_of(described.fixed),
@@ -565,6 +621,27 @@ def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
     return notes
 
 
+def about_part(trajectory: Trajectory, manifest: Manifest) -> Iterator[str]:
+    """Yield which share of training a run sees where it does not see all of it."""
+    steps, starts = trajectory.steps, trajectory.starts
+    if trajectory.breaks:
+        seen, all_steps = manifest.steps_seen
+        gaps = [(steps[start], steps[start + 1]) for start in sorted(trajectory.breaks)]
+        first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
+        yield (
+            f"{count(len(gaps), 'gap')} between checkpoints {'is' if len(gaps) == 1 else 'are'} left "
+            f"out, the longest {first}→{last}: the run sees {seen:,} of "
+            f"{count(all_steps, 'training step')} ({seen / all_steps:.1%}), and sums are over these "
+            "alone"
+        )
+    if manifest.sampled is not None:
+        yield (
+            f"--segments {manifest.sampled}: {manifest.segments:,} of {len(starts):,} segments are "
+            "replayed, drawn at random all over training. Sums over training are estimates with "
+            "standard errors; what needs every segment (turns, peaks, shares that help) is left out"
+        )
+
+
 def _added(names: list[str]) -> list[str]:
     """Say which parts of a state dict the checkpoints hold that are no tensors of the model's
     own.
@@ -676,7 +753,7 @@ def choose_window(segments: int, span: int, keep: str, room: int) -> int:
     room for; 1 where no totals are kept.
 
     Args:
-        segments: of the trajectory.
+        segments: of the run.
         span: segments per span.
         keep: a level of `--keep`.
         room: windows whose totals take at most a tenth of the space of the checkpoints.
@@ -696,13 +773,24 @@ def relative(trajectory: Trajectory) -> list[Checkpoint]:
     ]
 
 
-def _looked_at_in_both_modes(segments: int) -> list[int]:
+def _looked_at_in_both_modes(last: int) -> list[int]:
     """Return the positions of checkpoints where losses are looked at with running statistics and
     with those of a batch.
+
+    Args:
+        last: position of the last checkpoint.
     """
-    middle = (segments - 1) // 2
-    early = [index for index in _EARLY if index <= segments]
-    return sorted({0, 1, *early, middle, middle + 1, segments - 1, segments})
+    middle = (last - 1) // 2
+    early = [index for index in _EARLY if index <= last]
+    return sorted({0, 1, *early, middle, middle + 1, last - 1, last})
+
+
+def _looked(trajectory: Trajectory) -> list[list[int]]:
+    """Return where to look for a few segments that move, see `Sample`; the same whichever part of
+    the segments is replayed.
+    """
+    starts = trajectory.starts
+    return [[starts[row] for row in rows] for rows in sampled(len(starts))]
 
 
 def _sampled_points(
@@ -711,8 +799,7 @@ def _sampled_points(
     """Return the checkpoints a task is looked at before its first span, those of `modes` among
     them.
     """
-    segments = len(trajectory.checkpoints) - 1
-    starts = {index for places in sampled(segments) for index in places}
+    starts = {index for places in _looked(trajectory) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
     positions.add(trajectory.first_there)
     checkpoints = relative(trajectory)
@@ -751,6 +838,16 @@ def _record(
         rows=loss.rows if loss.per is not None else None,
         texts=probed.texts.get(name),
     )
+
+
+def _chosen(trajectory: Trajectory, segments: str | None) -> list[int]:
+    """Return the positions of the checkpoints the segments of a run start from: all, or those of a
+    random part in the order in which they are drawn.
+    """
+    starts = trajectory.starts
+    if segments is None:
+        return starts
+    return [starts[row] for row in SegmentSample.parse(segments).drawn(len(starts))]
 
 
 def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import results
 from ..base.text import count
-from ..checkpoints.paths import here, is_remote, located
-from ..checkpoints.trajectory import Trajectory, open_trajectory
+from ..checkpoints.paths import here, is_remote
+from ..checkpoints.places import Where, common_root, found_again, places_of
+from ..checkpoints.trajectory import NOTHING_CONSUMED, Trajectory, open_trajectory
 from ..cluster import (
     Cluster,
     ClusterConfig,
@@ -48,7 +50,6 @@ from .consume import (
     Consumer,
     consumed_of,
     looked_back_at,
-    reads_before,
     refuse_a_part,
     refuse_gone,
     refuse_options,
@@ -77,21 +78,26 @@ from .requests import (
     Failure,
     LossSpan,
     RunRequest,
+    ShardRequest,
     SpanAnswer,
     SpanRequest,
     answered,
-    from_plain,
     to_plain,
+    work_of,
 )
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
+from .shards import is_cut
 from .stopping import Stop, stopped_by_signals
-from .worker import committed_result, compressions, replay_span
+from .worker import committed, committed_result, compressions, replay_in_shards, replay_span
+
+if TYPE_CHECKING:
+    from .shard_queue import ShardQueue
 
 # --- the run --------------------------------------------------------------------------------------
 
 
 def run(
-    checkpoints: str | Path,
+    checkpoints: Where,
     task: str | Path | Task,
     *,
     losses: Sequence[str] | None = None,
@@ -100,6 +106,7 @@ def run(
     tolerance: float | str | None = None,
     allocation_tolerance: float | str | None = None,
     keep: str | None = None,
+    shards: int | str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
@@ -111,6 +118,7 @@ def run(
     signal: str | None = None,
     along: str | Path | None = None,
     steps: str | None = None,
+    segments: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
     cluster: str = "local",
@@ -131,7 +139,9 @@ def run(
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read
+        checkpoints: directory of safetensors iterates, a place with `{step}` in it such as
+            `ROOT/step{step}/model.safetensors`, a hub's cache, or a list of such places that hold
+            one series together; a URL of fsspec's, such as `s3://…`, is read
             through its driver.
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
         losses: names of the task's losses; None for its first, `["all"]` for every one.
@@ -144,6 +154,10 @@ def run(
             inf).
         keep: "tensors", "units", "statistics" or "parameters", each of which holds those before it;
             by default the highest that fits the memory of a worker and half of the free space.
+        shards: at keep "tensors" or "units", into how many shards the data of every segment is cut,
+            so that few segments keep many workers busy; by default one for each worker where
+            segments are few, else 1, which cuts nothing. Recorded: results never depend on how
+            many workers there are later.
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
@@ -159,7 +173,10 @@ def run(
             `losses`. It is replayed too.
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
-        steps: `A:B[:K]`, training steps.
+        steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
+            them.
+        segments: `FRACTION@SEED`, such as "0.1@7": a random part of the segments, for totals with
+            standard errors. A larger fraction of the same seed adds to what is there.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
@@ -201,6 +218,7 @@ def run(
         "tolerance": tolerance,
         "allocation_tolerance": allocation_tolerance,
         "keep": keep,
+        "shards": shards,
         "batch_size": batch_size,
         "device": device,
         "precision": precision,
@@ -210,6 +228,7 @@ def run(
         "subset": subset,
         "signal": signal,
         "steps": steps,
+        "segments": segments,
         "pattern": pattern,
         "rename": rename,
     }
@@ -233,7 +252,7 @@ def run(
         log = Log(listener)
         entry, data = pack_task(task)
         job = _Job(
-            checkpoints=located(checkpoints),
+            checkpoints=checkpoints,
             task=entry,
             data=data,
             losses=list(losses or []),
@@ -247,7 +266,6 @@ def run(
             consume=consume,
             keep_every=keep_every,
         )
-        job.refuse_options()
         _Driver(job, log).run(where)
     return results.open_run(path)
 
@@ -314,10 +332,10 @@ def repair(
         for part in damage
         if part.loss is not None and (part.span, part.window) != (None, None)
     }
-    root = located(checkpoints if checkpoints is not None else manifest.root)
+    root = checkpoints if checkpoints is not None else manifest.root
     with listening(progress) as listener:
         job = _Job(
-            checkpoints=root,
+            checkpoints=found_again(root, manifest.settings.get("places", ())),
             task=entry,
             data=data,
             losses=list(losses),
@@ -354,16 +372,21 @@ def _durable(durability: str) -> bool:
     return durability == "full"
 
 
-def default_out(checkpoints: str | Path) -> Path:
+def default_out(checkpoints: Where) -> Path:
     """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
-        InputError: where the checkpoints are remote, which results cannot be.
+        InputError: where the checkpoints are remote, which results cannot be, or in several places.
     """
-    directory = located(checkpoints)
+    places = places_of(checkpoints)
+    directory = places[0].root
     if is_remote(directory):
         raise InputError(
-            f"{directory} is remote, and results are not: say where they go with --out RUN."
+            f"{places[0]} is remote, and results are not: say where they go with --out RUN."
+        )
+    if len(places) > 1:
+        raise InputError(
+            f"the checkpoints lie in {len(places)} places: say where results go with --out RUN."
         )
     directory = directory.resolve() if directory.name in ("", "..") else directory
     return directory.with_name(f"{directory.name}.lca")
@@ -380,7 +403,7 @@ class _Job:
     """The work that `run` or `repair` was asked to do.
 
     Attributes:
-        checkpoints: their directory.
+        checkpoints: their directory or places.
         task: where the task is.
         data: its source, for workers.
         losses: their names; empty for the first, `["all"]` for every one.
@@ -396,7 +419,7 @@ class _Job:
         keep_every: those whose step is a multiple of it stay.
     """
 
-    checkpoints: Path
+    checkpoints: Where
     task: Entry
     data: bytes
     losses: list[str]
@@ -411,14 +434,19 @@ class _Job:
     consume: bool = False
     keep_every: int | None = None
 
-    def refuse_options(self) -> None:
+    @property
+    def root(self) -> Path:
+        """The directory that all checkpoints are in."""
+        return common_root(places_of(self.checkpoints))
+
+    def refuse_options(self, settings: Settings) -> None:
         """Refuse to follow, or to remove, what cannot be."""
         if self.follow:
             refuse_remote(self.checkpoints)
-            refuse_a_part(self.asked, "--follow")
+            refuse_a_part(settings, "--follow")
         if self.consume:
             refuse_options(
-                self.checkpoints, self.asked, durable=self.durable, keep_every=self.keep_every
+                self.checkpoints, settings, durable=self.durable, keep_every=self.keep_every
             )
 
     def recorded(self) -> Manifest | None:
@@ -526,6 +554,7 @@ class _Driver:
     def _run(self, where: ClusterConfig, stop: Stop) -> None:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
+        job.refuse_options(settings)
         if recorded is not None:
             job.parts.refuse_new(recorded.settings)
         if job.follow:
@@ -535,11 +564,13 @@ class _Driver:
         status.note(trajectory.notes)
         if job.consume:
             refuse_other_files(trajectory)
+        if trajectory.places and recorded is None:
+            settings = {**settings, "places": list(trajectory.places)}
         if recorded is not None:
             same_checkpoints(
                 RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
             )
-            if job.damage is None and self._is_finished(recorded, trajectory):
+            if job.damage is None and self._is_finished(recorded, trajectory, settings):
                 if job.consume:
                     self._consume_all(recorded)
                 return
@@ -559,7 +590,7 @@ class _Driver:
         """Return what waits for iterates, once there are some to begin with."""
         job, status = self._job, self._status
         follower = Follower(
-            job.checkpoints,
+            job.root,
             stop,
             status.wait,
             status.note,
@@ -578,29 +609,40 @@ class _Driver:
         return follower
 
     def _trajectory(self, settings: Settings, recorded: Manifest | None) -> Trajectory:
-        root = self._job.checkpoints
+        job = self._job
         trajectory = open_trajectory(
-            root,
+            job.checkpoints,
             pattern=settings["pattern"],
             rename=settings["rename"],
             steps=settings["steps"],
-            consumed=[] if recorded is None else consumed_of(recorded, root),
+            consumed=NOTHING_CONSUMED if recorded is None else consumed_of(recorded, job.root),
         )
         if self._follower is not None:
             return self._follower.whole(trajectory, len(recorded.checkpoints) if recorded else 0)
-        if recorded is None or self._job.damage is None:
+        if recorded is None:
             return trajectory
-        known = trajectory.checkpoints[: len(recorded.checkpoints)]
-        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+        new = len(trajectory.checkpoints) - len(recorded.checkpoints)
+        if recorded.sampled is not None and new > 0:
+            self._status.note(
+                [
+                    f"{count(new, 'checkpoint')} after step {recorded.checkpoints[-1].step} "
+                    f"{'is' if new == 1 else 'are'} left out: a random part of the segments, "
+                    f"--segments {recorded.sampled}, stays one of those it was drawn from. Write "
+                    "another run with --out to draw from all of them"
+                ]
+            )
+        elif job.damage is None:
+            return trajectory
+        return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
 
     def _consume_all(self, recorded: Manifest) -> None:
         """Remove the iterates of a finished run that are not removed yet."""
         job = self._job
         with results.hold(job.path):
             writer = RunWriter(job.path, recorded)
-            Consumer(job.checkpoints, writer, job.keep_every).release(at_rest=True)
+            Consumer(job.root, writer, job.keep_every).release(at_rest=True)
 
-    def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
+    def _is_finished(self, manifest: Manifest, trajectory: Trajectory, settings: Settings) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         job = self._job
         if self._follower is not None and not self._follower.is_over:
@@ -608,6 +650,8 @@ class _Driver:
         if manifest.provenance["task_sha256"] != digest(job.task) or len(
             trajectory.checkpoints
         ) != len(manifest.checkpoints):
+            return False
+        if settings["segments"] != manifest.sampled:
             return False
         known = manifest.provenance["task_losses"]
         losses = known if job.losses == ["all"] else job.losses or known[:1]
@@ -718,7 +762,7 @@ class _Driver:
             stack.enter_context(self._status.tell.written_to(log))
             if job.consume and job.follow:
                 refuse_others(writer.manifest, common.setup.losses, job.path)
-            consumer = Consumer(job.checkpoints, writer, job.keep_every) if job.consume else None
+            consumer = Consumer(job.root, writer, job.keep_every) if job.consume else None
             while True:
                 self._replay_pending(cluster, writer, common, lock, stop, consumer)
                 if self._follower is None or self._follower.is_over:
@@ -740,7 +784,7 @@ class _Driver:
             common,
             self._status,
             durable=self._job.durable,
-            checkpoints=self._job.checkpoints,
+            root=self._job.root,
             consumer=consumer,
             follows=self._follower is not None and not self._follower.is_over,
         )
@@ -778,7 +822,13 @@ class _Driver:
         unknown: dict[str, Identity] = {
             name: [manifest.losses[name].identity[0], None] for name in common.setup.losses
         }
-        writer.take_up(relative(trajectory), unknown)
+        larger = replace(
+            manifest,
+            checkpoints=relative(trajectory),
+            starts=trajectory.starts,
+            breaks=sorted(trajectory.breaks),
+        )
+        writer.take_up(larger, unknown)
         return trajectory
 
     def _refuse_gone(
@@ -834,11 +884,10 @@ class _Driver:
         in_repair = self._job.damage is not None
         extended = {name for name in laid_out.losses if not in_repair or name not in behind}
         unknown = {name for name, record in recorded.losses.items() if None in record.identity[1:]}
-        if laid_out.checkpoints != recorded.checkpoints or (behind | unknown) & extended:
-            writer.take_up(
-                laid_out.checkpoints,
-                {name: self._identity(recorded, laid_out, name) for name in extended},
-            )
+        grown = (laid_out.checkpoints, laid_out.starts) != (recorded.checkpoints, recorded.starts)
+        if grown or (behind | unknown) & extended:
+            identities = {name: self._identity(recorded, laid_out, name) for name in extended}
+            writer.take_up(laid_out, identities)
             if not in_repair:
                 self._status.note(_of_losses_left_behind(writer.manifest))
         new = {
@@ -935,6 +984,13 @@ def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.losses.items():
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            if manifest.sampled is not None:
+                yield (
+                    f"loss {name!r} stays as it is, over {record.covers:,} of the "
+                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Take it to "
+                    f"all of these with --loss {name}, or every loss with --loss all"
+                )
+                continue
             yield (
                 f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
                 f"{last}. Take it there with --loss {name}, or every loss with --loss all"
@@ -978,18 +1034,19 @@ class _Spans:
         status: _Status,
         *,
         durable: bool,
-        checkpoints: Path,
+        root: Path,
         consumer: Consumer | None,
         follows: bool,
     ) -> None:
         self._writer, self._common, self._status, self._durable = writer, common, status, durable
-        self._checkpoints, self._consumer, self._follows = checkpoints, consumer, follows
+        self._root, self._consumer, self._follows = root, consumer, follows
         self._covered = {name: writer.manifest.of(name) for name in common.setup.losses}
         self.failed: list[SpanFailed] = []
         self._oom_retries = 0
         self._left_partials = False
         self._reported_ends: dict[str, dict[int, list[float]]] = {}
         self._unreached: set[_Unreached] = set()
+        self._shards: ShardQueue | None = None
 
     def replay(
         self, cluster: Cluster, lock: results.Held, repair_spans: dict[str, list[int]] | None
@@ -1008,8 +1065,7 @@ class _Spans:
             return
         self._plan(pending, cluster.crew().workers)
         lock.working = True  # until its end, workers may leave temporary files
-        specs = map(to_plain, self._requests(pending))
-        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
+        with contextlib.closing(self._outcomes(cluster, pending)) as outcomes:
             for outcome in outcomes:
                 self._hear(outcome)
                 if lock.lost.is_set():
@@ -1059,8 +1115,50 @@ class _Spans:
         for (span, _), names in sorted(waiting.items()):
             manifest = self._covered[names[0]]
             yield _span_request(
-                self._common, manifest, span, names, self._checkpoints, durable=self._durable
+                self._common, manifest, span, names, self._root, durable=self._durable
             )
+
+    def _outcomes(
+        self, cluster: Cluster, waiting: dict[tuple[int, int], list[str]]
+    ) -> Generator[Outcome]:
+        """Have the spans computed: whole, or in shards of the data where losses are cut."""
+        manifest = self._writer.manifest
+        whole = {
+            key: names
+            for key, all_names in waiting.items()
+            if (names := [name for name in all_names if not is_cut(manifest, name)])
+        }
+        specs = map(to_plain, self._requests(whole))
+        cut = [
+            (span, names)
+            for (span, _), all_names in sorted(waiting.items())
+            if (names := [name for name in all_names if is_cut(manifest, name)])
+        ]
+        if not cut:
+            return cluster.map(replay_span, specs, committed_result)
+        from .shard_queue import ShardQueue
+
+        self._shards = ShardQueue(
+            self._writer,
+            self._common,
+            cut,
+            self._finishing,
+            workers=cluster.crew().workers,
+            durable=self._durable,
+        )
+        every = itertools.chain(specs, self._shards.specs())
+        return cluster.map(replay_in_shards, every, committed)
+
+    def _finishing(self, span: int, names: list[str]) -> SpanRequest:
+        """Return the request to commit a span whose sums over shards are all there."""
+        return _span_request(
+            self._common,
+            self._covered[names[0]],
+            span,
+            names,
+            self._root,
+            durable=self._durable,
+        )
 
     # --- while they are replayed
 
@@ -1079,21 +1177,30 @@ class _Spans:
                 self._take(outcome)
         else:
             self._hear_trouble(outcome)
+        for span, names, error in self._shards.failures() if self._shards else ():
+            self._take_failure(span, names, error)
 
     def _hear_trouble(self, outcome: Lost | Retried | Slow) -> None:
-        request = from_plain(SpanRequest, outcome.spec)
-        span, manifest = request.span, self._manifest_of(request)
+        request = work_of(outcome.spec)
+        names = request.losses if isinstance(request, ShardRequest) else request.pending
+        span, manifest = request.span, self._writer.manifest.of(names[0])
         where = (span, *_steps(manifest, span))
         self._left_partials |= not isinstance(outcome, Slow)
         if isinstance(outcome, Lost):
-            self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
+            if self._gives_up(request):
+                self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
         elif isinstance(outcome, Retried):
             self._status.tell(SpanRetried(*where, outcome.worker, outcome.why))
         else:
             self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
 
-    def _manifest_of(self, request: SpanRequest) -> Manifest:
-        return self._writer.manifest.of(request.pending[0])
+    def _gives_up(self, request: SpanRequest | ShardRequest) -> bool:
+        """Tell whether a span is given up by the failure of a request, and not by an earlier
+        one.
+        """
+        if not isinstance(request, ShardRequest):
+            return True
+        return self._shards is not None and bool(self._shards.drop(request.span))
 
     def _fail(
         self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
@@ -1103,10 +1210,16 @@ class _Spans:
         self._status.tell(failure)
 
     def _take(self, done: Done) -> None:
-        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
-        if isinstance(answer, Failure):
-            self._take_failure(request, answer.exception())
+        request = work_of(done.spec)
+        if isinstance(request, ShardRequest):
+            self._take_sums(request, done)
             return
+        answer = answered(SpanRequest, done.result)
+        if isinstance(answer, Failure):
+            self._take_failure(request.span, request.pending, answer.exception())
+            return
+        if self._shards is not None and is_cut(self._writer.manifest, request.pending[0]):
+            self._shards.finish(request.span)
         self._status.span_seconds, self._status.workers = answer.seconds, done.workers
         for name, part in answer.losses.items():
             self._compare_ends(name, request.span, part.ends)
@@ -1118,11 +1231,22 @@ class _Spans:
         if self._consumer is not None:
             self._consumer.release(at_rest=False)
 
-    def _take_failure(self, request: SpanRequest, error: Exception) -> None:
+    def _take_sums(self, request: ShardRequest, done: Done) -> None:
+        """Take in the sums of some shards; what follows from them is handed out next."""
+        assert self._shards is not None, "only the queue of shards asks for sums"
+        answer = answered(ShardRequest, done.result)
+        if not isinstance(answer, Failure):
+            self._shards.take(request)
+            return
+        error = answer.exception()
+        if isinstance(error, ResourceError) or self._gives_up(request):
+            self._take_failure(request.span, request.losses, error)
+
+    def _take_failure(self, span: int, losses: list[str], error: Exception) -> None:
         if isinstance(error, ResourceError):
             raise error
         step = error.step if isinstance(error, NotFiniteError) else None
-        self._fail(self._manifest_of(request), request.span, str(error), step)
+        self._fail(self._writer.manifest.of(losses[0]), span, str(error), step)
 
     def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
         """Tell once that memory ran out, and a span was computed in smaller batches."""
@@ -1240,8 +1364,7 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
     """Return the training steps a span runs from and to."""
-    rows = manifest.rows(span)
-    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
+    return manifest.ends(manifest.rows(span))
 
 
 def _span_request(
@@ -1249,7 +1372,7 @@ def _span_request(
     manifest: Manifest,
     span: int,
     pending: list[str],
-    checkpoints: Path,
+    root: Path,
     *,
     durable: bool,
 ) -> SpanRequest:
@@ -1260,23 +1383,25 @@ def _span_request(
         manifest: of the run up to where the pending losses end.
         span: its number.
         pending: the losses.
-        checkpoints: their directory.
+        root: the directory of the checkpoints.
         durable: whether it is on the disk before it counts.
     """
     rows = manifest.rows(span)
-    first = max(0, rows.start - reads_before(manifest.settings["signal"] is not None))
-    before = looked_back_at(checkpoints, manifest, rows.start)
-    positions = (*before, *range(first, rows.stop + 1))
+    looked = looked_back_at(root, manifest, rows.start)
+    starts = [*(manifest.starts[row] for row in looked or ()), *manifest.starts[rows]]
+    positions = {end for start in starts for end in (start, start + 1)}
+    if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
+        positions |= {start - 1 for start in manifest.starts[rows] if start}
     return SpanRequest(
         setup=common.setup,
         points=replace(
-            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+            common.points,
+            checkpoints={index: manifest.checkpoints[index] for index in sorted(positions)},
         ),
         run=common.run,
         batch_sizes=common.batch_sizes,
         durable=durable,
         span=span,
         pending=pending,
-        calibration={name: record.calibration for name, record in manifest.losses.items()},
-        looks_back=list(before),
+        looks_back=looked,
     )

@@ -10,6 +10,7 @@ from .lock import Held, hold
 from .manifest import Identity, LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
 from .runfile import exists, read_manifest, refuse_other
+from .shard_sums import names_of_sums, read_sums, remove_sums, sums_name, write_sums
 from .shared_dir_check import check_shared_directory, shared_directory_token
 from .starting import Announcement, Starting, announced, starting
 from .underway import (
@@ -65,14 +66,19 @@ __all__ = [
     "hold",
     "last_run",
     "meeting",
+    "names_of_sums",
     "open_run",
     "read_manifest",
+    "read_sums",
     "refuse_other",
     "remove_loss",
     "remove_reports",
+    "remove_sums",
     "required_bytes",
     "shared_directory_token",
     "starting",
+    "sums_name",
     "underway",
     "verify",
+    "write_sums",
 ]

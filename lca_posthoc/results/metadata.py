@@ -107,7 +107,7 @@ def _coordinates(
         return {}
     coordinates: dict[str, list[Any]] = {"step": manifest.steps}
     if part == "steps":
-        coordinates["step_end"] = [checkpoint.step for checkpoint in manifest.checkpoints[1:]]
+        coordinates["step_end"] = manifest.step_ends
     if groups is not None and part != "examples":
         coordinates["group"] = groups
     directions = manifest.settings.get("directions")

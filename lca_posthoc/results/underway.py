@@ -98,6 +98,10 @@ class SpanReport:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the file."""
         if self._written:
             with contextlib.suppress(OSError):
                 disk.remove(self._file)

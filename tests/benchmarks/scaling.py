@@ -150,6 +150,8 @@ def laid_out(spans: int, segments: int) -> Any:
         root="/somewhere/checkpoints",
         tensors=tensors,
         checkpoints=checkpoints,
+        starts=list(range(segments)),
+        breaks=[],
         span=segments,
         window=window,
         settings=settings,

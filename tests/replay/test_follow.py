@@ -266,7 +266,7 @@ def test_two_runs_do_not_remove_the_same_iterates_and_one_keeps_what_it_began_to
 
 
 def sign_of(pid: int, **changes: Any) -> RecorderSign:
-    sign = RecorderSign.of_this_process(None, None, None)
+    sign = RecorderSign.of_this_process(None, None, None, None)
     return replace(sign, pid=pid, **changes)
 
 
@@ -485,7 +485,7 @@ def test_a_sign_says_that_the_recorder_is_there_and_that_it_has_closed(tmp_path:
         sign = read_sign(tmp_path)
         assert sign is not None
         assert sign.is_recording(tmp_path)
-        assert (sign.iterates, sign.most_bytes, sign.most_iterates) == (8, 10**9, None)
+        assert (sign.segments, sign.most_bytes, sign.most_iterates) == (7, 10**9, None)
     closed = read_sign(tmp_path)
     assert closed == replace(sign, state="closed")
     assert not closed.is_recording(tmp_path)

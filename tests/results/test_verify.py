@@ -370,7 +370,8 @@ def test_a_run_that_is_just_growing_can_be_read_and_is_whole(run: Path) -> None:
         patch.setattr(results.writer, "write_manifest", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             writer.take_up(
-                more, {name: record.identity for name, record in writer.manifest.losses.items()}
+                replace(writer.manifest, checkpoints=more, starts=[*range(len(more) - 1)]),
+                {name: record.identity for name, record in writer.manifest.losses.items()},
             )
     assert json.loads((run / "data.zarr/train/steps/level/zarr.json").read_text())["shape"][0] == 7
     (run / "lock").write_text('{"host": "here"}')
@@ -394,8 +395,9 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
     before, late = contents(run), RunWriter.open(run)
     statistics: Any = None
     changes: list[Callable[[Any], Any]] = [
-        lambda now: now.with_checkpoints(
-            now.checkpoints[:-1], {name: each.identity for name, each in now.losses.items()}
+        lambda now: now.grown_to(
+            replace(now, checkpoints=now.checkpoints[:-1], starts=now.starts[:-1]),
+            {name: each.identity for name, each in now.losses.items()},
         ),
         lambda now: now.without("train"),
         lambda now: results.Manifest(**{**now.__dict__, "id": "0" * 32}),

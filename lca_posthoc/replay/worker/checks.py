@@ -93,6 +93,7 @@ def _described(objective: Objective, name: str) -> LossDescription:
         rows=split.examples * (objective.elements_of(name) if loss.per == "element" else 1)
         if split and loss.per
         else 0,
+        in_order_only=split is not None and split.in_order_only,
     )
 
 
@@ -308,7 +309,7 @@ def _same_ties(request: ProbeRequest) -> None:
     if not request.ties:
         return
     sources_by_name = {source: source for sources in request.ties.values() for source in sources}
-    for index in (request.sample.first, request.sample.segments):
+    for index in (request.sample.first, request.sample.last):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_checkpoint(checkpoint, sources_by_name)
@@ -332,7 +333,7 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
 
     if not request.fixed:
         return
-    for index in (request.sample.first, request.sample.segments):
+    for index in (request.sample.first, request.sample.last):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_stored(checkpoint, request.fixed)
@@ -362,7 +363,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
         return []
     fixed = objective.tensors.fixed_of(leftovers)
     ends = []
-    for index in (request.sample.first, request.sample.segments):
+    for index in (request.sample.first, request.sample.last):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             ends.append((checkpoint, read_stored(checkpoint, leftovers)))
@@ -434,7 +435,7 @@ def _identities(
     identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
     weights: dict[str, Tensor | None] = {}
     begin = request.sample.first
-    for index in (begin, request.sample.segments):
+    for index in (begin, request.sample.last):
         try:
             there = (
                 first
@@ -569,7 +570,7 @@ def moving(
     """
     trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
     looked: dict[int, bool] = {}
-    for places in sampled(sample.segments):
+    for places in sample.looked:
         for index in places:
             if index not in looked:
                 before, after = (
@@ -641,7 +642,7 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
         name for name in buffers if name in sources or torch.all(buffers[name] == new[name])
     }
     sample = request.sample
-    for index in {sample.first, (sample.segments - 1) // 2, sample.segments}:
+    for index in {sample.first, (sample.last - 1) // 2, sample.last}:
         try:
             stored = (
                 read_checkpoint(checkpoint_at(request.sample.points, index), sources)

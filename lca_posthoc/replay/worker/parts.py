@@ -36,24 +36,24 @@ class _OfSegment:
     together: Together
 
 
-class PartsOfSpan:
-    """Tells the parts of the motion on every segment of a span, in turn.
+class PartsOfStretch:
+    """Tells the parts of the motion on segments that follow each other, in turn.
 
     Of the checkpoints that a replay goes through, the last three are kept: the motion before a
     segment is its momentum.
 
     Args:
-        points: the checkpoints, the one before the span among them where there is one.
-        rows: the segments.
+        points: the checkpoints, the one before the stretch among them where there is one.
+        first: position of the checkpoint it starts from.
         objective: evaluates the losses.
         settings: of the run, with parts to tell.
     """
 
     def __init__(
-        self, points: StoredPoints, rows: slice, objective: Objective, settings: RunSettings
+        self, points: StoredPoints, first: int, objective: Objective, settings: RunSettings
     ) -> None:
-        self._first = rows.start
-        self._passed = Passed(points, rows.start, objective)
+        self._first = first
+        self._passed = Passed(points, first, objective)
         self._causes = self._basis = None
         if settings.signal is not None:
             self._causes = CausesOfSpan(points, self._passed, objective, settings.signal)
@@ -63,12 +63,12 @@ class PartsOfSpan:
         self._parts: dict[int, _OfSegment] = {}
 
     def remember(self, walk: Walk) -> Walk:
-        """Yield the checkpoints of the span, and keep them as long as they are needed."""
+        """Yield the checkpoints of the stretch, and keep them as long as they are needed."""
         return self._passed.remember(walk)
 
     def of(self, row: int) -> Together:
-        """Return the parts of the segment at a position of the span; the checkpoint it starts from
-        has gone by.
+        """Return the parts of the segment at a position of the stretch; the checkpoint it starts
+        from has gone by.
         """
         from ...numerics.along import SegmentDirections, Together
 
@@ -85,16 +85,23 @@ class PartsOfSpan:
 
     def add(
         self,
+        position: int,
         row: int,
         segments: Mapping[str, SegmentAllocation],
         statistics: Mapping[str, SpanSums],
     ) -> None:
-        """Add what the parts of the segment at a position of the span are allocated to the
+        """Add what the parts of the segment at a position of the stretch are allocated to the
         statistics of each loss, and give up what later segments have no use for.
+
+        Args:
+            position: of the segment.
+            row: its row of the statistics.
+            segments: the allocation of each loss.
+            statistics: of each loss.
         """
         from ...numerics.along import allocated_along
 
-        parts, index = self._parts.pop(row), self._first + row
+        parts, index = self._parts.pop(position), self._first + position
         end = self._passed.at(index + 1)
         moved = None if parts.directions is None else parts.directions.moved(end)
         for name, of_loss in statistics.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,9 +102,32 @@ def _unconverged(panel: Panel) -> Card:
 
 
 def _unfinished(panel: Panel) -> str:
+    """Say which segments the figures are over, where that is not all of training."""
+    return " ".join([*_of_a_part(panel), *_missing(panel)])
+
+
+def _of_a_part(panel: Panel) -> Iterator[str]:
+    manifest = panel.results.manifest
+    if manifest.breaks:
+        seen, steps = manifest.steps_seen
+        yield (
+            f"{count(len(manifest.breaks), 'gap')} between checkpoints left out: every sum and every "
+            f"share here is over {seen:,} of {count(steps, 'training step')}."
+        )
+    if manifest.sampled is not None:
+        error = panel.summary["segments_error"]
+        told = "" if not isinstance(error, float) else f" ± {plain(error)} (standard error)"
+        yield (
+            f"Sums over training are estimates{told} from {manifest.segments:,} of "
+            f"{manifest.all_segments:,} segments, drawn at random all over training (--segments "
+            f"{clean(manifest.sampled, 40)}); what needs every segment is left out."
+        )
+
+
+def _missing(panel: Panel) -> Iterator[str]:
     if panel.results.complete:
-        return ""
-    return (
+        return
+    yield (
         f"This run is not finished: {panel.missing} are missing. Every sum and every share here is "
         "over the others alone, and lines have gaps where segments are missing. Finish it with lca "
         "run, then write this page again."
