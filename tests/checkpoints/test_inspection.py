@@ -358,6 +358,16 @@ def test_missing_is_what_a_regular_series_lacks(case: str) -> None:
     assert len(gaps) == len(gaps_in_a_grid(steps)) or case == "a burst with a hole"
 
 
+def test_what_lies_between_ranges_of_steps_is_not_missing(tmp_path: Path) -> None:
+    place = save(tmp_path / "s", ordinary(0))
+    for steps in ("0:20,26:60", "0:20,26:50,53:60"):
+        inspection = inspect(place, steps=steps, say=lambda note: None)
+        assert inspection.observations == ()
+    holed = save(tmp_path / "h", {step: some for step, some in ordinary(0).items() if step != 42})
+    (seen,) = inspect(holed, steps="0:20,26:60", say=lambda note: None).observations
+    says(seen.text, "missing: step 42")
+
+
 def test_a_long_gap_may_forget_the_start() -> None:
     assert geometry.across_a_long_gap([0, 1000, 1010, 1020], [[0], [1, 2, 3]])
     assert not geometry.across_a_long_gap([0, 10, 20, 30], [[0], [1, 2, 3]])

@@ -269,9 +269,11 @@ def test_some_losses_are_a_row_each_above_what_their_modules_did(
 
 
 def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"parameters": 4, "moved": True, "standard_error": None, "helping": 0.5}
+    row = {"parameters": 4, "moved": True, "helping": 0.5}
+    row |= {"standard_error": None, "segments_error": None}
     figures: dict[str, Any] = {
         "segments": 1,
+        "sampled_of": None,
         "first_step": 0,
         "last_step": 1,
         "parameters": 4,

@@ -86,5 +86,7 @@ def inspect(
         norms=tuple(reading.norm for reading in (first, *others)),
         distances=tuple(reading.distance or 0.0 for reading in others),
         same_bits=tuple(reading.same_bits or 0.0 for reading in others),
-        observations=tuple(observe(measured)),
+        observations=tuple(
+            observe(measured, {trajectory.steps[start] for start in trajectory.breaks})
+        ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -42,8 +42,13 @@ class Observation:
     text: str
 
 
-def observe(measured: Measured) -> list[Observation]:
-    """Return what is seen, the worst first."""
+def observe(measured: Measured, breaks: Collection[int] = ()) -> list[Observation]:
+    """Return what is seen, the worst first.
+
+    Args:
+        measured: the series.
+        breaks: steps after which no segment follows, so that nothing is missing there.
+    """
     seen = [*_not_finite(measured.readings)]
     usable = [reading for reading in measured.readings if not reading.not_finite]
     same, single = _same(usable)
@@ -53,8 +58,14 @@ def observe(measured: Measured) -> list[Observation]:
         seen += _half_precision(measured, usable)
     else:
         seen.append(_too_small(measured.compared))
-    seen += _missing([reading.step for reading in measured.readings])
+    seen += _missing([reading.step for reading in measured.readings], breaks)
+    seen = [some for some in seen if some.kind != "jump" or not _is_across(some.steps, breaks)]
     return sorted(seen, key=lambda observation: GRADES.index(observation.grade))
+
+
+def _is_across(steps: Sequence[int], breaks: Collection[int]) -> bool:
+    """Tell whether a break lies between the first and the last of some steps."""
+    return any(steps[0] <= step < steps[-1] for step in breaks)
 
 
 def _too_small(elements: int) -> Observation:
@@ -468,9 +479,9 @@ def _half_precision(measured: Measured, usable: Sequence[Reading]) -> Iterator[O
     )
 
 
-def _missing(steps: Sequence[int]) -> Iterator[Observation]:
+def _missing(steps: Sequence[int], breaks: Collection[int]) -> Iterator[Observation]:
     """Name steps that are missing in a grid that is regular otherwise."""
-    gaps = gaps_in_a_grid(steps)
+    gaps = [gap for gap in gaps_in_a_grid(steps) if gap[0] not in breaks]
     if not gaps:
         return
     lost = [(first + apart, last - apart, apart) for first, last, apart in gaps]
