@@ -30,6 +30,7 @@ from lca_posthoc.errors import InputError, Interrupted, LCAError, ResourceError
 from lca_posthoc.recording.writer import Writer
 from lca_posthoc.replay import run as replay
 from lca_posthoc.replay.events import Following, Note, Planned, SpanDone, Stage
+from lca_posthoc.replay.shards import is_cut
 from tests.helpers.cli import contents, lca, task_namespace, write_task
 from tests.helpers.faults import clean_runs
 from tests.helpers.followed_training import train
@@ -225,6 +226,10 @@ def test_what_was_removed_otherwise_is_missing_as_ever(series: Place) -> None:
     [
         ({"consume": True, "durability": "none"}, "--durability none does not wait for"),
         ({"consume": True, "steps": "0:4"}, "--steps is for a part"),
+        ({"consume": True, "segments": "0.5@1"}, "--segments draws .* and --consume is for"),
+        ({"follow": True, "segments": "0.5@1"}, "--segments draws .* and --follow is for"),
+        ({"follow": True, "checkpoints": ["a", "b"]}, "--follow takes the one directory"),
+        ({"consume": True, "checkpoints": "a/step{step}"}, "--consume takes the one directory"),
         ({"follow": True, "pattern": r"step_(?P<step>\d+)"}, "--pattern is for a part"),
         ({"keep_every": 2}, "--keep-every says which iterates --consume leaves"),
         ({"consume": True, "keep_every": 0}, "--keep-every 0"),
@@ -240,6 +245,21 @@ def test_options_that_do_not_go_together_are_refused(
         series.replay(**options)
     assert contents(series.iterates) == before
     assert not series.out.exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [({"segments": "0.5@1", "keep": "units"}, "--segments"), ({"steps": "0:4"}, "--steps")],
+)
+def test_a_run_of_a_part_removes_nothing_although_the_part_is_not_asked_for_again(
+    series: Place, part: dict[str, Any], words: str
+) -> None:
+    series.replay(**part)
+    before = contents(series.iterates)
+    for option in ({"consume": True}, {"follow": True}):
+        with pytest.raises(InputError, match=words):
+            series.replay(**option)
+    assert contents(series.iterates) == before
 
 
 def test_files_of_no_recorder_are_not_removed(series: Place) -> None:
@@ -260,6 +280,87 @@ def test_two_runs_do_not_remove_the_same_iterates_and_one_keeps_what_it_began_to
         series.replay(out=series.root / "other.lca", consume=True)
     with pytest.raises(InputError, match=r"another run, .*run.lca, removes iterates"):
         series.replay(out=series.root / "third.lca", consume=True, keep_every=3)
+
+
+# --- bursts, and shards ---------------------------------------------------------------------------
+
+BURSTS = (5, 3)  # iterates 0, 1, 2, 5, 6, 7, …: two segments each
+
+
+@pytest.mark.parametrize(
+    ("at_most", "span", "options", "stay"),
+    [
+        (5, 2, {}, []),  # the whole bursts: a span and the end of the one before
+        (6, 2, CAUSES, []),
+        (3, 1, {}, []),
+        (9, 4, {"keep_every": 6}, [0, 6, 12]),
+        (None, 4, CAUSES, []),
+    ],
+)
+def test_bursts_are_followed_and_consumed_without_the_gaps_between_them(
+    place: Place, at_most: int | None, span: int, options: dict[str, Any], stay: list[int]
+) -> None:
+    """The bytes of a plain run over the same bursts; the last burst is cut short by the end."""
+    steps, plain = 16, place.root / "plain.lca"
+    train(place.root, steps, directory="copy", bursts=BURSTS)
+    causes = {name: value for name, value in options.items() if name != "keep_every"}
+    place.replay(checkpoints=place.root / "copy", out=plain, span=span, **causes)
+    place.events.clear()
+
+    def record() -> None:
+        train(place.root, steps, at_most, bursts=BURSTS, until=steps)
+
+    training = threading.Thread(target=record)
+    training.start()
+    place.replay(follow=True, consume=True, span=span, **options)
+    training.join()
+    assert not (place.root / "above").exists()
+    clean_runs.same_bytes(place.out, plain)
+    assert list(results.verify(place.out)) == []
+    rows = open_run(place.out)["train"].steps["step"].values
+    assert rows.tolist() == [0, 1, 5, 6, 10, 11, 15]
+    assert set(steps_there(place.iterates)) >= {*stay, steps}
+    assert not set(steps_there(place.iterates)) & ({0, 1, 5, 6} - {*stay})
+    place.replay(consume=True, keep_every=options.get("keep_every"))  # resumed: nothing is left
+    assert place.events[-1].pending == 0
+    clean_runs.same_bytes(place.out, plain)
+
+
+def test_a_run_over_bursts_that_were_consumed_grows(place: Place) -> None:
+    """Where segments end is known of iterates that went, and of those that stay for good."""
+    plain = place.root / "plain.lca"
+    train(place.root, 21, directory="copy", bursts=BURSTS)
+    place.replay(checkpoints=place.root / "copy", out=plain, keep="units", **CAUSES)
+    train(place.root, 11, bursts=BURSTS)
+    place.replay(consume=True, keep_every=6, keep="units", **CAUSES)
+    assert steps_there(place.iterates) == [0, 6, 7, 10, 11]
+    train(place.root, 21, bursts=BURSTS)
+    place.replay(consume=True, keep_every=6)
+    clean_runs.same_bytes(place.out, plain)
+    assert steps_there(place.iterates) == [0, 6, 12, 17, 20, 21]
+
+
+def test_what_needs_removed_iterates_of_bursts_is_refused(place: Place) -> None:
+    train(place.root, 12, bursts=BURSTS)
+    place.replay(losses=["train"], consume=True)
+    with pytest.raises(InputError, match=r"on steps 0 to 2: .* iterates of steps 0, 1, 2"):
+        place.replay(losses=["validation"])
+
+
+def test_spans_in_shards_are_followed_and_consumed(place: Place) -> None:
+    options: dict[str, Any] = {"keep": "units", "batch_size": 4, "shards": 2}
+    plain = place.root / "plain.lca"
+    train(place.root, STEPS, directory="copy")
+    place.replay(checkpoints=place.root / "copy", out=plain, **options)
+    manifest = results.read_manifest(plain)
+    assert all(is_cut(manifest, name) for name in manifest.losses)
+    training = threading.Thread(target=train, args=(place.root, STEPS, 6))
+    training.start()
+    place.replay(follow=True, consume=True, **options)
+    training.join()
+    assert not (place.root / "above").exists()
+    clean_runs.same_bytes(place.out, plain)
+    assert steps_there(place.iterates) == [STEPS - 1, STEPS]
 
 
 # --- a recorder that is there, or is not ----------------------------------------------------------
