@@ -114,6 +114,11 @@ def refuse_a_part(settings: Settings, option: str) -> None:
             f"there when it is drawn, and {option} is for iterates that come and go. Leave one of "
             "them out; Recorder(bursts=(every, length)) records a part of training."
         )
+    if settings["path_band"] == "on":
+        raise InputError(
+            f"--path-band on looks at the checkpoints on both sides of a segment, and {option} is "
+            "for iterates that come and go. Leave one of them out."
+        )
 
 
 def refuse_other_files(trajectory: Trajectory) -> None:

@@ -560,6 +560,8 @@ class _Driver:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
         job.refuse_options(settings)
+        if job.follow or job.consume:  # other paths bend by checkpoints that come and go
+            settings = {**settings, "path_band": "off"}
         if recorded is not None:
             job.parts.refuse_new(recorded.settings)
         if job.follow:

@@ -228,6 +228,8 @@ def test_what_was_removed_otherwise_is_missing_as_ever(series: Place) -> None:
         ({"consume": True, "steps": "0:4"}, "--steps is for a part"),
         ({"consume": True, "segments": "0.5@1"}, "--segments draws .* and --consume is for"),
         ({"follow": True, "segments": "0.5@1"}, "--segments draws .* and --follow is for"),
+        ({"follow": True, "path_band": "on"}, "--path-band on looks at .* --follow is for"),
+        ({"consume": True, "path_band": "on"}, "--path-band on looks at .* --consume is for"),
         ({"follow": True, "checkpoints": ["a", "b"]}, "--follow takes the one directory"),
         ({"consume": True, "checkpoints": "a/step{step}"}, "--consume takes the one directory"),
         ({"follow": True, "pattern": r"step_(?P<step>\d+)"}, "--pattern is for a part"),
@@ -280,6 +282,14 @@ def test_two_runs_do_not_remove_the_same_iterates_and_one_keeps_what_it_began_to
         series.replay(out=series.root / "other.lca", consume=True)
     with pytest.raises(InputError, match=r"another run, .*run.lca, removes iterates"):
         series.replay(out=series.root / "third.lca", consume=True, keep_every=3)
+
+
+def test_of_far_apart_iterates_no_other_path_is_told(place: Place) -> None:
+    train(place.root, 8, every=2)
+    place.replay(path_band="off", out=place.root / "plain.lca")
+    place.replay(consume=True)
+    clean_runs.same_bytes(place.out, place.root / "plain.lca")
+    assert open_run(place.out).manifest.settings["path_band"] == "off"
 
 
 # --- bursts, and shards ---------------------------------------------------------------------------

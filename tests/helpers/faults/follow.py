@@ -34,7 +34,7 @@ def _clean(place: Path, steps: int) -> Path:
     return out
 
 
-@fault("R19", "kill -9 of a replay that follows, and of its training", ci=2, full=40)
+@fault("R22", "kill -9 of a replay that follows, and of its training", ci=2, full=40)
 def follower_and_recorder_killed(count: int, _: Path) -> str:
     """Each as often as the other, at random moments; the bound in iterates, then in bytes."""
     steps = STEPS if count >= 20 else FEW
