@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,12 +104,26 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Consumed:
+    """The checkpoints of a run whose files it may have removed, and the steps of the run after which
+    no segment follows.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    breaks: frozenset[int]
+
+
+NOTHING_CONSUMED = Consumed((), frozenset())
+
+
+@dataclass(frozen=True)
 class Trajectory:
     """All checkpoints in order of their step, with the tensors every one of them holds.
 
     `breaks` are positions in `checkpoints` after which no segment follows: what lies between that
     checkpoint and the next is left out. `places` are where the checkpoints were found, below
-    `root`; empty for that directory itself.
+    `root`; empty for that directory itself. `gone` are the steps of those whose files a replay
+    removed once it needed them no more.
     """
 
     root: Path
@@ -118,11 +133,21 @@ class Trajectory:
     notes: tuple[str, ...]
     breaks: frozenset[int] = frozenset()
     places: tuple[str, ...] = ()
+    gone: frozenset[int] = frozenset()
 
     def up_to(self, checkpoints: int) -> Trajectory:
         """Return the same trajectory with its first checkpoints alone."""
         breaks = frozenset(start for start in self.breaks if start < checkpoints - 1)
         return replace(self, checkpoints=self.checkpoints[:checkpoints], breaks=breaks)
+
+    @property
+    def first_there(self) -> int:
+        """Return the position of the first checkpoint whose files are there."""
+        return next(
+            index
+            for index, checkpoint in enumerate(self.checkpoints)
+            if checkpoint.step not in self.gone
+        )
 
     @property
     def steps(self) -> list[int]:
@@ -325,6 +350,7 @@ def open_trajectory(
     pattern: str | None = None,
     rename: Sequence[str] = (),
     steps: str | None = None,
+    consumed: Consumed = NOTHING_CONSUMED,
     compare: bool = True,
 ) -> Trajectory:
     """Open a series of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
@@ -341,6 +367,7 @@ def open_trajectory(
         steps: single training steps and ranges, `A:B` or `A:B:K`, with both ends included and
             every K-th checkpoint of them, ascending and with commas between them. No segment runs
             from one range to the next.
+        consumed: checkpoints that belong to the trajectory though their files may be removed.
         compare: whether checkpoints that hold the same tensors are looked for, for a note.
 
     Raises:
@@ -358,7 +385,9 @@ def open_trajectory(
         with reached(root):
             entries, notes = _series(places, wanted, regex, headers)
             which = f" whose name --pattern {pattern!r} matches" if pattern else ""
-            if len(entries) < 2:
+            stored = {entry.step for entry in entries}
+            gone = [one for one in consumed.checkpoints if one.step not in stored]
+            if not entries or len(entries) + len(gone) < 2:
                 raise _too_few(places, [entry.step for entry in entries], which)
             choice = wanted.choose([entry.step for entry in entries])
             used = [entries[position] for position in choice.used]
@@ -369,12 +398,83 @@ def open_trajectory(
             notes += _counted(root, used, few(named), headers)
     except OSError as error:
         raise InputError(f"cannot look into {where}: {error.strerror}.") from None
-    if len(used) < 2:
+    if not used or len(used) + len(gone) < 2:
         raise _too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
     if wanted.singles is None:  # those of a list are joined as it has them
         choice = replace(choice, breaks=choice.breaks | _ends_of_bursts(entries, choice, headers))
-    opened = _validated(root, entries, choice, rules, notes, headers, compare=compare)
-    return replace(opened, places=described(places, root))
+    opened = _validated(
+        root, entries, choice, rules, notes, headers, compare=compare, has_gaps=bool(gone)
+    )
+    whole = _with_gone(replace(opened, places=described(places, root)), gone, consumed.breaks)
+    if not whole.starts:
+        raise InputError(
+            f"no two of the {len(whole.checkpoints)} checkpoints chosen in {root} are joined by a "
+            "segment: between ranges of --steps, and between bursts, nothing is. Choose two or "
+            "more of a range."
+        )
+    return whole
+
+
+def _with_gone(
+    there: Trajectory, gone: Sequence[Checkpoint], recorded_breaks: Collection[int]
+) -> Trajectory:
+    """Return a trajectory with the checkpoints whose files were removed.
+
+    Args:
+        there: those whose files are there.
+        gone: the others.
+        recorded_breaks: steps after which no segment follows, as they were recorded of those that
+            are gone and of their neighbours.
+    """
+    if not gone:
+        return there
+    removed = frozenset(checkpoint.step for checkpoint in gone)
+    checkpoints = sorted((*gone, *there.checkpoints), key=lambda one: one.step)
+    steps = there.steps
+    of_files = {steps[place] for place in there.breaks}
+    breaks = frozenset(
+        place
+        for place, (before, after) in enumerate(pairwise(one.step for one in checkpoints))
+        if before in (recorded_breaks if removed & {before, after} else of_files)
+    )
+    return replace(there, checkpoints=tuple(checkpoints), breaks=breaks, gone=removed)
+
+
+def extended(
+    trajectory: Trajectory, files: Mapping[int, Path], rename: Sequence[str] = ()
+) -> Trajectory:
+    """Return a trajectory with checkpoints that came since, of one file each.
+
+    Args:
+        trajectory: as it was, the file of its last checkpoint still there.
+        files: of later steps, by step.
+        rename: as for `open_trajectory`.
+
+    Raises:
+        InputError: where one holds other tensors, or cannot be read.
+    """
+    rules = [_rename_rule(text) for text in rename]
+    known = {source: trajectory.tensors[name] for name, source in trajectory.sources.items()}
+    last = trajectory.checkpoints[-1]
+    more, bursts = [last], [bursts_of(read_header(last.files[0]))]
+    for step, path in sorted(files.items()):
+        header = read_header(path)
+        stored = header.tensors
+        if stored.keys() != known.keys():
+            names = _names(stored, rules, path, {})
+            stored = {source: stored[source] for source in names.values()}
+        if stored != known:
+            raise InputError(_difference(stored, known, step, path))
+        more.append(Checkpoint(step, (path,), header.size, _joined([header])))
+        bursts.append(bursts_of(header))
+    all_of_them = Choice(tuple(range(len(more))), frozenset())
+    ends = between_bursts([checkpoint.step for checkpoint in more], bursts, all_of_them)
+    before = len(trajectory.checkpoints) - 1
+    return replace(
+        trajectory,
+        checkpoints=(*trajectory.checkpoints, *more[1:]),
+        breaks=trajectory.breaks | {before + place for place in ends},
+    )
 
 
 def _require_directory(root: Path) -> None:
@@ -771,6 +871,7 @@ def _validated(
     headers: _Headers,
     *,
     compare: bool,
+    has_gaps: bool,
 ) -> Trajectory:
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
@@ -810,15 +911,11 @@ def _validated(
     notes = [
         *choice.notes,
         *notes,
-        *_late(checkpoints[0].step),
-        *long_segments([entry.step for entry in entries], intervals, choice),
+        # of what was consumed nothing is known here but that it was there
+        *([] if has_gaps else _late(checkpoints[0].step)),
+        *([] if has_gaps else long_segments([entry.step for entry in entries], intervals, choice)),
         *(same.notes() if same is not None else ()),
     ]
-    if len(choice.breaks) == len(checkpoints) - 1:
-        raise InputError(
-            f"no two of the {len(checkpoints)} checkpoints chosen in {root} are joined by a segment: "
-            "between ranges of --steps, and between bursts, nothing is. Choose two or more of a range."
-        )
     return Trajectory(
         root=root,
         checkpoints=tuple(checkpoints),

@@ -26,6 +26,23 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Begin although the estimated result does not fit into the free space.",
 )
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Take iterates as a Recorder writes them, beside a training that goes on, until it has "
+    "closed.",
+)
+@click.option(
+    "--consume",
+    is_flag=True,
+    help="Remove each iterate once all that is computed from it is on the disk. The last one stays.",
+)
+@click.option(
+    "--keep-every",
+    type=int,
+    metavar="K",
+    help="With --consume: leave the iterates of every K-th step.",
+)
 @json_option
 def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Allocate the loss change between consecutive CHECKPOINTS to every parameter.
@@ -41,6 +58,7 @@ def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None
     lca run checkpoints --task my_task.py
     lca run checkpoints --task my_task.py --loss all
     lca run checkpoints --task my_task.py --rule trapezoid --keep tensors --out quick.lca
+    lca run checkpoints --task my_task.py --follow --consume
     lca run checkpoints --task my_task.py --cluster tls://head:8786 \\
         --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
     """

@@ -116,7 +116,11 @@ def about_signal(signal: str | None, described: Description, trajectory: Traject
             f"loss {signal!r} {what}, and the signal is the gradient of the training loss over all "
             "of its data. Name that loss with --signal."
         )
-    checkpoints = trajectory.checkpoints[1:]
+    checkpoints = [
+        checkpoint
+        for checkpoint in trajectory.checkpoints[1:]
+        if checkpoint.step not in trajectory.gone
+    ]
     places = {0, len(checkpoints) // 2, len(checkpoints) - 1}
     looked_at = [checkpoints[place] for place in sorted(places)]
     records = {checkpoint: read_optimizer_step(checkpoint) for checkpoint in looked_at}

@@ -89,18 +89,23 @@ class Destination:
         existing: the run that is there already, whose batch sizes and keys hold.
         span: segments per span; chosen where None.
         workers: how many of this host will share the work; those of the cluster where None.
+        segments: how many the run will have in the end, where checkpoints are still to come.
+        longest_span: the most segments per span that may be chosen.
     """
 
     path: Path
     existing: Manifest | None = None
     span: int | None = None
     workers: int | None = None
+    segments: int | None = None
+    longest_span: int = _LONGEST_SPAN
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
         """Return the segments per span at a level of `--keep`, where so many share the spans."""
         of_examples = matched.numbers_of_examples
-        return self.span or choose_span(
-            matched.segments, workers, matched.elements, keep, of_examples
+        return self.span or min(
+            self.longest_span,
+            choose_span(matched.planned, workers, matched.elements, keep, of_examples),
         )
 
 
@@ -132,6 +137,22 @@ class Draft:
         """
         return KEEP[: KEEP.index(keep)] if self.destination.existing is None else ()
 
+    @property
+    def gone(self) -> frozenset[int]:
+        """Return the steps of the checkpoints whose files were removed."""
+        return self.matched.trajectory.gone
+
+    def in_the_end(self, manifest: Manifest) -> Manifest:
+        """Return a manifest with checkpoints in place of those that are still to come."""
+        last, position = manifest.checkpoints[-1], len(manifest.checkpoints) - 1
+        coming = range(self.matched.planned - manifest.segments)
+        more = [replace(last, step=last.step + 1 + number) for number in coming]
+        return replace(
+            manifest,
+            checkpoints=[*manifest.checkpoints, *more],
+            starts=[*manifest.starts, *(position + number for number in coming)],
+        )
+
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
         matched, existing = self.matched, self.destination.existing
@@ -147,7 +168,7 @@ class Draft:
             starts=matched.starts,
             breaks=sorted(matched.trajectory.breaks),
             span=span,
-            window=choose_window(matched.segments, span, keep, matched.room_for_windows),
+            window=choose_window(matched.planned, span, keep, matched.room_for_windows),
             settings={**self.settings, "keep": keep, "shards": shards},
             losses=losses,
             provenance=self.provenance,
@@ -162,7 +183,7 @@ class Draft:
             return shards
         if self.matched.in_order_only:
             return 1
-        return choose_shards(self.matched.segments, self.workers, losses, self.settings, keep)
+        return choose_shards(self.matched.planned, self.workers, losses, self.settings, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +265,7 @@ def prepare(
     starts = _chosen(trajectory, settings["segments"])
     if existing is not None and starts[: existing.segments] != existing.starts:
         raise InputError(_OTHER_SEGMENTS)
-    matched = _match(trajectory, described, starts)
+    matched = _match(trajectory, described, starts, destination.segments)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
     workers = destination.workers or crew.workers
@@ -256,6 +277,7 @@ def prepare(
         span_length=(
             existing.span if existing else destination.span_of(matched, workers, "parameters")
         ),
+        first=trajectory.first_there,
     )
     recorded = existing.losses if existing else {}
     probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))
@@ -387,7 +409,7 @@ def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
         return keep, []
 
     def stored(level: str) -> int:
-        manifest = draft.at(level)
+        manifest = draft.in_the_end(draft.at(level))
         return results.required_bytes(manifest, level, manifest.losses)
 
     levels = KEEP if draft.settings["segments"] is None else KEEP_OF_A_SAMPLE
@@ -406,18 +428,26 @@ def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """A described task on the trajectory it fits; `names` are tensors → names inside the files."""
+    """A described task on the trajectory it fits; `names` are tensors → names inside the files,
+    `to_come` is the number of segments in the end, None where all are there.
+    """
 
     trajectory: Trajectory
     described: Description
     names: dict[str, str]
     leftovers: dict[str, str]
     starts: list[int]
+    to_come: int | None = None
 
     @property
     def last(self) -> int:
         """The position of the last checkpoint of the trajectory."""
         return len(self.trajectory.checkpoints) - 1
+
+    @property
+    def planned(self) -> int:
+        """The number of segments that will have been replayed in the end."""
+        return max(self.segments, self.to_come or 0)
 
     @property
     def segments(self) -> int:
@@ -446,11 +476,15 @@ class _Match:
     def room_for_windows(self) -> int:
         """The number of windows of totals that take a tenth of the space of the checkpoints."""
         stored = sum(checkpoint.size for checkpoint in self.trajectory.checkpoints)
+        stored = stored * (self.planned + 1) // (self.segments + 1)
         return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
 
 
-def _match(trajectory: Trajectory, described: Description, starts: list[int]) -> _Match:
-    """Match a described task with a trajectory, whose segments start from some checkpoints.
+def _match(
+    trajectory: Trajectory, described: Description, starts: list[int], to_come: int | None
+) -> _Match:
+    """Match a described task with a trajectory, whose segments start from some checkpoints and are
+    so many in the end.
 
     Raises:
         InputError: where they do not fit.
@@ -462,6 +496,7 @@ def _match(trajectory: Trajectory, described: Description, starts: list[int]) ->
         names=trajectory.match(described.tensors, *without),
         leftovers=trajectory.leftovers(described.tensors, *without),
         starts=starts,
+        to_come=to_come,
     )
 
 
@@ -559,7 +594,7 @@ def check_workers(
         token=token[0],
         text=token[1],
         root=absolute(trajectory.root),
-        checkpoints=[checkpoints[0], checkpoints[-1]],
+        checkpoints=[checkpoints[trajectory.first_there], checkpoints[-1]],
     )
     answers = cluster.check_workers(admit, to_plain(request))
     _refuse_workers(answers)
@@ -783,6 +818,7 @@ def _sampled_points(
     """
     starts = {index for places in _looked(trajectory) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
+    positions.add(trajectory.first_there)
     checkpoints = relative(trajectory)
     return StoredPoints(
         root=absolute(trajectory.root),

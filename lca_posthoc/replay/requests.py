@@ -105,6 +105,8 @@ class Sample:
             each place from one on to the next that moves.
         workers_per_host: how many share the memory of a host.
         span_length: segments of a span.
+        first: position of the first checkpoint whose files are there: those before it were removed
+            once a replay had done with them.
     """
 
     points: StoredPoints
@@ -112,6 +114,7 @@ class Sample:
     looked: list[list[int]]
     workers_per_host: int
     span_length: int
+    first: int = 0
 
 
 class Question(Generic[A]):
@@ -495,11 +498,14 @@ class SpanRequest(RunRequest[SpanAnswer]):
         span: its number.
         pending: the losses it is replayed for: those that are computed whole, or those whose sums
             over shards are all there.
+        looks_back: segments that tell, where none of them moves, that nothing moved in its stretch
+            of segments before it; None where something did, or nothing comes before it there.
     """
 
     durable: bool
     span: int
     pending: list[str]
+    looks_back: list[int] | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@ as labelled arrays.
 
 from .boundary_checks import differ, disagreement, meeting
 from .chunk_writer import ChunkWriter
-from .commits import Marker
+from .commits import Commits, Marker
 from .disk import free_space
 from .lock import Held, hold
-from .manifest import LossRecord, Manifest, StoredTensor
+from .manifest import Identity, LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
 from .runfile import exists, read_manifest, refuse_other
 from .shard_sums import names_of_sums, read_sums, remove_sums, sums_name, write_sums
@@ -37,8 +37,10 @@ __all__ = [
     "EVENTS",
     "Announcement",
     "ChunkWriter",
+    "Commits",
     "Damage",
     "Held",
+    "Identity",
     "LastRun",
     "Leftover",
     "LossRecord",

@@ -201,7 +201,8 @@ SENT = (
     ),
     LossesRequest(**OF_RUN, meetings={3: ["a"], 12: ["b"]}),
     LossesAnswer(losses={"a": 0.5}),
-    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"]),
+    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], looks_back=[0, 1]),
+    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], looks_back=None),
     ShardRequest(
         **OF_RUN,
         durable=True,

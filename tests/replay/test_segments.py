@@ -229,7 +229,7 @@ def test_a_random_part_stays_one_of_the_checkpoints_it_was_drawn_from(
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(place / "task.py", tmp_path)
-    files = sorted((place / "checkpoints").iterdir())
+    files = sorted((place / "checkpoints").glob("*.safetensors"))
     for file in files[:41]:
         shutil.copy(file, tmp_path / "checkpoints")
     out = tmp_path / "run.lca"
@@ -336,7 +336,7 @@ def test_turns_across_gaps_would_be_more(dense: Path) -> None:
 def test_several_ranges_grow_as_one_does(place: Path, tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(place / "task.py", tmp_path)
-    files = sorted((place / "checkpoints").iterdir())
+    files = sorted((place / "checkpoints").glob("*.safetensors"))
     options: dict[str, Any] = {"steps": "0:5,20:", "span": 4, "keep": "parameters"}
     options["losses"] = ["train"]
     for last in (24, 33, 60):

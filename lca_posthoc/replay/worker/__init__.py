@@ -9,7 +9,7 @@ from .checks import calibrations, describe, probe, sampled
 from .compatibility import admit, versions
 from .costs import compressions, measure
 from .shards import committed, replay_in_shards
-from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span
+from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span, stretch_of
 
 __all__ = [
     "SAMPLED",
@@ -26,5 +26,6 @@ __all__ = [
     "replay_in_shards",
     "replay_span",
     "sampled",
+    "stretch_of",
     "versions",
 ]

@@ -7,7 +7,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -568,7 +568,8 @@ class _SpanReplay:
 
     def _measured_rows(self) -> Iterator[int]:
         """Yield the segments of the span that are the first of their stretch to move."""
-        waits = self._still(looks_back(self.rows.start))
+        looked = self.request.looks_back
+        waits = looked is not None and self._still(looked)
         for row in range(self.rows.start, self.rows.stop):
             stretch = stretch_of(row)
             waits = bool(stretch) and (row == stretch.start or waits)
@@ -576,15 +577,14 @@ class _SpanReplay:
                 waits = False
                 yield row
 
-    def _still(self, rows: range) -> bool:
-        """Tell whether no parameter moves on some segments; where there are none, something may have
-        moved.
+    def _still(self, rows: Iterable[int]) -> bool:
+        """Tell whether no parameter moves on some segments.
 
         One that cannot be read counts as moved: its span says why. Statistics move in every forward
         pass of training and count for nothing.
         """
         try:
-            return bool(rows) and not any(map(self._moves, rows))
+            return not any(map(self._moves, rows))
         except SpanError:
             return False
 
