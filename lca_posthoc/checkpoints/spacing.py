@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from ..base.text import count
 from ..errors import few
 from .headers import Header
 from .paths import is_remote
@@ -189,7 +190,11 @@ class SameTensors:
             return []
         most = max(apart, key=len)
         steps = few([str(self._steps[position]) for position in most], 6)
-        others = f", and {len(apart) - 1} more such sets" if len(apart) > 1 else ""
+        others = (
+            f", and likewise {count(len(apart) - 1, 'other set')} of steps"
+            if len(apart) > 1
+            else ""
+        )
         return [
             f"{len(most)} of {len(self._steps)} checkpoints hold the same tensors, with others "
             f"between them, as far as samples of their bytes tell: steps {steps}{others}. Files "

@@ -633,10 +633,20 @@ def _once_more(entry: _Entry, other: _Entry, headers: _Headers) -> str:
 
 
 def _both_claim(other: _Entry, file: Path, step: int) -> InputError:
-    return InputError(
-        f"{other.files[0]} and {file} both claim step {step}. Remove one, or tell steps apart with "
-        "--pattern."
+    files = (other.files[0], file)
+    names = [step_in_name(path.name.removesuffix(".safetensors")) for path in files]
+    odd = [
+        f"{path.name} says step {number} in its name and {step} in its metadata"
+        for path, number in zip(files, names, strict=True)
+        if number not in (None, step)
+    ]
+    way = (
+        f"{', '.join(odd)}: it may be a copy under a wrong name. Save that step again, or take the "
+        r"steps from the names with --pattern '(?P<step>\d+)'."
+        if odd
+        else "Remove one, or tell steps apart with --pattern."
     )
+    return InputError(f"{files[0]} and {files[1]} both claim step {step}. {way}")
 
 
 def _formed(place: Place, wanted: StepChoice) -> list[_Entry]:

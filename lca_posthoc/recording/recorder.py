@@ -134,7 +134,7 @@ class Recorder:
         if value is not None and self._series is not None:
             self._series.give_up_waiting()
         try:
-            self.close()
+            self._close(finished=value is None)
         except Exception as error:
             if value is None:
                 raise
@@ -403,9 +403,16 @@ class Recorder:
         """Detach from the optimisers, then `flush`; the end of a `with` block does so, and at the
         latest the exit of Python.
 
+        An error that leaves the block, Ctrl-C too, is no end of training: a replay that follows waits
+        for it to be resumed.
+
         Raises:
             ResourceError, InputError: as `save`.
         """
+        self._close(finished=True)
+
+    def _close(self, *, finished: bool) -> None:
+        """Close, and say whether training came to its end."""
         for detach in self._attached:
             detach()
         self._attached = []
@@ -415,7 +422,7 @@ class Recorder:
         finally:
             self._end_following()
             if self._series is not None:
-                self._series.close()
+                self._series.close(finished=finished)
 
     def _require_space_for_all(self) -> None:
         """Refuse to record, or warn, where it is known how many iterates will come and there is no
@@ -693,15 +700,15 @@ class _Series:
         """Close where the user did not, without raising an error a second time."""
         if self._writer is not None and self._writer.raised:
             with contextlib.suppress(LCAError):
-                self.close()
+                self.close(finished=True)
         else:
-            self.close()
+            self.close(finished=True)
 
     def give_up_waiting(self) -> None:
         if self._writer is not None:
             self._writer.give_up_waiting()
 
-    def close(self) -> None:
+    def close(self, *, finished: bool) -> None:
         lock, self._lock = self._lock, None
         if self._writer is not None and lock is not None and self._sign is not None:
             self._warn_of_moved()
@@ -712,7 +719,7 @@ class _Series:
                     self._put_sign(replace(self._sign, state="failed"))
                 raise
             else:
-                self._put_sign(replace(self._sign, state="closed"))
+                self._put_sign(replace(self._sign, state="closed" if finished else "failed"))
             finally:
                 lock.release()
 

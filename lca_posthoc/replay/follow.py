@@ -246,7 +246,7 @@ class Follower:
 
     def _death(self, sign: RecorderSign, steps: Sequence[int]) -> str:
         how = (
-            "could not write an iterate, and ended"
+            "was ended by an error or an interruption"
             if sign.state == "failed"
             else "died without closing"
         )

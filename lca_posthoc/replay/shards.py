@@ -90,8 +90,8 @@ def refuse_uncut(
     why = next((reason for reason in reasons if reason is not None), None)
     if shards > 1 and why is not None:
         raise InputError(
-            f"--shards {shards} cannot be had: {why}. Leave --shards out, or use --keep tensors or "
-            "--keep units, with losses over all of their data."
+            f"--shards {shards} cannot be had: {why}. Leave one of them out"
+            f"{', or use --keep tensors or --keep units' if holds(keep, 'statistics') else ''}."
         )
 
 

@@ -204,7 +204,7 @@ APART: dict[str, tuple[tuple[float, ...], str]] = {
         "4 of 8 checkpoints hold the same tensors, with others between them, as far as samples of "
         "their bytes tell: steps 1, 4, 5, 7. Files lie under wrong names",
     ),
-    "two sets": ((0, 5, 0, 0, 5, 6), "steps 0, 2, 3, and 1 more such sets. Files lie"),
+    "two sets": ((0, 5, 0, 0, 5, 6), "steps 0, 2, 3, and likewise 1 other set of steps. Files lie"),
 }
 
 

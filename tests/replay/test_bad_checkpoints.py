@@ -91,6 +91,12 @@ DIRECTORIES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         lambda ck: write_step(ck, 20, iterates()[2], name="again.safetensors"),
         ("step_00000020.safetensors", "again.safetensors", "both claim step 20", "Remove one"),
     ),
+    "a copy under the name of another step": (
+        lambda ck: (ck / "step_00000015.safetensors").write_bytes(
+            save(dict(iterates()[2]), {"step": "20"})
+        ),
+        ("step_00000015.safetensors says step 15 in its name and 20 in its metadata", "--pattern"),
+    ),
     "no step to be told": (
         lambda ck: [
             path.write_bytes(save(dict(iterates()[0])))

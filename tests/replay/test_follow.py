@@ -643,3 +643,16 @@ def test_an_iterate_that_cannot_be_written_takes_no_room(
     with pytest.warns(UserWarning, match="recording pauses until there is"):
         record()
     assert steps_there(tmp_path) == [0, 2, 3]
+
+
+def test_a_training_that_an_error_ends_is_not_taken_for_finished(place: Place) -> None:
+    def interrupted() -> None:
+        with Recorder(place.root / "other", network()) as recorder:
+            recorder.save(0)
+            raise KeyboardInterrupt
+
+    train(place.root, 4)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    signs = [read_sign(folder) for folder in (place.iterates, place.root / "other")]
+    assert [sign.state for sign in signs if sign is not None] == ["closed", "failed"]
