@@ -699,7 +699,7 @@ def test_numerics_7_checkpoints_stored_as_float64_keep_their_motion_in_a_float32
     wide, case = altered(lab.iterates("smooth_mlp"), tmp_path / "wide", nudged), CASES["smooth_mlp"]
     settings = {"cluster": "inline", "device": lab.device, "precision": "float32"}
     replayed = run(wide, case.task(), out=tmp_path / "run", **settings)
-    checkpoints = [load_file(path) for path in sorted(wide.iterdir())]
+    checkpoints = [load_file(path) for path in sorted(wide.glob("*.safetensors"))]
     truth = Oracle(case.build, case.data()["train"], case.values["train"]).allocate(
         checkpoints, *oracle.RULES["simpson"]
     )
@@ -849,7 +849,7 @@ def test_numerics_9_half_precision_is_measured_and_said(
         "progress": heard.append,
     }
     replayed = run(narrow, CASES["smooth_mlp"].task(), **settings)
-    files = [load_file(path) for path in sorted(narrow.iterdir())]
+    files = [load_file(path) for path in sorted(narrow.glob("*.safetensors"))]
     pairs = [(files[at][name], files[at + 1][name]) for at in (0, 2, 4) for name in files[0]]
     share = sum(int((a == b).sum()) for a, b in pairs) / sum(a.numel() for a, _ in pairs)
     (note,) = [event.text for event in heard if isinstance(event, Note)]

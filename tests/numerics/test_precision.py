@@ -565,7 +565,7 @@ def test_the_share_of_unmoved_half_precision_weights_leaves_dead_segments_out(
     place: Place, tmp_path: Path, dead: list[int], said: str
 ) -> None:
     iterates = dead_series(tmp_path / "iterates", place.iterates("smooth_mlp"), dead)
-    for path in iterates.iterdir():
+    for path in iterates.glob("*.safetensors"):
         halves = {name: tensor.bfloat16() for name, tensor in load_file(path).items()}
         write_step(iterates, int(path.stem.split("_")[1]), halves)
     heard: list[Any] = []
