@@ -102,6 +102,10 @@ class Checkpoint:
     size: int
     fingerprint: int
 
+    def under(self, root: Path) -> Checkpoint:
+        """Return the same with the whole paths of its files, which are relative to a directory."""
+        return replace(self, files=tuple(root / str(file) for file in self.files))
+
 
 @dataclass(frozen=True)
 class Consumed:

@@ -194,29 +194,23 @@ def print_examples(run: Run, losses: Iterable[str]) -> None:
             console.print(Text(wrapped(line, console)))
 
 
-def print_causes(run: Run, losses: Iterable[str]) -> None:
+def print_causes(run: Run, summaries: Mapping[str, Summary]) -> None:
     """Print, of a run with causes, how large rest is of each loss, and what the causes did."""
-    from ..findings import causes
     from ..findings.causes import LARGE, amount, percent
-    from ..findings.common import has_part
 
     console = stdout()
-    for name in losses:
-        if not has_part(run[name], "causes"):
+    for name, figures in summaries.items():
+        if "causes" not in figures:
             return
-        finding = causes(run[name])
-        share = float(finding["rest_overall"].max())
+        rest, allocated = figures["causes"]["rest_share"], figures["causes"]["allocated"]
+        share = rest if isinstance(rest, float) else max(rest)
         large = ", too large to believe the others" if share > LARGE else ""
-        within = " in the group with most" if "group" in finding.dims else ""
-        sums = (
-            []
-            if "group" in finding.dims
-            else [
-                f"{cause} {amount(float(finding['total'].sel(cause=cause).sum()))}"
-                for cause in finding["cause"].values
-                if cause != "rest"
-            ]
-        )
+        within = "" if isinstance(rest, float) else " in the group with most"
+        sums = [
+            f"{cause} {amount(total)}"
+            for cause, total in allocated.items()
+            if cause != "rest" and isinstance(total, float)
+        ]
         line = (
             f"causes of {safe(name)!r}: rest is {percent(share)} of Σ|A|{within}{large}"
             f"{'; ' if sums else ''}{', '.join(sums)}: `lca plot {_quoted(run.path)} causes --loss "
@@ -225,19 +219,25 @@ def print_causes(run: Run, losses: Iterable[str]) -> None:
         console.print(Text(wrapped(line, console)))
 
 
-def print_directions(run: Run, losses: Iterable[str]) -> None:
+def print_directions(run: Run, summaries: Mapping[str, Summary]) -> None:
     """Print, of a run along directions, how much of the motion and of each loss is theirs."""
-    from ..findings import directions
-    from ..findings.common import has_part
-    from ..findings.directions import balance
+    from ..findings.directions import balance_of
 
     console = stdout()
-    for name in losses:
-        if not has_part(run[name], "along"):
+    for name, figures in summaries.items():
+        if "directions" not in figures:
             return
+        told = figures["directions"]
+        parts = balance_of(
+            told["directions"],
+            told["captured"],
+            told["captured_by_chance"],
+            told["inside"],
+            told["outside"],
+        )
         line = (
-            f"directions of {safe(name)!r}: {balance(directions(run[name]))} `lca plot "
-            f"{_quoted(run.path)} directions --loss {safe(shlex.quote(name))}`"
+            f"directions of {safe(name)!r}: {'; '.join(parts)}. `lca plot {_quoted(run.path)} "
+            f"directions --loss {safe(shlex.quote(name))}`"
         )
         console.print(Text(wrapped(line, console)))
 

@@ -59,20 +59,27 @@ def held_back(table: xr.Dataset, what: str) -> list[str]:
     ]
 
 
-def refuse_straight_lines(table: xr.Dataset, what: str) -> None:
-    """Refuse what says nothing of segments of more than one training step, where there are any.
+def _lacks(table: xr.Dataset, single_steps: str) -> bool:
+    """Tell whether some or every segment has to be of one training step, and is not."""
+    long = long_segments(table)
+    return bool(long.any()) if single_steps == "every" else bool(single_steps and long.all())
+
+
+def refuse_straight_lines(table: xr.Dataset, single_steps: str, what: str) -> None:
+    """Refuse what says nothing of segments of more than one training step.
 
     Args:
         table: with the coordinates of the segments.
+        single_steps: which of them must be of one step, see `Finding`.
         what: is held back, in the plural.
 
     Raises:
         LCAError: says why, and where net sums are.
     """
-    reasons = held_back(table, what)
-    if reasons:
+    if _lacks(table, single_steps):
         raise LCAError(
-            f"{reasons[0]} Net sums of layers and units are told: `lca plot RUN layers`."
+            f"{held_back(table, what)[0]} Net sums of layers and units are told: `lca plot RUN "
+            "layers`."
         )
 
 
@@ -84,9 +91,8 @@ def needs_single_steps(results: LossResults, name: str) -> str | None:
         results: one loss of a run.
         name: of the finding.
     """
-    needed, table = declared_findings()[name].single_steps, results.steps
-    long = long_segments(table)
-    if not needed or not (long.any() if needed == "every" else long.all()):
+    table = results.steps
+    if not _lacks(table, declared_findings()[name].single_steps):
         return None
     return f"{straight_lines(table)}, and it is about single parameters in single training steps."
 
@@ -108,9 +114,12 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
         members: of each sum.
     """
     shifts = other_paths(results, members)
-    if shifts is None:
-        return None
-    larger = scale_of(results, results.tensors.sizes["step"])
+    return None if shifts is None else bands_of_shifts(results, shifts)
+
+
+def bands_of_shifts(results: LossResults, shifts: tuple[Numbers, Numbers]) -> Numbers:
+    """Return the same from the shifts of two other paths, see `other_paths`."""
+    larger = scale_of(results, len(shifts[0]))
     systematic = larger * sum(np.abs(of_path.sum(0)) for of_path in shifts)
     random = np.max([np.sqrt((of_path**2).sum(0)) for of_path in shifts], axis=0)
     band: Numbers = systematic + 2 * np.sqrt(larger) * random

@@ -206,20 +206,36 @@ def _beside(data: xr.Dataset, other: LossResults, groups: list[str]) -> dict[str
     }
 
 
+def balance_of(
+    number: int,
+    captured: float,
+    by_chance: float,
+    inside: float | list[float],
+    outside: float | list[float],
+) -> list[str]:
+    """Say the same of figures, in parts of a sentence; lists are of a loss with groups."""
+    subject = "The direction captures" if number == 1 else f"The {number:,} directions capture"
+    parts = [
+        f"{subject} {percent(captured)} of the squared length of the motion "
+        f"({percent(by_chance)} by chance)"
+    ]
+    if isinstance(inside, float) and isinstance(outside, float):
+        parts.append(f"Σ allocation inside {amount(inside)}, outside {amount(outside)}")
+    return parts
+
+
 def balance(finding: xr.Dataset) -> str:
     """Say how much of the motion and of the loss change is inside, and what is so by chance.
 
     Of a loss with groups, the loss change is not said.
     """
-    number = finding.sizes["direction"]
-    subject = "The direction captures" if number == 1 else f"The {number:,} directions capture"
-    parts = [
-        f"{subject} {percent(float(finding['captured_total']))} of the squared length of the motion "
-        f"({percent(float(finding['captured_by_chance']))} by chance)"
-    ]
-    if not finding["inside_total"].ndim:
-        inside, outside = float(finding["inside_total"]), float(finding["outside_total"])
-        parts.append(f"Σ allocation inside {amount(inside)}, outside {amount(outside)}")
+    parts = balance_of(
+        finding.sizes["direction"],
+        float(finding["captured_total"]),
+        float(finding["captured_by_chance"]),
+        finding["inside_total"].values.tolist(),
+        finding["outside_total"].values.tolist(),
+    )
     if "null_captured_total" in finding:
         null = f"random ones capture {percent(float(finding['null_captured_total']))}"
         if not finding["null_inside_total"].ndim:

@@ -64,7 +64,7 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
             is there yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "sizes of single allocations")
-    refuse_straight_lines(table, "sizes of single allocations")
+    refuse_straight_lines(table, FINDING.single_steps, "sizes of single allocations")
     left_out = unfinished(results)
     count, zero = _counts(results)
     edges = histogram_edges()

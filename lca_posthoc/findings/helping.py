@@ -68,9 +68,8 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
             none is there yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "shares of parameters that help")
+    refuse_straight_lines(table, FINDING.single_steps, "shares of parameters that help")
     single = ~long_segments(table)
-    if not single.any():
-        refuse_straight_lines(table, "shares of parameters that help")
     counted = table.isel(tensor=table["kind"].values == "parameter")
     elements = counted["elements"]
     dims = tuple(name for name in counted["helping"].dims if name != "tensor")

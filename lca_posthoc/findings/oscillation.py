@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +101,7 @@ def oscillation(
     extremes: list[tuple[str, tuple[int, ...], str]] = []
     if straight_lines(table):
         if not (parameters and results.holds("parameters")):
-            refuse_straight_lines(table, "turns")
+            refuse_straight_lines(table, FINDING.single_steps, "turns")
         left_out += held_back(table, "turns")
     elif results.complete:
         variables, coords, extremes = _turns(results, most)
@@ -271,9 +270,8 @@ def _weights(
     weights: dict[int, list[float]] = {}
     for checkpoint in manifest.checkpoints:
         if checkpoint.step in needed:
-            local = replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
             try:
-                tensors = read_checkpoint(local, names)
+                tensors = read_checkpoint(checkpoint.under(root), names)
             except OSError as error:
                 raise LCAError(
                     f"cannot read the checkpoint of step {checkpoint.step} in {root}: {error}."

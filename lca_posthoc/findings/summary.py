@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Generic, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -10,7 +11,7 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..results import LossResults
-from .bands import long_segments, other_paths, path_bands
+from .bands import bands_of_shifts, long_segments, other_paths, path_bands
 from .causes import causes
 from .common import has_part, label_of, moving_buffers, scale_of, segments_error
 from .directions import directions
@@ -172,7 +173,6 @@ def summary(results: LossResults) -> Summary:
     markers = results.markers
     figures = {
         "segments": segments,
-        **_of_paths(results, tensors),
         **_of_sample(results, steps, tensors),
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
@@ -206,23 +206,18 @@ def summary(results: LossResults) -> Summary:
     return cast("Summary", figures)
 
 
-def _of_paths(results: LossResults, tensors: xr.Dataset) -> dict[str, object]:
-    """Return how many segments are long, and what other paths move between modules."""
-    modules = list(_modules(tensors).values())
-    bands = path_bands(results, modules)
-    return {
-        "long_segments": int(long_segments(tensors).sum()),
-        "path_band": None if bands is None else _plain(bands.sum(-1)),
-        "doubling": _doubling(results, tensors, modules),
-    }
-
-
 def _rows(results: LossResults, tensors: xr.Dataset, sampled: float) -> dict[str, object]:
-    """Return the figures of every tensor and of every module."""
+    """Return the figures of every tensor and of every module, how many segments are long, and what
+    other paths move between modules.
+    """
     modules = _modules(tensors)
     of_tensors = path_bands(results, [[one] for one in range(tensors.sizes["tensor"])])
-    of_modules = path_bands(results, list(modules.values()))
+    shifts = other_paths(results, list(modules.values()))
+    of_modules = None if shifts is None else bands_of_shifts(results, shifts)
     return {
+        "long_segments": int(long_segments(tensors).sum()),
+        "path_band": None if of_modules is None else _plain(of_modules.sum(-1)),
+        "doubling": None if shifts is None else _doubling(shifts[1], tensors, modules.values()),
         "tensors": [
             {
                 "name": str(tensors["tensor"].values[position]),
@@ -242,18 +237,22 @@ def _rows(results: LossResults, tensors: xr.Dataset, sampled: float) -> dict[str
 
 
 def _doubling(
-    results: LossResults, tensors: xr.Dataset, modules: list[list[int]]
+    shifts: np.ndarray[Any, Any], tensors: xr.Dataset, modules: Iterable[list[int]]
 ) -> float | list[float] | None:
     """Return the share of Σ|sum| over modules that leaving every second checkpoint out moves; None
-    where that is not told.
+    where no line is doubled.
+
+    Args:
+        shifts: of doubled lines, (lines, [group, ]modules).
+        tensors: their sums.
+        modules: positions of the tensors of each.
     """
-    paths = other_paths(results, modules)
-    if paths is None or not len(paths[1]):
+    if not len(shifts):
         return None
     over_training = tensors["allocated"].transpose("step", ..., "tensor").values.sum(0)
     sums = np.stack([over_training[..., some].sum(-1) for some in modules], axis=-1)
     size = np.abs(sums).sum(-1)
-    return _plain(np.abs(paths[1].sum(0)).sum(-1) / np.where(size > 0, size, np.inf))
+    return _plain(np.abs(shifts.sum(0)).sum(-1) / np.where(size > 0, size, np.inf))
 
 
 def _parts(results: LossResults) -> dict[str, object]:

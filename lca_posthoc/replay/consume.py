@@ -144,7 +144,7 @@ def consumed_of(manifest: Manifest, root: Path) -> Consumed:
         return NOTHING_CONSUMED
     return Consumed(
         tuple(
-            replace(checkpoint, files=tuple(root / file for file in checkpoint.files))
+            checkpoint.under(root)
             for checkpoint in manifest.checkpoints
             if checkpoint.step < release.before
         ),
@@ -165,17 +165,11 @@ def refuse_gone(
     Raises:
         InputError: naming loss, steps and what can be done.
     """
-    before = reads_before(manifest.settings["signal"] is not None)
     for loss, numbers in spans.items():
         of_loss = manifest.of(loss)
         for span in numbers:
             rows = of_loss.rows(span)
-            needed = {
-                position
-                for start in of_loss.starts[rows]
-                for position in range(max(0, start - before), start + 2)
-            }
-            steps = [of_loss.checkpoints[position].step for position in sorted(needed)]
+            steps = [of_loss.checkpoints[position].step for position in sorted(of_loss.reads(rows))]
             missing = [str(step) for step in steps if step in gone]
             if missing:
                 first, last = of_loss.ends(rows)
@@ -302,8 +296,7 @@ class Consumer:
         moved.
         """
         before, after = (
-            replace(checkpoint, files=tuple(self._root / file for file in checkpoint.files))
-            for checkpoint in self._writer.manifest.ends_of(row)
+            checkpoint.under(self._root) for checkpoint in self._writer.manifest.ends_of(row)
         )
         try:
             return any(

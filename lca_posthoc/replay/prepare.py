@@ -4,7 +4,6 @@ the run is laid out.
 
 from __future__ import annotations
 
-import itertools
 import math
 import platform
 import time
@@ -306,12 +305,8 @@ def _path_band(settings: Settings, trajectory: Trajectory) -> str:
     """Return whether it is told what another path would change: as it is asked for or recorded, or
     else where a segment is longer than one step, and the data is not to be cut into shards.
     """
-    steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
-    any_long = any(
-        is_long(after - before)
-        for place, (before, after) in enumerate(itertools.pairwise(steps))
-        if place not in trajectory.breaks
-    )
+    steps = trajectory.steps
+    any_long = any(is_long(steps[start + 1] - steps[start]) for start in trajectory.starts)
     shards = settings["shards"]
     return settings["path_band"] or ("on" if any_long and shards in (None, 1) else "off")
 

@@ -1395,13 +1395,8 @@ def _span_request(
     """
     rows = manifest.rows(span)
     looked = looked_back_at(root, manifest, rows.start)
-    starts = [*(manifest.starts[row] for row in looked or ()), *manifest.starts[rows]]
-    positions = {end for start in starts for end in (start, start + 1)}
-    if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
-        positions |= {start - 1 for start in manifest.starts[rows] if start}
-    if manifest.settings["path_band"] == "on":  # a path bends by the neighbours of a segment
-        around = {start + place for start in manifest.starts[rows] for place in (-1, 2)}
-        positions |= around.intersection(range(len(manifest.checkpoints)))
+    starts = [manifest.starts[row] for row in looked or ()]
+    positions = manifest.reads(rows) | {end for start in starts for end in (start, start + 1)}
     return SpanRequest(
         setup=common.setup,
         points=replace(

@@ -256,6 +256,21 @@ class Manifest:
         start = self.starts[row]
         return self.checkpoints[start], self.checkpoints[start + 1]
 
+    def reads(self, rows: slice) -> set[int]:
+        """Return the positions of the checkpoints that the replay of some segments reads: their
+        ends, with causes those before them (the motion before a segment is its momentum), with path
+        bands those on both sides.
+        """
+        bends = self.settings["path_band"] == "on"
+        before = 1 if bends or self.settings["signal"] is not None else 0
+        after = 1 if bends else 0
+        positions = {
+            position
+            for start in self.starts[rows]
+            for position in range(start - before, start + 2 + after)
+        }
+        return positions.intersection(range(len(self.checkpoints)))
+
     def follows(self, row: int) -> bool:
         """Tell whether the segment of a row starts where that of the row before ends."""
         return row > 0 and self.starts[row - 1] + 1 == self.starts[row]

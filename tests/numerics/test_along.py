@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import shutil
 from collections.abc import Iterator, Sequence
@@ -11,63 +10,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lca_posthoc import Loss, Recorder, Task, run
+from lca_posthoc import run
 from lca_posthoc.checkpoints.basis import write_basis
 from lca_posthoc.errors import InputError, SpanError
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import Run
 
+from ..helpers.small_perceptron import examples, network, task, train, value
+
 STEPS = 6
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-@functools.cache
-def examples() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(40, 4, generator=generator)
-    return inputs, torch.randint(0, 3, (40,), generator=generator)
-
-
-def value(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def task() -> Task:
-    return Task(
-        network,
-        {"train": examples()},
-        {
-            "train": Loss(value, on="train"),
-            "classes": Loss(value, on="train", group_by=examples()[1]),
-            "examples": Loss(value, on="train", per="example"),
-        },
-    )
-
-
-def train(place: Path, learning_rate: float = 0.3) -> Path:
-    model, (inputs, targets) = network(), examples()
-    optimizer = torch.optim.SGD(model.parameters(), learning_rate, momentum=0.9)
-    with Recorder(place, model) as recorder:
-        recorder.attach(optimizer)
-        for step in range(STEPS):
-            rows = slice(8 * (step % 5), 8 * (step % 5) + 8)
-            optimizer.zero_grad()
-            value(model(inputs[rows]), targets[rows]).mean().backward()
-            optimizer.step()
-    return place
 
 
 @pytest.fixture(scope="module")
 def iterates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(tmp_path_factory.mktemp("iterates") / "iterates")
+    return train(tmp_path_factory.mktemp("iterates") / "iterates", STEPS)
 
 
 def replay(iterates: Path, along: Path | None, out: Path, **options: object) -> Run:
@@ -158,7 +117,7 @@ def test_leading_displacements_hold_more_of_the_motion_than_random_directions(
 
 def test_small_steps_agree_with_the_formula_of_second_order(tmp_path: Path) -> None:
     """A_b = ⟨b, Δθ⟩(⟨b, g⟩ + ½⟨b, HΔθ⟩) + O(Δθ³), with HΔθ from a difference of gradients."""
-    iterates = train(tmp_path / "iterates", learning_rate=1e-3)
+    iterates = train(tmp_path / "iterates", STEPS, learning_rate=1e-3)
     place, rotation = whole_basis(tmp_path / "whole.safetensors")
     opened = replay(iterates, place, tmp_path / "run", precision="float64", losses=["train"])
     allocated = opened["train"].along["allocated"].to_numpy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,61 +9,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from lca_posthoc import Loss, Recorder, Task, run
+from lca_posthoc import run
 from lca_posthoc.numerics.objective import Along, Evaluation, Motion
 from lca_posthoc.numerics.path import Neighbours, SegmentPath
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import Run, verify
+
+from ..helpers.small_perceptron import examples, network, task, train, value
 
 SPARSE = [0, 1, 2, 4, 8, 12, 15, 19]
 Point = dict[str, Tensor]
 Gradient = Callable[[Point], Point]
 
 
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-@functools.cache
-def examples() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(40, 4, generator=generator)
-    return inputs, torch.randint(0, 3, (40,), generator=generator)
-
-
-def value(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
-def task() -> Task:
-    return Task(
-        network,
-        {"train": examples()},
-        {
-            "train": Loss(value, on="train"),
-            "classes": Loss(value, on="train", group_by=examples()[1]),
-            "examples": Loss(value, on="train", per="example"),
-        },
-    )
-
-
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place, model, (inputs, targets) = tmp_path_factory.mktemp("dense"), network(), examples()
-    optimizer = torch.optim.SGD(model.parameters(), 0.3, momentum=0.9)
-    with Recorder(place, model) as recorder:
-        recorder.attach(optimizer)
-        for step in range(SPARSE[-1]):
-            rows = slice(8 * (step % 5), 8 * (step % 5) + 8)
-            optimizer.zero_grad()
-            value(model(inputs[rows]), targets[rows]).mean().backward()
-            optimizer.step()
-    return place
+    return train(tmp_path_factory.mktemp("dense"), SPARSE[-1])
 
 
 def file_of(place: Path, step: int) -> Path:

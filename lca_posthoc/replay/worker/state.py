@@ -12,7 +12,6 @@ import threading
 import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from ...checkpoints.paths import located
@@ -196,10 +195,7 @@ def _as_ours(error: Exception, request: object) -> LCAError:
 
 def checkpoint_at(points: StoredPoints, index: int) -> Checkpoint:
     """Return a checkpoint of the trajectory, by its position, with the whole paths of its files."""
-    checkpoint = points.checkpoints[index]
-    return replace(
-        checkpoint, files=tuple(located(points.root) / str(file) for file in checkpoint.files)
-    )
+    return points.checkpoints[index].under(located(points.root))
 
 
 def point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
