@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import InputError
-from .headers import TensorHeader, fingerprint, tensor_places
+from .headers import TensorHeader, fingerprint, joined, tensor_places
 from .reading import DTYPES, read_place
 from .trajectory import Checkpoint, Trajectory
 
@@ -191,22 +191,21 @@ def _stored_files(
     checkpoint: Checkpoint, layouts: dict[tuple[tuple[str, int], ...], dict[str, int]]
 ) -> tuple[_StoredFile, ...]:
     """Return the files of a checkpoint; files with the same layout share one table of places."""
-    files, crc = [], 0
+    files, fingerprints = [], []
     for path in checkpoint.files:
         try:
             with path.open("rb") as file:
                 table = tensor_places(path, file)
                 identity = _identity(file.fileno())
-                own = fingerprint(partial(_read_at, file.fileno()), identity[0])
+                fingerprints.append(fingerprint(partial(_read_at, file.fileno()), identity[0]))
         except OSError as error:
             raise InputError(
                 f"cannot read {path} (step {checkpoint.step}): {error.strerror}. Check the path "
                 "and its permissions."
             ) from None
-        crc = (crc * 31 + own) % 2**32
         places = {name: place.start for name, (_, place) in table.items()}
         files.append(_StoredFile(path, identity, layouts.setdefault((*places.items(),), places)))
-    if crc != checkpoint.fingerprint:
+    if joined(fingerprints) != checkpoint.fingerprint:
         raise _changed(checkpoint.files[0], checkpoint.step)
     return tuple(files)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,6 +114,14 @@ class Header:
     fingerprint: int
     data_size: int
     data_samples: tuple[int, ...]
+
+
+def joined(fingerprints: Iterable[int]) -> int:
+    """Return one fingerprint of the files of a checkpoint, from those of each in their order."""
+    fingerprint = 0
+    for own in fingerprints:
+        fingerprint = (fingerprint * 31 + own) % 2**32
+    return fingerprint
 
 
 def read_header(path: Path) -> Header:

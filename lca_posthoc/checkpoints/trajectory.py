@@ -1,4 +1,4 @@
-"""Find, order, validate and read the checkpoints of one training run.
+"""Order, validate and read the checkpoints of one training run, which `discovery` finds.
 
 Opening reads headers only; reading never maps a file into memory. The model's tensors are given as
 a table: nothing here knows of tasks, losses or runs.
@@ -6,11 +6,9 @@ a table: nothing here knows of tasks, losses or runs.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -19,32 +17,18 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, NotFiniteError, SpanError, few
 from .cache import cache
-from .headers import HALF, Header, TensorHeader, read_header
-from .layouts import (
-    IMPORTED,
-    MOMENTS,
-    both_count,
-    count_epochs,
-    epochs_are_meant,
-    refuse_counted_saves,
-    refuse_epochs,
-    refuse_unreadable,
-    says_step,
-    several_namings,
-    states_epoch,
-)
+from .discovery import Entry, Headers, counted, series, too_few
+from .headers import HALF, TensorHeader, joined, read_header
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
 from .paths import is_remote, reached
-from .places import STEP, Place, Where, common_root, described, places_of, revisions
+from .places import Where, common_root, described, places_of
 from .spacing import SameTensors, between_bursts, bursts_of, every_of, long_segments
-from .steps import Choice, StepChoice, parse_steps
+from .steps import Choice, parse_steps
 
 if TYPE_CHECKING:
     import torch
 
-_SHARD = re.compile(r"-\d{5}-of-\d{5}$")
-_INDEX = "model.safetensors.index.json"
 RESERVED = ("step", "group")  # dimensions of results, beside the names of allocated tensors
 _WRAPPERS = frozenset(
     (
@@ -62,7 +46,6 @@ _OUTERMOST = (
     "module",
     "_module",
 )
-_AT_A_TIME = 16
 
 
 @dataclass(frozen=True)
@@ -384,26 +367,26 @@ def open_trajectory(
         cache()  # says what is wrong with its size before anything is fetched
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
-    headers = _Headers()
+    headers = Headers()
     try:
         with reached(root):
-            entries, notes = _series(places, wanted, regex, headers)
+            entries, notes = series(places, wanted, regex, headers)
             which = f" whose name --pattern {pattern!r} matches" if pattern else ""
             stored = {entry.step for entry in entries}
             gone = [one for one in consumed.checkpoints if one.step not in stored]
             if not entries or len(entries) + len(gone) < 2:
-                raise _too_few(places, [entry.step for entry in entries], which)
+                raise too_few(places, [entry.step for entry in entries], which)
             choice = wanted.choose([entry.step for entry in entries])
             used = [entries[position] for position in choice.used]
             if is_remote(root):
                 headers.fetch([file for entry in used for file in entry.files])
             named = [f"--pattern '{regex.pattern}'"] if regex is not None else []
             named += [str(place) for place in places if place.rest]
-            notes += _counted(root, used, few(named), headers)
+            notes += counted(root, used, few(named), headers)
     except OSError as error:
         raise InputError(f"cannot look into {where}: {error.strerror}.") from None
     if not used or len(used) + len(gone) < 2:
-        raise _too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
+        raise too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
     if wanted.singles is None:  # those of a list are joined as it has them
         choice = replace(choice, breaks=choice.breaks | _ends_of_bursts(entries, choice, headers))
     opened = _validated(
@@ -469,7 +452,7 @@ def extended(
             stored = {source: stored[source] for source in names.values()}
         if stored != known:
             raise InputError(_difference(stored, known, step, path))
-        more.append(Checkpoint(step, (path,), header.size, _joined([header])))
+        more.append(Checkpoint(step, (path,), header.size, joined([header.fingerprint])))
         bursts.append(bursts_of(header))
     all_of_them = Choice(tuple(range(len(more))), frozenset())
     ends = between_bursts([checkpoint.step for checkpoint in more], bursts, all_of_them)
@@ -479,71 +462,6 @@ def extended(
         checkpoints=(*trajectory.checkpoints, *more[1:]),
         breaks=trajectory.breaks | {before + place for place in ends},
     )
-
-
-def _require_directory(root: Path) -> None:
-    try:
-        with reached(root):
-            is_there = root.is_dir()
-    except OSError as error:
-        raise InputError(f"cannot look into {root}: {error.strerror}.") from None
-    if not is_there:
-        if not is_remote(root) and root.is_file():
-            refuse_unreadable(root)
-        raise InputError(
-            f"{root} is not a directory of checkpoints. Give the directory that holds the saved "
-            "iterates."
-        )
-
-
-def _too_few(places: Sequence[Place], steps: list[int], which: str) -> InputError:
-    """Return the error for fewer than two checkpoints, of those that `which` tells.
-
-    Raises:
-        InputError: where a place holds what only an import or another program reads.
-    """
-    for place in places:
-        if not place.rest:
-            refuse_unreadable(place.root)
-    hint = "".join(_importable(place.root) for place in places if not place.rest)
-    only = f"only one checkpoint (step {steps[0]})" if steps else "no checkpoint"
-    return InputError(
-        f"{few([*map(str, places)])} holds {only}{which}; at least two are needed, for a segment runs from one to the "
-        "next. Expected files such as step_00000010.safetensors or "
-        f"checkpoint-10/model.safetensors.{hint}"
-    )
-
-
-def _importable(root: Path) -> str:
-    """Return a hint where the directory holds checkpoints of another format, else ""."""
-    files = [path for path in root.iterdir() if path.suffix in IMPORTED]
-    kinds = ", ".join(sorted({path.suffix for path in files}))
-    return (
-        f" It holds {len(files)} files of {kinds}: `lca import {root} DIR` makes a directory of "
-        "them that does."
-        if files
-        else ""
-    )
-
-
-class _Headers(dict[Path, Header]):
-    """The headers of files, read at most once: for the step a file states, then for its tensors."""
-
-    def __missing__(self, path: Path) -> Header:
-        self[path] = read_header(path)
-        return self[path]
-
-    def fetch(self, paths: Sequence[Path]) -> None:
-        """Read many at a time."""
-        with ThreadPoolExecutor(_AT_A_TIME) as pool:
-            for _ in pool.map(self.__getitem__, paths):
-                pass
-
-    def pop(self, path: Path) -> Header:  # type: ignore[override]
-        """Return a header and forget it."""
-        header = self[path]
-        del self[path]
-        return header
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
@@ -587,302 +505,13 @@ def _rename_rule(text: str) -> tuple[re.Pattern[str], str]:
         ) from None
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One checkpoint of a directory: its step, its files, and whether the name alone tells the
-    step.
-    """
-
-    path: Path
-    name: str
-    step: int
-    files: tuple[Path, ...]
-    by_name: bool
-
-
-def _series(
-    places: Sequence[Place], wanted: StepChoice, regex: re.Pattern[str] | None, headers: _Headers
-) -> tuple[list[_Entry], list[str]]:
-    """Return the checkpoints of all places, ascending, and notes on what is left out."""
-    series: dict[int, _Entry] = {}
-    notes: list[str] = []
-    for place in places:
-        if place.rest:
-            if regex is not None:
-                raise InputError(
-                    f"{place} says the step where it has {STEP}, and --pattern says it too. Leave "
-                    "--pattern out."
-                )
-            entries = _formed(place, wanted)
-        else:
-            _require_directory(place.root)
-            entries, more = _discover(place.root, regex, headers)
-            notes += more
-        for entry in entries:
-            other = series.setdefault(entry.step, entry)
-            if other is not entry:
-                notes.append(_once_more(entry, other, headers))
-    return sorted(series.values(), key=lambda entry: entry.step), notes
-
-
-def _once_more(entry: _Entry, other: _Entry, headers: _Headers) -> str:
-    """Return a note on a step that two places hold; refuse it where the files differ."""
-    size, crc = (
-        [sum(headers[file].size for file in one.files) for one in (entry, other)],
-        [_joined([headers[file] for file in one.files]) for one in (entry, other)],
-    )
-    if size[0] != size[1] or crc[0] != crc[1]:
-        raise _both_claim(other, entry.files[0], entry.step)
-    return f"left out {entry.files[0]}: it is {other.files[0]} (step {entry.step}) again"
-
-
-def _both_claim(other: _Entry, file: Path, step: int) -> InputError:
-    files = (other.files[0], file)
-    names = [step_in_name(path.name.removesuffix(".safetensors")) for path in files]
-    odd = [
-        f"{path.name} says step {number} in its name and {step} in its metadata"
-        for path, number in zip(files, names, strict=True)
-        if number not in (None, step)
-    ]
-    way = (
-        f"{', '.join(odd)}: it may be a copy under a wrong name. Save that step again, or take the "
-        r"steps from the names with --pattern '(?P<step>\d+)'."
-        if odd
-        else "Remove one, or tell steps apart with --pattern."
-    )
-    return InputError(f"{files[0]} and {files[1]} both claim step {step}. {way}")
-
-
-def _formed(place: Place, wanted: StepChoice) -> list[_Entry]:
-    """Return the checkpoints of a place with `{step}` in it: of the steps that are wanted, where
-    these are listed one by one and the place is far away; else of those that are there.
-    """
-    singles = wanted.singles
-    if singles is not None and is_remote(place.root):
-        paths = [(step, place.of_step(step)) for step in singles]
-    elif not place.is_listed:
-        raise InputError(
-            f"the steps of {place} cannot be listed. Name them, as in --steps 0,1,2,4,8."
-        )
-    else:
-        if not is_remote(place.root):
-            _require_directory(place.root)
-        paths = place.all_steps()
-    with ThreadPoolExecutor(_AT_A_TIME if is_remote(place.root) else 1) as pool:
-        every = list(zip(paths, pool.map(_files_of, [path for _, path in paths]), strict=True))
-    entries: dict[int, _Entry] = {}
-    for (step, path), files in every:
-        if files and step in entries:
-            raise _both_claim(entries[step], files[0], step)
-        if files:
-            entries[step] = _Entry(path, path.name, step, files, by_name=True)
-    if paths and not entries:
-        _refuse_other_files(place, [path for _, path in paths])
-    return [*entries.values()]
-
-
-def _refuse_other_files(place: Place, paths: Sequence[Path]) -> None:
-    """Refuse a place that names no safetensors."""
-    if not is_remote(place.root):
-        refuse_unreadable(paths[0])
-    raise InputError(
-        f"{place} names nothing that holds a safetensors checkpoint, such as {paths[0]}. Other "
-        "formats of torch are read by `lca import DIRECTORY NEW_DIRECTORY`."
-    )
-
-
-def _files_of(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files that a path with its step names: a file, an index, or the
-    directory of one checkpoint.
-    """
-    return shards(path) if path.name.endswith(".index.json") else _files(path)
-
-
-def _discover(
-    root: Path, regex: re.Pattern[str] | None, headers: _Headers
-) -> tuple[list[_Entry], list[str]]:
-    """Return the checkpoints of a directory, one for each step, and notes on what is left out."""
-    named: dict[int, _Entry] = {}
-    unnamed: list[Path] = []
-    for name, path, files in _listed(root, headers):
-        if not files:
-            continue
-        step, by_name = _step(name, path, files == (path,), regex, headers)
-        if step is None:
-            unnamed.append(path)
-        elif step in named:
-            raise _both_claim(named[step], files[0], step)
-        else:
-            named[step] = _Entry(path, name, step, files, by_name)
-    if regex is not None:
-        return [*named.values()], []
-    is_cache = revisions(root) is not None
-    final = [
-        path
-        for path in unnamed
-        if named and (is_cache or path.stem == "model" or _SHARD.search(path.stem))
-    ]
-    _refuse_without_step([path for path in unnamed if path not in final])
-    return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
-
-
-def _listed(root: Path, headers: _Headers) -> list[tuple[str, Path, tuple[Path, ...]]]:
-    """Return the entries of a directory in order, by name, each with its safetensors files."""
-    named = revisions(root) or [(path.name, path) for path in sorted(root.iterdir())]
-    # from far away each takes a while
-    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:
-        every = [
-            (name, path, files)
-            for (name, path), files in zip(
-                named, pool.map(_files, [path for _, path in named]), strict=True
-            )
-        ]
-    if is_remote(root):
-        headers.fetch([file for *_, files in every for file in files])
-    return every
-
-
-def _refuse_without_step(lost: list[Path]) -> None:
-    """Refuse checkpoints whose step nothing tells."""
-    if any(states_epoch(path.name) for path in lost):
-        refuse_epochs(dict.fromkeys([path.name for path in lost if states_epoch(path.name)]))
-    if lost:
-        raise InputError(
-            "cannot tell the training step of "
-            f"{', '.join(str(path) for path in lost[:3])}{f' and {len(lost) - 3} more' if len(lost) > 3 else ''}. "
-            "Name the number with --pattern, for example --pattern 'run_(?P<step>\\d+)'."
-        )
-
-
-def _counted(root: Path, entries: Sequence[_Entry], named: str, headers: _Headers) -> list[str]:
-    """Refuse numbers in names that count epochs or saves; return notes where the user asked for
-    them, or where names leave it open.
-
-    Args:
-        root: of the series.
-        entries: its checkpoints.
-        named: by what the user named the numbers; empty where names are read.
-        headers: of their files.
-    """
-    by_name = [entry for entry in entries if entry.by_name]
-    if not by_name:
-        return []
-    epochs = {entry: _epoch_of(headers[entry.files[0]]) for entry in by_name}
-    counts = count_epochs(
-        [(entry.step, epoch) for entry, epoch in epochs.items() if epoch is not None]
-    )
-    if named:
-        return [epochs_are_meant(named)] if counts else []
-    if not is_remote(root):
-        refuse_counted_saves([entry.path for entry in by_name if entry.path.is_dir()])
-    notes = several_namings([entry.name for entry in by_name])
-    if counts:
-        if not all(says_step(entry.name) for entry in by_name):
-            refuse_epochs({entry.name: epoch for entry, epoch in epochs.items()})
-        notes.append(both_count([entry.name for entry in by_name]))
-    return notes
-
-
-def _epoch_of(header: Header) -> int | None:
-    """Return the epoch a file's metadata states; None where it states none."""
-    stated = header.metadata.get("epoch", "")
-    return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
-
-
-def _files(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of one entry of the directory; an empty tuple where it is not a
-    checkpoint.
-    """
-    if path.name.startswith(".") or ".tmp" in path.name:
-        return ()
-    # over HTTP, asking whether it is a file would download it
-    if path.suffix == ".safetensors" and is_remote(path):
-        return (path,)
-    if path.is_dir():
-        if path.name == MOMENTS:
-            return ()
-        if (path / _INDEX).is_file():
-            return shards(path / _INDEX)
-        inside = [
-            file for file in sorted(path.glob("*.safetensors")) if not file.name.startswith(".")
-        ]
-        single = [file for file in inside if file.name == "model.safetensors"] or inside
-        if len(single) > 1 and step_in_name(path.name) is not None:
-            raise InputError(
-                f"{path} holds {len(single)} safetensors files and no {_INDEX}. Restore the index, "
-                "or move the directory away."
-            )
-        return tuple(single) if len(single) == 1 else ()
-    return (
-        (path,) if path.suffix == ".safetensors" and (path.is_symlink() or path.is_file()) else ()
-    )
-
-
-def shards(index: Path) -> tuple[Path, ...]:
-    """Return the files a shard index names, which lie beside it.
-
-    Raises:
-        InputError: where the file is no index, or a file it names is missing.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
-        raise InputError(
-            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the "
-            "checkpoint again."
-        ) from None
-    if not all(isinstance(name, str) for name in names):
-        raise InputError(
-            f"{index} is not a shard index. It needs a weight_map from tensor to file; save the "
-            "checkpoint again."
-        )
-    files = tuple(index.parent / Path(name).name for name in names)
-    for file in files:
-        if not file.is_file():
-            raise InputError(
-                f"{index} names {file.name}, which is missing. Save the checkpoint again or remove "
-                "its directory."
-            )
-    return files
-
-
-def _step(
-    name: str, path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers
-) -> tuple[int | None, bool]:
-    """Return the step of an entry, None where it states none, and whether its name alone tells
-    it.
-    """
-    if regex is not None:
-        match = regex.search(name)
-        return (
-            int(match["step"]) if match and re.fullmatch("[0-9]{1,18}", match["step"]) else None
-        ), True
-    stated = headers[path].metadata.get("step") if is_file else trainer_step(path)
-    if stated is not None and re.fullmatch("[0-9]{1,18}", stated):
-        return int(stated), False
-    if stated is not None and is_file:
-        raise InputError(
-            f"{path} states {stated[:40]!r} as its step in its metadata, which is no training "
-            "step. Name steps with --pattern."
-        )
-    return step_in_name(name.removesuffix(".safetensors")), True
-
-
-def trainer_step(directory: Path) -> str | None:
-    """Return the step a trainer wrote beside the weights, as text; None where it wrote none."""
-    try:
-        return str(json.loads((directory / "trainer_state.json").read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _validated(
     root: Path,
-    entries: Sequence[_Entry],
+    entries: Sequence[Entry],
     choice: Choice,
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
-    headers: _Headers,
+    headers: Headers,
     *,
     compare: bool,
     has_gaps: bool,
@@ -910,7 +539,10 @@ def _validated(
             raise InputError(_difference(stored, known, step, files[0]))
         checkpoints.append(
             Checkpoint(
-                step, files, sum(header.size for header in file_headers), _joined(file_headers)
+                step,
+                files,
+                sum(header.size for header in file_headers),
+                joined(header.fingerprint for header in file_headers),
             )
         )
         if same is not None:
@@ -940,7 +572,7 @@ def _validated(
     )
 
 
-def _intervals(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> list[int]:
+def _intervals(entries: Sequence[Entry], choice: Choice, headers: Headers) -> list[int]:
     """Return the `every` each checkpoint was recorded with; 1 where its header was not read."""
     used = set(choice.used)
     intervals = []
@@ -951,18 +583,11 @@ def _intervals(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> 
     return intervals
 
 
-def _ends_of_bursts(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> frozenset[int]:
+def _ends_of_bursts(entries: Sequence[Entry], choice: Choice, headers: Headers) -> frozenset[int]:
     """Return the positions among the used checkpoints after which a burst of the recorder ends."""
     used = [entries[position] for position in choice.used]
     bursts = [bursts_of(headers[entry.files[0]]) for entry in used]
     return between_bursts([entry.step for entry in used], bursts, choice)
-
-
-def _joined(headers: Sequence[Header]) -> int:
-    crc = 0
-    for header in headers:
-        crc = (crc * 31 + header.fingerprint) % 2**32
-    return crc
 
 
 def _names(
@@ -1077,7 +702,7 @@ def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
     from .reading import fingerprint_and_tensors
 
     tensors: dict[str, torch.Tensor] = {}
-    crc = 0
+    fingerprints = []
     for path in checkpoint.files:
         try:
             own, part = fingerprint_and_tensors(path, checkpoint.fingerprint, set(names.values()))
@@ -1086,9 +711,9 @@ def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
                 f"cannot read {path} (step {checkpoint.step}): {error}. Restore the file and run "
                 "again."
             ) from None
-        crc = (crc * 31 + own) % 2**32
+        fingerprints.append(own)
         tensors |= part
-    if crc != checkpoint.fingerprint:
+    if joined(fingerprints) != checkpoint.fingerprint:
         raise SpanError(
             f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run "
             "was created. Restore it, or start a new run with --out."

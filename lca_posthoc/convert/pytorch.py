@@ -21,6 +21,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file
 
+from ..checkpoints.discovery import shards, trainer_step
 from ..checkpoints.headers import TensorHeader, fingerprint, read_header
 from ..checkpoints.layouts import (
     BESIDE_THE_WEIGHTS,
@@ -36,7 +37,7 @@ from ..checkpoints.layouts import (
     states_epoch,
     step_in_name,
 )
-from ..checkpoints.trajectory import compile_pattern, shards, trainer_step
+from ..checkpoints.trajectory import compile_pattern
 from ..errors import InputError, few
 from ..recording.staging import same_bytes
 from .nested import state_dict

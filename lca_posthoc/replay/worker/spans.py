@@ -530,8 +530,8 @@ class _SpanReplay:
         done: dict[str, SegmentAllocation],
         parts: PartsOfStretch | None,
     ) -> tuple[set[int], float]:
-        """Add a segment, at a position of its stretch, to its row of the statistics; return the levels that losses reached, and the largest
-        residual.
+        """Add a segment, at a position of its stretch, to its row of the statistics; return the
+        levels that losses reached, and the largest residual.
         """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
