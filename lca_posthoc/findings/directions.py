@@ -213,7 +213,15 @@ def balance_of(
     inside: float | list[float],
     outside: float | list[float],
 ) -> list[str]:
-    """Say the same of figures, in parts of a sentence; lists are of a loss with groups."""
+    """Say how much of the motion and of the loss change is inside, in parts of a sentence.
+
+    Args:
+        number: of directions.
+        captured: share of the squared length of the motion inside.
+        by_chance: the same of as many random directions.
+        inside: Σ allocation inside; a list of groups, of which it is not said.
+        outside: the same outside.
+    """
     subject = "The direction captures" if number == 1 else f"The {number:,} directions capture"
     parts = [
         f"{subject} {percent(captured)} of the squared length of the motion "
@@ -225,10 +233,7 @@ def balance_of(
 
 
 def balance(finding: xr.Dataset) -> str:
-    """Say how much of the motion and of the loss change is inside, and what is so by chance.
-
-    Of a loss with groups, the loss change is not said.
-    """
+    """Say the same of a finding, and of random directions where it has them."""
     parts = balance_of(
         finding.sizes["direction"],
         float(finding["captured_total"]),

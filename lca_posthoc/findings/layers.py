@@ -8,11 +8,11 @@ import xarray as xr
 from ..base.declarations import BY, GROUPS, TOP, Finding, Option
 from ..results import LossResults
 from .bands import (
+    bands_of_shifts,
     example_errors,
     held_back,
     long_segments,
     other_paths,
-    path_bands,
     quadrature_errors,
     straight_lines,
 )
@@ -186,12 +186,16 @@ def _errors(
 ) -> dict[str, Variable]:
     """Return the errors of the sums over training, those that are known."""
     members, groups = list(members_of.values()), [name for name in table.dims if name == "group"]
-    curve, doubling = other_paths(results, members) or (None, None)
+    shifts = other_paths(results, members)
+    curve, doubling = shifts or (None, None)
     known = {
         "curve": (_over_training(curve), "Σ shift by the curve"),
         "doubling": (_over_training(doubling), "Σ shift by leaving every second checkpoint out"),
         "quadrature": (quadrature_errors(results, members), "missed by quadrature"),
-        "path": (path_bands(results, members), "changed by another path"),
+        "path": (
+            None if shifts is None else bands_of_shifts(results, shifts),
+            "changed by another path",
+        ),
         "examples": (example_errors(results, members), "standard error by the examples drawn"),
     }
     return {
