@@ -145,12 +145,14 @@ class _Signals:
     def cut(self) -> None:
         """Count no turn from here to what is added next, which does not follow on it."""
         if self._first is None:
-            self._first = self._followed_back()
+            self._first = torch.stack(list(map(self._followed_back, range(len(self.names)))))
         self._last.zero_()
 
-    def _followed_back(self) -> Tensor:
-        """Return the first signs: each turn changes the sign, so they follow from the last ones."""
-        return (self._turns & 1).to(torch.int8).mul_(-2).add_(1).mul_(self._last)
+    def _followed_back(self, row: int) -> Tensor:
+        """Return the first signs of one of the numbers: each turn changes the sign, so they follow
+        from the last ones.
+        """
+        return (self._turns[row] & 1).to(torch.int8).mul_(-2).add_(1).mul_(self._last[row])
 
     def add(self, part: slice, signs: Tensor, scratch: Scratch) -> None:
         """Add the signs of some of the parameters on the next segment, (names, parameters); they
@@ -165,9 +167,9 @@ class _Signals:
     def arrays(self, name: str) -> dict[str, Tensor]:
         """Return turns and signs of one of the numbers, by field."""
         row = self.names.index(name)
-        first = self._followed_back() if self._first is None else self._first
-        numbers = {"turns": self._turns, "first": first, "last": self._last}
-        return {f"{name}_{field}": values[row] for field, values in numbers.items()}
+        first = self._followed_back(row) if self._first is None else self._first[row]
+        numbers = {"turns": self._turns[row], "first": first, "last": self._last[row]}
+        return {f"{name}_{field}": values for field, values in numbers.items()}
 
 
 class _Running:

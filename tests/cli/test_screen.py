@@ -659,7 +659,7 @@ def test_a_repr_never_raises(stopped: Path, what: str, monkeypatch: pytest.Monke
     ],
 )
 def test_a_run_that_ended_says_how_and_what_to_do(stopped: Path, ended: str, words: str) -> None:
-    planned = '{"time": "2026-01-01T00:00:00Z", "event": "Planned", "pending": 6, "total": 6, "spans": 3, "workers": 1}'
+    planned = '{"time": "2026-01-01T00:00:00Z", "event": "Planned", "pending": 6, "total": 6, "spans": 3, "workers": 1, "follows": false}'
     (stopped / "log" / "run.jsonl").write_text(f"{planned}\n{ended}\n")
     says(lca("status", stopped).stdout, words, "stopped: run `lca run` again to finish")
 
@@ -677,6 +677,7 @@ def test_the_last_call_is_found_in_a_log_of_any_length(
                 "time": "2026-01-01T00:00:00Z",
                 "pending": 100 + call,
                 "workers": 2,
+                "follows": False,
             }
         )
         lines += [{"event": "SpanDone", "segments": 4, "losses": ["a", "b"]}] * (5 + call)

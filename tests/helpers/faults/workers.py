@@ -225,11 +225,12 @@ def soak(count: int, _: Path) -> str:
         )
         memory: dict[int, list[int]] = defaultdict(list)
         descriptors: list[int] = []
-        taken = count // 4  # what is held once is there by then
+        taken = count // 4  # what the driver holds once is there by then
         while taken < count and driver.until(lambda taken=taken: markers(out) >= taken):
             workers = driver.workers()
             assert len(workers) == 2, driver.said
-            for each in (psutil.Process(driver.pid), *workers):
+            warm = [each for each in workers if _hands(log)[each.pid] >= count // 12]
+            for each in (psutil.Process(driver.pid), *warm):
                 memory[each.pid].append(each.memory_info().rss)
             descriptors.append(psutil.Process(driver.pid).num_fds())
             taken += every
