@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ..errors import SpanError
-from .objective import Evaluation, Motion, Numbers, blocks
+from .objective import Evaluation, InARow, Motion, Numbers, OfUnits, Reading, blocks, read
 from .parts import Computed, Parts, Point, Split
 from .path import PathShift, SegmentPath
 from .quadrature import COMPOSITE, Family, Rule
-from .segments import Axes, Evaluates, Nodes, Way, segment_of, unit_motion
+from .segments import Axes, Evaluates, Nodes, Way, segment_of
 
-Gradient = dict[str, Tensor]
+Gradient = Mapping[str, Tensor]
 Node = tuple[float, Gradient]  # a weight, and the gradient there
 
 
@@ -219,25 +219,26 @@ class SegmentAllocation:
         return whole
 
 
-def _unit_motion_by_use(gradient: Gradient) -> Motion:
-    """Return the same for derivatives of examples, (examples, uses)."""
-    return unit_motion(gradient, {name: of.shape[-1] for name, of in gradient.items()})
-
-
 def _of_every_example(
-    start: Evaluation, end: Evaluation, points: Motion, nodes: Sequence[Node]
+    start: Evaluation, end: Evaluation, nodes: Sequence[Node]
 ) -> ExampleAllocation:
     """Return the allocation of every example from derivatives along the motion at nodes."""
-    added = _sums(points, nodes, (), start.weight, None, False)
-    sums = {name: of_tensor.total for name, of_tensor in added.items()}
+    (by_use,) = _weighted(nodes)
+    by_tensor = by_use.totals()
+    readings = Reading(by_tensor.row), Reading(by_use.row)
+    read([start.totals, end.totals, *readings])
+    of_tensors, of_uses = (reading.numbers for reading in readings)
+    sums = {name: of_tensors[:, place] for place, name in enumerate(by_tensor)}
     total = np.zeros_like(start.loss)
     for contribution in sums.values():
         total = total + contribution
-    several = [name for name, motion in points.end.items() if len(motion) > 1]
-    uses = _weighted_sum(nodes, several)
     return ExampleAllocation(
         sums=sums,
-        uses=uses,
+        uses={
+            name: of_uses[:, place]
+            for name, place in by_use.units.places.items()
+            if place.stop - place.start > 1
+        },
         loss_start=start.loss,
         loss_end=end.loss,
         weight=start.weight,
@@ -368,68 +369,112 @@ class Scratch:
         return rooms[shape]
 
 
+@dataclass(frozen=True)
 class _Sums:
-    """Adds up the allocation of one tensor, of each group, and |·| of what the last refining
-    changed, where that is asked for.
+    """What every tensor of a segment is allocated, and |·| of what the last refining changed.
+
+    Attributes:
+        names: of the tensors.
+        total: the sums, ([groups, ]tensors), on their device until they are wanted.
+        changed: Σ|·| of what the last refining changed, likewise; 0 where that is not asked for.
     """
 
-    def __init__(self, points: Motion, nodes: Sequence[Node], name: str) -> None:
-        self._groups = _groups(points, nodes, name)
-        rows, device = math.prod(self._groups), points.start[name].device
-        self._total, self._changed = torch.zeros((2, rows), dtype=torch.float64, device=device)
-
-    def added(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
-        """Yield the pieces of the tensor as they are added up."""
-        for piece in pieces:
-            self._total[piece.rows] += piece.allocation.sum(1)
-            if piece.change is not None:
-                self._changed[piece.rows] += piece.change.abs_().sum(1)
-            yield piece
+    names: tuple[str, ...]
+    total: Reading
+    changed: Reading
 
     @property
-    def total(self) -> Numbers:
-        """Return the sum of what was added."""
-        return self._numbers(self._total)
+    def totals(self) -> dict[str, Numbers]:
+        """Return the sums by tensor, in units of loss."""
+        return self._by_tensor(self.total)
 
     @property
-    def changed(self) -> Numbers:
-        """Return Σ|·| of what the last refining changed."""
-        return self._numbers(self._changed)
+    def changes(self) -> dict[str, Numbers]:
+        """Return Σ|·| of what the last refining changed, by tensor."""
+        return self._by_tensor(self.changed)
 
-    def _numbers(self, sums: Tensor) -> Numbers:
-        numbers: Numbers = sums.reshape(self._groups).cpu().numpy()[()]
-        return numbers
+    def _by_tensor(self, reading: Reading) -> dict[str, Numbers]:
+        return {
+            name: reading.numbers[..., position][()] for position, name in enumerate(self.names)
+        }
 
 
 def _sums(
     points: Motion,
     nodes: Sequence[Node],
     change: Sequence[float],
-    weight: Numbers,
+    start: Evaluation,
     gather: Gathers | None,
     final: bool,
-) -> dict[str, _Sums]:
+) -> _Sums:
     """Return the sums of every tensor of a segment.
 
     Args:
         points: both ends.
         nodes: the gradients at the nodes, each with its weight.
         change: see `_pieces`.
-        weight: the sum of the elements' weights at the start.
+        start: the loss at the start.
         gather: takes in the pieces where they are final, and says where tensors are cut.
         final: whether they are.
     """
-    sums = {}
-    scratch = Scratch(next(iter(nodes[0][1].values())).device)
-    for name in nodes[0][1]:
-        sums[name] = _Sums(points, nodes, name)
+    like = nodes[0][1]
+    if isinstance(like, OfUnits):
+        return _sums_of_units(nodes, change)
+    sums = []
+    scratch = Scratch(next(iter(like.values())).device)
+    for name in like:
+        groups = _groups(points, nodes, name)
         cuts = None if gather is None else gather.cuts(name)
-        pieces = sums[name].added(_pieces(points, nodes, name, cuts, scratch, change))
+        of_tensor = torch.zeros(
+            (2, math.prod(groups)), dtype=torch.float64, device=points.start[name].device
+        )
+        pieces = _added(_pieces(points, nodes, name, cuts, scratch, change), of_tensor)
         if final and gather is not None:
-            gather.take(name, weight, pieces)
+            gather.take(name, start.weight, pieces)
         for _ in pieces:  # what was not taken
             pass
-    return sums
+        sums.append(of_tensor.reshape(2, *groups))
+    total, changed = torch.stack(sums, -1)
+    return _Sums(tuple(like), Reading(total), Reading(changed))
+
+
+def _added(pieces: Iterable[Piece], sums: Tensor) -> Iterator[Piece]:
+    """Yield the pieces of a tensor as their allocation, and |·| of what the last refining changed,
+    are added to sums, (2, groups).
+    """
+    total, changed = sums
+    for piece in pieces:
+        total[piece.rows] += piece.allocation.sum(1)
+        if piece.change is not None:
+            changed[piece.rows] += piece.change.abs_().sum(1)
+        yield piece
+
+
+def _sums_of_units(nodes: Sequence[Node], change: Sequence[float]) -> _Sums:
+    """Return the same where gradients are sums over units, which are those of the allocation."""
+    total, *changes = _weighted(nodes, change)
+    totals = total.totals()
+    changed = (
+        changes[0].like(changes[0].row.abs()).totals().row
+        if changes
+        else torch.zeros_like(totals.row)
+    )
+    return _Sums(tuple(total), Reading(totals.row), Reading(changed))
+
+
+def _weighted(nodes: Sequence[Node], change: Sequence[float] = ()) -> list[OfUnits]:
+    """Return the weighted mean over nodes, float64; also what the last refining changed of it,
+    where its factors are given.
+    """
+    rows: list[Tensor] = []
+    for _, gradient in nodes:
+        assert isinstance(gradient, OfUnits), "at all nodes there are sums over units"
+        rows.append(gradient.row)
+    factors = [[weight for weight, _ in nodes], *([change] if change else [])]
+    like = nodes[0][1]
+    assert isinstance(like, OfUnits)
+    combined = _combinations(rows, factors, Scratch(rows[0].device))
+    return [like.like(row) for row in combined]
 
 
 @dataclass
@@ -442,13 +487,18 @@ class _NodeSum:
 
     def add(self, gradient: Gradient) -> None:
         """Add another one; sums are float64, a gradient alone is as it came."""
-        self.gradient = {
-            name: (values if self._is_own else values.to(torch.float64, copy=True)).add_(
-                gradient[name]
-            )
-            for name, values in self.gradient.items()
-        }
+        if isinstance(self.gradient, InARow):
+            assert isinstance(gradient, InARow), "at all nodes numbers lie in a row"
+            self.gradient = self.gradient.like(self._own(self.gradient.row).add_(gradient.row))
+        else:
+            self.gradient = {
+                name: self._own(values).add_(gradient[name])
+                for name, values in self.gradient.items()
+            }
         self._is_own = True
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values if self._is_own else values.to(torch.float64, copy=True)
 
 
 class _Refinement:
@@ -473,14 +523,11 @@ class _Refinement:
         self._older: list[_NodeSum] = []
         self.unreached = start.unreached & end.unreached
         self.level = 0
-        self.sums: Mapping[str, Numbers] = {}
-        self.residual: Numbers = np.float64(math.nan)
-        self._change: Numbers = np.float64(math.nan)
+        self._sums: _Sums | None = None
         # refined alike
         self._examples: _Refinement | None = None
         if start.examples is not None and end.examples is not None:
-            unit_motion = _unit_motion_by_use(start.examples.gradient)
-            self._examples = _Refinement(family, unit_motion, start.examples, end.examples)
+            self._examples = _Refinement(family, points, start.examples, end.examples)
         self._parts: _Refinement | None = None
         if start.parts is not None and end.parts is not None:
             self._parts = _Refinement(family, points, _of_parts(start), _of_parts(end))
@@ -543,8 +590,8 @@ class _Refinement:
         ]
 
     def measure(self, final: bool = False) -> bool:
-        """Compute what tensors are allocated at this level, the residual, and Σ|·| of what the last
-        refining changed.
+        """Compute what tensors are allocated at this level, and Σ|·| of what the last refining
+        changed.
 
         Args:
             final: whether the level is the last one in any case.
@@ -552,21 +599,39 @@ class _Refinement:
         Returns:
             Whether the pieces were gathered.
         """
-        sums = _sums(
-            self.points, self.nodes, self._changes(), self.start.weight, self._gather, final
+        self._sums = _sums(
+            self.points,
+            self.nodes,
+            self._changes(),
+            self.start,
+            self._gather,
+            final,
         )
-        self.sums = {name: of_tensor.total for name, of_tensor in sums.items()}
-        self.residual = self.end.loss - self.start.loss - sum_of(self.sums.values())
-        self._change = sum_of(of_tensor.changed for of_tensor in sums.values())
         return final and self._gather is not None
+
+    @property
+    def measured(self) -> _Sums:
+        """What was computed."""
+        assert self._sums is not None, "nothing was measured"
+        return self._sums
+
+    @property
+    def readings(self) -> list[Reading]:
+        """The numbers that decide whether the rule is refined."""
+        sums = self.measured
+        return [self.start.totals, self.end.totals, sums.total, sums.changed]
+
+    @property
+    def residual(self) -> Numbers:
+        """The change of the loss less the sum of the allocation."""
+        return self.end.loss - self.start.loss - sum_of(self.measured.totals.values())
 
     def examples(self) -> ExampleAllocation | None:
         """Return the allocation of every example at this level; None where none is told apart."""
         if self._examples is None:
             return None
-        return _of_every_example(
-            self._examples.start, self._examples.end, self._examples.points, self._examples.nodes
-        )
+        examples = self._examples
+        return _of_every_example(examples.start, examples.end, examples.nodes)
 
     def parts(self) -> Mapping[str, Numbers] | None:
         """Return what the parts of the motion are allocated at this level; None where there are
@@ -574,29 +639,32 @@ class _Refinement:
         """
         if self._parts is None:
             return None
-        return _weighted_sum(self._parts.nodes, self._parts.start.gradient)
+        return _weighted_sum(self._parts.nodes)
 
     def error_bound(self, calibration: float | None) -> Numbers:
         """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
         Σ|(g₁ − g₀)·Δθ|.
         """
+        change = sum_of(self.measured.changes.values())
         if self.level:
-            return self._change
-        return self._change * (math.nan if calibration is None else calibration)
+            return change
+        return change * (math.nan if calibration is None else calibration)
 
 
 def _of_parts(evaluation: Evaluation) -> Evaluation:
     """Return the sums along parts of the motion in the place of the gradient."""
-    return Evaluation(evaluation.loss, dict(evaluation.parts or {}), evaluation.weight)
+    return Evaluation(evaluation.totals, evaluation.parts or {})
 
 
-def _weighted_sum(nodes: Sequence[Node], names: Iterable[str]) -> dict[str, Numbers]:
-    """Return Σ weight · numbers of some tensors, float64."""
-    total: dict[str, Numbers] = {}
-    for name in names:
-        products = (weight * of_tensors[name].cpu().numpy() for weight, of_tensors in nodes)
-        total[name] = functools.reduce(operator.add, products)
-    return total
+def _weighted_sum(nodes: Iterable[Node]) -> dict[str, Numbers]:
+    """Return Σ weight · numbers of each tensor, float64."""
+    rows = []
+    for weight, numbers in nodes:
+        assert isinstance(numbers, InARow), "numbers of tensors lie in a row"
+        rows.append((weight * numbers.row, numbers))
+    total = functools.reduce(operator.add, (row for row, _ in rows))
+    of_tensors = Reading(total).numbers
+    return {name: of_tensors[..., place][()] for place, name in enumerate(rows[0][1])}
 
 
 def calibrate(
@@ -729,8 +797,15 @@ def _allocate_refined(
     pending = list(losses)
     while True:
         if level >= lowest:
+            gathered = {
+                name: states[name].measure(level == method.family.finest or _is_final(name, method))
+                for name in pending
+            }
+            # whatever was computed of the segment comes to the host at once
+            wanted = [reading for name in pending for reading in states[name].readings]
+            read([*wanted, *distance.readings])
             for name in pending:
-                done[name] = _judged(name, states[name], method, distance)
+                done[name] = _judged(name, states[name], method, distance, gathered[name])
             pending = [
                 name
                 for name in pending
@@ -789,30 +864,35 @@ def _with_path(segment: SegmentAllocation, shift: PathShift | None) -> SegmentAl
     return replace(segment, path=shift, evaluations=segment.evaluations + shift.evaluations)
 
 
+def _is_final(name: str, method: Method) -> bool:
+    """Tell whether a loss is not refined in any case."""
+    return name in method.never_refined or all(map(math.isinf, method.bounds(name)))
+
+
 def _judged(
-    name: str, state: _Refinement, method: Method, distance: Mapping[str, float]
+    name: str,
+    state: _Refinement,
+    method: Method,
+    distance: Mapping[str, float],
+    gathered: bool,
 ) -> SegmentAllocation:
     tolerance, allocation_tolerance = method.bounds(name)
-    gathered = state.measure(
-        state.level == method.family.finest
-        or name in method.never_refined
-        or (math.isinf(tolerance) and math.isinf(allocation_tolerance))
-    )
+    residual = state.residual
     bound = state.error_bound((method.calibration or {}).get(name))
     accurate = math.isinf(allocation_tolerance) or bool(np.all(bound <= allocation_tolerance))
     return _checked(
         SegmentAllocation(
             points=state.points,
             nodes=state.nodes,
-            sums=state.sums,
+            sums=state.measured.totals,
             distance=distance,
             loss_start=state.start.loss,
             loss_end=state.end.loss,
             weight=state.start.weight,
-            residual=state.residual,
+            residual=residual,
             evaluations=len(state.family.rules[state.level].nodes) - 1,
             level=state.level,
-            converged=bool(np.all(np.abs(state.residual) <= tolerance)) and accurate,
+            converged=bool(np.all(np.abs(residual) <= tolerance)) and accurate,
             error_bound=bound,
             unreached=state.unreached,
             gathered=gathered,
@@ -843,13 +923,10 @@ def _allocate_fixed(
         weighted = [
             (weight, node[name].gradient) for weight, node in zip(rule.weights, nodes, strict=True)
         ]
-        weight, gathering = first[name].weight, gather.get(name)
-        sums = {
-            tensor: of_tensor.total
-            for tensor, of_tensor in _sums(
-                segment.points, weighted, (), weight, gathering, True
-            ).items()
-        }
+        gathering = gather.get(name)
+        computed = _sums(segment.points, weighted, (), first[name], gathering, True)
+        read([first[name].totals, last[name].totals, computed.total, *distance.readings])
+        sums = computed.totals
         residual = last[name].loss - first[name].loss - sum_of(sums.values())
         allocated = SegmentAllocation(
             points=segment.points,
@@ -858,7 +935,7 @@ def _allocate_fixed(
             distance=distance,
             loss_start=first[name].loss,
             loss_end=last[name].loss,
-            weight=weight,
+            weight=first[name].weight,
             residual=residual,
             evaluations=len(rule.nodes),
             level=-1,
@@ -886,18 +963,15 @@ def _fixed_examples(
         for weight, node in zip(rule.weights, nodes, strict=True)
         if node.examples is not None
     ]
-    points = _unit_motion_by_use(weighted[0][1])
-    return _of_every_example(first.examples, last.examples, points, weighted)
+    return _of_every_example(first.examples, last.examples, weighted)
 
 
 def _fixed_parts(rule: Rule, nodes: Sequence[Evaluation]) -> dict[str, Numbers] | None:
     """Return what the parts of the motion are allocated by a rule as it stands; None where there
     are none.
     """
-    of_nodes = [dict(node.parts) for node in nodes if node.parts is not None]
-    if not of_nodes:
-        return None
-    return _weighted_sum(list(zip(rule.weights, of_nodes, strict=True)), of_nodes[0])
+    of_nodes = [node.parts for node in nodes if node.parts is not None]
+    return _weighted_sum(zip(rule.weights, of_nodes, strict=True)) if of_nodes else None
 
 
 def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:

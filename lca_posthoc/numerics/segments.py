@@ -7,15 +7,27 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import Along, Evaluation, Motion, Numbers, distances, sums_along, units_of
+from .objective import (
+    Along,
+    Between,
+    Distances,
+    Evaluation,
+    Motion,
+    Numbers,
+    OfTensors,
+    OfUnits,
+    Units,
+    distances,
+    sums_along,
+    units_of,
+)
 from .parts import Point, Split
 from .path import PathShift, SegmentPath
 
@@ -54,7 +66,7 @@ class Nodes(Protocol):
     def points(self) -> Motion:
         """Return both ends; ends that are 1 apart where gradients are sums along the motion."""
 
-    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+    def distance(self, names: Iterable[str]) -> Distances:
         """Return Σ|θ′ − θ| of some tensors."""
 
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
@@ -88,27 +100,6 @@ class Nodes(Protocol):
         middle: Mapping[str, Mapping[str, Numbers]],
     ) -> dict[str, PathShift]:
         """Return by how much another path changes the allocation, see `Segment`."""
-
-
-class Between(Mapping[str, Tensor]):
-    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
-    floating (counters) are loaded, never interpolated.
-    """
-
-    def __init__(self, start: Point, end: Point, x: float) -> None:
-        self._start, self._end, self._x = start, end, x
-
-    def __getitem__(self, name: str) -> Tensor:
-        start, end = self._start[name], self._end[name]
-        if start.is_floating_point():
-            return torch.lerp(start, end, self._x)
-        return start if self._x < 1 else end
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._start)
-
-    def __len__(self) -> int:
-        return len(self._start)
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ class Segment:
         """Both ends; ends that are 1 apart where gradients are sums along the motion."""
         return self.own.motion
 
-    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+    def distance(self, names: Iterable[str]) -> Distances:
         """Return Σ|θ′ − θ| of some tensors."""
         return distances(self.own.motion, names)
 
@@ -327,14 +318,14 @@ def _with_parts(evaluation: Evaluation, way: Way) -> Evaluation:
     return evaluation
 
 
-def _summed(evaluation: Evaluation, directions: Sequence[Motion]) -> dict[str, Tensor]:
+def _summed(evaluation: Evaluation, directions: Sequence[Motion]) -> OfTensors:
     """Return the sums of a gradient along directions, ([groups, ]directions) of each tensor."""
-    grouped, summed = np.ndim(evaluation.loss) > 0, {}
+    summed = []
     for name, values in evaluation.gradient.items():
-        rows = values if grouped else values[None]
+        rows = values if evaluation.is_grouped else values[None]
         sums = torch.stack([sums_along(name, row, directions, None)[:, 0] for row in rows])
-        summed[name] = sums if grouped else sums[0]
-    return summed
+        summed.append(sums if evaluation.is_grouped else sums[0])
+    return OfTensors(torch.stack(summed, -1), tuple(evaluation.gradient))
 
 
 @dataclass(kw_only=True)
@@ -357,7 +348,8 @@ class _Units(Segment):
         return True
 
     def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
-        return {name: sums.sum(-1) for name, sums in evaluation.gradient.items()}
+        assert isinstance(evaluation.gradient, OfUnits), "gradients are summed over units"
+        return evaluation.gradient.totals()
 
     def _held_once(self) -> contextlib.AbstractContextManager[None]:
         """Hold the end in the model alone, while the point after it is in memory as well; one that
@@ -431,7 +423,8 @@ class _Units(Segment):
             name: sums_along(name, gradient, directions, self.axes[name])
             for name, gradient in signal.gradient.items()
         }
-        return replace(signal, gradient=sums)
+        units = Units({name: of_tensor.shape[-1] for name, of_tensor in sums.items()})
+        return replace(signal, gradient=OfUnits(torch.cat([*sums.values()], -1), units))
 
 
 def segment_of(
@@ -458,5 +451,9 @@ def unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion:
         like: tensors of the device they are on.
         units: of each of them.
     """
-    ones = {name: like[name].new_ones(count) for name, count in units.items()}
-    return Motion({name: torch.zeros_like(one) for name, one in ones.items()}, ones)
+    row, device = Units(units), next(iter(like.values())).device
+    start, end = (
+        OfUnits(torch.full((row.count,), value, dtype=torch.float64, device=device), row)
+        for value in (0.0, 1.0)
+    )
+    return Motion(start, end)

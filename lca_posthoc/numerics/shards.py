@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import SpanError
 from .allocation import Method, SegmentAllocation, allocate_nodes, between
 from .nodes import Node, ends_of
-from .objective import Evaluation, Motion, Numbers, PartialSums, joined
+from .objective import Distances, Evaluation, Motion, Numbers, PartialSums, joined
 from .path import PathShift
 from .segments import unit_motion
 
@@ -165,10 +165,10 @@ class _Segment:
         """See `Nodes.points`."""
         return self._span.unit_motion
 
-    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+    def distance(self, names: Iterable[str]) -> Distances:
         """See `Nodes.distance`."""
         known = self._span.distance(self._start)
-        return {name: known[name] for name in names}
+        return Distances.known({name: known[name] for name in names})
 
     def expect(self, losses: list[str]) -> None:
         """Ask for all that the rule needs in any case.

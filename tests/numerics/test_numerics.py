@@ -22,6 +22,7 @@ from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import SpanError
 from lca_posthoc.numerics.allocation import Method, SegmentAllocation, allocate
 from lca_posthoc.numerics.objective import (
+    Between,
     Evaluation,
     Motion,
     ObjectiveSettings,
@@ -30,7 +31,6 @@ from lca_posthoc.numerics.objective import (
 )
 from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.numerics.schema import KEEP, TOTALS, histogram_edges
-from lca_posthoc.numerics.segments import Between
 from lca_posthoc.numerics.statistics import SpanStatistics, UnitSums, histogram
 from lca_posthoc.replay.events import Note
 from lca_posthoc.results import LossResults
@@ -76,7 +76,11 @@ class Powers:
         theta = point["theta"]
         value = float((theta ** (self.power + 1)).sum() / (self.power + 1))
         return {
-            name: Evaluation(value, {"theta": theta**self.power} if gradient else {}, 1.0)
+            name: Evaluation.known(
+                np.float64(value),
+                np.float64(1.0),
+                {"theta": theta**self.power} if gradient else {},
+            )
             for name in losses
         }
 

@@ -49,7 +49,7 @@ class Cubic:
         slopes = {name: 3 * self._factor * row for name, row in rows.items()}
         if self._groups is None:
             loss, slopes = loss[0], {name: row[0] for name, row in slopes.items()}
-        return {"cubic": Evaluation(loss, slopes, np.ones_like(loss)[()])}
+        return {"cubic": Evaluation.known(loss, np.ones_like(loss)[()], slopes)}
 
 
 def trajectory() -> list[tuple[int, dict[str, Tensor]]]:

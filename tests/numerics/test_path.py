@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lca_posthoc import run
-from lca_posthoc.numerics.objective import Along, Evaluation, Motion
+from lca_posthoc.numerics.objective import Along, Evaluation, Motion, OfTensors
 from lca_posthoc.numerics.path import Neighbours, SegmentPath
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import Run, verify
@@ -287,14 +288,15 @@ class Bowl:
             )
             for name, gradient in self.gradient(point).items()
         }
-        return {"bowl": Evaluation(np.float64(0.0), sums, np.float64(1.0))}
+        return {"bowl": Evaluation.known(np.float64(0.0), np.float64(1.0), sums)}
 
     def shift(self, path: SegmentPath, start: Point, end: Point) -> dict[str, float]:
         def beside(point: Point, directions: Sequence[Motion]) -> dict[str, Evaluation]:
             along = Along(dict.fromkeys(point), directions)
             gradient = self.evaluate(point, ["bowl"], along=along)["bowl"].gradient
-            sums = {name: values[..., 0] for name, values in gradient.items()}
-            return {"bowl": Evaluation(np.float64(0.0), {}, np.float64(1.0), beside=sums)}
+            sums = torch.stack([values[..., 0] for values in gradient.values()], -1)
+            nothing = Evaluation.known(np.float64(0.0), np.float64(1.0), {})
+            return {"bowl": replace(nothing, beside=OfTensors(sums, tuple(gradient)))}
 
         middle = {name: torch.lerp(start[name], end[name], 0.5) for name in start}
         sums = self.evaluate(

@@ -3,9 +3,11 @@ mode, probes.
 """
 
 from .batches import Split, automatic_batch_size, power_of_two
+from .between import Between
 from .data import replicates_of
 from .directions import (
     Along,
+    Distances,
     Motion,
     NoGradients,
     WholeGradients,
@@ -18,6 +20,7 @@ from .draws import Draws
 from .element_groups import ElementOrder
 from .evaluate import Objective, build_objective
 from .example_axis import recalled, recorded
+from .in_a_row import InARow, OfTensors, OfUnits, Units
 from .mixing import refuse_mixed
 from .model import new_model
 from .out_of_memory import is_out_of_memory
@@ -32,26 +35,34 @@ from .probe import (
     loss_of_sample,
     weights_of_sample,
 )
+from .readings import Numbers, Reading, read
 from .recalibration import in_both_modes, statistics_of
 from .rounding import rounding_errors
 from .settings import ObjectiveSettings
 from .shown import texts_of
-from .sums import Evaluation, Numbers, PartialSums, joined
+from .sums import Evaluation, PartialSums, joined
 from .tensors import tensor_table
 
 __all__ = [
     "Along",
+    "Between",
+    "Distances",
     "Draws",
     "ElementOrder",
     "Evaluation",
     "Identity",
+    "InARow",
     "Motion",
     "NoGradients",
     "Numbers",
     "Objective",
     "ObjectiveSettings",
+    "OfTensors",
+    "OfUnits",
     "PartialSums",
+    "Reading",
     "Split",
+    "Units",
     "WholeGradients",
     "automatic_batch_size",
     "blocks",
@@ -69,6 +80,7 @@ __all__ = [
     "new_model",
     "one_batch",
     "power_of_two",
+    "read",
     "recalled",
     "recorded",
     "refuse_mixed",

@@ -121,16 +121,10 @@ class ElementDerivatives:
         self, gradients: SumsAlong, batch: object, factors: Tensor
     ) -> dict[str, float]:
         """Return the derivative of the sum of the elements times some factors, by tensor."""
-        sums = dict.fromkeys(self._tensors, 0.0)
-
-        def take(name: str, taken: Tensor) -> None:
-            sums[name] = float(taken)
-
         # of a forward pass of its own: not every function can go backward twice
         total = (self._values(batch)[0].double().reshape(-1) * factors).sum()
-        if total.requires_grad:
-            gradients.backward(total, False, take)
-        return sums
+        sums = {name: float(of_tensor) for name, of_tensor in gradients.sums(total).items()}
+        return dict.fromkeys(self._tensors, 0.0) | sums
 
     def _refuse_differing(
         self,

@@ -208,7 +208,7 @@ class Objective:
                     self.saved_bytes(name), self.parameter_bytes, self.device
                 )
 
-    @property
+    @cached_property
     def parameter_bytes(self) -> int:
         """Return the bytes of the model's parameters, of which every batch reads all."""
         return sum(

@@ -4,7 +4,7 @@ what a loss over all of them comes to follows from these.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from torch import Tensor
 from ...errors import InputError
 from .batches import Order
 from .example_derivatives import Derivatives, totals_by_example
+from .in_a_row import OfUnits, Units
 from .passes import GroupValues
-from .sums import Evaluation
+from .readings import Array, Reading
+from .sums import Evaluation, refusing_weightless
 
 
 class EveryExample:
@@ -39,10 +41,10 @@ class EveryExample:
     ) -> None:
         self._derivatives, self._next = derivatives, 0
         self._totals = torch.zeros((rows, 2), dtype=torch.float64, device=device)
-        self._shares: Mapping[str, Tensor] = {
-            name: torch.zeros((rows, directions, count), dtype=torch.float64, device=device)
-            for name, count in uses.items()
-        }
+        units = Units(uses)
+        self._shares = OfUnits(
+            torch.zeros((rows, directions, units.count), dtype=torch.float64, device=device), units
+        )
         self._reached: set[str] = set()
 
     @property
@@ -90,46 +92,40 @@ class EveryExample:
             where: names the loss and its split.
 
         Raises:
-            InputError: where the weights of a group, or of everything, sum to 0, or rows are missing.
+            InputError: where rows are missing, or, once the totals are read, where the weights of a
+                group, or of everything, sum to 0.
         """
         if self._next != len(self._totals):
             raise InputError(
                 f"{where} has {self._next:,} elements, not {len(self._totals):,}, as many as those "
                 "of the first example times the number of examples. Pad all of them to one shape."
             )
+        rows = self._totals, self._shares.row
         if order is None:
-            totals = sum_of_rows(self._totals)
-            shares = {name: sum_of_rows(rows) for name, rows in self._shares.items()}
+            totals, shares = map(sum_of_rows, rows)
         else:
             members, sizes = torch.cat(list(order.members)), torch.tensor(order.counts)
-            totals = _sums_of_groups(self._totals, members, sizes)
-            shares = {
-                name: _sums_of_groups(rows, members, sizes) for name, rows in self._shares.items()
-            }
-        weights = totals[..., 1]
-        if not bool((weights > 0).all()):
-            empty = int((weights.reshape(-1) > 0).int().argmin())
-            place = where if order is None else f"group {order.labels[empty]!r} of {where}"
-            raise InputError(
-                f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least "
-                "one element a weight."
-            )
-        shares = {name: by_use.sum(-1, keepdim=True) for name, by_use in shares.items()}
-        return self._mean(totals, shares, self._mean(self._totals, self._shares, None))
+            totals, shares = (_sums_of_groups(values, members, sizes) for values in rows)
+        units = Units(dict.fromkeys(self._shares, 1))
+        of_tensors = OfUnits(self._shares.units.totals(shares), units)
+        refuse = refusing_weightless(where, None if order is None else order.labels)
+        every = self._mean(self._totals, self._shares, None)
+        return self._mean(totals, of_tensors, every, refuse)
 
     def _mean(
-        self, totals: Tensor, shares: Mapping[str, Tensor], examples: Evaluation | None
+        self,
+        totals: Tensor,
+        shares: OfUnits,
+        examples: Evaluation | None,
+        refuse: Callable[[Array], None] = lambda totals: None,
     ) -> Evaluation:
         """Return sums divided by their weights; 0 where there is none."""
         sums, weights = totals.unbind(-1)
         weightless, divisors = weights == 0, weights[..., None, None]
+        mean = (sums / weights).masked_fill_(weightless, 0.0)
         return Evaluation(
-            (sums / weights).masked_fill_(weightless, 0.0).cpu().numpy()[()],
-            {
-                name: (values / divisors).masked_fill_(weightless[..., None, None], 0.0)
-                for name, values in shares.items()
-            },
-            weights.cpu().numpy()[()],
+            Reading(torch.stack([mean, weights], -1), refuse),
+            shares.like((shares.row / divisors).masked_fill_(weightless[..., None, None], 0.0)),
             frozenset(self._shares.keys() - self._reached),
             examples,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .directions import Gradients
+from .directions import EVERY, Gradients, SumsAlong
 from .every_example import sum_of_rows
 from .example_derivatives import Derivatives, totals_by_example
 from .passes import GroupValues
@@ -56,9 +56,14 @@ class SumsByExample(Sums):
         if self._derivatives is None:
             return
         shares = self._derivatives.of(part, examples)
-        for name, share in shares.items():
-            self._rows[name][members.rows, :, 0] += members.sums(share.sum(-1).T)
-        self._reached.update(shares)
+        if shares:
+            assert isinstance(self._gradients, SumsAlong), "derivatives are along directions"
+            by_tensor = {name: share.sum(-1).T for name, share in shares.items()}
+            none = torch.zeros_like(next(iter(by_tensor.values())))
+            names = self._gradients.units.places
+            every = torch.stack([by_tensor.get(name, none) for name in names], -1)
+            self._rows[EVERY][members.rows] += members.sums(every)
+            self._reached.update(shares)
 
     def _close(self) -> None:
         """Add the groups up, in their order, where the sums over everything are kept."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError, few
 from ...tasks.task import Task, every_name
+from .between import Between
 from .containers import dense_parts, digest_of
+from .directions import Motion, Plan, is_small, plan_of
 from .settings import ObjectiveSettings
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
@@ -71,6 +74,24 @@ class ModelTensors:
     def point(self) -> dict[str, Tensor]:
         """Return the tensors of the table, as the module holds them."""
         return dict(self._by_name)
+
+    @cached_property
+    def _small(self) -> dict[str, Tensor]:
+        """The tensors that are copied together."""
+        return {name: tensor for name, tensor in self._by_name.items() if is_small(tensor.shape)}
+
+    @cached_property
+    def _large(self) -> list[str]:
+        """The names of the others."""
+        return [name for name in self._by_name if name not in self._small]
+
+    @cached_property
+    def _plan(self) -> Plan:
+        """Which small tensors are interpolated together."""
+        floating = {
+            name: tensor for name, tensor in self._small.items() if tensor.is_floating_point()
+        }
+        return plan_of(floating, dict.fromkeys(floating))
 
     @property
     def allocated(self) -> list[TensorSpec]:
@@ -143,8 +164,15 @@ class ModelTensors:
         sees them too.
         """
         with torch.no_grad():
-            for name, tensor in self._by_name.items():
-                tensor.copy_(point[name])
+            for name in self._large:
+                self._by_name[name].copy_(point[name])
+            between: dict[str, Tensor] = {}
+            if isinstance(point, Between):
+                motion = Motion(point.start, point.end)
+                for bundle in self._plan.bundles:
+                    between |= bundle.between(motion, point.x)
+            values = [between[name] if name in between else point[name] for name in self._small]
+            torch._foreach_copy_(list(self._small.values()), values)
 
     @contextlib.contextmanager
     def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,9 +12,9 @@ from torch import Tensor
 from ...errors import InputError
 from .batches import Groups
 from .directions import Gradients, blocks
+from .in_a_row import InARow, OfTensors, OfUnits, Units
 from .passes import GroupValues
-
-Numbers = np.float64 | np.ndarray  # float64 of shape () or (groups,)
+from .readings import Array, Numbers, Reading
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,49 @@ class Evaluation:
     """A loss at one point, float64, and its gradient there, in the type of the model; no gradient
     after a forward pass alone.
 
-    `loss` and `weight` (the sum of the elements' weights) have shape () or (groups,), a tensor's
-    gradient its own shape or (groups, *shape); sums of it along directions are float64 and have
-    shape ([groups, ]directions, units). `unreached` names the tensors the loss did not reach; their
-    gradient is zero. `examples`, where they are told apart, is the same with every example as a
-    group and every tensor as one unit; the numbers of an example without weight are 0. `parts`,
-    where they are asked for, are sums of a tensor's gradient along parts of the motion, float64,
-    ([groups, ]parts); `beside` the same along further directions.
+    `totals` are the loss and the sum of the elements' weights, ([groups, ]2), on their device until
+    they are wanted. A tensor's gradient has its own shape or (groups, *shape); sums of it along
+    directions are float64 and have shape ([groups, ]directions, units). `unreached` names the
+    tensors the loss did not reach; their gradient is zero. `examples`, where they are told apart, is
+    the same with every example as a group and every tensor as one unit; the numbers of an example
+    without weight are 0. `parts`, where they are asked for, are sums of a tensor's gradient along
+    parts of the motion, float64, ([groups, ]parts); `beside` the same along further directions.
     """
 
-    loss: Numbers
-    gradient: dict[str, Tensor]
-    weight: Numbers
+    totals: Reading
+    gradient: Mapping[str, Tensor]
     unreached: frozenset[str] = frozenset()
     examples: Evaluation | None = None
-    parts: Mapping[str, Tensor] | None = None
-    beside: Mapping[str, Tensor] | None = None
+    parts: InARow | None = None
+    beside: InARow | None = None
+
+    @classmethod
+    def known(
+        cls,
+        loss: Numbers,
+        weight: Numbers,
+        gradient: Mapping[str, Tensor],
+        unreached: frozenset[str] = frozenset(),
+    ) -> Evaluation:
+        """Return one whose totals are on the host already."""
+        return cls(Reading.known(np.stack([loss, weight], -1)), gradient, unreached)
+
+    @property
+    def loss(self) -> Numbers:
+        """Return the loss, float64 of shape () or (groups,)."""
+        numbers: Numbers = self.totals.numbers[..., 0][()]
+        return numbers
+
+    @property
+    def weight(self) -> Numbers:
+        """Return the sum of the elements' weights, of the same shape."""
+        numbers: Numbers = self.totals.numbers[..., 1][()]
+        return numbers
+
+    @property
+    def is_grouped(self) -> bool:
+        """Tell whether there are numbers of every group."""
+        return len(self.totals.shape) > 1
 
     def along(self, direction: int, parts: int = 0, beside: int = 0) -> Evaluation:
         """Return the same with the sums along one of its directions, ([groups, ]units).
@@ -47,20 +74,23 @@ class Evaluation:
             parts: the number of directions after it that are parts of it.
             beside: the number of those after these that are taken beside it.
         """
-        chosen = {name: values.select(-2, direction) for name, values in self.gradient.items()}
-        first = direction + 1
+        first, of_units = direction + 1, self._of_units
         return replace(
             self,
-            gradient=chosen,
+            gradient=of_units.like(of_units.row.select(-2, direction)),
             parts=self._totals(first, parts) if parts else self.parts,
             beside=self._totals(first + parts, beside) if beside else self.beside,
         )
 
-    def _totals(self, first: int, count: int) -> dict[str, Tensor]:
+    @property
+    def _of_units(self) -> OfUnits:
+        assert isinstance(self.gradient, OfUnits), "sums along directions are of units"
+        return self.gradient
+
+    def _totals(self, first: int, count: int) -> OfTensors:
         """Return the sums along some directions over all units, ([groups, ]directions)."""
-        return {
-            name: values.narrow(-2, first, count).sum(-1) for name, values in self.gradient.items()
-        }
+        of_units = self._of_units
+        return of_units.like(of_units.row.narrow(-2, first, count)).totals()
 
     def examples_along(self, direction: int) -> Evaluation:
         """Return the same with those of the examples along one of the directions."""
@@ -103,14 +133,17 @@ def joined(
         loss, weight = loss + part.loss, weight + part.weight
     if not weight > 0:
         raise _weightless(where, float(weight))
-    gradient = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    if not shapes:
+        return Evaluation.known(loss / weight, weight, {})
+    units = Units({name: shape[-1] for name, shape in shapes.items()})
+    directions = next(iter(shapes.values()))[0]
+    sums = OfUnits(torch.zeros((directions, units.count), dtype=torch.float64), units)
     for part in parts:
-        for name, sums in part.gradient.items():
-            gradient[name] += sums
+        for name, of_tensor in part.gradient.items():
+            sums[name].add_(of_tensor)
     reached = {name for part in parts for name in part.gradient}
-    for sums in gradient.values():
-        sums /= weight
-    return Evaluation(loss / weight, gradient, weight, frozenset(shapes.keys() - reached))
+    means = sums.like(sums.row / weight)
+    return Evaluation.known(loss / weight, weight, means, frozenset(shapes.keys() - reached))
 
 
 class RunningSum:
@@ -201,7 +234,7 @@ class Sums:
         self._begin(part.group)
         total = part.values.double().sum()
         if self.needs_graph and total.requires_grad:
-            self._gradients.backward(total, part.more_to_come, self._add)
+            self._reached.update(self._gradients.backward(total, part.more_to_come, self._add))
         self._part_totals[0] += total.detach()
         self._part_totals[1] += part.values.numel() if part.weights is None else part.weights.sum()
 
@@ -240,7 +273,7 @@ class Sums:
         self._group, self._part, self._row = None, {}, {}
 
     def _add(self, name: str, values: Tensor) -> None:
-        """Add what the gradient of one tensor comes to in a batch."""
+        """Add what gradients come to in a batch."""
         if self._groups is None:
             self._part.setdefault(name, RunningSum(self._gradients.dtype)).add(values)
         elif name in self._part_empty:
@@ -248,14 +281,14 @@ class Sums:
             self._part_empty.remove(name)
         else:
             self._row[name] += values
-        self._reached.add(name)
 
     def partial(self) -> PartialSums:
         """Return the sums over everything, where these alone are kept."""
         self._end()
         loss, weight = self._whole_totals.tolist()
-        gradient = {name: running.total.cpu() for name, running in self._whole.items()}
-        return PartialSums(loss, weight, gradient)
+        taken = {name: running.total.cpu() for name, running in self._whole.items()}
+        of_tensors = self._gradients.of_tensors(taken)
+        return PartialSums(loss, weight, {name: of_tensors[name] for name in self._reached})
 
     def evaluation(self, grouped: bool, where: str, order: Groups | None) -> Evaluation:
         """Return the mean over all elements, or over those of each group; the same one each time.
@@ -265,19 +298,20 @@ class Sums:
             where: names the loss and its split.
             order: the groups.
 
-        Raises:
-            InputError: where the weights of a group, or of everything, sum to 0.
+        Where the weights of a group, or of everything, sum to 0, its totals raise an InputError when
+        they are read.
         """
         if grouped not in self._means:
             self._end()
             totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
-            self._refuse_weightless(weights, where, order if grouped else None)
-            gradient = {name: self._mean(name, grouped, weights) for name in self._gradients.shapes}
+            taken = {name: self._mean(name, grouped, weights) for name in self._gradients.shapes}
+            labels = order.labels if grouped and order is not None else None
+            first = self._groups.start if self._groups else 0
+            refuse = refusing_weightless(where, labels, first)
             self._means[grouped] = Evaluation(
-                (totals / weights).cpu().numpy()[()],
-                gradient,
-                weights.cpu().numpy()[()],
-                frozenset(set(self._gradients.shapes) - self._reached),
+                Reading(torch.stack([totals / weights, weights], -1), refuse),
+                self._gradients.of_tensors(taken),
+                frozenset(set(self._gradients.names) - self._reached),
             )
         return self._means[grouped]
 
@@ -300,13 +334,26 @@ class Sums:
             means[part] = values[part].double() / weights
         return mean
 
-    def _refuse_weightless(self, weights: Tensor, where: str, order: Groups | None) -> None:
-        if bool((weights > 0).all()):
-            return
-        empty = int((weights > 0).int().argmin())
-        first = self._groups.start if self._groups else 0
-        place = f"group {order.labels[first + empty]!r} of {where}" if order else where
-        raise _weightless(place, float(weights.reshape(-1)[empty]))
+
+def refusing_weightless(
+    where: str, labels: Sequence[object] | None, first: int = 0
+) -> Callable[[Array], None]:
+    """Return what refuses a loss, or its groups, whose weights sum to 0, once its totals are read.
+
+    Args:
+        where: names the loss and its split.
+        labels: of all groups; None where there are none.
+        first: position of the first group that there are totals of.
+    """
+
+    def refuse(totals: Array) -> None:
+        weights = totals[..., 1].reshape(-1)
+        if not (weights > 0).all():
+            empty = int((weights > 0).argmin())
+            place = where if labels is None else f"group {labels[first + empty]!r} of {where}"
+            raise _weightless(place, float(weights[empty]))
+
+    return refuse
 
 
 def _weightless(place: str, total: float) -> InputError:

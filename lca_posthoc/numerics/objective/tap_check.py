@@ -201,15 +201,8 @@ def _plainly(
     gradients: SumsAlong, values: Callable[[object], Tensor], data: object
 ) -> dict[str, Tensor]:
     """Return sums along directions by a plain backward pass, (directions,) float64."""
-    sums: dict[str, Tensor] = {}
-
-    def take(name: str, taken: Tensor) -> None:
-        sums[name] = taken[:, 0]
-
-    total = values(data).double().sum()
-    if total.requires_grad:
-        gradients.backward(total, False, take)
-    return sums
+    sums = gradients.sums(values(data).double().sum())
+    return {name: of_tensor[:, 0] for name, of_tensor in sums.items()}
 
 
 def _find_axes(

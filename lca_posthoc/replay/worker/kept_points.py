@@ -47,7 +47,8 @@ class KeptPoints:
         """Return the motion of a segment, with both ends read."""
         from ...numerics.objective import Motion
 
-        return Motion(*(self.at(end) for end in ends_of(start)))
+        before, after = ends_of(start)
+        return Motion(self.at(before), self.at(after))
 
     def _make_room(self, needed: Collection[Checkpoint]) -> None:
         """Give up checkpoints that this request does not need, those that waited longest first."""

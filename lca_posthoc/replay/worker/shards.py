@@ -130,7 +130,7 @@ class _Shards:
         return parts
 
     def _point(self, node: Node) -> Mapping[str, Tensor]:
-        from ...numerics.segments import Between
+        from ...numerics.objective import Between
 
         if node.x == 0:
             return self._points.at(node.checkpoint)
