@@ -210,6 +210,14 @@ class SegmentAllocation:
         """Return what each tensor's parameters are allocated, in units of loss."""
         return Computed(self.sums, lambda name: self._whole(name, "allocation"))
 
+    def of_units(self) -> dict[str, Numbers]:
+        """Return what the units of each tensor are allocated, ([groups, ]units) float64, where sums
+        over them are taken.
+        """
+        (mean,) = _weighted(self.nodes)  # along the motion, which is the allocation
+        numbers = Reading(mean.row).numbers
+        return {name: numbers[..., place] for name, place in mean.units.places.items()}
+
     def _whole(self, name: str, what: str) -> Tensor:
         like = self.nodes[0][1][name]
         whole = torch.empty(like.shape, dtype=torch.float64, device=like.device)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -23,7 +24,7 @@ from .allocation import (
     SegmentAllocation,
     sum_of,
 )
-from .objective import Numbers, blocks
+from .objective import Numbers, Reading, blocks, read
 from .path import PathShift
 from .schema import (
     BINS,
@@ -440,7 +441,7 @@ class SpanSums:
         for position, spec in enumerate(self._table):
             self.tensors["motion"][row, position] = segment.distance[spec.name]
             self._of_block(self.tensors["allocated"], row)[:, position] = segment.sums[spec.name]
-            self._add_tensor(row, position, spec, segment)
+        self._add_units(row, segment)
         if segment.examples is not None:
             self._add_examples(row, segment.examples)
         if segment.path is not None:
@@ -478,16 +479,11 @@ class SpanSums:
             by_use = [segment.uses[name] for name in self._uses]
             self.examples["uses"][row] = np.concatenate(by_use, axis=-1)
 
-    def _add_tensor(
-        self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
-    ) -> None:
-        """Add one tensor of a segment, whose allocation is that of its units."""
-        if spec.name in self.units:
-            self._add_units(index, spec, segment.allocation[spec.name])
-
-    def _add_units(self, index: int, spec: TensorSpec, sums: Tensor) -> None:
-        place = self.units[spec.name]
-        place[index] = sums.float().reshape(place.shape[1:]).cpu().numpy()
+    def _add_units(self, row: int, segment: SegmentAllocation) -> None:
+        """Add what the units of each tensor are allocated."""
+        of_units = segment.of_units() if self.units else {}
+        for name, place in self.units.items():
+            place[row] = of_units[name]
 
     @property
     def moved_unused(self) -> set[str]:
@@ -511,6 +507,21 @@ class SpanSums:
     def totals(self) -> dict[str, Arrays]:
         """Return the per-parameter totals over the span, by tensor: none of sums."""
         return {}
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """What is kept of one tensor on a segment, on its device until that of all tensors is there.
+
+    Attributes:
+        units: what units are allocated, (groups, units) float64.
+        counts: of parameters that help and that hurt, (groups, 2) int64.
+        slopes: Σ|gradient|, (groups,) float64.
+    """
+
+    units: Tensor
+    counts: Tensor
+    slopes: Tensor
 
 
 class SpanStatistics(SpanSums):
@@ -569,6 +580,8 @@ class SpanStatistics(SpanSums):
             for spec in (table if since < length else ())
         }
         self._pooled: list[dict[str, Tensor]] = [{} for _ in range(length)]
+        self._waiting: dict[str, _Waiting] = {}  # of the segment that is taken in
+        self._bins: Tensor | None = None  # of its parameters
 
     def begin(self, block: range) -> None:
         """Allocate the large arrays of a block of groups, as `SpanSums` does."""
@@ -593,12 +606,13 @@ class SpanStatistics(SpanSums):
         """Return the pieces in which a tensor is taken in; None for one that is not stored."""
         return self._cuts.get(name)
 
-    def _add_tensor(
-        self, index: int, position: int, spec: TensorSpec, segment: SegmentAllocation
-    ) -> None:
+    def _add_units(self, row: int, segment: SegmentAllocation) -> None:
+        """Add what is kept of every parameter, and all sums that were waiting for it."""
         if not segment.gathered:
-            pieces = segment.pieces(spec.name, self._cuts[spec.name], self._scratch)
-            self.take(index, spec.name, segment.weight, pieces)
+            for spec in self._table:
+                pieces = segment.pieces(spec.name, self._cuts[spec.name], self._scratch)
+                self.take(row, spec.name, segment.weight, pieces)
+        self._settle(row)
 
     def take(self, index: int, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
         """Take in a tensor on the segment at position `index` of the span, see `Gathers.take`."""
@@ -631,9 +645,10 @@ class SpanStatistics(SpanSums):
                     piece.allocation[0],
                     stored[0],
                 )
-        self._add_units(index, spec, units.total)
-        self._add_counts(index, position, spec, bins)
-        self._of_block(self.tensors["gradient"], index)[:, position] = slopes.cpu().numpy()
+        counts = bins.reshape(groups, 2, BINS // 2).sum(-1)
+        self._waiting[name] = _Waiting(units.total, counts, slopes)
+        if spec.kind == "parameter":
+            self._bins = bins if self._bins is None else self._bins.add_(bins)
         if pooled is not None:
             self._of_block(self.steps["weight"], index)[:] = weight
             self._add_pooled(index, spec, pooled, moved)
@@ -645,14 +660,31 @@ class SpanStatistics(SpanSums):
         shape = (self._length, len(self.block), spec.elements)
         return torch.from_numpy(self.allocation[spec.name].reshape(shape)[index])
 
-    def _add_counts(self, index: int, position: int, spec: TensorSpec, bins: Tensor) -> None:
-        counts = {"helping": bins[:, : BINS // 2].sum(1), "hurting": bins[:, BINS // 2 :].sum(1)}
-        for name, values in counts.items():
-            self._of_block(self.tensors[name], index)[:, position] = values.cpu().numpy()
-        if spec.kind == "parameter":
-            self._of_block(self.histogram["count"], index)[:] += bins.cpu().numpy()
-            zero = spec.elements - counts["helping"] - counts["hurting"]
-            self._of_block(self.histogram["zero"], index)[:] += zero.cpu().numpy()
+    def _settle(self, row: int) -> None:
+        """Bring to the host what was taken in of the tensors of a segment, at once."""
+        waiting = [self._waiting.pop(spec.name) for spec in self._table]
+        units = Reading(torch.cat([of_tensor.units for of_tensor in waiting], -1))
+        counts = Reading(torch.stack([of_tensor.counts for of_tensor in waiting], -1).double())
+        slopes = Reading(torch.stack([of_tensor.slopes for of_tensor in waiting], -1))
+        bins = [] if self._bins is None else [Reading(self._bins.double())]
+        read([units, counts, slopes, *bins])
+        self._bins = None
+        first = 0
+        for spec, of_tensor in zip(self._table, waiting, strict=True):
+            place = self.units[spec.name]
+            last = first + of_tensor.units.shape[-1]
+            place[row] = units.numbers[:, first:last].reshape(place.shape[1:])
+            first = last
+        helping, hurting = counts.numbers.transpose(1, 0, 2)
+        for name, values in (("helping", helping), ("hurting", hurting)):
+            self._of_block(self.tensors[name], row)[:] = values
+        self._of_block(self.tensors["gradient"], row)[:] = slopes.numbers
+        trained = np.array([spec.kind == "parameter" for spec in self._table])
+        elements = np.array([spec.elements for spec in self._table])
+        for of_bins in bins:
+            self._of_block(self.histogram["count"], row)[:] += of_bins.numbers.astype("int64")
+            zeros = (elements - helping - hurting)[:, trained].sum(1)
+            self._of_block(self.histogram["zero"], row)[:] += zeros.astype("int64")
 
     def _pool_of(self, index: int, spec: TensorSpec) -> Tensor:
         """Return the gradient and the allocation of each parameter of a tensor, multiplied by the

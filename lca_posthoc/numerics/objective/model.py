@@ -176,11 +176,12 @@ class ModelTensors:
 
     @contextlib.contextmanager
     def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:
-        """Copy values in, and free the tensors they came from: inside the context, those of `point`
-        are the module's own, where these are of the same type; afterwards they are copies again.
+        """Copy values in, and free the large tensors they came from: inside the context, those of
+        `point` are the module's own, where these are of the same type; afterwards they are copies
+        again.
         """
         self.place(point)
-        same = [name for name, own in self._by_name.items() if point[name].dtype == own.dtype]
+        same = [name for name in self._large if point[name].dtype == self._by_name[name].dtype]
         for name in same:
             point[name] = self._by_name[name].detach()
         try:
