@@ -51,6 +51,13 @@ _TINY, _ROUNDED = 2.0**-149, 1.001
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
+def is_looked_at(device: torch.device) -> bool:
+    """Tell whether numbers on a device decide at once what is computed next; elsewhere each look at
+    them waits for all that the device was asked to do before.
+    """
+    return device.type == "cpu"
+
+
 def histogram(values: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros
     are left out.
@@ -68,9 +75,15 @@ def histogram(values: Tensor, scratch: Scratch | None = None) -> Tensor:
     top.bitwise_right_shift_(22).bitwise_and_(0x3FF)
     if rows > 1:
         top += 1024 * torch.arange(rows, dtype=torch.int32, device=values.device)[:, None]
-    counts = torch.bincount(top.reshape(-1), minlength=1024 * rows).reshape(rows, 1024)
+    looks = is_looked_at(values.device)
+    if looks:
+        counts = torch.bincount(top.reshape(-1), minlength=1024 * rows)
+    else:  # whose size is known beforehand
+        places = top.reshape(-1).long()
+        counts = places.new_zeros(1024 * rows).scatter_add_(0, places, torch.ones_like(places))
+    counts = counts.reshape(rows, 1024)
     positive, negative = counts[:, :MAGNITUDES], counts[:, 512 : 512 + MAGNITUDES]
-    if bool(positive[:, 0].any()):
+    if not looks or bool(positive[:, 0].any()):
         positive[:, 0] -= values.shape[1] - torch.count_nonzero(values, 1)
     return torch.cat([negative.flip(1), positive], 1)
 
@@ -183,6 +196,9 @@ class _Running:
         unit: of the sums, a power of two.
         scratch: memory to compute in.
         like: totals of another loss, which counts how weights turn for this one as well.
+
+    Attributes:
+        unseen: how much further from 0 sums may be since the last look, on the device.
     """
 
     def __init__(
@@ -197,8 +213,12 @@ class _Running:
         small = getattr(torch, types_of_totals(length)["helping"])
         self._spec, self._unit, self._scratch = spec, unit, scratch
         # whole numbers, in float64 as long as that holds them
-        self._sum = torch.zeros(spec.elements, dtype=torch.float64, device=device)
+        self._looks = is_looked_at(device)
+        exact = torch.float64 if self._looks else torch.int64
+        self._sum = torch.zeros(spec.elements, dtype=exact, device=device)
         self._reach = 0.0  # no sum is further from 0
+        # likewise, of what was added since the last look
+        self.unseen = torch.zeros((), dtype=torch.float64, device=device)
         self._helping, self._hurting = torch.zeros((2, spec.elements), dtype=small, device=device)
         names = SIGNED if like is None else SIGNED[1:]
         self._signals = _Signals(names, spec.elements, small, device)
@@ -227,7 +247,7 @@ class _Running:
         room, names = self._scratch.room, self._signals.names
         numbers = {"weight": motion, "gradient": gradient, "allocation": stored}
         signs = room("signs", (len(names), *motion.shape), torch.int8)
-        largest = _largest(stored)
+        largest = _largest(stored)  # before signs take its place
         for row, name in zip(signs, names, strict=True):
             row.copy_(numbers[name].sign_())
         self._signals.add(part, signs, self._scratch)
@@ -241,19 +261,35 @@ class _Running:
         """Count no turn of own signals from here to the next segment."""
         self._signals.cut()
 
-    def _add_up(self, part: slice, exact: Tensor, largest: float) -> None:
-        """Add to the sums; `largest` is the largest size of the numbers in float32, which takes
+    def _add_up(self, part: slice, exact: Tensor, most_stored: Tensor) -> None:
+        """Add to the sums; `most_stored` is the largest size of the numbers in float32, which takes
         less time to find than that of the sums.
         """
+        if not self._looks:
+            self._sum[part] += exact.mul_(1.0 / self._unit).round_().to(torch.int64)
+            self.unseen += most_stored.double().add_(_TINY).mul_(_ROUNDED / self._unit).add_(1.0)
+            return
+        largest = float(most_stored)
         if not math.isfinite(largest) and not bool(torch.isfinite(exact).all()):
             return  # the tensor's own sum is not finite either, and refused
         whole = exact.mul_(1.0 / self._unit).round_()
         most = _ROUNDED * (largest + _TINY) / self._unit + 1.0
         if not self._reach + most < _EXACT:
-            most = _largest(whole)
+            most = float(_largest(whole))
             self._make_room(most)
         self._sum[part] += whole if self._sum.dtype == torch.float64 else whole.to(torch.int64)
         self._reach += most
+
+    def look(self, unseen: float) -> None:
+        """See to it that no sum has grown too large, once it is known how far they may have grown.
+
+        Raises:
+            SpanError: where one may have.
+        """
+        self.unseen.zero_()
+        self._reach += unseen
+        if not self._reach < _LARGEST:
+            raise SpanError(f"tensor {self._spec.name!r}: {TOO_LARGE}")
 
     def _make_room(self, most: float) -> None:
         """See to it that sums can grow by so much."""
@@ -286,12 +322,12 @@ class _Running:
         }
 
 
-def _largest(values: Tensor) -> float:
+def _largest(values: Tensor) -> Tensor:
     """Return the largest size of some numbers; 0 of none."""
     if not values.numel():
-        return 0.0
+        return values.new_zeros(())
     smallest, largest = torch.aminmax(values)
-    return max(-float(smallest), float(largest))
+    return torch.maximum(-smallest, largest)
 
 
 def unit_axes(
@@ -663,16 +699,20 @@ class SpanStatistics(SpanSums):
     def _settle(self, row: int) -> None:
         """Bring to the host what was taken in of the tensors of a segment, at once."""
         waiting = [self._waiting.pop(spec.name) for spec in self._table]
-        units = Reading(torch.cat([of_tensor.units for of_tensor in waiting], -1))
-        counts = Reading(torch.stack([of_tensor.counts for of_tensor in waiting], -1).double())
-        slopes = Reading(torch.stack([of_tensor.slopes for of_tensor in waiting], -1))
+        units = Reading(torch.cat([kept.units for kept in waiting], -1))
+        counts = Reading(torch.stack([kept.counts for kept in waiting], -1).double())
+        slopes = Reading(torch.stack([kept.slopes for kept in waiting], -1))
         bins = [] if self._bins is None else [Reading(self._bins.double())]
-        read([units, counts, slopes, *bins])
+        running = [] if is_looked_at(self._device) else list(self._running.values())
+        unseen = [Reading(of_tensor.unseen) for of_tensor in running]
+        read([units, counts, slopes, *bins, *unseen])
+        for of_tensor, reading in zip(running, unseen, strict=True):
+            of_tensor.look(float(reading.numbers))
         self._bins = None
         first = 0
-        for spec, of_tensor in zip(self._table, waiting, strict=True):
+        for spec, kept in zip(self._table, waiting, strict=True):
             place = self.units[spec.name]
-            last = first + of_tensor.units.shape[-1]
+            last = first + kept.units.shape[-1]
             place[row] = units.numbers[:, first:last].reshape(place.shape[1:])
             first = last
         helping, hurting = counts.numbers.transpose(1, 0, 2)

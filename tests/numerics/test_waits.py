@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lca_posthoc import Loss, Task
-from lca_posthoc.numerics.allocation import Method, allocate_span
+from lca_posthoc.errors import SpanError
+from lca_posthoc.numerics import statistics
+from lca_posthoc.numerics.allocation import Gathers, Method, allocate_span
 from lca_posthoc.numerics.objective import (
     Along,
     Motion,
@@ -27,7 +29,7 @@ from lca_posthoc.numerics.objective import (
     build_objective,
 )
 from lca_posthoc.numerics.quadrature import COMPOSITE
-from lca_posthoc.numerics.statistics import SpanSums, unit_axes
+from lca_posthoc.numerics.statistics import SpanStatistics, SpanSums, unit_axes
 
 WIDTH, EXAMPLES, SEGMENTS = 12, 40, 4
 TENSORS = {2: 6, 25: 52, 68: 138}  # of so many hidden layers
@@ -116,6 +118,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 def objective_of(depth: int) -> tuple[Objective, list[tuple[int, dict[str, Tensor]]]]:
     """Return the objective of a model of so many hidden layers, and points of a random walk."""
+    torch.manual_seed(0)
     draw = torch.Generator().manual_seed(depth)
     inputs = torch.randn(EXAMPLES, WIDTH, generator=draw)
     labels = torch.randint(0, 3, (EXAMPLES,), generator=draw)
@@ -175,11 +178,17 @@ def replayed(keep: str, depth: int) -> tuple[Iterator[object], SpanSums, Objecti
     """Return an iterator whose next item is the next segment replayed."""
     objective, points = objective_of(depth)
     axes = unit_axes(objective.allocated, objective.allocated, keep)
-    sums = SpanSums(objective.allocated, SEGMENTS, keep, objective.device)
+    of_span = objective.allocated, SEGMENTS, keep, objective.device
+    sums = SpanSums(*of_span) if axes is not None else SpanStatistics(*of_span, unit=2.0**-50)
+
+    def gathering(row: int) -> dict[str, Gathers]:
+        return {"train": sums.gathering(row)} if isinstance(sums, SpanStatistics) else {}
 
     def segments() -> Iterator[None]:
         method = Method(rule=COMPOSITE.rules[1])
-        allocated = allocate_span(iter(points), objective, ["train"], method, axes=axes)
+        allocated = allocate_span(
+            iter(points), objective, ["train"], method, axes=axes, gathering=gathering
+        )
         for row, done in enumerate(allocated):
             sums.add(row, done["train"])
             yield
@@ -205,3 +214,42 @@ def test_a_segment_waits_and_begins_operators_however_many_tensors_there_are(
         assert abs(sums.steps["residual"][:3]).max() < 1e-3
     few, many = beside[min(TENSORS)], beside[max(TENSORS)]
     assert many == few, beside
+
+
+@pytest.mark.parametrize("keep", ["statistics", "parameters"])
+def test_what_is_kept_of_parameters_waits_no_more_where_looking_waits(
+    keep: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device other than a CPU, whose totals are the same bits."""
+    every = {}
+    for looks in (True, False):
+        monkeypatch.setattr(statistics, "is_looked_at", lambda device, looks=looks: looks)
+        segments, sums, _ = replayed(keep, 25)
+        next(segments)
+        next(segments)
+        with asked(monkeypatch) as calls, Operators() as operators:
+            next(segments)
+        if not looks:
+            assert calls.total() <= 3, calls
+            assert operators.waited == {}
+        next(segments)
+        every[looks] = sums.totals(), sums.histogram, sums.units
+    (looked, *others), (not_looked, *same) = every[True], every[False]
+    assert looked.keys() == not_looked.keys()
+    for name, fields in looked.items():
+        assert all((fields[field] == not_looked[name][field]).all() for field in fields), name
+    for one, other in zip(others, same, strict=True):
+        assert all((one[name] == other[name]).all() for name in one)
+
+
+def test_totals_too_large_for_their_unit_are_refused_where_looking_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(statistics, "is_looked_at", lambda device: False)
+    objective, points = objective_of(2)
+    sums = SpanStatistics(
+        objective.allocated, SEGMENTS, "statistics", objective.device, unit=2.0**-90
+    )
+    allocated = allocate_span(iter(points), objective, ["train"], Method(rule=COMPOSITE.rules[1]))
+    with pytest.raises(SpanError, match=r"hidden\.0\.weight"):
+        sums.add(0, next(allocated)["train"])
