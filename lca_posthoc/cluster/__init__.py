@@ -19,7 +19,19 @@ from .config import ClusterConfig
 from .dask_local import local_workers, on_this_host, visible_device
 from .dask_remote import at_address
 from .inline import Inline
-from .protocol import Cluster, Crew, Done, Lost, Outcome, Refused, Retried, Slow, Spec, Waiting
+from .protocol import (
+    Cluster,
+    Crew,
+    Done,
+    Lost,
+    Outcome,
+    Refused,
+    Retried,
+    Slow,
+    Spec,
+    Unusable,
+    Waiting,
+)
 
 __all__ = [
     "Cluster",
@@ -32,6 +44,7 @@ __all__ = [
     "Retried",
     "Slow",
     "Spec",
+    "Unusable",
     "Waiting",
     "delivered",
     "local_workers",

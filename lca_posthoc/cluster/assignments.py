@@ -194,9 +194,9 @@ class Assignments:
         self.take_in(newcomer.worker, newcomer.name)
         return []
 
-    def gone(self, worker: str, now: float, *, may_finish: bool) -> list[Action]:
+    def gone(self, worker: str, now: float, *, may_finish: bool, why: str = DIED) -> list[Action]:
         """Count a death against the spec a worker that is gone was working on, unless it may still
-        finish; specs that waited there are handed out again.
+        finish; specs that waited there are handed out again. `why` says what it died of.
         """
         slot = self._slots.pop(worker, None)
         if slot is None:
@@ -212,7 +212,7 @@ class Assignments:
                 self._leavers[attempt] = _Leaver(flight, slot.name, deadline)
             else:
                 flight.deaths += 1
-                actions.append(self._try_again(flight, slot.name, DIED))
+                actions.append(self._try_again(flight, slot.name, why))
         return actions
 
     # --- specs

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..errors import ResourceError
 from . import broadcast
-from .assignments import SILENT
+from .assignments import ANSWER_SECONDS, SILENT
 from .protocol import Function, Spec
 
 if TYPE_CHECKING:
@@ -134,6 +134,21 @@ class DaskClient:
             for stacks in stacks_by_worker.values():
                 return [" ".join(frame.split()) for frame in stacks[key]]
         return []
+
+    def restart(self, address: str) -> None:
+        """End a worker's process; its nanny, where it has one, starts another."""
+        from distributed import TimeoutError as DaskTimeoutError
+
+        with contextlib.suppress(DaskTimeoutError, TimeoutError):
+            try:
+                self.ask(
+                    self.client.restart_workers,
+                    [address],
+                    timeout=ANSWER_SECONDS,
+                    raise_for_error=False,
+                )
+            except ValueError:  # it has no nanny
+                self.ask(self.client.retire_workers, [address], close_workers=True, remove=True)
 
     def stop(self) -> None:
         """Let the workers begin nothing of what waits there."""

@@ -18,7 +18,7 @@ from ..errors import ResourceError
 from . import assignments
 from .assignments import Abandoned, Action, Ask, Assignments, Cancel, Overdue, Submit
 from .dask_client import WITHOUT_US, DaskClient, answer_of, place_of, result_of, shortly
-from .protocol import Committed, Crew, Function, Outcome, Question, Slow, Spec
+from .protocol import Committed, Crew, Function, Outcome, Question, Slow, Spec, Unusable
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -270,6 +270,8 @@ class _Work:
         if result:
             del self._futures[attempt]
             return self._carry_out(self._assigned.finished(attempt, result[0], time.monotonic()))
+        if future.status == "error" and isinstance(future.exception(), Unusable):
+            return self._worker_unusable(self._futures[attempt][0], str(future.exception()))
         if future.status == "error" and type(future.exception()).__name__ != "KilledWorker":
             del self._futures[attempt]
             return self._carry_out(self._assigned.failed(attempt, shortly(future.exception())))
@@ -291,6 +293,15 @@ class _Work:
                 yield from self._carry_out(self._assigned.came(address, name, time.monotonic()))
         for address in went:
             yield from self._worker_gone(address)
+
+    def _worker_unusable(self, address: str, why: str) -> Iterator[Outcome]:
+        """Start a worker anew that can compute nothing more; it is a newcomer then."""
+        self._members.able.remove(address)
+        self._members.forget([address])
+        yield from self._carry_out(
+            self._assigned.gone(address, time.monotonic(), may_finish=False, why=why)
+        )
+        self._scheduler.restart(address)
 
     def _worker_gone(self, address: str) -> Iterator[Outcome]:
         self._members.able.remove(address)

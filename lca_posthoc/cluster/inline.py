@@ -8,7 +8,18 @@ import uuid
 from collections.abc import Generator, Iterable, Iterator
 
 from . import broadcast
-from .protocol import Cluster, Committed, Crew, Done, Function, Outcome, Question, Spec
+from .protocol import (
+    Cluster,
+    Committed,
+    Crew,
+    Done,
+    Function,
+    Lost,
+    Outcome,
+    Question,
+    Spec,
+    Unusable,
+)
 
 
 class Inline:
@@ -41,7 +52,10 @@ class Inline:
 
     def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
         """See `Cluster.check_workers`."""
-        return {"this process": question(spec)}
+        try:
+            return {"this process": question(spec)}
+        except Unusable as error:
+            return {"this process": {"error": str(error)}}
 
     def settle_on(self, device: str) -> None:
         """See `Cluster.settle_on`."""
@@ -55,4 +69,9 @@ class Inline:
             if self._stop.is_set():
                 return
             assert spec is not None, "nothing is underway that a spec could follow from"
-            yield Done(spec, function(spec))
+            try:
+                result = function(spec)
+            except Unusable as error:
+                yield Lost(spec, str(error))
+            else:
+                yield Done(spec, result)

@@ -17,6 +17,12 @@ Question = Callable[[Spec], Spec]
 Committed = Callable[[Spec], object]
 
 
+class Unusable(Exception):
+    """Raised by a function: the process it ran in can compute nothing more, so its worker is started
+    anew and the spec tried once elsewhere.
+    """
+
+
 @dataclass(frozen=True)
 class Done:
     """A spec and what its function returned, on which worker; None where the cluster drained before

@@ -5,6 +5,7 @@ mode, probes.
 from .batches import Split, automatic_batch_size, power_of_two
 from .between import Between
 from .data import replicates_of
+from .device_errors import is_out_of_memory, spoils_device
 from .directions import (
     Along,
     Distances,
@@ -23,7 +24,6 @@ from .example_axis import recalled, recorded
 from .in_a_row import InARow, OfTensors, OfUnits, Units
 from .mixing import refuse_mixed
 from .model import new_model
-from .out_of_memory import is_out_of_memory
 from .passes import one_batch
 from .precision import float32
 from .probe import (
@@ -86,6 +86,7 @@ __all__ = [
     "refuse_mixed",
     "replicates_of",
     "rounding_errors",
+    "spoils_device",
     "statistics_of",
     "sums_along",
     "tensor_table",

@@ -27,8 +27,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ...errors import InputError, few
+from .device_errors import is_out_of_memory
 from .directions import Along, Motion, SumsAlong
-from .out_of_memory import is_out_of_memory
 from .recurrent import operation_by_operation
 from .tap_check import LEAST, Drawn, tolerance_of
 from .values import Values

@@ -27,8 +27,8 @@ from ...errors import InputError, ResourceError
 from ..schema import RecalibrationRecord
 from .batches import Split, automatic_batch_size
 from .containers import fresh
+from .device_errors import is_out_of_memory
 from .normalisation import NormalisationCall, normalising, replacing, running
-from .out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from .evaluate import Objective

@@ -27,8 +27,8 @@ from torch.utils.data import (
 from ...base.available_memory import free_memory
 from ...errors import InputError
 from .containers import change_tensors, digest_of, feed, rows, size_of
+from .device_errors import is_out_of_memory
 from .draws import Draws
-from .out_of_memory import is_out_of_memory
 
 _RESIDENT_SHARE = 0.25
 DIGESTED = 256

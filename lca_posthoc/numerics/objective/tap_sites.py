@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .device_errors import is_out_of_memory
 from .directions import Motion
 from .example_axis import Signature
-from .out_of_memory import is_out_of_memory
 from .tangents import (
     LAYERS,
     RESHAPING,

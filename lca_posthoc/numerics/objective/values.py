@@ -16,9 +16,9 @@ from ...tasks.task import Loss, Task
 from .autocast import Watch
 from .containers import fresh
 from .data import ValueSource, origin, stated_loss
+from .device_errors import is_out_of_memory, spoils_device
 from .linear import multiplying
 from .normalisation import normalising
-from .out_of_memory import is_out_of_memory
 from .precision import default_dtype, tf32
 from .recurrent import recurring
 from .returned import (
@@ -246,7 +246,7 @@ class LossValues:
         except (InputError, SpanError):
             raise
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or spoils_device(error):
                 raise
             place = (
                 "in a term of the parameters" if loss.split is None else f"on split {loss.split!r}"

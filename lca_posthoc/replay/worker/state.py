@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ...checkpoints.paths import located
 from ...checkpoints.trajectory import Checkpoint, read_checkpoint
-from ...cluster import Spec, delivered
+from ...cluster import Spec, Unusable, delivered
 from ...errors import InputError, LCAError, ResourceError, SpanError, pack_error
 from ...tasks import task
 from ..requests import Failure, StoredPoints, TaskRequest, TaskSetup, from_plain, to_plain
@@ -160,12 +160,16 @@ def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callabl
     def task_of(work: Callable[[Asked], object]) -> Callable[[Spec], Spec]:
         @functools.wraps(work)
         def reported(spec: Spec) -> Spec:
+            from ...numerics.objective import spoils_device
+
             request: Asked | None = None
             try:
                 request = from_plain(kind, spec)
                 with _ONE_AT_A_TIME, _deterministic():
                     return to_plain(work(request))
             except Exception as error:
+                if spoils_device(error):
+                    raise Unusable(f"{type(error).__name__}: {error}") from None
                 problem = error if isinstance(error, LCAError) else _as_ours(error, request)
                 return to_plain(Failure(error=pack_error(problem), trace=traceback.format_exc()))
 

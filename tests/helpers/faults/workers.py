@@ -84,6 +84,67 @@ def hanging(count: int, _: Path) -> str:
     )
 
 
+# --- a device that is spoiled ---------------------------------------------------------------------
+
+SPOILED = "CUDA error: device-side assert triggered"
+SPOILING = """\
+    def forward(self, inputs):
+        if os.path.exists(FLAG) and self.out.bias[0].item() == float(open(FLAG).read()):
+            STATE.add("spoiled")
+            if ONCE:
+                os.remove(FLAG)
+        if STATE:
+            raise torch.AcceleratorError({error!r})
+"""
+
+
+@fault("R23", "an error that spoils the device of a worker's process", ci=2, full=10)
+def device_spoiled(count: int, _: Path) -> str:
+    """As after an assertion on a GPU, every later call of the process fails too. In every second
+    run the same span meets it again wherever it is computed.
+    """
+    chance, replaced = random.Random(23), 0
+    with laid_out() as (place, clean):
+        flag = place / "flag"
+        forward = SPOILING.format(error=SPOILED)
+        clean_runs.write_small_task(place, "    def forward(self, inputs):\n", forward)
+        text = (place / "small_task.py").read_text()
+        for number in range(count):
+            out, log, once = place / f"run-{number}.lca", place / f"log-{number}", number % 2 == 0
+            names = f"FLAG, STATE, ONCE = {str(flag)!r}, set(), {once}"
+            (place / "small_task.py").write_text(f"import os\nimport torch\n\n{names}\n{text}")
+            span = chance.randrange(3, 18)
+            step = clean_runs.SPAN * span + 1
+            weights = load_file(place / "checkpoints" / f"step_{step:08d}.safetensors")
+            flag.write_text(repr(float(weights["out.bias"][0])))
+            driver = drive(
+                place, out, "--cluster", "local", "--workers", 2, environment=counting(log)
+            )
+            assert driver.finished(200) == (0 if once else 3), driver.said
+            named(driver.said, SPOILED)
+            if once:
+                whole(out, clean)
+            else:
+                named(driver.said, f"Steps {step - 1} to {step + 1}", "1 span failed")
+                assert markers(out) == 19
+                undamaged(out)
+                flag.unlink()
+                complete(place, out, clean)
+            hands = [line.split() for line in log.read_text().splitlines()]
+            spoiled = [position for position, (each, _) in enumerate(hands) if each == str(span)]
+            assert len(spoiled) == 2, hands
+            for position in spoiled if not once else spoiled[:1]:
+                later = [pid for _, pid in hands[position + 1 :]]
+                # a span that waited there may have begun before the process ended
+                assert later.count(hands[position][1]) <= 1, hands
+                replaced += 1
+            nobody_left(driver)
+    return (
+        f"{count} runs, {replaced} processes replaced, complete or exit 3 with the steps and the "
+        "error, bytes equal"
+    )
+
+
 # --- memory ---------------------------------------------------------------------------------------
 
 TIGHT = """\

@@ -1,0 +1,27 @@
+"""Errors of devices, told from those of code."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, of a GPU or of the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # torch has no class for it
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def spoils_device(error: BaseException | None) -> bool:
+    """Tell whether an error, or what led to it, leaves its process without a device it can compute
+    on: after an assertion or an illegal access on a GPU, every later call fails as well.
+    """
+    while error is not None:
+        # torch has a class for it from 2.8 on
+        if isinstance(error, getattr(torch, "AcceleratorError", ())):
+            return True
+        if isinstance(error, RuntimeError) and str(error).startswith("CUDA error"):
+            return True
+        error = error.__cause__
+    return False
