@@ -380,6 +380,31 @@ def test_bursts_are_recorded_and_replayed_without_the_gaps_between_them(tmp_path
     assert listed.breaks == frozenset()
 
 
+# --steps, and the segments it gives of bursts of four every ten steps
+THINNED = {
+    "every second": ("::2", [(0, 2), (10, 12), (20, 22)]),
+    "every third, of which a burst has one or two": ("::3", [(0, 3)]),
+    "one of each": ("::4", [(0, 10), (10, 20)]),
+    "ranges": ("0:1,10:11", [(0, 1), (10, 11)]),
+    "a single step beside a range": ("3,10:11", [(3, 10), (10, 11)]),
+}
+
+
+@pytest.mark.parametrize("case", THINNED)
+def test_gaps_between_thinned_bursts_stay_unless_one_of_each_is_chosen(
+    tmp_path: Path, case: str
+) -> None:
+    steps, segments = THINNED[case]
+    with Recorder(tmp_path, task_namespace()["Net"](), bursts=(10, 4)) as recorder:
+        for step in range(25):
+            recorder.save(step)
+    chosen = open_trajectory(tmp_path, steps=steps, compare=False)
+    ends = [(chosen.steps[start], chosen.steps[start + 1]) for start in chosen.starts]
+    assert ends == segments
+    across = any(before // 10 != after // 10 for before, after in ends)
+    assert any("longer than one step" in note for note in chosen.notes) is across
+
+
 @pytest.mark.parametrize("bursts", [(10,), (10, 1), (10, 10), (0, 2), "10:3", (10, 2.5)])
 def test_bursts_without_a_segment_or_a_gap_are_refused(tmp_path: Path, bursts: Any) -> None:
     with pytest.raises(InputError, match=r"give \(every, length\), such as \(100, 8\)"):
