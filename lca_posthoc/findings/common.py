@@ -170,10 +170,10 @@ def refuse_part(results: LossResults, what: str) -> None:
         what: needs all of them, in the plural.
 
     Raises:
-        LCAError: with the way out.
+        InputError: with the way out.
     """
     if results.manifest.sampled is not None:
-        raise LCAError(f"{what} {results.of_a_part()}")
+        raise InputError(f"{what} {results.of_a_part()}")
 
 
 def over_training(results: LossResults, column: xr.DataArray) -> xr.DataArray:
@@ -237,8 +237,8 @@ def tables(
         sampled: whether a random part of the segments is enough.
 
     Raises:
-        LCAError: where the run keeps less, or no segment is there yet.
-        InputError: for anything but a loss of a run.
+        LCAError: where no segment is there yet.
+        InputError: where the run keeps less, or for anything but a loss of a run.
     """
     if not isinstance(results, LossResults):
         raise InputError(

@@ -20,7 +20,7 @@ from lca_posthoc.numerics.sampling import SegmentSample, scale, standard_error
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.run import repair
-from tests.helpers.cli import contents, lca, says, task_namespace, write_task
+from tests.helpers.cli import contents, lca, refused, says, task_namespace, write_task
 from tests.replay.test_replay import arrays, identical, record_training
 
 SEGMENTS = 60
@@ -129,6 +129,7 @@ def test_what_needs_every_segment_is_held_back_with_the_reason(
 ) -> None:
     with pytest.raises(LCAError, match=r"need every segment .*--segments 0\.5@1.*without"):
         getattr(findings, finding)(open_run(sampled)["train"])
+    refused(lca("plot", sampled, finding, "-o", tmp_path / "x.png"), "need every segment")
 
 
 def test_two_losses_beside_each_other_totals_and_statistics_are_held_back(sampled: Path) -> None:
