@@ -142,9 +142,7 @@ def _distances(inspection: Inspection) -> Table:
     are many.
     """
     before_gaps = {before for before, _ in inspection.gaps}
-    starts = [
-        place for place, step in enumerate(inspection.steps[:-1]) if step not in before_gaps
-    ]
+    starts = [place for place, step in enumerate(inspection.steps[:-1]) if step not in before_gaps]
     segments = len(starts)
     rows = table(
         *("steps", "segments", "‖Δθ‖, smallest", "median", "largest", "of ‖θ‖", "same bits"),

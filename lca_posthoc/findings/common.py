@@ -16,7 +16,7 @@ from ..base.declarations import declared_findings
 from ..base.text import count
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError
-from ..numerics.sampling import scale, standard_error
+from ..numerics.sampling import SegmentSample, scale, standard_error
 from ..numerics.schema import KEEP, TOTALS, holds
 from ..results import LossResults
 
@@ -215,9 +215,10 @@ def estimated(results: LossResults) -> list[str]:
     manifest = results.manifest
     if manifest.sampled is None:
         return []
+    sample, every = SegmentSample.parse(manifest.sampled), manifest.all_segments
     return [
-        f"Sums over training are estimates from a random part of the segments, --segments "
-        f"{manifest.sampled} of {manifest.all_segments:,}; `segments` are their standard errors."
+        f"Sums over training are estimates from a random {100 * float(sample.fraction):.3g} % of the "
+        f"segments ({sample.size(every):,} of {every:,}, seed {sample.seed})."
     ]
 
 

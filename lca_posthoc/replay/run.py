@@ -670,9 +670,7 @@ class _Driver:
         )
         if finished:
             followed = self._follower is not None
-            self._status.tell(
-                Planned(0, manifest.segments * len(losses), 0, 0, followed=followed)
-            )
+            self._status.tell(Planned(0, manifest.segments * len(losses), 0, 0, followed=followed))
         return finished
 
     def _work(
