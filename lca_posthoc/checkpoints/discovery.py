@@ -15,6 +15,7 @@ from pathlib import Path
 from ..errors import InputError, few
 from .headers import Header, joined, read_header
 from .layouts import (
+    BESIDE_THE_WEIGHTS,
     IMPORTED,
     MOMENTS,
     SAFETENSORS,
@@ -100,7 +101,11 @@ def _in_folders(root: Path) -> str:
         if path.is_dir() and len(_NUMBERS.findall(path.name)) == 1
     ]
     for folder in folders:
-        files = sorted(path for depth in _DEPTHS for path in folder.glob(depth))
+        files = [
+            path
+            for path in sorted(path for depth in _DEPTHS for path in folder.glob(depth))
+            if not BESIDE_THE_WEIGHTS.fullmatch(path.name)
+        ]
         named = [path for path in files if path.name in SAFETENSORS]
         chosen = next(iter([*named, *(path for path in files if path.suffix in _READ)]), None)
         if chosen is not None:
