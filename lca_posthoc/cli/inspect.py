@@ -95,8 +95,8 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
         console.print(f"{observation.grade}: {safe(observation.text)}.")
     if inspection.observations:
         console.print()
-    if told := _gaps(inspection):
-        console.print(Text(wrapped(told, console)))
+    if about_gaps := _gaps(inspection):
+        console.print(Text(wrapped(about_gaps, console)))
         console.print()
     console.print(_distances(inspection))
     console.print()

@@ -374,25 +374,27 @@ def open_place(
         InputError: as for `open_pytorch`, and where the place names nothing that is imported, or a
             single step is not there.
     """
-    there: dict[int, _Saved] = {}
+    by_step: dict[int, _Saved] = {}
     others = list[Path]()
     for step, path in place.all_steps():
         files = _entry(path)
-        if files and step in there:
-            raise InputError(f"{there[step].path} and {path} both are step {step}. Move one away.")
+        if files and step in by_step:
+            raise InputError(
+                f"{by_step[step].path} and {path} both are step {step}. Move one away."
+            )
         if files:
-            there[step] = _Saved(path, files, key)
+            by_step[step] = _Saved(path, files, key)
         else:
             others.append(path)
-    if others and not there:
+    if others and not by_step:
         raise InputError(
             f"{place} names nothing that is imported, such as {others[0]}. Safetensors files need "
             "no import: give the place to `lca run` as it is."
         )
-    steps = sorted(there)
+    steps = sorted(by_step)
     choice = wanted.choose(steps) if steps else None
-    chosen = [] if choice is None else [there[steps[position]] for position in choice.used]
-    step_of = {saved.path: step for step, saved in there.items()}
+    chosen = [] if choice is None else [by_step[steps[position]] for position in choice.used]
+    step_of = {saved.path: step for step, saved in by_step.items()}
     notes = [] if choice is None else [*choice.notes]
     return _series(chosen, notes, step_of.get, str(place), progress)
 
