@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from pathlib import Path
 from ..errors import InputError, few
 from .headers import Header, joined, read_header
 from .layouts import (
+    BESIDE_THE_WEIGHTS,
     IMPORTED,
     MOMENTS,
+    SAFETENSORS,
     both_count,
     count_epochs,
     epochs_are_meant,
@@ -34,6 +37,9 @@ from .steps import StepChoice
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
 _AT_A_TIME = 16
+_NUMBERS = re.compile("[0-9]{1,18}")
+_DEPTHS = ("*", "*/*", "*/*/*")  # below the folder of a step
+_READ = (".safetensors", *IMPORTED)
 
 
 def _require_directory(root: Path) -> None:
@@ -60,7 +66,9 @@ def too_few(places: Sequence[Place], steps: list[int], which: str) -> InputError
     for place in places:
         if not place.rest:
             refuse_unreadable(place.root)
-    hint = "".join(_importable(place.root) for place in places if not place.rest)
+    hint = "".join(
+        _importable(place.root) or _in_folders(place.root) for place in places if not place.rest
+    )
     only = f"only one checkpoint (step {steps[0]})" if steps else "no checkpoint"
     return InputError(
         f"{few([*map(str, places)])} holds {only}{which}; at least two are needed, for a segment runs from one to the "
@@ -79,6 +87,35 @@ def _importable(root: Path) -> str:
         if files
         else ""
     )
+
+
+def _in_folders(root: Path) -> str:
+    """Return a hint where every step has a folder that this does not look into, with the place to
+    name instead; else "".
+    """
+    if is_remote(root):
+        return ""
+    folders = [
+        path
+        for path in sorted(root.iterdir())
+        if path.is_dir() and len(_NUMBERS.findall(path.name)) == 1
+    ]
+    for folder in folders:
+        files = [
+            path
+            for path in sorted(path for depth in _DEPTHS for path in folder.glob(depth))
+            if not BESIDE_THE_WEIGHTS.fullmatch(path.name)
+        ]
+        named = [path for path in files if path.name in SAFETENSORS]
+        chosen = next(iter([*named, *(path for path in files if path.suffix in _READ)]), None)
+        if chosen is not None:
+            step = _NUMBERS.sub(STEP, folder.name)
+            inside = chosen.relative_to(folder).as_posix()
+            number = _NUMBERS.findall(folder.name)[0]
+            place = shlex.quote(str(root / step / inside.replace(number, STEP)))
+            command = "lca run" if chosen.suffix in (".safetensors", ".json") else "lca import"
+            return f" Where every step has a folder, name the files in them: {command} {place} …"
+    return ""
 
 
 class Headers(dict[Path, Header]):

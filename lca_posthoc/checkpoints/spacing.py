@@ -46,18 +46,21 @@ def between_bursts(
     Args:
         steps: of the used checkpoints, ascending.
         bursts: of each of them, see `bursts_of`.
-        choice: which of all they are; with some left out between two, a long segment is meant.
+        choice: which of all they are. Single steps are joined to their neighbours, and so is all
+            where no two are of one burst: then a series of long segments is meant.
     """
-    return frozenset(
+    every = range(len(steps) - 1)
+    between = frozenset(
         place
-        for place, ((before, after), (position, following)) in enumerate(
-            zip(pairwise(steps), pairwise(choice.used), strict=True)
-        )
-        if following == position + 1
-        and bursts[place] is not None
+        for place in every
+        if bursts[place] is not None
         and bursts[place] == bursts[place + 1]
-        and _in_different_bursts(before, after, bursts[place])
+        and _in_different_bursts(steps[place], steps[place + 1], bursts[place])
     )
+    thinned = any(after > before + 1 for before, after in pairwise(choice.used))
+    if thinned and between.issuperset(every):
+        return frozenset()
+    return frozenset(place for place in between if not {place, place + 1} & choice.named)
 
 
 def _in_different_bursts(before: int, after: int, bursts: tuple[int, int] | None) -> bool:

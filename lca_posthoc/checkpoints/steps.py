@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from ..errors import InputError, few
 
@@ -20,12 +20,14 @@ _ITEM = re.compile(r"(?P<first>[0-9]{0,18})(?::(?P<last>[0-9]{0,18})(?::(?P<ever
 @dataclass(frozen=True)
 class Choice:
     """The checkpoints that are used: their positions among all, ascending; the positions among the
-    used after which no segment follows; notes.
+    used after which no segment follows; notes; the positions among the used of those that were
+    named one by one, which a segment joins to their neighbours.
     """
 
     used: tuple[int, ...]
     breaks: frozenset[int]
     notes: tuple[str, ...] = ()
+    named: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,14 @@ class StepChoice:
                 for item, part in zip(self.items, parts, strict=True)
                 if not part and len(self.items) > 1
             ),
+            self._named([len(part) for part in parts]),
+        )
+
+    def _named(self, counts: Sequence[int]) -> frozenset[int]:
+        """Return the positions among the used of single steps; `counts` as for `_breaks`."""
+        firsts = accumulate(counts, initial=0)
+        return frozenset(
+            first for item, first in zip(self.items, firsts, strict=False) if item.is_single
         )
 
     def _refuse_absent(self, empty: Sequence[_Item], steps: Sequence[int]) -> None:
@@ -131,7 +141,7 @@ def parse_steps(text: str) -> StepChoice:
     >>> parse_steps("0,1,2,4").singles, parse_steps("0:3,100:103").singles
     ((0, 1, 2, 4), None)
     >>> parse_steps("0:1,5:6,9").choose(range(10))
-    Choice(used=(0, 1, 5, 6, 9), breaks=frozenset({1}), notes=())
+    Choice(used=(0, 1, 5, 6, 9), breaks=frozenset({1}), notes=(), named=frozenset({4}))
 
     Raises:
         InputError: where the text is no such list, or does not ascend.

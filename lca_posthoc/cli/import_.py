@@ -26,6 +26,11 @@ from .show import bar, prints_to_stderr, say, stdout
     "match are left out.",
 )
 @click.option(
+    "--steps",
+    metavar="A:B[:K],S,…",
+    help="Of a place with {step} in it: the training steps to import, as for lca run.",
+)
+@click.option(
     "--dataset",
     metavar="NAME",
     help="Of an HDF5 file: the one with a row for every iterate.  [default: all_weights]",
@@ -40,12 +45,14 @@ def command(source: str, directory: str, **options: Any) -> None:
 
     Takes what torch.save, Lightning and older Hugging Face trainers wrote, shards of
     torch.distributed.checkpoint and DeepSpeed, and HDF5 with a row for every iterate. Run again, it
-    goes on where it stopped and takes up new checkpoints.
+    goes on where it stopped and takes up new checkpoints. SOURCE is their directory, or a place with
+    {step} where the step stands.
 
     \b
     lca import lightning_logs/version_0/checkpoints checkpoints
     lca import saved checkpoints --key app.model
     lca import saved checkpoints --key ema --pattern 'model_(?P<step>\\d+)'
+    lca import 'run7/step{step}/pytorch_model.bin' checkpoints --steps 0:100,200
     lca import weights.h5 checkpoints --task my_task.py
 
     Of a training that saved every step, the optimiser's states are read too (optimizer.pt of a

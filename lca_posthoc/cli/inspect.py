@@ -10,9 +10,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import click
+from rich.text import Text
 
 from ..base.text import count, safe
 from ..errors import amount
+from ..replay.display import wrapped
 from .options import json_option, trajectory_options
 from .show import Table, bar, print_json, say, share, stdout, table
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from ..checkpoints.inspection import Inspection
 
 _MOST_ROWS = 12
+_MOST_RANGES = 8
 
 
 @click.command()
@@ -73,6 +76,7 @@ def document(inspection: Inspection) -> dict[str, object]:
         "dtypes": list(inspection.dtypes),
         "bytes": inspection.size,
         "norms": list(inspection.norms),
+        "gaps": [list(gap) for gap in inspection.gaps],
         "distances": list(inspection.distances),
         "same_bits": list(inspection.same_bits),
     }
@@ -90,6 +94,9 @@ def print_inspection(inspection: Inspection, console: Console) -> None:
     for observation in inspection.observations:
         console.print(f"{observation.grade}: {safe(observation.text)}.")
     if inspection.observations:
+        console.print()
+    if about_gaps := _gaps(inspection):
+        console.print(Text(wrapped(about_gaps, console)))
         console.print()
     console.print(_distances(inspection))
     console.print()
@@ -109,9 +116,34 @@ def _verdict(inspection: Inspection) -> str:
     return "one training, as far as distances tell"
 
 
+def _gaps(inspection: Inspection) -> str:
+    """Return which gaps a replay leaves out, or how it could; "" where there are none."""
+    if inspection.gaps:
+        before, after = max(inspection.gaps, key=lambda gap: gap[1] - gap[0])
+        number = len(inspection.gaps)
+        return (
+            f"{count(number, 'gap')} between checkpoints{', the longest' if number > 1 else ','} "
+            f"{before}→{after}, {'is' if number == 1 else 'are'} left out below, as `lca run` leaves "
+            "them out."
+        )
+    if inspection.bursts:
+        ranges = [f"{first}:{last}" for first, last in inspection.bursts if first < last]
+        steps = ",".join(ranges if len(ranges) <= _MOST_RANGES else [*ranges[:_MOST_RANGES], "…"])
+        return (
+            f"The checkpoints are {len(inspection.bursts)} bursts, which no recorder states: `lca "
+            f"run` joins them by {count(len(inspection.bursts) - 1, 'long segment')}, counted below. --steps {steps} "
+            "leaves the gaps out."
+        )
+    return ""
+
+
 def _distances(inspection: Inspection) -> Table:
-    """Return the distances of neighbours, by stretches of segments where there are many."""
-    segments = len(inspection.distances)
+    """Return the distances of neighbours that a segment joins, by stretches of segments where there
+    are many.
+    """
+    before_gaps = {before for before, _ in inspection.gaps}
+    starts = [place for place, step in enumerate(inspection.steps[:-1]) if step not in before_gaps]
+    segments = len(starts)
     rows = table(
         *("steps", "segments", "‖Δθ‖, smallest", "median", "largest", "of ‖θ‖", "same bits"),
         names=1,
@@ -120,14 +152,15 @@ def _distances(inspection: Inspection) -> Table:
     for start, stop in pairwise(borders):
         if start == stop:
             continue
-        lengths = _finite(inspection.distances[start:stop])
-        norms = _finite(inspection.norms[start : stop + 1])
+        places = starts[start:stop]
+        lengths = _finite([inspection.distances[place] for place in places])
+        norms = _finite(inspection.norms[places[0] : places[-1] + 2])
         rows.add_row(
-            f"{inspection.steps[start]} to {inspection.steps[stop]}",
+            f"{inspection.steps[places[0]]} to {inspection.steps[places[-1] + 1]}",
             f"{stop - start:,}",
             *(f"{value(lengths):.3g}" for value in (min, median, max)),
             f"{100 * median(lengths) / max(norms):.3g} %" if any(norms) else "",
-            share(median(inspection.same_bits[start:stop])),
+            share(median(inspection.same_bits[place] for place in places)),
         )
     return rows
 

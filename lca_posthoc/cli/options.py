@@ -55,7 +55,11 @@ replay_options = _chain(
         help="A loss of the task (repeatable), or all.  [default: the first]",
     ),
     click.option(
-        "--out", type=click.Path(), metavar="RUN", help="Run directory.  [default: CHECKPOINTS.lca]"
+        "--out",
+        type=click.Path(),
+        metavar="RUN",
+        help="Run directory. Needed for several places and remote ones.  [default: CHECKPOINTS.lca; "
+        "of a place with {step} in it, the directory before it]",
     ),
     click.option(
         "--causes",

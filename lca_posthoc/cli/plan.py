@@ -90,6 +90,11 @@ def _print(planned: Plan, *, asked: bool) -> None:
         f"of all losses together, on one {'GPU' if planned.device == 'cuda' else 'CPU core'}; "
         "start-up, reading, bookkeeping and storing come on top and are not timed here."
     )
+    console.print(
+        "An evaluation is one gradient over all examples: at the ends of segments, between them as "
+        "the rule has it, and for other paths where segments are long; each is the time of one, "
+        "alone that of the loss without the others, stored what it takes at the level taken."
+    )
 
 
 def _levels(planned: Plan, *, asked: bool) -> Table:

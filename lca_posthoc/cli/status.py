@@ -58,14 +58,17 @@ def command(run: str, as_json: bool) -> None:
             more["following"] = {"waits_after": following.waits_after}
         print_json({"schema": 1, "losses": losses, **more})
     else:
-        _print(by_loss, last, preparing)
+        _print(opened, by_loss, last, preparing)
 
 
-def _print(by_loss: dict[str, _Status], last: LastRun | None, preparing: Starting | None) -> None:
+def _print(
+    opened: Run, by_loss: dict[str, _Status], last: LastRun | None, preparing: Starting | None
+) -> None:
     """Print a row for each loss, and a line on the driver."""
     console = stdout()
     following = _following(by_loss, last)
-    console.print(_table(by_loss, follows=following is not None))
+    stopped = _stopped_following(by_loss, last)
+    console.print(_table(by_loss, follows=following is not None, stopped=stopped))
     if following is not None:
         console.print(Text(wrapped(_follows(following), console)))
     if preparing is not None:
@@ -74,6 +77,8 @@ def _print(by_loss: dict[str, _Status], last: LastRun | None, preparing: Startin
         )
     elif following is not None and following.waits_after is not None:
         return
+    elif last is not None and _stopped_following(by_loss, last):
+        console.print(Text(wrapped(_after_following(opened), console)))
     elif last is not None and any(status.progress["running"] for status in by_loss.values()):
         console.print(Text(wrapped(_pace(by_loss, last), console)))
     elif last is not None and not all(status.progress["complete"] for status in by_loss.values()):
@@ -86,6 +91,37 @@ def _following(by_loss: dict[str, _Status], last: LastRun | None) -> LastRun | N
     return last if last is not None and runs and last.follows and last.ended is None else None
 
 
+def _stopped_following(by_loss: dict[str, _Status], last: LastRun | None) -> bool:
+    """Tell whether the last driver ended while it took iterates as a training recorded them."""
+    runs = any(status.progress["running"] for status in by_loss.values())
+    return last is not None and last.follows and not runs
+
+
+def _after_following(opened: Run) -> str:
+    """Return how the training stands that a driver followed before it ended, and what to do."""
+    from ..checkpoints.recorded import read_sign
+
+    root = Path(opened.manifest.root)
+    sign = read_sign(root)
+    stopped = f"it followed the training that is recorded in {safe(str(root))}, and was stopped"
+    if sign is None:
+        return f"{stopped}; no recorder's sign is there now. `lca run` takes what is there"
+    if sign.is_recording(root):
+        return (
+            f"{stopped}; the recorder ({safe(sign.who)}) goes on. The same `lca run` follows it on"
+        )
+    if sign.state == "closed":
+        return (
+            f"{stopped} before the end; the recorder has closed since. The same `lca run` takes the "
+            "rest"
+        )
+    return (
+        f"{stopped}; the recorder ({safe(sign.who)}) ended without closing. Resume the training "
+        "into the directory and run the same `lca run`, or leave --follow out to end with the "
+        "iterates that are there"
+    )
+
+
 def _follows(last: LastRun) -> str:
     waits = (
         ""
@@ -95,7 +131,7 @@ def _follows(last: LastRun) -> str:
     return f"it follows a recorder, and takes iterates as they come{waits}"
 
 
-def _table(by_loss: dict[str, _Status], *, follows: bool) -> Table:
+def _table(by_loss: dict[str, _Status], *, follows: bool, stopped: bool) -> Table:
     rows = table("loss", "spans", "segments", "worker time", "steps done", "state", words=2)
     for name, status in by_loss.items():
         loss = status.progress
@@ -108,7 +144,7 @@ def _table(by_loss: dict[str, _Status], *, follows: bool) -> Table:
             f"{loss['segments_done']} / {loss['segments']}{underway}",
             duration(loss["seconds"]),
             _steps(loss),
-            _state(name, status, follows=follows),
+            _state(name, status, follows=follows, stopped=stopped),
         )
     return rows
 
@@ -120,8 +156,10 @@ def _steps(loss: Progress) -> str:
     return whole if stretches == [whole] else f"{few(stretches) or 'none'} of {whole}"
 
 
-def _state(name: str, status: _Status, *, follows: bool) -> str:
+def _state(name: str, status: _Status, *, follows: bool, stopped: bool) -> str:
     loss = status.progress
+    if loss["complete"] and stopped:
+        return "complete so far; no longer follows"
     if loss["complete"] and follows:
         return "complete so far; follows"
     if loss["complete"]:

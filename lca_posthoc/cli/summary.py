@@ -305,12 +305,20 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline.add_row(f"loss at the start{of_drawn}", *(start for start, _ in ends))
     headline.add_row(f"loss at the end{of_drawn}", *(end for _, end in ends))
     changes = [_numbers([of["loss_change"], of["allocated"]]) for of in plain.values()]
-    over = ", estimated" if sampled else ""
+    gaps = any(figures["gaps"] for figures in plain.values())
+    outside = ", outside the gaps, estimated" if gaps else ", estimated"
+    over = outside if sampled else ", over the segments seen" if gaps else ""
     headline.add_row(f"loss change{over}", *(change for change, _ in changes))
     headline.add_row(
-        f"allocated, Σ over parameters and segments{over}",
+        f"allocated, Σ over parameters and segments{', estimated' if sampled else ''}",
         *(allocated for _, allocated in changes),
     )
+    if any(figures["gaps_change"] is not None for figures in plain.values()):
+        beside = [figures["gaps_change"] for figures in plain.values()]
+        headline.add_row(
+            "loss change in the gaps, which are not replayed",
+            *("" if change is None else _numbers([change])[0] for change in beside),
+        )
     if sampled:
         headline.add_row(
             "± standard error, by the segments drawn",
@@ -318,7 +326,9 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
         )
         true = [figures["identity_change"] for figures in plain.values()]
         headline.add_row(
-            "true change, first checkpoint to last, 256 examples",
+            "change over all of training, gaps too, 256 examples"
+            if gaps
+            else "true change, first checkpoint to last, 256 examples",
             *("" if change is None else _numbers([change])[0] for change in true),
         )
     if any(figures["buffers"] for figures in plain.values()):
@@ -327,14 +337,14 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
     if any(figures["path_band"] is not None for figures in plain.values()):
         bands = (
-            "" if figures["path_band"] is None else f"± {figures['path_band']:.1e}"
+            "" if figures["path_band"] is None else f"{figures['path_band']:.1e}"
             for figures in plain.values()
         )
-        headline.add_row("± path, Σ over modules", *bands)
+        headline.add_row("moved between modules by other paths", *bands)
     for key in _SHARES:
         if all(key in figures for figures in plain.values()):
             headline.add_row(
-                f"{key} (share of parameters × segments)",
+                f"{key} (share of parameters × {_counted(plain.values())})",
                 *(share(figures[key]) for figures in plain.values()),
             )
     if len({(figures["first_step"], figures["last_step"]) for figures in plain.values()}) > 1:
@@ -343,6 +353,17 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
             *(f"{figures['first_step']}–{figures['last_step']}" for figures in plain.values()),
         )
     stdout().print(headline)
+
+
+def _counted(every: Iterable[Figures[float]]) -> str:
+    """Return which segments shares are over, in words: those of one training step."""
+    counts = {
+        (figures["segments"] - figures["long_segments"], figures["segments"]) for figures in every
+    }
+    if all(short == segments for short, segments in counts):
+        return "segments"
+    some = " or ".join(f"{short:,} of {segments:,}" for short, segments in sorted(counts))
+    return f"segments of one step, {some}"
 
 
 def _error_cell(error: float | None) -> str:

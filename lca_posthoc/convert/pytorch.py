@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +37,8 @@ from ..checkpoints.layouts import (
     states_epoch,
     step_in_name,
 )
+from ..checkpoints.places import Place
+from ..checkpoints.steps import StepChoice
 from ..checkpoints.trajectory import compile_pattern
 from ..errors import InputError, few
 from ..recording.staging import same_bytes
@@ -353,10 +355,82 @@ def open_pytorch(
     """
     if place.is_file() or is_sharded(place):
         raise InputError(
-            f"{place} is one checkpoint. Give the directory that holds one for every step."
+            f"{place} is one checkpoint. Give the directory that holds one for every step, or the "
+            "place with {step} where the step stands."
         )
     regex = compile_pattern(pattern) if pattern else None
     every, notes = _checkpoints_in(place, regex, key)
+    named = f"--pattern '{pattern}'" if pattern else ""
+    return _series(every, notes, _in_names(regex), named, progress)
+
+
+def open_place(
+    place: Place, wanted: StepChoice, progress: Progress, key: str | None = None
+) -> Series:
+    """Look at the checkpoints of a place with `{step}` in it once, those of the steps wanted, and
+    return the series as `open_pytorch` does.
+
+    Raises:
+        InputError: as for `open_pytorch`, and where the place names nothing that is imported, or a
+            single step is not there.
+    """
+    by_step: dict[int, _Saved] = {}
+    others = list[Path]()
+    for step, path in place.all_steps():
+        files = _entry(path)
+        if files and step in by_step:
+            raise InputError(
+                f"{by_step[step].path} and {path} both are step {step}. Move one away."
+            )
+        if files:
+            by_step[step] = _Saved(path, files, key)
+        else:
+            others.append(path)
+    if others and not by_step:
+        raise InputError(
+            f"{place} names nothing that is imported, such as {others[0]}. Safetensors files need "
+            "no import: give the place to `lca run` as it is."
+        )
+    steps = sorted(by_step)
+    choice = wanted.choose(steps) if steps else None
+    chosen = [] if choice is None else [by_step[steps[position]] for position in choice.used]
+    step_of = {saved.path: step for step, saved in by_step.items()}
+    notes = [] if choice is None else [*choice.notes]
+    return _series(chosen, notes, step_of.get, str(place), progress)
+
+
+def _in_names(regex: re.Pattern[str] | None) -> Callable[[Path], int | None]:
+    """Return the function that reads the step from a name: by a pattern, where there is one."""
+
+    def in_name(path: Path) -> int | None:
+        if regex is None:
+            return step_in_name(path.name)
+        named = regex.search(path.name)
+        return (
+            int(named["step"])
+            if named and re.fullmatch("[0-9]{1,18}", named["step"] or "")
+            else None
+        )
+
+    return in_name
+
+
+def _series(
+    every: Sequence[_Saved],
+    notes: list[str],
+    in_name: Callable[[Path], int | None],
+    named: str,
+    progress: Progress,
+) -> Series:
+    """Return the series of some checkpoints.
+
+    Args:
+        every: of them.
+        notes: on what is left out so far.
+        in_name: returns the step that a path states.
+        named: by what the user said where steps stand; empty where names are read.
+        progress: called for each.
+    """
     looked = list[_Looked]()
     for done, saved in enumerate(every):
         progress("looking at", done, len(every))
@@ -372,7 +446,7 @@ def open_pytorch(
             )
         )
         notes += [note for note in loaded.notes if note not in notes]
-    numbering = _Numbering(looked, regex)
+    numbering = _Numbering(looked, in_name, named)
     known, first = dict[str, TensorHeader](), ""
     steps, unnamed = dict[int, _Looked](), list[_Saved]()
     for checkpoint in looked:
@@ -458,8 +532,10 @@ class _Numbering:
             step.
     """
 
-    def __init__(self, looked: Sequence[_Looked], regex: re.Pattern[str] | None) -> None:
-        self._regex = regex
+    def __init__(
+        self, looked: Sequence[_Looked], in_name: Callable[[Path], int | None], named: str
+    ) -> None:
+        self._in_name, self._named = in_name, named
         numbers = [
             (number, checkpoint)
             for checkpoint in looked
@@ -473,7 +549,7 @@ class _Numbering:
             ]
         )
         self._by_name = list[_Looked]()
-        if regex is not None:
+        if named:
             return
         by_name = [
             checkpoint
@@ -491,22 +567,12 @@ class _Numbering:
         )
         self._by_name = by_name
 
-    def _in_name(self, path: Path) -> int | None:
-        if self._regex is None:
-            return step_in_name(path.name)
-        named = self._regex.search(path.name)
-        return (
-            int(named["step"])
-            if named and re.fullmatch("[0-9]{1,18}", named["step"] or "")
-            else None
-        )
-
     def step_of(self, looked: _Looked) -> int | None:
-        """Return the training step: by `--pattern`, else as the file states it, as a trainer wrote
+        """Return the training step: where the user said, else as the file states it, as a trainer wrote
         beside it, or by the name.
         """
         number = self._in_name(looked.saved.path)
-        if self._regex is not None:
+        if self._named:
             return number
         if looked.step is not None:
             counts_epochs = self._by_epoch and not says_step(looked.name)
@@ -526,8 +592,8 @@ class _Numbering:
         Raises:
             InputError: where steps inside the files go down as epochs go up.
         """
-        if self._regex is not None:
-            return [epochs_are_meant(f"--pattern '{self._regex.pattern}'")] * self._by_epoch
+        if self._named:
+            return [epochs_are_meant(self._named)] * self._by_epoch
         epochs = [
             (step, checkpoint)
             for step, checkpoint in sorted(steps.items())

@@ -22,12 +22,15 @@ from ..checkpoints.headers import HALF, TensorHeader, read_header
 from ..checkpoints.layouts import MOMENTS
 from ..checkpoints.optimizer_steps import METADATA_KEY, moments_path
 from ..checkpoints.paths import here
+from ..checkpoints.places import STEP, Place, place_of
 from ..checkpoints.recorded import name_of, step_of
+from ..checkpoints.steps import parse_steps
 from ..checkpoints.trajectory import TensorSpec, open_trajectory
 from ..errors import InputError, ResourceError, amount
 from ..recording.staging import Layout
 from ..tasks.task import Task
 from .formats import FORMATS
+from .pytorch import open_place
 from .series import SIZES, Iterate, Progress, Series, Tensors, headers_of
 
 Say = Callable[[str], None]
@@ -56,6 +59,7 @@ def convert(
     *,
     key: str | None = None,
     pattern: str | None = None,
+    steps: str | None = None,
     dataset: str | None = None,
     task: str | Path | Task | None = None,
     say: Say = print,
@@ -68,12 +72,14 @@ def convert(
     and adds new checkpoints.
 
     Args:
-        source: a directory of checkpoints, or a file that holds a series.
+        source: a directory of checkpoints, a place with `{step}` in it, or a file that holds a
+            series.
         directory: created where it does not exist; it holds nothing but this series.
         key: the entry of each checkpoint that is the state dict, where that is not clear; a path
             with dots for one inside others.
         pattern: a regular expression with a group `step`, matched against each name; names it does
             not match are left out.
+        steps: of a place with `{step}` in it, those to import, as for `open_trajectory`.
         dataset: of an HDF5 file, the dataset with a row for every iterate (default `all_weights`).
         task: of an HDF5 file, the task whose model says the order and the shapes of the parameters.
         say: called with each note, on what is left out and why.
@@ -86,12 +92,17 @@ def convert(
         ResourceError: where space or a package is missing, or a file cannot be written.
     """
     what = "an import is from and to file systems. Copy the checkpoints here first."
-    origin, place = here(source, what), here(directory, what)
+    named = place_of(source)
+    origin, place = here(named.root, what), here(directory, what)
     options = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
     set_options = {name: value for name, value in options.items() if value is not None}
     try:
         _only_steps(place)
-        series = _opened(origin, set_options, progress)
+        series = (
+            _of_place(named, steps, set_options, progress)
+            if named.rest
+            else _opened(origin, _without_steps(set_options, steps), progress)
+        )
     except OSError as error:
         raise InputError(
             f"cannot read {error.filename or origin}: {error.strerror}. Check the path and its "
@@ -101,7 +112,7 @@ def convert(
         count = "only one checkpoint" if series.iterates else "no checkpoint"
         which = f" whose name --pattern {pattern!r} matches" if pattern else ""
         raise InputError(
-            f"{origin} holds {count}{which}; at least two are needed, for a segment runs from one "
+            f"{named} holds {count}{which}; at least two are needed, for a segment runs from one "
             "to the next."
         )
     for note in [*series.notes, *_half(series)]:
@@ -116,8 +127,34 @@ def convert(
         progress("writing", len(waiting), len(waiting))
     for note in open_trajectory(place).notes:
         say(note)
-    steps = [iterate.step for iterate in series.iterates]
-    return Imported(steps, len(waiting), len(steps) - len(waiting), written)
+    numbers = [iterate.step for iterate in series.iterates]
+    return Imported(numbers, len(waiting), len(numbers) - len(waiting), written)
+
+
+def _without_steps(options: Mapping[str, object], steps: str | None) -> Mapping[str, object]:
+    """Return the options; refuse steps of what is no place with the step in it."""
+    if steps is not None:
+        raise InputError(
+            f"--steps of an import chooses from a place with {STEP} in it, such as "
+            f"'ROOT/step{STEP}/pytorch_model.bin'. Leave it out; `lca run --steps` chooses from what "
+            "is imported."
+        )
+    return options
+
+
+def _of_place(
+    place: Place, steps: str | None, options: Mapping[str, object], progress: Progress
+) -> Series:
+    """Open the checkpoints of a place with the step in it."""
+    for option in options:
+        if option != "key":
+            raise InputError(
+                f"--{option} says nothing about {place}, which says the step where it has {STEP}. "
+                "Leave it out."
+            )
+    key = options.get("key")
+    wanted = parse_steps(":" if steps is None else steps)
+    return open_place(place, wanted, progress, None if key is None else str(key))
 
 
 def _opened(origin: Path, options: Mapping[str, object], progress: Progress) -> Series:

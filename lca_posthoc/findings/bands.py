@@ -11,7 +11,7 @@ import xarray as xr
 
 from ..base.declarations import declared_findings
 from ..base.text import count
-from ..errors import LCAError
+from ..errors import InputError
 from ..numerics.long_segments import is_long, pairs
 from ..results import LossResults
 from .common import Numbers, scale_of
@@ -74,10 +74,10 @@ def refuse_straight_lines(table: xr.Dataset, single_steps: str, what: str) -> No
         what: is held back, in the plural.
 
     Raises:
-        LCAError: says why, and where net sums are.
+        InputError: says why, and where net sums are.
     """
     if _lacks(table, single_steps):
-        raise LCAError(
+        raise InputError(
             f"{held_back(table, what)[0]} Net sums of layers and units are told: `lca plot RUN "
             "layers`."
         )

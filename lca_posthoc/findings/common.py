@@ -16,7 +16,7 @@ from ..base.declarations import declared_findings
 from ..base.text import count
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError
-from ..numerics.sampling import scale, standard_error
+from ..numerics.sampling import SegmentSample, scale, standard_error
 from ..numerics.schema import KEEP, TOTALS, holds
 from ..results import LossResults
 
@@ -170,10 +170,10 @@ def refuse_part(results: LossResults, what: str) -> None:
         what: needs all of them, in the plural.
 
     Raises:
-        LCAError: with the way out.
+        InputError: with the way out.
     """
     if results.manifest.sampled is not None:
-        raise LCAError(f"{what} {results.of_a_part()}")
+        raise InputError(f"{what} {results.of_a_part()}")
 
 
 def over_training(results: LossResults, column: xr.DataArray) -> xr.DataArray:
@@ -215,9 +215,10 @@ def estimated(results: LossResults) -> list[str]:
     manifest = results.manifest
     if manifest.sampled is None:
         return []
+    sample, every = SegmentSample.parse(manifest.sampled), manifest.all_segments
     return [
-        f"Sums over training are estimates from a random part of the segments, --segments "
-        f"{manifest.sampled} of {manifest.all_segments:,}; `segments` are their standard errors."
+        f"Sums over training are estimates from a random {100 * float(sample.fraction):.3g} % of the "
+        f"segments ({sample.size(every):,} of {every:,}, seed {sample.seed})."
     ]
 
 
@@ -237,8 +238,8 @@ def tables(
         sampled: whether a random part of the segments is enough.
 
     Raises:
-        LCAError: where the run keeps less, or no segment is there yet.
-        InputError: for anything but a loss of a run.
+        LCAError: where no segment is there yet.
+        InputError: where the run keeps less, or for anything but a loss of a run.
     """
     if not isinstance(results, LossResults):
         raise InputError(

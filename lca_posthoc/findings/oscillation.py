@@ -11,7 +11,7 @@ import xarray as xr
 from ..base.declarations import GROUPS, TOP, Finding, Option
 from ..checkpoints.paths import located
 from ..checkpoints.trajectory import read_checkpoint
-from ..errors import LCAError
+from ..errors import InputError
 from ..numerics.schema import SIGNED
 from ..results import LossResults
 from .bands import held_back, refuse_straight_lines, straight_lines
@@ -273,7 +273,7 @@ def _weights(
             try:
                 tensors = read_checkpoint(checkpoint.under(root), names)
             except OSError as error:
-                raise LCAError(
+                raise InputError(
                     f"cannot read the checkpoint of step {checkpoint.step} in {root}: {error}."
                 ) from None
             weights[checkpoint.step] = [float(tensors[name][place]) for name, place, _ in chosen]

@@ -62,6 +62,8 @@ class Figures(TypedDict, Generic[F]):
     long_segments: int
     sampled_of: int | None
     identity_change: float | None
+    gaps: int
+    gaps_change: F | None
     segments_error: F | None
     first_step: int
     last_step: int
@@ -139,6 +141,9 @@ def summary(results: LossResults) -> Summary:
     `segments_error` is the standard error of `allocated`, null for other runs, and
     `identity_change` is no estimate: what the loss changed by from the first checkpoint to the
     last, but on the first 256 examples alone (fewer where the data or a batch has fewer).
+    `gaps` are those between checkpoints in which nothing is replayed, between bursts or ranges of
+    steps; `loss_change` is without them, and `gaps_change` is what the loss changed by in all that
+    lies between the segments, null where there is no gap and of a random part.
 
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
@@ -182,6 +187,8 @@ def summary(results: LossResults) -> Summary:
         "loss_start": _plain(steps["loss_start"][0].values),
         "loss_end": _plain(steps["loss_end"][-1].values),
         "loss_change": _plain(change),
+        "gaps": len(results.manifest.breaks),
+        "gaps_change": _gaps_change(results, steps, change),
         "allocated": _plain(allocated),
         "buffers": _plain(larger * _total(buffers["allocated"], "tensor"))
         if buffers.sizes["tensor"]
@@ -329,6 +336,17 @@ def _of_sample(
         "identity_change": None if manifest.sampled is None else _identity_change(results),
         "segments_error": _segments_error(results, whole),
     }
+
+
+def _gaps_change(
+    results: LossResults, steps: xr.Dataset, change: np.ndarray[Any, Any]
+) -> float | list[float] | None:
+    """Return what the loss changed by between the segments; None of a run without gaps, or of a
+    random part.
+    """
+    if not results.manifest.breaks or results.manifest.sampled is not None:
+        return None
+    return _plain(steps["loss_end"][-1].values - steps["loss_start"][0].values - change)
 
 
 def _identity_change(results: LossResults) -> float | None:

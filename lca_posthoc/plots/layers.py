@@ -43,12 +43,20 @@ _ERRORS = {
     "path": (0.0, 1.0, 3.0, 0.35),
     "quadrature": (0.16, 1.0, 0.8, 1.0),
     "examples": (-0.16, 2.0, 0.8, 0.6),
+    "segments": (0.0, 2.0, 1.2, 1.0),
 }
+_AT_THE_ENDS = ("path", "segments")  # of lines over training
 _SEEN = 0.005  # of the largest sum, that an error must have to be drawn
 _ABOUT_ERRORS = {
     "path": "Broad lines: what other paths through the same checkpoints would change",
     "quadrature": "thin lines below: quadrature",
     "examples": "thin lines above: two standard errors of the examples drawn",
+    "segments": "lines in the middle: two standard errors of the segments drawn",
+}
+_ABOUT_ENDS = {
+    "path": "Broad bars at the ends of lines: what other paths through the same checkpoints would "
+    "change",
+    "segments": "thin bars at the ends of lines: two standard errors of the segments drawn",
 }
 _WORDS = {
     "cumulative": "Σ allocation so far",
@@ -112,7 +120,7 @@ def layers(
         longest = max((len(name) for name in labels(strong["layer"].values.tolist())), default=0)
         ax = fresh_axes(ax, 4.1 + 0.055 * longest, max(2.7, 0.8 + 0.14 * strong.sizes["layer"]))
         _lines(ax, found, strong, label)
-        rest = rest.replace("Not shown", "In grey")
+        rest = f"{rest.replace('Not shown', 'In grey')} {about_ends(found)}".strip()
     else:
         about = about_errors(found)
         # room for what is written of errors, and of segments that have them
@@ -142,6 +150,7 @@ def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> Non
             linestyle=dashes(position),
             linewidth=1.4,
         )
+    _end_errors(ax, finding, strong)
     tidy(ax, x="training step", y=label, title=heading(finding))
     ax.margins(x=0.01)
     powers(ax, "y")
@@ -205,10 +214,39 @@ def _drawn_errors(finding: xr.Dataset) -> list[str]:
     ]
 
 
+def _end_errors(ax: Axes, finding: xr.Dataset, strong: xr.Dataset) -> None:
+    """Draw the errors of sums over training at the ends of their lines."""
+    start, end = float(finding["step"].values[0]), float(finding["step_end"].values[-1])
+    sums = strong["cumulative"].isel(step=-1).values
+    for name in _drawn_at_ends(finding):
+        _, size, width, alpha = _ERRORS[name]
+        for position, (total, error) in enumerate(
+            zip(sums, size * strong[name].values, strict=True)
+        ):
+            place = end - 0.008 * position * (end - start)  # one beside the other
+            hue = colour(position)
+            ax.vlines(place, total - error, total + error, hue, linewidth=width, alpha=alpha)
+
+
+def _drawn_at_ends(finding: xr.Dataset) -> list[str]:
+    return [name for name in _drawn_errors(finding) if name in _AT_THE_ENDS]
+
+
+def about_ends(finding: xr.Dataset) -> str:
+    """Say which errors are drawn at the ends of lines over training."""
+    drawn = [_ABOUT_ENDS[name] for name in _drawn_at_ends(finding)]
+    return _sentence(drawn)
+
+
+def _sentence(parts: list[str]) -> str:
+    """Return parts as a sentence; "" for none."""
+    text = "; ".join(parts)
+    return f"{text[0].upper()}{text[1:]}." if text else ""
+
+
 def about_errors(finding: xr.Dataset) -> str:
     """Say which errors of sums are drawn, and how."""
-    drawn = [_ABOUT_ERRORS[name] for name in _drawn_errors(finding)]
-    return f"{'; '.join(drawn)}." if drawn else ""
+    return _sentence([_ABOUT_ERRORS[name] for name in _drawn_errors(finding)])
 
 
 def helped_hurt(ax: Axes) -> None:

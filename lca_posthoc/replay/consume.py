@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..base.text import count
 from ..checkpoints.paths import is_remote
 from ..checkpoints.places import Where, places_of
 from ..checkpoints.recorded import (
@@ -221,6 +222,7 @@ class Consumer:
             if tensor.spec.kind == "parameter"
         }
         self._span = 0  # the first span that is not done
+        self._removed = 0
         for unfinished in root.glob(f"{RELEASE}.*.tmp"):  # of a driver that was killed
             unfinished.unlink(missing_ok=True)
         for step in steps_there(root):  # whose removal a kill cut short
@@ -236,6 +238,16 @@ class Consumer:
             for checkpoint in self._writer.manifest.checkpoints
             if checkpoint.step < release.before and not release.keeps(checkpoint.step)
         )
+
+    def told(self) -> list[str]:
+        """Return a note on how many iterates were removed and how many are there; none where
+        nothing was removed.
+        """
+        kept = len(steps_there(self._root))
+        return [
+            f"removed {count(self._removed, 'iterate')} of {self._root}, of which all is computed, "
+            f"and kept {kept:,}"
+        ] * bool(self._removed)
 
     def release(self, *, at_rest: bool) -> None:
         """Remove the iterates that nothing needs any more; what is said of them is on the disk
@@ -309,6 +321,7 @@ class Consumer:
     def _remove(self, step: int) -> None:
         for path in files_of(self._root, step):
             path.unlink(missing_ok=True)
+        self._removed += 1
 
 
 def _is_done(commits: Commits, span: int) -> bool:

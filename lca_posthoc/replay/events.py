@@ -41,7 +41,8 @@ class Planned:
     workers that will do it.
 
     `directory` is that of the run; empty where nothing is left to do. `follows` tells whether
-    iterates are taken as a training records them, so that there will be more.
+    iterates are taken as a training records them, so that there will be more, and `followed` that
+    they were, until none came.
     """
 
     pending: int
@@ -50,6 +51,7 @@ class Planned:
     workers: int
     directory: str = ""
     follows: bool = False
+    followed: bool = False
 
 
 @dataclass(frozen=True)

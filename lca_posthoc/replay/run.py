@@ -647,7 +647,9 @@ class _Driver:
         job = self._job
         with results.hold(job.path):
             writer = RunWriter(job.path, recorded)
-            Consumer(job.root, writer, job.keep_every).release(at_rest=True)
+            consumer = Consumer(job.root, writer, job.keep_every)
+            consumer.release(at_rest=True)
+            self._status.note(consumer.told())
 
     def _is_finished(self, manifest: Manifest, trajectory: Trajectory, settings: Settings) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
@@ -667,7 +669,8 @@ class _Driver:
             manifest.losses[name].covers is None and writer.is_complete(name) for name in losses
         )
         if finished:
-            self._status.tell(Planned(0, manifest.segments * len(losses), 0, 0))
+            followed = self._follower is not None
+            self._status.tell(Planned(0, manifest.segments * len(losses), 0, 0, followed=followed))
         return finished
 
     def _work(
@@ -770,6 +773,8 @@ class _Driver:
             if job.consume and job.follow:
                 refuse_others(writer.manifest, common.setup.losses, job.path)
             consumer = Consumer(job.root, writer, job.keep_every) if job.consume else None
+            if consumer is not None:
+                stack.callback(lambda: self._status.note(consumer.told()))
             while True:
                 self._replay_pending(cluster, writer, common, lock, stop, consumer)
                 if self._follower is None or self._follower.is_over:
@@ -793,7 +798,7 @@ class _Driver:
             durable=self._job.durable,
             root=self._job.root,
             consumer=consumer,
-            follows=self._follower is not None and not self._follower.is_over,
+            follower=self._follower,
         )
         spans.replay(cluster, lock, self.repair_spans)
         if consumer is not None:
@@ -1043,10 +1048,12 @@ class _Spans:
         durable: bool,
         root: Path,
         consumer: Consumer | None,
-        follows: bool,
+        follower: Follower | None,
     ) -> None:
         self._writer, self._common, self._status, self._durable = writer, common, status, durable
-        self._root, self._consumer, self._follows = root, consumer, follows
+        self._root, self._consumer = root, consumer
+        self._follows = follower is not None and not follower.is_over
+        self._followed = follower is not None and follower.is_over
         self._covered = {name: writer.manifest.of(name) for name in common.setup.losses}
         self.failed: list[SpanFailed] = []
         self._oom_retries = 0
@@ -1115,6 +1122,7 @@ class _Spans:
                 workers=workers,
                 directory=directory,
                 follows=self._follows,
+                followed=self._followed,
             )
         )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from ..base.text import count
-from ..errors import InputError, LCAError
+from ..errors import InputError
 from ..numerics.schema import (
     KEEP,
     KEEP_OF_A_SAMPLE,
@@ -216,12 +216,12 @@ class LossResults:
             what: is asked for, such as "shares of parameters that help".
 
         Raises:
-            LCAError: where the run keeps less; it names the level, and the way out.
+            InputError: where the run keeps less; it names the level, and the way out.
         """
         if not self.holds(level) and self.manifest.sampled is not None and level in _OF_ALL:
-            raise LCAError(f"{what} {self.of_a_part()}")
+            raise InputError(f"{what} {self.of_a_part()}")
         if not self.holds(level):
-            raise LCAError(
+            raise InputError(
                 f"{self.path} was made with --keep {self.manifest.keep}, and {what} need --keep "
                 f"{level}. Run again into another directory: --keep {level} --out OTHER.lca."
             )
@@ -458,7 +458,7 @@ class LossResults:
         split.
 
         Raises:
-            LCAError: where the run is not complete, or keeps no totals.
+            InputError: where the run is not complete, or keeps no totals.
         """
         import xarray as xr
 
@@ -466,7 +466,7 @@ class LossResults:
 
         self.require("statistics", "totals over time")
         if not self.complete:
-            raise LCAError(
+            raise InputError(
                 f"loss {self.name!r} in {self.path} is not complete, so it has no totals yet. Run "
                 "`lca run` again to finish it."
             )

@@ -345,6 +345,7 @@ GRIDS: dict[str, tuple[Sequence[int], list[tuple[int, int, int]]]] = {
     "log-spaced": (LOG_SPACED, []),
     "bursts": (BURSTS, []),
     "two bursts": ([*range(10), *range(100, 110)], []),
+    "bursts, the last of them one checkpoint": ([*range(6), *range(40, 46), 80], []),
     "a burst with a hole": ([*range(10), *range(100, 105), *range(106, 110)], [(104, 106, 1)]),
     "dense, then sparse": ([*range(10), *range(20, 100, 10)], []),
     "no multiple": ([0, 10, 20, 35, 45, 55], []),

@@ -4,6 +4,7 @@ series. Whatever the place, the numbers are those of the directory.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -296,6 +297,15 @@ def test_several_places_need_a_place_for_results(tmp_path: Path) -> None:
         lca("run", tmp_path / "a", tmp_path / "b", "--task", task),
         "the checkpoints lie in 2 places: say where results go with --out",
     )
+
+
+def test_folders_of_steps_that_are_not_looked_into_give_the_place_to_name(tmp_path: Path) -> None:
+    for step in (*POWERS, 1000):
+        save(tmp_path / "saved" / f"step{step}" / "last" / "model.safetensors", step)
+    task = write_task(tmp_path / "task.py")
+    said = refused(lca("run", tmp_path / "saved", "--task", task), "Where every step has a folder")
+    (place,) = shlex.split(said.partition("lca run ")[2])[:1]
+    assert open_trajectory(place).steps == [*POWERS, 1000]
 
 
 def test_what_places_have_in_common_is_their_root(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ failure.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lca_posthoc.checkpoints.inspection import inspect
 from tests.helpers.cli import lca, record, refused, says, write_step
@@ -59,6 +61,39 @@ def test_json_has_every_number_and_the_worst_grade(tmp_path: Path) -> None:
     assert document["distances"][:8] == list(inspection.distances[:8])
     (seen,) = document["observations"]
     assert (seen["kind"], seen["grade"], seen["steps"]) == ("not finite", "defect", [9])
+
+
+BURSTS = [step for step in range(70) if step % 20 < 6]
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_gaps_between_bursts_are_no_segments_or_it_is_said_how_to_leave_them_out(
+    tmp_path: Path, stated: bool
+) -> None:
+    checkpoints = series(Training(steps=69))
+    place = save(tmp_path / "ck", {step: checkpoints[step] for step in BURSTS})
+    steps = "0:5,20:25,40:45,60:65"
+    if stated:
+        metadata = {"bursts": "20:6"}
+        for path in place.iterdir():
+            save_file(load_file(path), path, metadata)
+    asked = lca("inspect", place, "--steps", steps)
+    says(asked.stdout, "3 gaps between checkpoints, the longest 5→20, are left out below")
+    assert counted(asked.stdout) == 20
+    plain = lca("inspect", place)
+    if stated:
+        assert plain.stdout == asked.stdout
+    else:
+        says(plain.stdout, "are 4 bursts", "by 3 long segments", f"--steps {steps} leaves")
+        assert counted(plain.stdout) == 23
+    assert [*map(tuple, json.loads(lca("inspect", place, "--json").stdout)["gaps"])] == (
+        [(5, 20), (25, 40), (45, 60)] if stated else []
+    )
+
+
+def counted(text: str) -> int:
+    """Return how many segments the table counts."""
+    return sum(int(number) for number in re.findall(r"^[0-9]+ to [0-9]+ +([0-9]+) ", text, re.M))
 
 
 def test_nothing_seen_has_no_grade(tmp_path: Path) -> None:

@@ -282,6 +282,8 @@ def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[s
         "long_segments": 0,
         "sampled_of": None,
         "identity_change": None,
+        "gaps": 0,
+        "gaps_change": None,
         "segments_error": None,
         "first_step": 0,
         "last_step": 1,

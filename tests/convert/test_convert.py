@@ -192,6 +192,28 @@ def test_what_was_saved_comes_back_bit_for_bit(tmp_path: Path, layout: str) -> N
     assert not (tmp_path / "saved" / "ran").exists()
 
 
+def test_places_with_the_step_in_them_are_imported(tmp_path: Path) -> None:
+    """The same reading of places as that of a run; a number inside a file yields to the place's."""
+    for step, state in zip(STEPS, iterates(), strict=True):
+        folder = tmp_path / "saved" / f"step{step}" / "last"
+        save(folder / "pytorch_model.bin", {"step": 3, "model": state})
+        save(folder / "optimizer.bin", {"step": 9})
+    place = str(tmp_path / "saved" / "step{step}" / "last" / "pytorch_model.bin")
+    told(place, tmp_path / "all")  # type: ignore[arg-type]
+    wanted = dict(zip(STEPS, iterates(), strict=True))
+    equal(tmp_path / "all", wanted)
+    some = [*STEPS[:1], *STEPS[-2:]]
+    listed = ",".join(map(str, some))
+    assert lca("import", place, tmp_path / "some", "--steps", listed).exit_code == 0
+    equal(tmp_path / "some", {step: wanted[step] for step in some})
+    out = tmp_path / "x"
+    refused(lca("import", place, out, "--steps", f"{STEPS[0]},77"), "names step 77, of which")
+    refused(lca("import", place, out, "--pattern", r"(?P<step>\d+)"), "--pattern says nothing")
+    refused(lca("import", tmp_path / "saved", out, "--steps", "0:5"), "chooses from a place")
+    hint = lca("run", tmp_path / "saved", "--task", write_task(tmp_path / "task.py"))
+    refused(hint, f"name the files in them: lca import '{place}' …")
+
+
 def test_what_lightning_writes_is_imported(tmp_path: Path) -> None:
     import lightning
 

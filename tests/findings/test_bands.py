@@ -16,6 +16,7 @@ from lca_posthoc.export import export
 from lca_posthoc.findings.bands import path_bands
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import LossResults
+from tests.helpers.cli import lca, says
 
 STEPS, SPARSE = 12, [0, 1, 2, 4, 6, 9, 12]
 
@@ -194,3 +195,13 @@ def test_bars_are_drawn_with_their_errors(folder: Path) -> None:
     low, high = ax.collections[0].get_segments()[0][:, 0]
     total, band = float(finding["total"][0]), float(finding["path"][0])
     assert (low, high) == pytest.approx((total - band, total + band))
+    lines = plots.layers(finding)  # over training, by default
+    low, high = lines.collections[0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((total - band, total + band))
+    assert "what other paths through" in " ".join(lines.figure.get_supxlabel().split())
+
+
+def test_summary_words_what_paths_move_and_which_segments_shares_are_of(folder: Path) -> None:
+    said = " ".join(lca("summary", folder / "sparse.lca", "--loss", "train").stdout.split())
+    says(said, "moved between modules by other paths", "segments of one step, 2 of 6)")
+    assert "± path, Σ" not in said

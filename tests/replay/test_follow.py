@@ -29,9 +29,10 @@ from lca_posthoc.checkpoints.recorded import (
 from lca_posthoc.errors import InputError, Interrupted, LCAError, ResourceError
 from lca_posthoc.recording.writer import Writer
 from lca_posthoc.replay import run as replay
+from lca_posthoc.replay.display import Display
 from lca_posthoc.replay.events import Following, Note, Planned, SpanDone, Stage
 from lca_posthoc.replay.shards import is_cut
-from tests.helpers.cli import contents, lca, task_namespace, write_task
+from tests.helpers.cli import contents, lca, says, task_namespace, write_task
 from tests.helpers.faults import clean_runs
 from tests.helpers.followed_training import train
 from tests.helpers.numbered_training import become, network
@@ -137,6 +138,9 @@ def test_consume_alone_frees_the_disk_and_leaves_what_is_to_be_kept(
     series.replay(consume=True, keep_every=keep_every)
     clean_runs.same_bytes(series.out, recorded / "plain.lca")
     assert steps_there(series.iterates) == [*stay, STEPS - 1, STEPS]
+    gone, kept = STEPS - 1 - len(stay), 2 + len(stay)
+    assert f"removed {gone} iterates of {series.iterates}" in series.notes()
+    assert series.notes().endswith(f"and kept {kept}")
     before = contents(series.out / "data.zarr")
     series.replay()  # nothing is left to do, and the run opens, resumes and verifies as any other
     series.task.write_text(f"{series.task.read_text()}\n# a comment\n")
@@ -481,6 +485,39 @@ def test_status_says_that_a_run_follows_and_where_it_waits(series: Place) -> Non
     assert f"up to step {STEPS - 1} they are replayed, and it waits for more" in words
     assert json.loads(document)["following"] == {"waits_after": STEPS - 1}
     assert "following" not in json.loads(lca("status", series.out, "--json").stdout)
+
+
+@pytest.mark.parametrize(
+    ("state", "began", "words"),
+    [
+        ("recording", None, ["goes on. The same `lca run` follows it on"]),
+        ("closed", None, ["has closed since. The same `lca run` takes the rest"]),
+        ("failed", None, ["ended without closing", "Resume the training", "leave --follow out"]),
+        ("recording", 0.0, ["ended without closing", "Resume the training", "leave --follow out"]),
+    ],
+)
+def test_status_of_a_follower_that_was_stopped_says_how_the_training_stands(
+    series: Place, state: Any, began: float | None, words: list[str]
+) -> None:
+    write_sign(series.iterates, sign_of(os.getpid()))
+    with pytest.raises(Interrupted):
+        interrupts_where_it_waits(series)
+    ends = sign_of(os.getpid(), state=state)
+    write_sign(series.iterates, ends if began is None else replace(ends, began=began))
+    said = " ".join(lca("status", series.out).stdout.split())
+    says(said, "complete so far; no longer follows", "it followed the training", *words)
+
+
+def test_a_finished_follower_is_told_that_nothing_comes_and_not_that_nothing_is_to_do(
+    series: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    series.replay(follow=True)
+    capsys.readouterr()
+    with Display() as listen:
+        series.replay(follow=True, progress=listen)
+    said = " ".join(capsys.readouterr().err.split())
+    says(said, "no more iterates will come, and every span of those that came is committed")
+    assert "nothing to do" not in said
 
 
 def test_a_loss_that_is_not_asked_for_is_not_left_behind_where_iterates_go(series: Place) -> None:

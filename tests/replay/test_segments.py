@@ -12,15 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import LineCollection
 
 import lca_posthoc
-from lca_posthoc import Recorder, findings, open_run, open_trajectory, results
+from lca_posthoc import Recorder, findings, open_run, open_trajectory, plots, results
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.numerics.sampling import SegmentSample, scale, standard_error
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.run import repair
-from tests.helpers.cli import contents, lca, says, task_namespace, write_task
+from tests.helpers.cli import contents, lca, refused, says, task_namespace, write_task
 from tests.replay.test_replay import arrays, identical, record_training
 
 SEGMENTS = 60
@@ -129,6 +130,7 @@ def test_what_needs_every_segment_is_held_back_with_the_reason(
 ) -> None:
     with pytest.raises(LCAError, match=r"need every segment .*--segments 0\.5@1.*without"):
         getattr(findings, finding)(open_run(sampled)["train"])
+    refused(lca("plot", sampled, finding, "-o", tmp_path / "x.png"), "need every segment")
 
 
 def test_two_losses_beside_each_other_totals_and_statistics_are_held_back(sampled: Path) -> None:
@@ -138,6 +140,25 @@ def test_two_losses_beside_each_other_totals_and_statistics_are_held_back(sample
     for part in ("totals", "histogram", "allocation"):
         with pytest.raises(LCAError, match="need every segment"):
             getattr(run["train"], part)
+
+
+def test_figures_of_a_random_part_say_which_in_words_and_draw_its_errors(sampled: Path) -> None:
+    layers = findings.layers(open_run(sampled)["train"])
+    error = 2 * layers["segments"].values
+    words = f"a random 50 % of the segments ({SEGMENTS // 2} of {SEGMENTS}, seed 1)"
+    for quantity, axis in (("total", 0), ("cumulative", 1)):
+        axes = plots.layers(layers, quantity=quantity)
+        caption = axes.figure.get_supxlabel()
+        says(" ".join(caption.split()), words, "two standard errors of the segments drawn")
+        assert "`segments`" not in caption
+        drawn = [
+            piece[:, axis]
+            for lines in axes.collections
+            if isinstance(lines, LineCollection)
+            for piece in lines.get_segments()
+        ]
+        for total, size in zip(layers["total"].values, error, strict=True):
+            assert any(np.allclose(ends, [total - size, total + size]) for ends in drawn)
 
 
 def test_report_and_export_of_a_random_part_leave_out_the_rest(
@@ -375,9 +396,44 @@ def test_bursts_are_recorded_and_replayed_without_the_gaps_between_them(tmp_path
     run = open_run(tmp_path / "run.lca")["train"]
     assert list(run.steps["step"].values) == [0, 1, 10, 11, 20, 21]
     assert findings.summary(run)["segments"] == 6
-    says(lca("summary", tmp_path / "run.lca").output, "6 of 22 training steps")
+    summary = lca("summary", tmp_path / "run.lca").output
+    says(summary, "6 of 22 training steps", "loss change, over the segments seen")
+    says(summary, "loss change in the gaps, which are not replayed")
+    figures = findings.summary(run)
+    ends = run.steps["loss_end"].values[[1, 3]], run.steps["loss_start"].values[[2, 4]]
+    assert figures["gaps"] == 2
+    assert figures["gaps_change"] == pytest.approx(float((ends[1] - ends[0]).sum()), abs=1e-12)
+    replayed(tmp_path, tmp_path / "part.lca", segments="0.5@1")
+    part = lca("summary", tmp_path / "part.lca").output
+    says(part, "outside the gaps, estimated", "change over all of training, gaps too")
+    assert findings.summary(open_run(tmp_path / "part.lca")["train"])["gaps_change"] is None
     listed = open_trajectory(tmp_path / "checkpoints", steps="0,10,20")  # asked for
     assert listed.breaks == frozenset()
+
+
+# --steps, and the segments it gives of bursts of four every ten steps
+THINNED = {
+    "every second": ("::2", [(0, 2), (10, 12), (20, 22)]),
+    "every third, of which a burst has one or two": ("::3", [(0, 3)]),
+    "one of each": ("::4", [(0, 10), (10, 20)]),
+    "ranges": ("0:1,10:11", [(0, 1), (10, 11)]),
+    "a single step beside a range": ("3,10:11", [(3, 10), (10, 11)]),
+}
+
+
+@pytest.mark.parametrize("case", THINNED)
+def test_gaps_between_thinned_bursts_stay_unless_one_of_each_is_chosen(
+    tmp_path: Path, case: str
+) -> None:
+    steps, segments = THINNED[case]
+    with Recorder(tmp_path, task_namespace()["Net"](), bursts=(10, 4)) as recorder:
+        for step in range(25):
+            recorder.save(step)
+    chosen = open_trajectory(tmp_path, steps=steps, compare=False)
+    ends = [(chosen.steps[start], chosen.steps[start + 1]) for start in chosen.starts]
+    assert ends == segments
+    across = any(before // 10 != after // 10 for before, after in ends)
+    assert any("longer than one step" in note for note in chosen.notes) is across
 
 
 @pytest.mark.parametrize("bursts", [(10,), (10, 1), (10, 10), (0, 2), "10:3", (10, 2.5)])

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..trajectory import open_trajectory
 from .measure import Progress, measure
+from .missing import unstated_bursts
 from .observations import GRADES as GRADES
 from .observations import Observation as Observation
 from .observations import observe
@@ -26,8 +27,11 @@ class Inspection:
         dtypes: of these tensors.
         size: of all files, in bytes.
         norms: ‖θ‖ of each checkpoint.
-        distances: ‖θ − θ of the checkpoint before‖, for each segment.
-        same_bits: the share of weights that keep their bits, for each segment.
+        gaps: the steps before and after each gap that a replay leaves out, no segment of it.
+        bursts: the first and the last step of each burst, where the series looks like one of bursts
+            and no recorder states them: a replay joins them.
+        distances: ‖θ − θ of the checkpoint before‖, for each checkpoint but the first.
+        same_bits: the share of weights that keep the bits of the checkpoint before, likewise.
         observations: the worst first.
     """
 
@@ -36,6 +40,8 @@ class Inspection:
     dtypes: tuple[str, ...]
     size: int
     norms: tuple[float, ...]
+    gaps: tuple[tuple[int, int], ...]
+    bursts: tuple[tuple[int, int], ...]
     distances: tuple[float, ...]
     same_bits: tuple[float, ...]
     observations: tuple[Observation, ...]
@@ -84,6 +90,11 @@ def inspect(
         dtypes=tuple(sorted({trajectory.tensors[name].dtype for name in measured.weights})),
         size=sum(checkpoint.size for checkpoint in trajectory.checkpoints),
         norms=tuple(reading.norm for reading in (first, *others)),
+        gaps=tuple(
+            (trajectory.steps[start], trajectory.steps[start + 1])
+            for start in sorted(trajectory.breaks)
+        ),
+        bursts=() if trajectory.breaks else tuple(unstated_bursts(trajectory.steps)),
         distances=tuple(reading.distance or 0.0 for reading in others),
         same_bits=tuple(reading.same_bits or 0.0 for reading in others),
         observations=tuple(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 _AROUND = 2  # segments on each side that must be of one length
+_FEWEST_GAPS = 2  # of which it can be told that they come back
 
 
 def gaps_in_a_grid(steps: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -27,9 +28,27 @@ def gaps_in_a_grid(steps: Sequence[int]) -> list[tuple[int, int, int]]:
         regular = len(around) == 2 * _AROUND and len({*around}) == 1
         if regular and length > around[0] and length % around[0] == 0:
             gaps.append(place)
-    if _are_between_bursts(steps, [place + 1 for place in gaps]):
+    if _are_between_bursts(steps, [place + 1 for place in gaps]) or unstated_bursts(steps):
         return []
     return [(steps[place], steps[place + 1], lengths[place - 1]) for place in gaps]
+
+
+def unstated_bursts(steps: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the first and the last step of each burst of a series that looks like one of bursts;
+    none of any other.
+
+    >>> unstated_bursts([0, 1, 2, 10, 11, 12, 20, 21])
+    [(0, 2), (10, 12), (20, 21)]
+    >>> unstated_bursts([0, 1, 2, 3, 10, 11])
+    []
+    """
+    lengths = [after - before for before, after in pairwise(steps)]
+    shortest = min(lengths, default=0)
+    starts = [place + 1 for place, length in enumerate(lengths) if length != shortest]
+    borders = [0, *starts, len(steps)]
+    if len(starts) < _FEWEST_GAPS or not _are_between_bursts(steps, starts):
+        return []
+    return [(steps[start], steps[stop - 1]) for start, stop in pairwise(borders)]
 
 
 def _are_between_bursts(steps: Sequence[int], starts: Sequence[int]) -> bool:

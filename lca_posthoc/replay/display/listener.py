@@ -134,6 +134,9 @@ class Display:
         self._view.stage(*self._stage, self._clock())
 
     def _on_planned(self, event: Planned) -> None:
+        if event.pending == 0 and event.followed:
+            self.all_is_taken()
+            return
         if event.pending == 0:
             self.nothing_to_do()
             return
@@ -154,6 +157,10 @@ class Display:
         self.say(
             "nothing to do: every span is committed, and the task file is the one of the last run"
         )
+
+    def all_is_taken(self) -> None:
+        """Say that no iterate will come of which something is left to do."""
+        self.say("no more iterates will come, and every span of those that came is committed")
 
     def _on_done(self, event: SpanDone) -> None:
         state = self._progressed
@@ -202,6 +209,9 @@ class WarningDisplay(Display):
 
     def nothing_to_do(self) -> None:
         """Say nothing: a finished run is no reason to warn."""
+
+    def all_is_taken(self) -> None:
+        """Say nothing, for the same reason."""
 
 
 @contextlib.contextmanager
