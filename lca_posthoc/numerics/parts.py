@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .objective import Motion
@@ -63,6 +64,27 @@ class Split:
     def directions(self) -> Sequence[Motion]:
         """Return the directions."""
         return self.parts.directions(self.gradient)
+
+
+class Between(Mapping[str, Tensor]):
+    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
+    floating (counters) are loaded, never interpolated.
+    """
+
+    def __init__(self, start: Point, end: Point, x: float) -> None:
+        self._start, self._end, self._x = start, end, x
+
+    def __getitem__(self, name: str) -> Tensor:
+        start, end = self._start[name], self._end[name]
+        if start.is_floating_point():
+            return torch.lerp(start, end, self._x)
+        return start if self._x < 1 else end
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
 
 
 class Computed(Mapping[str, Tensor]):

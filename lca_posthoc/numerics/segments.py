@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .objective import Along, Evaluation, Motion, Numbers, distances, sums_along, units_of
-from .parts import Point, Split
+from .parts import Between, Point, Split
 from .path import PathShift, SegmentPath
 
 Axes = Mapping[str, int | None]
@@ -88,27 +88,6 @@ class Nodes(Protocol):
         middle: Mapping[str, Mapping[str, Numbers]],
     ) -> dict[str, PathShift]:
         """Return by how much another path changes the allocation, see `Segment`."""
-
-
-class Between(Mapping[str, Tensor]):
-    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
-    floating (counters) are loaded, never interpolated.
-    """
-
-    def __init__(self, start: Point, end: Point, x: float) -> None:
-        self._start, self._end, self._x = start, end, x
-
-    def __getitem__(self, name: str) -> Tensor:
-        start, end = self._start[name], self._end[name]
-        if start.is_floating_point():
-            return torch.lerp(start, end, self._x)
-        return start if self._x < 1 else end
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._start)
-
-    def __len__(self) -> int:
-        return len(self._start)
 
 
 @dataclass(frozen=True)

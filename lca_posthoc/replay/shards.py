@@ -40,8 +40,6 @@ def why_whole(name: str, record: LossRecord, settings: Settings, keep: str) -> s
         return f"--keep {keep} takes the whole gradient of every parameter"
     if settings["signal"] is not None:
         return "--causes takes the whole gradient of the training loss"
-    if settings["path_band"] == "on":
-        return "--path-band evaluates beside the straight lines as well"
     if "directions" in settings:
         return "--along takes sums along directions of a file"
     if settings["norm_stats"] == "recalibrated":

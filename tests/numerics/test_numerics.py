@@ -28,9 +28,9 @@ from lca_posthoc.numerics.objective import (
     blocks,
     build_objective,
 )
+from lca_posthoc.numerics.parts import Between
 from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.numerics.schema import KEEP, TOTALS, histogram_edges
-from lca_posthoc.numerics.segments import Between
 from lca_posthoc.numerics.statistics import SpanStatistics, UnitSums, histogram
 from lca_posthoc.replay.events import Note
 from lca_posthoc.results import LossResults

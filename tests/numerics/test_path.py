@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lca_posthoc import run
 from lca_posthoc.numerics.objective import Along, Evaluation, Motion
-from lca_posthoc.numerics.path import Neighbours, SegmentPath
+from lca_posthoc.numerics.path import Course, OtherPaths, SegmentPath
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import Run, verify
 
@@ -312,14 +312,10 @@ def point(*values: float) -> Point:
 
 
 def path_of(points: Sequence[Point], steps: Sequence[int]) -> SegmentPath:
+    """The path of the second of three segments."""
     before, length, after = np.diff(steps).tolist()
-    return SegmentPath(
-        Neighbours(
-            lengths=(before, length, after),
-            point=lambda position: points[position + 1],
-            half=None,
-        )
-    )
+    paths = OtherPaths(1, (before, length, after), lambda position: True)
+    return SegmentPath(paths, Course(points.__getitem__, steps.__getitem__))
 
 
 def test_a_path_through_checkpoints_on_one_line_changes_nothing() -> None:
