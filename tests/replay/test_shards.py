@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import lca_posthoc
 from lca_posthoc import Run, open_run, results
+from lca_posthoc.base.text import count
 from lca_posthoc.cluster import Spec
 from lca_posthoc.errors import SpanError
 from lca_posthoc.findings import summary
@@ -370,6 +371,18 @@ def test_shards_are_one_for_each_worker_where_segments_are_few(
     }
     assert choose_shards(segments, workers, losses, manifest.settings, "units") == shards
     assert choose_shards(segments, workers, losses, manifest.settings, "statistics") == 1
+
+
+@pytest.mark.parametrize(("batch_size", "batches"), [(30, "1 batch"), (15, "2 batches")])
+def test_fewer_shards_than_asked_for_are_said_with_the_reason(
+    made: Path, batch_size: int, batches: str
+) -> None:
+    options: dict[str, Any] = {"losses": ["train"], "keep": "tensors", "batch_size": batch_size}
+    planned = plan(made / "ck", made / "task.py", shards=3, **options)
+    (note,) = (note for note in planned.notes if "shard" in note)
+    assert f"cut into {count(planned.shards, 'shard')}, not the 3 of --shards" in note
+    assert f"it is {batches} and a shard takes at least one" in note
+    assert planned.shards == int(batches[0])
 
 
 def test_a_plan_says_the_shards_a_run_would_choose(made: Path) -> None:
