@@ -149,11 +149,14 @@ def test_a_plan_counts_the_evaluations_of_shards(made: Path, tmp_path: Path, rul
 # --- whoever computes it --------------------------------------------------------------------------
 
 
-def test_workers_in_processes_of_their_own_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_in_processes_of_their_own_give_the_same_bytes(
+    made: Path, tmp_path: Path, workers: int
+) -> None:
     place = Path(shutil.copytree(made, tmp_path / "place"))
-    replayed(place, "two.lca", cluster="local", workers=2)
-    assert stored(place / "two.lca") == stored(made / "shards.lca")
-    assert not (place / "two.lca" / "shards").exists()
+    replayed(place, "apart.lca", cluster="local", workers=workers)
+    assert stored(place / "apart.lca") == stored(made / "shards.lca")
+    assert not (place / "apart.lca" / "shards").exists()
 
 
 class Stopped(Exception):

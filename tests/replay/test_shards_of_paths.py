@@ -106,6 +106,18 @@ def test_bits_do_not_depend_on_where_spans_of_shards_end(sparse: Path, tmp_path:
             np.testing.assert_array_equal(values, other[name])
 
 
+def test_a_random_part_of_the_segments_in_shards_has_the_bits_of_all(
+    sparse: Path, tmp_path: Path
+) -> None:
+    whole = replayed(sparse, tmp_path / "whole.lca", shards=3)["train"].other_path
+    part = replayed(sparse, tmp_path / "part.lca", shards=3, segments="0.6@1")["train"].other_path
+    assert 0 < part.sizes["step"] < whole.sizes["step"]
+    for name in ("shift", "doubled"):
+        np.testing.assert_array_equal(
+            part[name].values, whole[name].sel(step=part["step"].values).values
+        )
+
+
 @pytest.mark.parametrize("known", [4, 5, 6])
 def test_a_run_in_shards_that_grew_is_the_same_to_the_bit(
     known: int, sparse: Path, tmp_path: Path
