@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lca_posthoc import open_run, run
 from lca_posthoc.checkpoints import trajectory
 from lca_posthoc.checkpoints.trajectory import Checkpoint
-from lca_posthoc.errors import SpanError
+from lca_posthoc.errors import InputError, SpanError
 from lca_posthoc.replay import run as replay
 from lca_posthoc.replay.events import SpanFailed, silent
 from lca_posthoc.replay.worker import replay_in_shards
@@ -189,6 +189,16 @@ def test_a_checkpoint_that_is_not_finite_fails_its_own_two_segments_alone(
     # and running again changes nothing
     assert failures(iterates, out, span=1, **options) == expected
     assert open_run(out)["train"].other_path.equals(ours)
+
+
+def test_bands_rely_on_what_a_neighbour_that_is_not_finite_holds(
+    sparse: Path, tmp_path: Path
+) -> None:
+    iterates, out = poisoned(sparse, tmp_path / "ck", STEPS[5], math.nan), tmp_path / "run.lca"
+    failures(iterates, out, span=1)
+    copied(sparse, iterates, STEPS)
+    with pytest.raises(InputError, match=f"the content of step {STEPS[5]} differs"):
+        replayed(iterates, out, span=1)
 
 
 def test_a_segment_between_two_that_are_not_finite_has_no_band(
