@@ -89,8 +89,10 @@ def long_segments(steps: Sequence[int], every: Sequence[int], choice: Choice) ->
         f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
         f"them, the longest {longest[0]}→{longest[1]}. There the straight line between checkpoints "
         "is not the path that training took, and what is allocated is the straight line's share: "
-        "sums over tensors and units mean something; how often a parameter helps and turns (--keep "
-        "statistics, parameters) does not. The residual says what quadrature misses"
+        "sums over tensors and units mean something, as far as their path band tells (± path in "
+        "`lca summary`, by --path-band: what other paths through the checkpoints would change); how "
+        "often a parameter helps and turns (--keep statistics, parameters) does not. The residual "
+        "says what quadrature misses"
     ]
 
 

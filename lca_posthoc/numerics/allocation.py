@@ -22,7 +22,17 @@ import torch
 from torch import Tensor
 
 from ..errors import SpanError
-from .objective import Evaluation, InARow, Motion, Numbers, OfUnits, Reading, blocks, read
+from .objective import (
+    Evaluation,
+    InARow,
+    Motion,
+    Numbers,
+    OfTensors,
+    OfUnits,
+    Reading,
+    blocks,
+    read,
+)
 from .parts import Computed, Parts, Point, Split
 from .path import PathShift, SegmentPath
 from .quadrature import COMPOSITE, Family, Rule
@@ -666,13 +676,12 @@ def _of_parts(evaluation: Evaluation) -> Evaluation:
 
 def _weighted_sum(nodes: Iterable[Node]) -> dict[str, Numbers]:
     """Return Σ weight · numbers of each tensor, float64."""
-    rows = []
-    for weight, numbers in nodes:
-        assert isinstance(numbers, InARow), "numbers of tensors lie in a row"
-        rows.append((weight * numbers.row, numbers))
-    total = functools.reduce(operator.add, (row for row, _ in rows))
-    of_tensors = Reading(total).numbers
-    return {name: of_tensors[..., place][()] for place, name in enumerate(rows[0][1])}
+    weighted = []
+    for weight, of_node in nodes:
+        assert isinstance(of_node, OfTensors), "parts have one number of each tensor"
+        weighted.append(of_node.like(weight * of_node.row))
+    total = functools.reduce(operator.add, (of_node.row for of_node in weighted))
+    return weighted[0].like(total).numbers()
 
 
 def calibrate(

@@ -11,6 +11,9 @@ tensors it is what both rules miss, and of each tensor it says how much another 
 
 *Doubling* leaves every second checkpoint out: the line from $\theta_{2k}$ to $\theta_{2k+2}$, again
 by Simpson's rule, is compared with both halves.
+
+A neighbour that is not finite tells no tangent, and a line with such an end is none: both are then
+as at the end of training.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .long_segments import is_long
-from .objective import Along, Evaluation, Motion, Numbers
+from .long_segments import Around, half_of, is_long
+from .nodes import Curve, Direction, Line, Node, Tangent
+from .objective import Along, Between, Evaluation, Motion, Numbers, OfUnits
 from .parts import Computed, Point, displacement
 
+BEFORE, AFTER = -1, 2  # the neighbours of a segment, counted from the checkpoint it starts from
 _SIMPSON = (1 / 6, 4 / 6, 1 / 6)
 
 
@@ -52,108 +58,215 @@ class _Evaluates(Protocol):
         """Return each loss at `point`, with sums of its gradient along directions."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Neighbours:
-    """The checkpoints around one segment, each read when it is asked for.
+class OtherPaths:
+    """The other paths of a segment that are known: the curve that bends by its neighbours, and the
+    line of twice its length.
 
-    Attributes:
-        lengths: training steps of the segment before, of the segment, and of the one after it; None
-            where there is no such segment.
-        point: returns the checkpoint at a position, which is −1 before the segment, 0 at its start,
-            1 at its end, and 2 after it.
-        half: 0 where the segment is the first half of a line of twice its length, 1 where it is the
-            second one, None where it is no half: both are longer than one training step.
-    """
-
-    lengths: tuple[int | None, int, int | None]
-    point: Callable[[int], Point]
-    half: int | None
-
-
-class SegmentPath:
-    """The curve through the checkpoints around a segment, and the line of twice its length.
+    A neighbour with a number that is not finite counts as if it were not there, as beside a gap.
 
     Args:
-        around: the checkpoints.
+        start: position of the checkpoint the segment starts from.
+        around: training steps of the segment before, of the segment, and of the one after it; None
+            where there is no such segment.
+        is_finite: tells whether all numbers of the checkpoint at a position are finite; it is asked
+            of neighbours where another path needs them.
     """
 
-    def __init__(self, around: Neighbours) -> None:
-        self._around = around
-        before, length, after = around.lengths
-        self._bends = is_long(length) and not before is after is None
+    def __init__(self, start: int, around: Around, is_finite: Callable[[int], bool]) -> None:
+        self._start, self._around, self._is_finite = start, around, is_finite
+
+    def _is_there(self, beside: int) -> bool:
+        """Tell whether there is a neighbour, and its numbers are finite."""
+        length = self._around[0 if beside == BEFORE else 2]
+        return length is not None and self._is_finite(self._start + beside)
 
     @property
     def is_known(self) -> bool:
         """Tell whether there is another path: the segment is longer than one training step, and it
         has a neighbour.
         """
-        return self._bends
+        return is_long(self._around[1]) and any(map(self._is_there, (BEFORE, AFTER)))
+
+    @property
+    def half(self) -> int | None:
+        """Return 0 where the segment is the first half of a line of twice its length, 1 where it is
+        the second one; None where it is no half: both are longer than one training step.
+        """
+        half = half_of(self._start, self._around)
+        if half is None:
+            return None
+        return half if self._is_there((AFTER, BEFORE)[half]) else None
+
+    def _beside(self, end: int) -> int:
+        """Return the neighbour that tells the tangent at an end: its own, or else the other one."""
+        own, other = (BEFORE, AFTER) if end == 0 else (AFTER, BEFORE)
+        return own if self._is_there(own) else other
+
+    def directions(self, end: int) -> tuple[Direction, ...]:
+        """Return the directions along which the gradient at the start (0) or at the end (1) is
+        summed, beside the motion; none where no other path is known.
+        """
+        if not self.is_known:
+            return ()
+        tangent = Tangent(self._start, end, self._beside(end))
+        return (tangent, self._line(end)) if self.half == end else (tangent,)
+
+    def _line(self, half: int) -> Line:
+        """Return the line of which the segment is a half."""
+        return Line(self._start - half, 2)
+
+    @property
+    def nodes(self) -> list[Node]:
+        """Return where losses are evaluated for other paths alone: in the middle of the curve, and,
+        with the first of both halves, in the middle of the line; none where no other path is known.
+        """
+        if not self.is_known:
+            return []
+        curve = Curve(self._start, (self._beside(0), self._beside(1)))
+        nodes = [Node(curve, 0.5, (Line(self._start), curve))]
+        if self.half == 0:
+            line = self._line(0)
+            nodes.append(Node(line, 0.5, (line,)))
+        return nodes
+
+    def shift(
+        self,
+        ends: tuple[Evaluation, Evaluation],
+        middle: Mapping[str, Numbers],
+        along: Sequence[Mapping[str, Numbers]],
+    ) -> PathShift:
+        """Return by how much another path changes the allocation of a loss.
+
+        Args:
+            ends: the loss at the start and at the end, with the sums along `directions` beside it.
+            middle: the sums of its gradient in the middle of the segment along the motion, of each
+                tensor.
+            along: those at each of `nodes`, along the sum of the directions there.
+        """
+        curve, *lines = along
+        first, last = map(_beside, ends)
+        shift = {
+            tensor: _SIMPSON[0] * first[tensor][0]
+            + _SIMPSON[1] * (curve[tensor] - on_line)
+            + _SIMPSON[2] * last[tensor][0]
+            for tensor, on_line in middle.items()
+        }
+        half = self.half
+        if half is None:
+            return PathShift(shift=shift, doubled=None, evaluations=len(along))
+        of_end = last if half else first
+        doubled = {tensor: _SIMPSON[2 * half] * of_end[tensor][1] for tensor in middle}
+        for line in lines:
+            for tensor, sums in line.items():
+                doubled[tensor] = doubled[tensor] + _SIMPSON[1] * sums
+        return PathShift(shift=shift, doubled=doubled, evaluations=len(along))
+
+
+class Course:
+    """Points and directions of paths through the checkpoints of a training.
+
+    Args:
+        point: returns the checkpoint at a position, read when it is asked for.
+        step: returns its training step.
+    """
+
+    def __init__(self, point: Callable[[int], Point], step: Callable[[int], int]) -> None:
+        self._point, self._step = point, step
+
+    def at(self, node: Node) -> Point:
+        """Return the point of a node."""
+        path, start = node.path, self._point(node.path.start)
+        if node.x == 0:
+            return start
+        if isinstance(path, Line):
+            return Between(start, self._point(path.end), node.x)
+        return Computed(start, lambda name: self._middle(name, path))
+
+    def motion(self, direction: Direction) -> Motion:
+        """Return a direction, of the numbers that the checkpoints have."""
+        start = self._point(direction.start)
+        if isinstance(direction, Line):
+            return Motion(start, self._point(direction.end))
+
+        def rounded(name: str) -> Tensor:
+            return self._beside_motion(name, direction).to(start[name].dtype)
+
+        return displacement(Computed(start, rounded), start)
+
+    @torch.no_grad()
+    def _beside_motion(self, name: str, direction: Tangent | Curve) -> Tensor:
+        """Return what a direction of a curve differs by from the motion, float64."""
+        if isinstance(direction, Tangent):
+            return self._deviation(name, direction)
+        first, last = self._deviations(name, direction)
+        return (first + last) / -4
+
+    def _deviations(self, name: str, curve: Curve) -> tuple[Tensor, Tensor]:
+        """Return what the tangents at both ends differ by from the motion, float64."""
+        first, last = (
+            self._deviation(name, Tangent(curve.start, end, curve.beside[end])) for end in (0, 1)
+        )
+        return first, last
+
+    def _deviation(self, name: str, tangent: Tangent) -> Tensor:
+        """Return what a tangent differs by from the motion, float64.
+
+        It is the derivative of the parabola through a checkpoint and both its neighbours; where
+        there is none on one side, that of the parabola through the next three.
+        """
+        first, last = tangent.start, tangent.start + 1
+        length = self._step(last) - self._step(first)
+        start, end = (self._point(index)[name].double() for index in (first, last))
+        slope, beside = (end - start) / length, tangent.start + tangent.beside
+        if tangent.beside == BEFORE:
+            before = self._step(first) - self._step(beside)
+            earlier = (start - self._point(beside)[name]) / before
+            deviation = (earlier - slope) * (length**2 / (before + length))
+        else:
+            after = self._step(beside) - self._step(last)
+            later = (self._point(beside)[name] - end) / after
+            deviation = (later - slope) * (length**2 / (length + after))
+        is_own = tangent.beside == (BEFORE, AFTER)[tangent.end]
+        return deviation if is_own else -deviation
+
+    @torch.no_grad()
+    def _middle(self, name: str, curve: Curve) -> Tensor:
+        start, end = (self._point(index)[name] for index in (curve.start, curve.start + 1))
+        if not start.is_floating_point():  # a counter
+            return start
+        first, last = self._deviations(name, curve)
+        middle = torch.lerp(start, end, 0.5)
+        return (middle + (first - last) / 8).to(start.dtype)
+
+
+class SegmentPath:
+    """The other paths of a segment, on the checkpoints they go through.
+
+    Args:
+        paths: those that are known.
+        course: the checkpoints.
+    """
+
+    def __init__(self, paths: OtherPaths, course: Course) -> None:
+        self._paths, self._course = paths, course
+
+    @property
+    def is_known(self) -> bool:
+        """Tell whether there is another path, see `OtherPaths`."""
+        return self._paths.is_known
 
     @property
     def at_start(self) -> Sequence[Motion]:
         """Return the directions along which the gradient at the start is summed."""
-        return self._at_end_of_segment(0)
+        return self._motions(self._paths.directions(0))
 
     @property
     def at_end(self) -> Sequence[Motion]:
         """Return the directions along which the gradient at the end is summed."""
-        return self._at_end_of_segment(1)
+        return self._motions(self._paths.directions(1))
 
-    def _at_end_of_segment(self, end: int) -> Sequence[Motion]:
-        directions = []
-        if self._bends:
-            directions.append(self._displacement(lambda name: self._deviations(name)[end]))
-        if self._around.half == end:
-            directions.append(self._whole_line())
-        return directions
-
-    def _displacement(self, compute: Callable[[str], Tensor]) -> Motion:
-        start = self._around.point(0)
-
-        def rounded(name: str) -> Tensor:
-            return compute(name).to(start[name].dtype)
-
-        return displacement(Computed(start, rounded), start)
-
-    def _whole_line(self) -> Motion:
-        """Return the motion of both halves."""
-        first = 0 if self._around.half == 0 else -1
-        return Motion(self._around.point(first), self._around.point(first + 2))
-
-    @torch.no_grad()
-    def _deviations(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return what the tangents at the start and at the end differ by from the motion, float64.
-
-        A tangent is the derivative of the parabola through a checkpoint and both its neighbours;
-        where there is none on one side, that of the parabola through the next three.
-        """
-        before, length, after = self._around.lengths
-        start, end = (self._around.point(position)[name].double() for position in (0, 1))
-        slope = (end - start) / length
-        at_start = at_end = None
-        if before is not None:
-            earlier = (start - self._around.point(-1)[name]) / before
-            at_start = (earlier - slope) * (length**2 / (before + length))
-        if after is not None:
-            later = (self._around.point(2)[name] - end) / after
-            at_end = (later - slope) * (length**2 / (length + after))
-        if at_start is None:
-            assert at_end is not None, "a segment without neighbours does not bend"
-            at_start = -at_end
-        return at_start, -at_start if at_end is None else at_end
-
-    @torch.no_grad()
-    def _middle(self, name: str) -> Tensor:
-        start, end = (self._around.point(position)[name] for position in (0, 1))
-        if not start.is_floating_point():  # a counter
-            return start
-        first, last = self._deviations(name)
-        middle = torch.lerp(start, end, 0.5)
-        return (middle + (first - last) / 8).to(start.dtype)
-
-    def _in_the_middle(self, name: str) -> Tensor:
-        first, last = self._deviations(name)
-        return (first + last) / -4
+    def _motions(self, directions: Sequence[Direction]) -> list[Motion]:
+        return [self._course.motion(direction) for direction in directions]
 
     def shifts(
         self,
@@ -171,72 +284,36 @@ class SegmentPath:
                 each tensor.
         """
         losses = list(middle)
-        curve = self._sums_in_the_middle(objective, losses)
-        half = self._around.half
-        line = self._sums_of_line(objective, losses) if half == 0 else {}
-        shifts = {}
-        for name in losses:
-            first, last = (end[name].beside for end in ends)
-            shift = {
-                tensor: _SIMPSON[0] * _numbers(first, tensor, 0)
-                + _SIMPSON[1] * (curve[name][tensor] - on_line)
-                + _SIMPSON[2] * _numbers(last, tensor, 0)
-                for tensor, on_line in middle[name].items()
-            }
-            doubled = None
-            if half is not None:
-                of_end = last if half else first
-                doubled = {
-                    tensor: _SIMPSON[2 * half] * _numbers(of_end, tensor, 1)
-                    for tensor in middle[name]
-                }
-                for tensor, sums in line.get(name, {}).items():
-                    doubled[tensor] = doubled[tensor] + _SIMPSON[1] * sums
-            shifts[name] = PathShift(
-                shift=shift, doubled=doubled, evaluations=1 if half != 0 else 2
+        along = [self._sums(objective, node, losses) for node in self._paths.nodes]
+        first, last = ends
+        return {
+            name: self._paths.shift(
+                (first[name], last[name]), middle[name], [sums[name] for sums in along]
             )
-        return shifts
-
-    def _sums_in_the_middle(
-        self, objective: _Evaluates, losses: list[str]
-    ) -> dict[str, dict[str, Numbers]]:
-        """Return the sums of the gradient in the middle of the curve along its motion there."""
-        start, end = self._around.point(0), self._around.point(1)
-        directions = [Motion(start, end), self._displacement(self._in_the_middle)]
-        return _sums(objective, Computed(start, self._middle), losses, directions)
-
-    def _sums_of_line(
-        self, objective: _Evaluates, losses: list[str]
-    ) -> dict[str, dict[str, Numbers]]:
-        """Return the sums in the middle of the line of twice the length along it."""
-        line = self._whole_line()
-
-        def middle(name: str) -> Tensor:
-            first, last = line.start[name], line.end[name]
-            return torch.lerp(first, last, 0.5) if first.is_floating_point() else first
-
-        return _sums(objective, Computed(line.start, middle), losses, [line])
-
-
-def _sums(
-    objective: _Evaluates, point: Point, losses: list[str], directions: list[Motion]
-) -> dict[str, dict[str, Numbers]]:
-    """Return the sums of losses' gradients at a point along the sum of some directions, of each
-    tensor.
-    """
-    along = Along(dict.fromkeys(point), directions)
-    evaluations = objective.evaluate(point, losses, along=along)
-    return {
-        name: {
-            tensor: values.sum((-2, -1)).cpu().numpy()[()]
-            for tensor, values in evaluation.gradient.items()
+            for name in losses
         }
-        for name, evaluation in evaluations.items()
-    }
+
+    def _sums(
+        self, objective: _Evaluates, node: Node, losses: list[str]
+    ) -> dict[str, dict[str, Numbers]]:
+        """Return the sums of losses' gradients at a node along the sum of its directions."""
+        point = self._course.at(node)
+        along = Along(dict.fromkeys(point), self._motions(node.along))
+        evaluations = objective.evaluate(point, losses, along=along)
+        return {name: summed_along(evaluation) for name, evaluation in evaluations.items()}
 
 
-def _numbers(beside: Mapping[str, Tensor] | None, tensor: str, position: int) -> Numbers:
-    """Return the sums along one of the directions beside the motion."""
+def summed_along(evaluation: Evaluation) -> dict[str, Numbers]:
+    """Return the sums of a gradient along the sum of some directions, ([groups]) of each tensor."""
+    assert isinstance(evaluation.gradient, OfUnits), "sums along directions are of units"
+    by_direction = evaluation.gradient.totals()
+    return by_direction.like(by_direction.row.sum(-2)).numbers()
+
+
+def _beside(evaluation: Evaluation) -> dict[str, list[Numbers]]:
+    """Return the sums along each of the directions beside the motion, ([groups]) of each tensor."""
+    beside = evaluation.beside
     assert beside is not None, "gradients at ends are summed along the directions of the path"
-    numbers: Numbers = beside[tensor][..., position].cpu().numpy()[()]
-    return numbers
+    return {
+        name: list(np.moveaxis(np.asarray(sums), -1, 0)) for name, sums in beside.numbers().items()
+    }

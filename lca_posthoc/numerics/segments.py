@@ -207,10 +207,7 @@ class Segment:
         motion, of each tensor.
         """
         return {
-            name: {
-                tensor: sums.cpu().numpy()[()]
-                for tensor, sums in self._along_motion(evaluation).items()
-            }
+            name: self._along_motion(evaluation).numbers()
             for name, evaluation in evaluations.items()
         }
 
@@ -232,7 +229,7 @@ class Segment:
             return {}
         return self.own.path.shifts(self.objective, (first, last), middle)
 
-    def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
+    def _along_motion(self, evaluation: Evaluation) -> OfTensors:
         """Return the sums of a gradient along the motion, ([groups]) of each tensor."""
         raise NotImplementedError
 
@@ -277,9 +274,9 @@ class _Parameters(Segment):
         alone = not self.per_example and self.own.split is None and self.own.path is None
         return not (alone and here)
 
-    def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
+    def _along_motion(self, evaluation: Evaluation) -> OfTensors:
         sums = _summed(evaluation, [self.own.motion])
-        return {name: values[..., 0] for name, values in sums.items()}
+        return sums.like(sums.row[..., 0, :])
 
     def _evaluate(
         self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
@@ -347,7 +344,7 @@ class _Units(Segment):
     def _looks_ahead(self, here: bool) -> bool:
         return True
 
-    def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
+    def _along_motion(self, evaluation: Evaluation) -> OfTensors:
         assert isinstance(evaluation.gradient, OfUnits), "gradients are summed over units"
         return evaluation.gradient.totals()
 

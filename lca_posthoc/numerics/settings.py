@@ -407,4 +407,6 @@ def _shown(name: str, value: object) -> str:
     option = option_of(name)
     if isinstance(value, list):
         return " ".join(f"{option} {item}" for item in value) or f"no {option}"
+    if name == "shards" and value == 1:  # a number that says little by itself
+        return f"{option} 1 (its data not cut)"
     return f"no {option}" if value is None else f"{option} {value}"

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from ..errors import SpanError
 from .allocation import Method, SegmentAllocation, allocate_nodes, between
-from .nodes import Node, ends_of
+from .long_segments import lengths_around
+from .nodes import Direction, Line, Node, ends_of
 from .objective import Distances, Evaluation, Motion, Numbers, PartialSums, joined
-from .path import PathShift
+from .path import OtherPaths, PathShift, summed_along
 from .segments import unit_motion
 
 
@@ -45,6 +46,8 @@ class ShardedSpan:
         shards: of each loss, the number of its shards.
         units: of each tensor that takes part in the allocation, the number of its units.
         method: the rule and its tolerances.
+        lengths: training steps from each checkpoint to the next, None where no segment follows it,
+            where other paths are told; None where they are not.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class ShardedSpan:
         shards: Mapping[str, int],
         units: Mapping[str, int],
         method: Method,
+        lengths: Sequence[int | None] | None,
     ) -> None:
         self.starts, self.shards, self.units, self.method = (
             starts,
@@ -61,7 +65,8 @@ class ShardedSpan:
             dict(units),
             method,
         )
-        self._steps = steps
+        self._steps, self._lengths = steps, lengths
+        self._not_finite: set[int] = set()
         self._sums: dict[tuple[str, Node], dict[int, PartialSums]] = {}
         self._means: dict[tuple[str, Node], Evaluation] = {}
         self._distances: dict[int, Mapping[str, float]] = {}
@@ -75,6 +80,10 @@ class ShardedSpan:
     def take_distance(self, start: int, distance: Mapping[str, float]) -> None:
         """Take in Σ|θ′ − θ| of each tensor on a segment."""
         self._distances[start] = distance
+
+    def take_not_finite(self, checkpoint: int) -> None:
+        """Take in that a checkpoint beside the span holds a number that is not finite."""
+        self._not_finite.add(checkpoint)
 
     def missing(self, loss: str, node: Node) -> list[int]:
         """Return the shards of a loss of which no sums are known at a node."""
@@ -110,18 +119,36 @@ class ShardedSpan:
         except SpanError as error:
             raise between(error, step, next_step) from None
 
+    def paths(self, start: int) -> OtherPaths | None:
+        """Return the other paths of a segment; None where none are told.
+
+        A neighbour beside the span counts as finite until a worker that read it says otherwise.
+        """
+        if self._lengths is None:
+            return None
+        around = lengths_around(start, self._lengths)
+        return OtherPaths(start, around, lambda index: index not in self._not_finite)
+
     def at_checkpoint(self, checkpoint: int) -> Node:
         """Return the node at a checkpoint, where the sums along the motions of both segments that
-        meet there are taken at once.
+        meet there are taken at once, and those along what is beside them.
         """
-        rule = self.method.rule
-        along = tuple(
-            start
+        along = [
+            direction
             for start in self.starts
-            if (rule.has_start and ends_of(start)[0] == checkpoint)
-            or (rule.has_end and ends_of(start)[1] == checkpoint)
-        )
-        return Node(checkpoint, 0.0, along)
+            if checkpoint in ends_of(start)
+            for direction in self._directions(start, ends_of(start).index(checkpoint))
+        ]
+        return Node(Line(checkpoint, 0), 0.0, tuple(along))
+
+    def _directions(self, start: int, end: int) -> list[Direction]:
+        """Return the directions of a segment at its start (0) or at its end (1): its motion where the
+        rule takes it, or other paths are told, and what is beside it.
+        """
+        rule, paths = self.method.rule, self.paths(start)
+        if paths is not None:
+            return [Line(start), *paths.directions(end)]
+        return [Line(start)] if (rule.has_start, rule.has_end)[end] else []
 
     def evaluation(self, loss: str, node: Node) -> Evaluation:
         """Return a loss over all of its data at a node whose sums are known."""
@@ -146,18 +173,15 @@ class ShardedSpan:
 
 
 class _Segment:
-    """One segment of a sharded span, as `Nodes`: no other path is told of it.
+    """One segment of a sharded span, as `Nodes`.
 
     Args:
         span: knows the sums.
         start: of the segment.
     """
 
-    has_paths = False
-    bends = False
-
     def __init__(self, span: ShardedSpan, start: int) -> None:
-        self._span = span
+        self._span, self._paths = span, span.paths(start)
         self._start, self._end = ends_of(start)
 
     @property
@@ -171,7 +195,7 @@ class _Segment:
         return Distances.known({name: known[name] for name in names})
 
     def expect(self, losses: list[str]) -> None:
-        """Ask for all that the rule needs in any case.
+        """Ask for all that the rule and other paths need in any case.
 
         Raises:
             Wanted: where it is not known.
@@ -183,8 +207,11 @@ class _Segment:
             if level is None
             else [x for finer in range(1, level + 1) for x in method.family.fresh_nodes(finer)]
         )
+        if self.bends and 0.5 not in inner:
+            inner.append(0.5)
         ends = [self._span.at_checkpoint(end) for end in (self._start, self._end)]
-        missing = self._missing([ends[0], *map(self._inside, inner), ends[1]], losses)
+        of_paths = [] if self._paths is None else self._paths.nodes
+        missing = self._missing([ends[0], *map(self._inside, inner), ends[1], *of_paths], losses)
         distance = None if self._span.has_distance(self._start) else self._start
         if missing or distance is not None:
             raise Wanted(missing, losses, distance)
@@ -211,9 +238,22 @@ class _Segment:
         """See `Nodes.at_end`; the segment that follows looks up what it needs itself."""
         return self._at_checkpoint(self._end, losses, gradient=here), {}
 
+    @property
+    def has_paths(self) -> bool:
+        """See `Nodes.has_paths`."""
+        return self._paths is not None
+
+    @property
+    def bends(self) -> bool:
+        """See `Nodes.bends`."""
+        return self._paths is not None and self._paths.is_known
+
     def middle(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Numbers]]:
         """See `Nodes.middle`."""
-        return {}
+        return {
+            name: {tensor: sums.sum(-1).numpy()[()] for tensor, sums in evaluation.gradient.items()}
+            for name, evaluation in evaluations.items()
+        }
 
     def shifts(
         self,
@@ -222,10 +262,20 @@ class _Segment:
         middle: Mapping[str, Mapping[str, Numbers]],
     ) -> dict[str, PathShift]:
         """See `Nodes.shifts`."""
-        return {}
+        if self._paths is None:
+            return {}
+        return {
+            name: self._paths.shift(
+                (first[name], last[name]),
+                on_line,
+                [summed_along(self._span.evaluation(name, node)) for node in self._paths.nodes],
+            )
+            for name, on_line in middle.items()
+        }
 
     def _inside(self, x: float) -> Node:
-        return Node(self._start, x, (self._start,))
+        line = Line(self._start)
+        return Node(line, x, (line,))
 
     def _level_of(self, x: float) -> Sequence[float]:
         """Return the fresh nodes of the level at which a node is fresh."""
@@ -240,8 +290,12 @@ class _Segment:
         evaluations = {loss: self._span.evaluation(loss, node) for loss in losses}
         if not gradient:
             return evaluations
-        position = node.along.index(self._start)
-        return {loss: evaluation.along(position) for loss, evaluation in evaluations.items()}
+        position, end = node.along.index(Line(self._start)), checkpoint - self._start
+        beside = 0 if self._paths is None else len(self._paths.directions(end))
+        return {
+            loss: evaluation.along(position, beside=beside)
+            for loss, evaluation in evaluations.items()
+        }
 
     def _missing(self, nodes: Sequence[Node], losses: list[str]) -> list[Node]:
         """Return the nodes at which sums are missing."""

@@ -303,12 +303,11 @@ def prepare(
 
 def _path_band(settings: Settings, trajectory: Trajectory) -> str:
     """Return whether it is told what another path would change: as it is asked for or recorded, or
-    else where a segment is longer than one step, and the data is not to be cut into shards.
+    else where a segment is longer than one step.
     """
     steps = trajectory.steps
     any_long = any(is_long(steps[start + 1] - steps[start]) for start in trajectory.starts)
-    shards = settings["shards"]
-    return settings["path_band"] or ("on" if any_long and shards in (None, 1) else "off")
+    return settings["path_band"] or ("on" if any_long else "off")
 
 
 def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:

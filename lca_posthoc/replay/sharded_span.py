@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ..numerics.statistics import unit_axes
 from ..results import Manifest, names_of_sums, read_sums, write_sums
 from ..tasks.task import digest
 from .method import method_of
-from .requests import TaskSetup
+from .requests import TaskSetup, from_plain, to_plain
 from .shards import shards_of
 
 if TYPE_CHECKING:
@@ -81,6 +81,7 @@ class SumsFiles:
         self._setup = setup
         covered = manifest.of(losses[0])
         self.starts = covered.starts[covered.rows(span)]
+        self._lengths = covered.lengths if manifest.settings["path_band"] == "on" else None
         self.axes = _axes_of(manifest)
         shapes = {tensor.spec.name: tensor.spec.shape for tensor in manifest.tensors}
         self._units = {
@@ -99,6 +100,7 @@ class SumsFiles:
                 shards={loss: shards_of(manifest, loss) for loss in self._losses},
                 units=self._units,
                 method=method_of(self._setup.settings, records),
+                lengths=self._lengths,
             )
         )
         for name in names_of_sums(self._run, self._span):
@@ -121,8 +123,10 @@ class SumsFiles:
         for start in about["distances"]:
             of_tensors = next_numbers(len(self._units))
             known.sums.take_distance(start, dict(zip(self._units, of_tensors, strict=True)))
+        for index in about["not_finite"]:
+            known.sums.take_not_finite(index)
         for entry in about["entries"]:
-            node = Node(entry["checkpoint"], entry["x"], tuple(entry["along"]))
+            node = from_plain(Node, entry["node"])
             loss, weight = next_numbers(2)
             gradient = {
                 tensor: torch.tensor(
@@ -143,26 +147,31 @@ class SumsFiles:
         name: str,
         entries: Sequence[ShardSums],
         distances: Mapping[int, Mapping[str, float]],
+        not_finite: Collection[int],
         *,
         seconds: float,
         durable: bool,
     ) -> None:
-        """Write the sums of a request, and Σ|θ′ − θ| of each tensor on some segments.
+        """Write the sums of a request, Σ|θ′ − θ| of each tensor on some segments, and which
+        checkpoints beside the span are not finite.
 
         Args:
             name: of the file.
             entries: the sums.
             distances: by segment and tensor.
+            not_finite: checkpoints beside the span with a number that is not.
             seconds: that they took.
             durable: whether they are on the disk when this returns.
         """
         positions = {index for entry in entries for index in entry.node.checkpoints}
         positions |= {end for start in distances for end in ends_of(start)}
+        positions |= {*not_finite}
         about = {
             "origins": {entry.loss: self._origin(entry.loss) for entry in entries},
             "checkpoints": {str(index): self._checkpoint(index) for index in sorted(positions)},
             "seconds": round(seconds, 3),
             "distances": list(distances),
+            "not_finite": sorted(not_finite),
             "entries": [self._described(entry) for entry in entries],
         }
         parts = [
@@ -176,15 +185,14 @@ class SumsFiles:
                 for tensor in self._units
                 if tensor in entry.sums.gradient
             ]
-        write_sums(self._run, name, about, np.concatenate(parts), durable)
+        numbers = np.concatenate(parts) if parts else np.zeros(0)
+        write_sums(self._run, name, about, numbers, durable)
 
     def _described(self, entry: ShardSums) -> dict[str, object]:
         unreached = self._units.keys() - entry.sums.gradient.keys() if entry.node.along else ()
         return {
             "loss": entry.loss,
-            "checkpoint": entry.node.checkpoint,
-            "x": entry.node.x,
-            "along": list(entry.node.along),
+            "node": to_plain(entry.node),
             "shard": entry.shard,
             "batch_size": entry.batch_size,
             "unreached": sorted(unreached),

@@ -40,8 +40,6 @@ def why_whole(name: str, record: LossRecord, settings: Settings, keep: str) -> s
         return f"--keep {keep} takes the whole gradient of every parameter"
     if settings["signal"] is not None:
         return "--causes takes the whole gradient of the training loss"
-    if settings["path_band"] == "on":
-        return "--path-band evaluates beside the straight lines as well"
     if "directions" in settings:
         return "--along takes sums along directions of a file"
     if settings["norm_stats"] == "recalibrated":
@@ -103,15 +101,22 @@ def about_shards(manifest: Manifest, workers: int, new: Iterable[str]) -> list[s
         workers: that will share the work.
         new: names of losses.
     """
-    if manifest.settings["shards"] == 1:
+    shards = manifest.settings["shards"]
+    assert shards is not None, "a run is laid out once its number of shards is chosen"
+    if shards == 1:
         return []
     names = list(new)
-    cut = [shards_of(manifest, name) for name in names if is_cut(manifest, name)]
+    most = max((shards_of(manifest, name) for name in names if is_cut(manifest, name)), default=0)
     notes = []
-    if cut:
+    if most:
+        fewer = (
+            f", not the {shards} of --shards, for it is {count(most, 'batch', 'batches')} and a "
+            "shard takes at least one (a smaller --batch-size makes more)"
+        )
         notes.append(
-            f"the data of each segment is cut into {count(max(cut), 'shard')}, so that "
-            f"{count(manifest.segments, 'segment')} can keep up to {max(cut) * manifest.segments} "
+            f"the data of each segment is cut into {count(most, 'shard')}"
+            f"{fewer if most < shards else ''}, so that "
+            f"{count(manifest.segments, 'segment')} can keep up to {most * manifest.segments} "
             f"workers busy; there {'is' if workers == 1 else 'are'} {workers}. The number of shards "
             "is recorded, and results follow from it, never from the number of workers"
         )

@@ -1,10 +1,11 @@
-"""What ten segments of MNIST-FC cost in shards of their data and in whole spans, on two workers:
+r"""What ten segments of MNIST-FC cost in shards of their data and in whole spans, on two workers:
 processor time of driver and workers and time on the clock, in turn, medians; and how far the sums of
 tensors are apart. Whole spans are as long as a run chooses, and as long as those in shards, which
 takes the same number of evaluations.
 
 ```sh
-LCA_DATA=DIR python tests/benchmarks/shards.py [--segments 10] [--every 20] [--shards 2 16] [--rounds 3]
+LCA_DATA=DIR python tests/benchmarks/shards.py [--segments 10] [--every 20] [--shards 2 16] [--rounds 3] \
+    [--path-band on]
 ```
 
 From the moment the work is planned to the last commit; without the start of processes, the loading
@@ -56,7 +57,7 @@ def processor_seconds() -> float:
 
 
 def replay(
-    checkpoints: Path, out: Path, shards: int, span: int | None
+    checkpoints: Path, out: Path, path_band: str, shards: int, span: int | None
 ) -> tuple[float, float, np.ndarray]:
     """Processor seconds, seconds, and what tensors are allocated."""
     marks: list[tuple[float, float]] = []
@@ -70,6 +71,7 @@ def replay(
         TASK,
         out=out,
         keep="tensors",
+        path_band=path_band,
         shards=shards,
         span=span,
         workers=2,
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=20)
     parser.add_argument("--shards", type=int, nargs="+", default=[2, 16])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--path-band", choices=["on", "off"], default="off")
     given = parser.parse_args()
     kinds: dict[str, tuple[int, int | None]] = {
         "whole spans": (1, None),
@@ -103,7 +106,7 @@ def main() -> None:
             whole = None
             for kind, cut in kinds.items():
                 out = place / f"{kind}-{number}.lca"
-                processor, clock, sums = replay(place / "checkpoints", out, *cut)
+                processor, clock, sums = replay(place / "checkpoints", out, given.path_band, *cut)
                 whole = sums if whole is None else whole
                 costs[kind].append((processor, clock))
                 apart = float(np.abs(sums - whole).sum() / np.abs(whole).sum())

@@ -19,9 +19,10 @@ from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (
     ". There the straight line between checkpoints is not the path that training took, and what is "
-    "allocated is the straight line's share: sums over tensors and units mean something; how often "
-    "a parameter helps and turns (--keep statistics, parameters) does not. The residual says what "
-    "quadrature misses"
+    "allocated is the straight line's share: sums over tensors and units mean something, as far as "
+    "their path band tells (± path in `lca summary`, by --path-band: what other paths through the "
+    "checkpoints would change); how often a parameter helps and turns (--keep statistics, "
+    "parameters) does not. The residual says what quadrature misses"
 )
 
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lca_posthoc import run
-from lca_posthoc.numerics.objective import Along, Evaluation, Motion, OfTensors
-from lca_posthoc.numerics.path import Neighbours, SegmentPath
+from lca_posthoc.numerics.objective import Along, Evaluation, Motion, OfTensors, OfUnits, Units
+from lca_posthoc.numerics.path import Course, OtherPaths, SegmentPath
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import Run, verify
 
@@ -279,16 +279,19 @@ class Bowl:
         self, point: Mapping[str, Tensor], losses: list[str], *, along: Along | None = None
     ) -> dict[str, Evaluation]:
         assert along is not None
-        sums = {
-            name: torch.stack(
+        gradient = self.gradient(point)
+        sums = torch.tensor(
+            [
                 [
-                    ((motion.end[name] - motion.start[name]) * gradient).sum()[None]
-                    for motion in along.motions
+                    float(((motion.end[name] - motion.start[name]) * of_tensor).sum())
+                    for name, of_tensor in gradient.items()
                 ]
-            )
-            for name, gradient in self.gradient(point).items()
-        }
-        return {"bowl": Evaluation.known(np.float64(0.0), np.float64(1.0), sums)}
+                for motion in along.motions
+            ],
+            dtype=torch.float64,
+        )
+        of_units = OfUnits(sums, Units(dict.fromkeys(gradient, 1)))
+        return {"bowl": Evaluation.known(np.float64(0.0), np.float64(1.0), of_units)}
 
     def shift(self, path: SegmentPath, start: Point, end: Point) -> dict[str, float]:
         def beside(point: Point, directions: Sequence[Motion]) -> dict[str, Evaluation]:
@@ -314,14 +317,10 @@ def point(*values: float) -> Point:
 
 
 def path_of(points: Sequence[Point], steps: Sequence[int]) -> SegmentPath:
+    """The path of the second of three segments."""
     before, length, after = np.diff(steps).tolist()
-    return SegmentPath(
-        Neighbours(
-            lengths=(before, length, after),
-            point=lambda position: points[position + 1],
-            half=None,
-        )
-    )
+    paths = OtherPaths(1, (before, length, after), lambda position: True)
+    return SegmentPath(paths, Course(points.__getitem__, steps.__getitem__))
 
 
 def test_a_path_through_checkpoints_on_one_line_changes_nothing() -> None:

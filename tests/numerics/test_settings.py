@@ -169,6 +169,18 @@ def test_another_value_than_the_recorded_one_is_refused_by_its_option(
         resolve({name: other}, resolve({name: value}, None))
 
 
+def test_a_run_that_is_not_cut_into_shards_says_so_of_its_number() -> None:
+    whole, cut = resolve({"shards": 1}, None), resolve({"shards": 2}, None)
+    with pytest.raises(
+        InputError, match=r"made with --shards 1 \(its data not cut\), not --shards 2"
+    ):
+        resolve({"shards": 2}, whole)
+    with pytest.raises(
+        InputError, match=r"made with --shards 2, not --shards 1 \(its data not cut\)"
+    ):
+        resolve({"shards": 1}, cut)
+
+
 @pytest.mark.parametrize(
     ("name", "choices"),
     [(name, entry.choices) for name, entry in SETTINGS.items() if entry.choices],

@@ -12,7 +12,7 @@ import torch
 
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
 from lca_posthoc.errors import InputError, NotFiniteError, pack_error
-from lca_posthoc.numerics.nodes import Node
+from lca_posthoc.numerics.nodes import Curve, Line, Node, Tangent
 from lca_posthoc.numerics.settings import DEFAULTS
 from lca_posthoc.replay import requests
 from lca_posthoc.replay.requests import (
@@ -208,7 +208,12 @@ SENT = (
         durable=True,
         span=3,
         losses=["a"],
-        nodes=[Node(0, 0.25, (0,)), Node(1, 0.0, ())],
+        nodes=[
+            Node(Line(0), 0.25, (Line(0),)),
+            Node(Line(1, 0), 0.0, ()),
+            Node(Line(2, 0), 0.0, (Line(1), Tangent(1, 1, 2), Line(0, 2))),
+            Node(Curve(1, (-1, 2)), 0.5, (Line(1), Curve(1, (-1, 2)))),
+        ],
         shards=[1, 2],
         distances=[0],
         file="000003-a.sums",

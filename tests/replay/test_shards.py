@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 import lca_posthoc
 from lca_posthoc import Run, open_run, results
+from lca_posthoc.base.text import count
 from lca_posthoc.cluster import Spec
 from lca_posthoc.errors import SpanError
+from lca_posthoc.findings import summary
 from lca_posthoc.numerics.objective import Objective
 from lca_posthoc.replay import run as replay
 from lca_posthoc.replay.events import Note, SpanFailed, silent
@@ -57,7 +59,6 @@ def replayed(place: Path, name: str, **options: Any) -> Run:
         "keep": "units",
         "batch_size": BATCH,
         "shards": SHARDS,
-        "path_band": "off",
         "tolerance": 1e-6,
         "cluster": "inline",
         "progress": silent,
@@ -74,25 +75,28 @@ def stored(run: Path) -> dict[str, bytes | None]:
 
 
 @pytest.mark.parametrize(
-    ("rule", "norm_stats", "keep"),
+    ("rule", "norm_stats", "keep", "path_band"),
     [
-        ("simpson", "running", "tensors"),
-        ("trapezoid", "batch", "units"),
-        ("gauss-2", "running", "units"),
-        ("left", "running", "tensors"),
+        ("simpson", "running", "tensors", "on"),
+        ("simpson", "running", "units", "off"),
+        ("trapezoid", "batch", "units", "off"),
+        ("gauss-2", "running", "units", "on"),
+        ("left", "running", "tensors", "off"),
+        ("left", "running", "tensors", "on"),
     ],
 )
 def test_shards_give_the_numbers_of_whole_spans(
-    made: Path, tmp_path: Path, rule: str, norm_stats: str, keep: str
+    made: Path, tmp_path: Path, rule: str, norm_stats: str, keep: str, path_band: str
 ) -> None:
     place = Path(shutil.copytree(made, tmp_path / "place"))
-    options = {"rule": rule, "norm_stats": norm_stats, "keep": keep}
+    options = {"rule": rule, "norm_stats": norm_stats, "keep": keep, "path_band": path_band}
     options |= {"precision": "float64", "tolerance": 1e-4}
     whole = replayed(place, "whole.lca", shards=1, **options)
     cut = replayed(place, "cut.lca", **options)
     assert cut.manifest.settings["shards"] == SHARDS
     for name in cut:
-        for kind in ("tensors", "steps", *(["units"] if keep == "units" else [])):
+        kinds = ["tensors", "steps", *(["units"] if keep == "units" else [])]
+        for kind in [*kinds, *(["other_path"] if path_band == "on" else [])]:
             ours, theirs = (getattr(run[name], kind) for run in (cut, whole))
             for field in ours:
                 near(ours[field].values, theirs[field].values, f"{name} {kind} {field}")
@@ -129,14 +133,30 @@ def test_segments_are_refined_and_stay_near_whole_spans_in_float32(
         assert np.abs(ours - theirs).sum() <= 1e-6 * np.abs(theirs).sum()
 
 
+@pytest.mark.parametrize("rule", ["simpson", "trapezoid", "left", "midpoint", "gauss-2"])
+def test_a_plan_counts_the_evaluations_of_shards(made: Path, tmp_path: Path, rule: str) -> None:
+    place = Path(shutil.copytree(made, tmp_path / "place"))
+    options: dict[str, Any] = {"rule": rule, "keep": "tensors", "tolerance": math.inf}
+    options |= {"shards": SHARDS, "batch_size": BATCH, "losses": ["all"]}
+    planned = plan(place / "ck", place / "task.py", **options)
+    run = replayed(place, "run.lca", **options)
+    assert run.manifest.settings["path_band"] == "on"
+    assert {name: loss.evaluations for name, loss in planned.losses.items()} == {
+        name: summary(run[name])["evaluations"] for name in run
+    }
+
+
 # --- whoever computes it --------------------------------------------------------------------------
 
 
-def test_workers_in_processes_of_their_own_give_the_same_bytes(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_in_processes_of_their_own_give_the_same_bytes(
+    made: Path, tmp_path: Path, workers: int
+) -> None:
     place = Path(shutil.copytree(made, tmp_path / "place"))
-    replayed(place, "two.lca", cluster="local", workers=2)
-    assert stored(place / "two.lca") == stored(made / "shards.lca")
-    assert not (place / "two.lca" / "shards").exists()
+    replayed(place, "apart.lca", cluster="local", workers=workers)
+    assert stored(place / "apart.lca") == stored(made / "shards.lca")
+    assert not (place / "apart.lca" / "shards").exists()
 
 
 class Stopped(Exception):
@@ -356,13 +376,20 @@ def test_shards_are_one_for_each_worker_where_segments_are_few(
     assert choose_shards(segments, workers, losses, manifest.settings, "statistics") == 1
 
 
+@pytest.mark.parametrize(("batch_size", "batches"), [(30, "1 batch"), (15, "2 batches")])
+def test_fewer_shards_than_asked_for_are_said_with_the_reason(
+    made: Path, batch_size: int, batches: str
+) -> None:
+    options: dict[str, Any] = {"losses": ["train"], "keep": "tensors", "batch_size": batch_size}
+    planned = plan(made / "ck", made / "task.py", shards=3, **options)
+    (note,) = (note for note in planned.notes if "shard" in note)
+    assert f"cut into {count(planned.shards, 'shard')}, not the 3 of --shards" in note
+    assert f"it is {batches} and a shard takes at least one" in note
+    assert planned.shards == int(batches[0])
+
+
 def test_a_plan_says_the_shards_a_run_would_choose(made: Path) -> None:
-    options: dict[str, Any] = {
-        "workers": 8,
-        "batch_size": BATCH,
-        "losses": ["train"],
-        "path_band": "off",
-    }
+    options: dict[str, Any] = {"workers": 8, "batch_size": BATCH, "losses": ["train"]}
     cut = plan(made / "ck", made / "task.py", keep="tensors", **options)
     assert cut.shards == 8
     assert any("cut into 8 shards" in note for note in cut.notes)

@@ -11,6 +11,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from .readings import Numbers, Reading
+
 
 class Units:
     """The units of some tensors in a row, those of one tensor after those of the one before.
@@ -123,3 +125,8 @@ class OfTensors(InARow):
     def like(self, row: Tensor) -> OfTensors:
         """Return other numbers of the same tensors."""
         return OfTensors(row, tuple(self._positions))
+
+    def numbers(self) -> dict[str, Numbers]:
+        """Return them on the host, copied at once."""
+        row = Reading(self.row).numbers
+        return {name: row[..., place][()] for name, place in self._positions.items()}

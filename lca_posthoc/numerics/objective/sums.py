@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import InputError
 from .batches import Groups
 from .directions import Gradients, blocks
-from .in_a_row import InARow, OfTensors, OfUnits, Units
+from .in_a_row import OfTensors, OfUnits, Units
 from .passes import GroupValues
 from .readings import Array, Numbers, Reading
 
@@ -35,8 +35,8 @@ class Evaluation:
     gradient: Mapping[str, Tensor]
     unreached: frozenset[str] = frozenset()
     examples: Evaluation | None = None
-    parts: InARow | None = None
-    beside: InARow | None = None
+    parts: OfTensors | None = None
+    beside: OfTensors | None = None
 
     @classmethod
     def known(

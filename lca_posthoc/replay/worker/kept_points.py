@@ -11,11 +11,10 @@ from weakref import WeakKeyDictionary
 
 from ...base.available_memory import give_back
 from ...checkpoints.trajectory import Checkpoint
-from ...numerics.nodes import ends_of
 from .state import Point, point_at
 
 if TYPE_CHECKING:
-    from ...numerics.objective import Motion, Objective
+    from ...numerics.objective import Objective
     from ..requests import StoredPoints
 
 _KEPT = 3  # checkpoints: those of two neighbouring segments
@@ -42,13 +41,6 @@ class KeptPoints:
             give_back(self._objective.parameter_bytes)  # before a checkpoint takes as much
             self._kept[checkpoint] = point_at(self._points, index, self._objective)
         return self._kept[checkpoint]
-
-    def motion(self, start: int) -> Motion:
-        """Return the motion of a segment, with both ends read."""
-        from ...numerics.objective import Motion
-
-        before, after = ends_of(start)
-        return Motion(self.at(before), self.at(after))
 
     def _make_room(self, needed: Collection[Checkpoint]) -> None:
         """Give up checkpoints that this request does not need, those that waited longest first."""

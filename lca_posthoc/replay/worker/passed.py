@@ -4,9 +4,10 @@ at.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
+from ...errors import NotFiniteError
 from .state import point_at
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Passed:
     def __init__(self, points: StoredPoints, segments: slice, objective: Objective) -> None:
         self._points, self._segments, self._objective = points, segments, objective
         self._kept: dict[int, Mapping[str, Tensor]] = {}
+        self._not_finite: dict[int, NotFiniteError] = {}
         self._walk: Walk = iter(())
         self._upcoming = segments.start
 
@@ -43,14 +45,38 @@ class Passed:
     def at(self, index: int) -> Mapping[str, Tensor]:
         """Return a checkpoint as losses are evaluated there: one that has gone by or is still to
         come, or one before them, which is read.
+
+        Raises:
+            NotFiniteError: where a number of it is not finite, each time it is asked for.
+            SpanError: where it cannot be read.
         """
         while self._upcoming <= index:
-            _, point = next(self._walk)
-            self._kept[self._upcoming] = point
+            self._keep(self._upcoming, lambda: next(self._walk)[1])
             self._upcoming += 1
-        if index not in self._kept:
-            self._kept[index] = point_at(self._points, index, self._objective)
+        if index not in self._kept and index not in self._not_finite:
+            self._keep(index, lambda: point_at(self._points, index, self._objective))
+        if index in self._not_finite:
+            raise self._not_finite[index]
         return self._kept[index]
+
+    def _keep(self, index: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Keep a checkpoint, or that it is not finite, which is no trouble of those beside it."""
+        try:
+            self._kept[index] = read()
+        except NotFiniteError as error:
+            self._not_finite[index] = error
+
+    def is_finite(self, index: int) -> bool:
+        """Tell whether all numbers of a checkpoint are finite, as `at` does.
+
+        Raises:
+            SpanError: where it cannot be read.
+        """
+        try:
+            self.at(index)
+        except NotFiniteError:
+            return False
+        return True
 
     def forget(self, index: int) -> None:
         """Give up a checkpoint, if it is kept."""

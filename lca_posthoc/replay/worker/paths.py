@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...numerics.long_segments import half_of
 from .passed import Passed
 
 if TYPE_CHECKING:
@@ -31,17 +30,14 @@ class PathsOfStretch:
 
     def of(self, row: int) -> SegmentPath:
         """Return the path of the segment at a position of the stretch."""
-        from ...numerics.path import Neighbours, SegmentPath
+        from ...numerics.path import Course, OtherPaths, SegmentPath
 
-        index = self._first + row
+        index, checkpoints = self._first + row, self._checkpoints
         before, length, after = (self._length(place) for place in (index - 1, index, index + 1))
         assert length is not None, "a segment has both ends"
         return SegmentPath(
-            Neighbours(
-                lengths=(before, length, after),
-                point=lambda position: self._passed.at(index + position),
-                half=half_of(index, (before, length, after)),
-            )
+            OtherPaths(index, (before, length, after), self._passed.is_finite),
+            Course(self._passed.at, lambda place: checkpoints[place].step),
         )
 
     def _length(self, index: int) -> int | None:

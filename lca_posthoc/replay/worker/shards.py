@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...base.available_memory import peak_memory
 from ...cluster import Spec
-from ...numerics.nodes import Node, part_of
+from ...errors import NotFiniteError
+from ...numerics.nodes import Line, ends_of, part_of
 from ..requests import ShardAnswer, ShardRequest, SpanRequest, to_plain, work_of
 from ..shards import shards_of
 from .kept_points import KeptPoints
@@ -18,8 +20,6 @@ from .spans import committed_result, ready, replay_span
 from .state import reported
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from ...numerics.objective import Objective
     from ...results import Manifest
     from ..sharded_span import ShardSums, SumsFiles
@@ -62,7 +62,14 @@ def sum_shards(request: ShardRequest) -> ShardAnswer:
         lambda: list(work.entries()), objective, splits, request.setup.settings.norm_stats
     )
     seconds = time.perf_counter() - started
-    files.write(request.file, entries, work.distances(), seconds=seconds, durable=request.durable)
+    files.write(
+        request.file,
+        entries,
+        work.distances(),
+        work.not_finite,
+        seconds=seconds,
+        durable=request.durable,
+    )
     return ShardAnswer(seconds=time.perf_counter() - started, peak_bytes=peak_memory())
 
 
@@ -79,23 +86,47 @@ class _Shards:
     def __init__(
         self, request: ShardRequest, manifest: Manifest, objective: Objective, files: SumsFiles
     ) -> None:
+        from ...numerics.path import Course
+
         self._request, self._manifest, self._objective = request, manifest, objective
         self._axes = files.axes
+        self._ends = {end for start in files.starts for end in ends_of(start)}
         self._points = KeptPoints(request.points, objective)
+        checkpoints = request.points.checkpoints
+        self._course = Course(self._points.at, lambda index: checkpoints[index].step)
+
+    @cached_property
+    def not_finite(self) -> frozenset[int]:
+        """Return the checkpoints beside the span, of those that nodes need, with a number that is not
+        finite; one of the span itself fails it when it is read.
+        """
+        needed = {index for node in self._request.nodes for index in node.checkpoints}
+        return frozenset(index for index in needed - self._ends if not self._is_finite(index))
+
+    def _is_finite(self, index: int) -> bool:
+        try:
+            self._points.at(index)
+        except NotFiniteError:
+            return False
+        return True
 
     def entries(self) -> Iterator[ShardSums]:
-        """Yield the sums, node by node."""
+        """Yield the sums, node by node; none at nodes that need a checkpoint that is not finite, in
+        whose place the driver asks for others.
+        """
         from ...numerics.objective import Along
         from ..sharded_span import ShardSums
 
         parts = {shard: self._parts(shard) for shard in self._request.shards}
         parts = {shard: of_losses for shard, of_losses in parts.items() if of_losses}
         for node in self._request.nodes:
-            along = None
-            if node.along:
-                along = Along(self._axes, [self._points.motion(start) for start in node.along])
+            if self.not_finite.intersection(node.checkpoints):
+                continue
+            directions = [self._course.motion(direction) for direction in node.along]
             evaluated = self._objective.evaluate_parts(
-                self._point(node), list(parts.values()), along
+                self._course.at(node),
+                list(parts.values()),
+                Along(self._axes, directions) if directions else None,
             )
             for shard, sums_of_losses in zip(parts, evaluated, strict=True):
                 for loss, sums in sums_of_losses.items():
@@ -113,7 +144,7 @@ class _Shards:
         from ...numerics.objective import distances
 
         return {
-            start: distances(self._points.motion(start), self._axes)
+            start: distances(self._course.motion(Line(start)), self._axes)
             for start in self._request.distances
         }
 
@@ -128,12 +159,3 @@ class _Shards:
                     None if whole else part_of(record.examples, record.batch_size, shards, shard)
                 )
         return parts
-
-    def _point(self, node: Node) -> Mapping[str, Tensor]:
-        from ...numerics.objective import Between
-
-        if node.x == 0:
-            return self._points.at(node.checkpoint)
-        (start,) = node.along
-        motion = self._points.motion(start)
-        return Between(motion.start, motion.end, node.x)

@@ -78,7 +78,10 @@ def near_the_oracle(place: Path, out: Path) -> None:
     allocations are not kept, that of their sums is.
     """
     made, run = task_namespace(), open_run(out)
-    points = [load_file(file) for file in sorted((place / "checkpoints").glob("*.safetensors"))]
+    points = [
+        load_file(place / "checkpoints" / f"step_{checkpoint.step:08d}.safetensors")
+        for checkpoint in run.manifest.checkpoints
+    ]
     for name in run:
         truth = Oracle(made["Net"], made[name], made["cross_entropy"]).allocate(
             points, *RULES["simpson"]

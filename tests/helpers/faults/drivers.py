@@ -123,14 +123,23 @@ def worker_killed(count: int, _: Path) -> str:
     full=40,
 )
 def killed_in_shards(count: int, _: Path) -> str:
-    """Ten segments in spans of ten and three shards, so that nearly every kill is inside a span."""
+    """Ten segments of two steps in one span and three shards, so that nearly every kill is inside a
+    span; other paths are told of them.
+    """
     chance, kills, runs, resumed = random.Random(21), Counter[str](), 0, 0
-    options = ("--shards", 3, "--batch-size", 4)
-    with laid_out(10, keep="units") as (place, _clean):
+    options = ("--shards", 3, "--batch-size", 4, "--steps", "::2")
+    with laid_out(20, keep="units") as (place, _clean):
         write_task(place / "small_task.py")  # whose losses can be cut
         clean = clean_runs.clean_run(
-            place, place / "in-shards.lca", span=16, keep="units", shards=3, batch_size=4
+            place,
+            place / "in-shards.lca",
+            span=16,
+            keep="units",
+            shards=3,
+            batch_size=4,
+            steps="::2",
         )
+        assert (clean / "data.zarr" / "train" / "path").exists()
         while kills.total() < count:
             out, drivers = place / f"run-{runs}.lca", list[Driver]()
             runs += 1
