@@ -389,7 +389,7 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Sums:
-    """What every tensor of a segment is allocated, and |·| of what the last refining changed.
+    """The sums of what every tensor of a segment is allocated, and |·| of what the last refining changed.
 
     Attributes:
         names: of the tensors.
@@ -629,7 +629,7 @@ class _Refinement:
 
     @property
     def measured(self) -> _Sums:
-        """What was computed."""
+        """The sums that were computed."""
         assert self._sums is not None, "nothing was measured"
         return self._sums
 
@@ -819,8 +819,8 @@ def _allocate_refined(
                 for name in pending
             }
             # whatever was computed of the segment comes to the host at once
-            wanted = [reading for name in pending for reading in states[name].readings]
-            read([*wanted, *distance.readings])
+            readings = [reading for name in pending for reading in states[name].readings]
+            read([*readings, *distance.readings])
             for name in pending:
                 done[name] = _judged(name, states[name], method, distance, gathered[name])
             pending = [

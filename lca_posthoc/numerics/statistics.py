@@ -547,7 +547,7 @@ class SpanSums:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """What is kept of one tensor on a segment, on its device until that of all tensors is there.
+    """Numbers of one tensor on a segment, on their device until those of all tensors are there.
 
     Attributes:
         units: what units are allocated, (groups, units) float64.
@@ -699,9 +699,9 @@ class SpanStatistics(SpanSums):
     def _settle(self, row: int) -> None:
         """Bring to the host what was taken in of the tensors of a segment, at once."""
         waiting = [self._waiting.pop(spec.name) for spec in self._table]
-        units = Reading(torch.cat([kept.units for kept in waiting], -1))
-        counts = Reading(torch.stack([kept.counts for kept in waiting], -1).double())
-        slopes = Reading(torch.stack([kept.slopes for kept in waiting], -1))
+        units = Reading(torch.cat([of_tensor.units for of_tensor in waiting], -1))
+        counts = Reading(torch.stack([of_tensor.counts for of_tensor in waiting], -1).double())
+        slopes = Reading(torch.stack([of_tensor.slopes for of_tensor in waiting], -1))
         bins = [] if self._bins is None else [Reading(self._bins.double())]
         running = [] if is_looked_at(self._device) else list(self._running.values())
         unseen = [Reading(of_tensor.unseen) for of_tensor in running]
@@ -710,9 +710,9 @@ class SpanStatistics(SpanSums):
             of_tensor.look(float(reading.numbers))
         self._bins = None
         first = 0
-        for spec, kept in zip(self._table, waiting, strict=True):
+        for spec, of_units in zip(self._table, waiting, strict=True):
             place = self.units[spec.name]
-            last = first + kept.units.shape[-1]
+            last = first + of_units.units.shape[-1]
             place[row] = units.numbers[:, first:last].reshape(place.shape[1:])
             first = last
         helping, hurting = counts.numbers.transpose(1, 0, 2)

@@ -8,15 +8,14 @@ from .data import replicates_of
 from .device_errors import is_out_of_memory, spoils_device
 from .directions import (
     Along,
-    Distances,
     Motion,
     NoGradients,
     WholeGradients,
     blocks,
-    distances,
     sums_along,
     units_of,
 )
+from .distances import Distances, distances
 from .draws import Draws
 from .element_groups import ElementOrder
 from .evaluate import Objective, build_objective

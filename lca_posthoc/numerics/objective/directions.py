@@ -8,20 +8,19 @@ held but the one at hand.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .in_a_row import OfUnits, Units, segment_sums
-from .readings import Reading
+from .bundles import Bundle, plan_of
+from .in_a_row import OfUnits
 
-_BLOCK = 2**17  # numbers that stay in the cache
+EVERY = "every unit"  # the key of what is taken in of all tensors at once
+BLOCK = 2**17  # numbers that stay in the cache
 
 Point = Mapping[str, Tensor]
 Take = Callable[[str, Tensor], None]
@@ -42,8 +41,8 @@ def blocks(
     [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
     """
     if cuts is None:
-        cuts = [slice(at, min(at + _BLOCK, columns)) for at in range(0, columns, _BLOCK)]
-    many = max(1, _BLOCK // max(1, columns))
+        cuts = [slice(at, min(at + BLOCK, columns)) for at in range(0, columns, BLOCK)]
+    many = max(1, BLOCK // max(1, columns))
     for row in range(0, rows, many):
         for cut in cuts:
             yield slice(row, min(row + many, rows)), cut
@@ -100,7 +99,7 @@ class Gradients(Protocol):
         which may change those values. Return the names of the tensors it reached.
         """
 
-    def of_tensors(self, taken: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return by tensor what was taken in, of every key."""
 
 
@@ -115,9 +114,9 @@ class NoGradients:
         """Do nothing."""
         return ()
 
-    def of_tensors(self, taken: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return nothing."""
-        return taken
+        return by_key
 
 
 class _Backward:
@@ -183,9 +182,9 @@ class _Backward:
         """Return what is taken in of a tensor's gradient."""
         raise NotImplementedError
 
-    def of_tensors(self, taken: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what was taken in of each tensor."""
-        return taken
+        return by_key
 
 
 class WholeGradients(_Backward):
@@ -277,184 +276,18 @@ class SumsAlong(_Backward):
         """Return the sums of the gradient of `total` along directions, (directions, units) of each
         tensor that it depends on.
         """
-        taken: dict[str, Tensor] = {}
+        by_key: dict[str, Tensor] = {}
         if not total.requires_grad:
-            return taken
-        reached = self.backward(total, False, taken.__setitem__)
+            return by_key
+        reached = self.backward(total, False, by_key.__setitem__)
         if not reached:
-            return taken
-        of_units = self.of_tensors(taken)
+            return by_key
+        of_units = self.of_tensors(by_key)
         return {name: of_units[name] for name in reached}
 
-    def of_tensors(self, taken: dict[str, Tensor]) -> Mapping[str, Tensor]:
+    def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return the sums of each tensor's units."""
-        return OfUnits(taken[EVERY], self.units) if taken else {}
-
-
-EVERY = "every unit"  # the key of what is taken in of all tensors at once
-_SMALL = 2**13  # numbers of a tensor that is taken together with others
-
-
-class Bundle:
-    """Some small tensors whose gradients are multiplied and summed together.
-
-    Args:
-        shapes: of the tensors.
-        axes: of the units of each; None where it is one unit.
-        place: of their units in the row of all.
-        device: where they are.
-
-    Attributes:
-        names: of the tensors.
-    """
-
-    def __init__(
-        self,
-        shapes: Mapping[str, torch.Size],
-        axes: Mapping[str, int | None],
-        place: slice,
-        device: torch.device,
-    ) -> None:
-        self.names, self.place, self._shapes = tuple(shapes), place, shapes
-        sizes, order, first = [0], list[Tensor](), 0
-        for name, shape in shapes.items():
-            axis, numbers = axes[name], shape.numel()
-            units = 1 if axis is None else shape[axis]
-            sizes += [numbers // max(1, units)] * units
-            positions = torch.arange(first, first + numbers).reshape(shape)
-            order.append((positions if axis is None else positions.movedim(axis, 0)).reshape(-1))
-            first += numbers
-        self._numbers, self._count = first, len(sizes) - 1
-        by_unit = torch.cat(order)
-        is_in_order = bool((by_unit == torch.arange(first)).all())
-        self._by_unit = None if is_in_order else by_unit.to(device)
-        self._ends = torch.tensor(sizes).cumsum(0).to(device)
-        self._offsets: dict[int, Tensor] = {}
-
-    def sums_along(self, gradients: Mapping[str, Tensor], motions: Sequence[Motion]) -> Tensor:
-        """Return Σ gradient · motion over each unit, (motions, units) float64; 0 of tensors without
-        a gradient. Differences and products are of the gradients' type.
-        """
-        like = next(gradients[name] for name in self.names if name in gradients)
-        row = self._row(
-            {
-                name: gradients[name] if name in gradients else like.new_zeros(shape)
-                for name, shape in self._shapes.items()
-            }
-        )
-        products = [row * motion.differences(self).to(row.dtype) for motion in motions]
-        return self.sums(torch.cat(products), len(motions))
-
-    def sums(self, rows: Tensor, count: int) -> Tensor:
-        """Return sums over each unit of some rows that follow each other, (rows, units) float64."""
-        if count not in self._offsets:
-            starts = self._numbers * torch.arange(count, device=self._ends.device)[:, None]
-            ends = (self._ends[1:] + starts).reshape(-1)
-            self._offsets[count] = torch.cat([self._ends[:1], ends])
-        sums = segment_sums(rows.double(), self._offsets[count])
-        return sums.reshape(count, self._count)
-
-    @torch.no_grad()
-    def between(self, motion: Motion, x: float) -> dict[str, Tensor]:
-        """Return start + x(end − start) of each tensor."""
-        assert self._by_unit is None, "tensors are one unit each, whose numbers stay in order"
-        row = torch.lerp(*self.rows(motion), x)
-        parts = torch.split(row, [shape.numel() for shape in self._shapes.values()])
-        return {
-            name: part.view(shape)
-            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
-        }
-
-    @torch.no_grad()
-    def rows(self, motion: Motion) -> tuple[Tensor, Tensor]:
-        """Return both ends of a motion, the numbers of one unit after those of another."""
-        return self._row(motion.start), self._row(motion.end)
-
-    def _row(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        row = torch.cat([tensors[name].reshape(-1) for name in self.names])
-        return row if self._by_unit is None else row[self._by_unit]
-
-
-class Plan:
-    """Which tensors are summed together, and where the sums of each are.
-
-    Args:
-        shapes: of the tensors.
-        axes: of the units of each; None where it is one unit.
-        dtypes: of each, one of which the tensors of a bundle have.
-        device: where they are.
-
-    Attributes:
-        bundles: of small ones.
-        bundled: names of these.
-        units: of all.
-    """
-
-    def __init__(
-        self,
-        shapes: Mapping[str, torch.Size],
-        axes: Mapping[str, int | None],
-        dtypes: Mapping[str, torch.dtype],
-        device: torch.device,
-    ) -> None:
-        small: list[dict[str, torch.Size]] = []
-        last: dict[torch.dtype, dict[str, torch.Size]] = {}  # bundle of a type
-        for name, shape in shapes.items():
-            if is_small(shape):
-                bundle = last.get(dtypes[name])
-                numbers = sum(other.numel() for other in (bundle or {}).values())
-                if bundle is None or numbers + shape.numel() > _BLOCK:
-                    bundle = last[dtypes[name]] = {}
-                    small.append(bundle)
-                bundle[name] = shape
-        self.bundled = {name: None for of_bundle in small for name in of_bundle}.keys()
-        alone = {name: shape for name, shape in shapes.items() if name not in self.bundled}
-        self.units = Units(
-            {
-                name: 1 if (axis := axes[name]) is None else shape[axis]
-                for of_bundle in (*small, alone)
-                for name, shape in of_bundle.items()
-            }
-        )
-        places = self.units.places
-        self.bundles = [
-            Bundle(
-                of_bundle,
-                axes,
-                slice(
-                    min(places[name].start for name in of_bundle),
-                    max(places[name].stop for name in of_bundle),
-                ),
-                device,
-            )
-            for of_bundle in small
-        ]
-
-
-def is_small(shape: torch.Size) -> bool:
-    """Tell whether a tensor is taken together with others."""
-    return shape.numel() <= _SMALL
-
-
-def plan_of(tensors: Mapping[str, Tensor], axes: Mapping[str, int | None]) -> Plan:
-    """Return how tensors are summed, the same plan each time."""
-    described = tuple(
-        (name, tensor.shape, axes[name], tensor.dtype) for name, tensor in tensors.items()
-    )
-    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    return _planned(described, device)
-
-
-@functools.lru_cache(maxsize=16)
-def _planned(
-    described: tuple[tuple[str, torch.Size, int | None, torch.dtype], ...], device: torch.device
-) -> Plan:
-    return Plan(
-        {name: shape for name, shape, _, _ in described},
-        {name: axis for name, _, axis, _ in described},
-        {name: dtype for name, _, _, dtype in described},
-        device,
-    )
+        return OfUnits(by_key[EVERY], self.units) if by_key else {}
 
 
 def units_of(tensor: Tensor, axis: int | None) -> int:
@@ -506,7 +339,7 @@ def _pieces(view: Tensor) -> Iterator[tuple[slice, ...]]:
     if view.dim() == 2:
         yield from blocks(*view.shape)
         return
-    many = max(1, _BLOCK // max(1, view.shape[1] * view.shape[2]))
+    many = max(1, BLOCK // max(1, view.shape[1] * view.shape[2]))
     for first in range(0, view.shape[0], many):
         yield (slice(first, first + many),)
 
@@ -516,70 +349,6 @@ def _product(gradient: Tensor, start: Tensor, end: Tensor) -> Tensor:
     if difference.dtype != gradient.dtype:  # of a checkpoint stored in a higher precision
         difference = difference.to(gradient.dtype)
     return difference.mul_(gradient)
-
-
-class Distances(Mapping[str, float]):
-    """Σ|end − start| of some tensors, float64.
-
-    Args:
-        parts: of some tensors each: their names, and sums, (tensors, pieces), that add up to those
-            of each tensor.
-
-    Attributes:
-        readings: their numbers, which come to the host when they are first wanted.
-    """
-
-    def __init__(self, parts: Sequence[tuple[Sequence[str], Reading]]) -> None:
-        self._names = [names for names, _ in parts]
-        self.readings = [reading for _, reading in parts]
-
-    @classmethod
-    def known(cls, distances: Mapping[str, float]) -> Distances:
-        """Return those that are known already."""
-        numbers = np.array(list(distances.values()))[:, None]
-        return cls([(tuple(distances), Reading.known(numbers))])
-
-    @functools.cached_property
-    def _known(self) -> dict[str, float]:
-        return {
-            name: math.fsum(pieces)
-            for names, reading in zip(self._names, self.readings, strict=True)
-            for name, pieces in zip(names, reading.numbers.tolist(), strict=True)
-        }
-
-    def __getitem__(self, name: str) -> float:
-        return self._known[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._known)
-
-    def __len__(self) -> int:
-        return len(self._known)
-
-
-@torch.no_grad()
-def distances(motion: Motion, names: Iterable[str]) -> Distances:
-    """Return Σ|end − start| of some tensors, float64."""
-    parts: list[tuple[Sequence[str], Reading]] = []
-    starts, ends = dict[str, Tensor](), dict[str, Tensor]()  # of small ones
-    for name in names:
-        start, end = motion.start[name], motion.end[name]
-        if is_small(start.shape):
-            starts[name], ends[name] = start, end
-            continue
-        start, end = start.reshape(1, -1), end.reshape(1, -1)
-        pieces = [
-            end[rows, columns].to(torch.float64, copy=True).sub_(start[rows, columns]).abs_().sum()
-            for rows, columns in blocks(*start.shape)
-        ]
-        parts.append(((name,), Reading(torch.stack(pieces)[None])))
-    for bundle in plan_of(starts, dict.fromkeys(starts)).bundles:
-        before, after = (
-            row.to(torch.float64, copy=True) for row in bundle.rows(Motion(starts, ends))
-        )
-        sums = bundle.sums(after.sub_(before).abs_(), 1)
-        parts.append((bundle.names, Reading(sums.T)))
-    return Distances(parts)
 
 
 def _dense(gradient: Tensor) -> Tensor:

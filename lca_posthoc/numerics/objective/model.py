@@ -16,8 +16,9 @@ from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError, few
 from ...tasks.task import Task, every_name
 from .between import Between
+from .bundles import Plan, is_small, plan_of
 from .containers import dense_parts, digest_of
-from .directions import Motion, Plan, is_small, plan_of
+from .directions import Motion
 from .settings import ObjectiveSettings
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
@@ -77,17 +78,17 @@ class ModelTensors:
 
     @cached_property
     def _small(self) -> dict[str, Tensor]:
-        """The tensors that are copied together."""
+        """Return the tensors that are copied together."""
         return {name: tensor for name, tensor in self._by_name.items() if is_small(tensor.shape)}
 
     @cached_property
     def _large(self) -> list[str]:
-        """The names of the others."""
+        """Return the names of the others."""
         return [name for name in self._by_name if name not in self._small]
 
     @cached_property
     def _plan(self) -> Plan:
-        """Which small tensors are interpolated together."""
+        """Return which small tensors are interpolated together."""
         floating = {
             name: tensor for name, tensor in self._small.items() if tensor.is_floating_point()
         }

@@ -286,8 +286,8 @@ class Sums:
         """Return the sums over everything, where these alone are kept."""
         self._end()
         loss, weight = self._whole_totals.tolist()
-        taken = {name: running.total.cpu() for name, running in self._whole.items()}
-        of_tensors = self._gradients.of_tensors(taken)
+        by_key = {name: running.total.cpu() for name, running in self._whole.items()}
+        of_tensors = self._gradients.of_tensors(by_key)
         return PartialSums(loss, weight, {name: of_tensors[name] for name in self._reached})
 
     def evaluation(self, grouped: bool, where: str, order: Groups | None) -> Evaluation:
@@ -304,13 +304,13 @@ class Sums:
         if grouped not in self._means:
             self._end()
             totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
-            taken = {name: self._mean(name, grouped, weights) for name in self._gradients.shapes}
+            by_key = {name: self._mean(name, grouped, weights) for name in self._gradients.shapes}
             labels = order.labels if grouped and order is not None else None
             first = self._groups.start if self._groups else 0
             refuse = refusing_weightless(where, labels, first)
             self._means[grouped] = Evaluation(
                 Reading(torch.stack([totals / weights, weights], -1), refuse),
-                self._gradients.of_tensors(taken),
+                self._gradients.of_tensors(by_key),
                 frozenset(set(self._gradients.names) - self._reached),
             )
         return self._means[grouped]

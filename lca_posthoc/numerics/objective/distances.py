@@ -1,0 +1,79 @@
+"""Distances that tensors move between two points."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bundles import is_small, plan_of
+from .directions import Motion, blocks
+from .readings import Reading
+
+
+class Distances(Mapping[str, float]):
+    """Σ|end − start| of some tensors, float64.
+
+    Args:
+        parts: of some tensors each: their names, and sums, (tensors, pieces), that add up to those
+            of each tensor.
+
+    Attributes:
+        readings: their numbers, which come to the host when they are first wanted.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Sequence[str], Reading]]) -> None:
+        self._names = [names for names, _ in parts]
+        self.readings = [reading for _, reading in parts]
+
+    @classmethod
+    def known(cls, distances: Mapping[str, float]) -> Distances:
+        """Return those that are known already."""
+        numbers = np.array(list(distances.values()))[:, None]
+        return cls([(tuple(distances), Reading.known(numbers))])
+
+    @functools.cached_property
+    def _known(self) -> dict[str, float]:
+        return {
+            name: math.fsum(pieces)
+            for names, reading in zip(self._names, self.readings, strict=True)
+            for name, pieces in zip(names, reading.numbers.tolist(), strict=True)
+        }
+
+    def __getitem__(self, name: str) -> float:
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+
+@torch.no_grad()
+def distances(motion: Motion, names: Iterable[str]) -> Distances:
+    """Return Σ|end − start| of some tensors, float64."""
+    parts: list[tuple[Sequence[str], Reading]] = []
+    starts, ends = dict[str, Tensor](), dict[str, Tensor]()  # of small ones
+    for name in names:
+        start, end = motion.start[name], motion.end[name]
+        if is_small(start.shape):
+            starts[name], ends[name] = start, end
+            continue
+        start, end = start.reshape(1, -1), end.reshape(1, -1)
+        pieces = [
+            end[rows, columns].to(torch.float64, copy=True).sub_(start[rows, columns]).abs_().sum()
+            for rows, columns in blocks(*start.shape)
+        ]
+        parts.append(((name,), Reading(torch.stack(pieces)[None])))
+    for bundle in plan_of(starts, dict.fromkeys(starts)).bundles:
+        before, after = (
+            row.to(torch.float64, copy=True) for row in bundle.rows(Motion(starts, ends))
+        )
+        sums = bundle.sums(after.sub_(before).abs_(), 1)
+        parts.append((bundle.names, Reading(sums.T)))
+    return Distances(parts)
