@@ -20,7 +20,7 @@ from .bundles import Bundle, plan_of
 from .in_a_row import OfUnits
 
 EVERY = "every unit"  # the key of what is taken in of all tensors at once
-BLOCK = 2**17  # numbers that stay in the cache
+_BLOCK = 2**17  # numbers that stay in the cache
 
 Point = Mapping[str, Tensor]
 Take = Callable[[str, Tensor], None]
@@ -41,8 +41,8 @@ def blocks(
     [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
     """
     if cuts is None:
-        cuts = [slice(at, min(at + BLOCK, columns)) for at in range(0, columns, BLOCK)]
-    many = max(1, BLOCK // max(1, columns))
+        cuts = [slice(at, min(at + _BLOCK, columns)) for at in range(0, columns, _BLOCK)]
+    many = max(1, _BLOCK // max(1, columns))
     for row in range(0, rows, many):
         for cut in cuts:
             yield slice(row, min(row + many, rows)), cut
@@ -339,7 +339,7 @@ def _pieces(view: Tensor) -> Iterator[tuple[slice, ...]]:
     if view.dim() == 2:
         yield from blocks(*view.shape)
         return
-    many = max(1, BLOCK // max(1, view.shape[1] * view.shape[2]))
+    many = max(1, _BLOCK // max(1, view.shape[1] * view.shape[2]))
     for first in range(0, view.shape[0], many):
         yield (slice(first, first + many),)
 
