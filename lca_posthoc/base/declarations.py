@@ -49,6 +49,9 @@ class Finding:
         part: of the results, that it is of and that a run has only where it was asked for.
         runs: "one", several drawn "beside" each other, or several "compared" in one result.
         options: of `lca plot`.
+        sampled: whether a random part of the segments, of `--segments`, allows it.
+        single_steps: which segments must be of one training step: "some" or "every" one; "" where
+            longer ones are no less to it.
         on_request: whether `lca export` writes it only where it is named, because it is large.
     """
 
@@ -61,6 +64,8 @@ class Finding:
     part: Literal["", "causes", "along"] = ""
     runs: Literal["one", "beside", "compared"] = "one"
     options: tuple[Option, ...] = ()
+    sampled: bool = False
+    single_steps: Literal["", "some", "every"] = ""
     on_request: bool = False
 
 

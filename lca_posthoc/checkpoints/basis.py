@@ -26,6 +26,7 @@ from .directions_writer import DirectionsWriter, refuse_existing, refuse_too_lar
 from .displacements import BlockSize, Displacements, Matrix, Piece, block_size, split, squares
 from .moving_tensors import LeftOut, chosen_tensors, motion_of
 from .paths import here
+from .places import Where, arguments_of, places_of
 from .trajectory import Trajectory, open_trajectory
 
 Progress = Callable[[str, int, int], None]
@@ -110,7 +111,7 @@ class Basis:
 
 
 def write_basis(
-    checkpoints: str | Path,
+    checkpoints: Where,
     out: str | Path,
     *,
     directions: int | None = None,
@@ -130,7 +131,7 @@ def write_basis(
     model is. A checkpoint is read twice, and more often only beyond a thousand segments.
 
     Args:
-        checkpoints: a directory of them.
+        checkpoints: as for `open_trajectory`.
         out: the file to write; nothing is written over.
         directions: how many, of each part; by default ten of the whole model or one of each
             matrix, or as many as there are.
@@ -151,14 +152,16 @@ def write_basis(
     """
     _check_numbers(directions, random, seed)
     place = here(out, "directions are written to a file system. Name a file there with -o.")
-    root = here(checkpoints, "displacements are read from a file system. Copy them here first.")
+    for argument in arguments_of(checkpoints):
+        here(argument, "displacements are read from a file system. Copy them here first.")
     refuse_existing(place)
-    _refuse_inside(place, root)
-    trajectory = open_trajectory(root, pattern=pattern, rename=rename, steps=steps)
+    for source in places_of(checkpoints):
+        _refuse_inside(place, source.root)
+    trajectory = open_trajectory(checkpoints, pattern=pattern, rename=rename, steps=steps)
     for note in [*trajectory.notes, *_half(trajectory)]:
         say(note)
     count = random or directions or (1 if per_matrix else DIRECTIONS)
-    size = size or block_size(len(trajectory.checkpoints) - 1, count)
+    size = size or block_size(len(trajectory.starts), count)
     job = _Job(trajectory, Displacements(trajectory, size), per_matrix, progress)
     if random is None:
         return job.displacement_basis(place, count, exactly=directions is not None)

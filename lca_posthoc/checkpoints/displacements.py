@@ -84,7 +84,8 @@ class Displacements:
 
     def __init__(self, trajectory: Trajectory, size: BlockSize) -> None:
         self._trajectory = trajectory
-        self.segments = len(trajectory.checkpoints) - 1
+        self._starts = trajectory.starts
+        self.segments = len(self._starts)
         self.size = size
         layouts: dict[tuple[tuple[str, int], ...], dict[str, int]] = {}
         self._files = [_stored_files(checkpoint, layouts) for checkpoint in trajectory.checkpoints]
@@ -126,11 +127,11 @@ class Displacements:
             InputError: where a number is not finite, or a file changed meanwhile.
         """
         moved = np.empty((segments.stop - segments.start, sum(piece.width for piece in block)))
-        before = self.values(block, segments.start)
-        for row, index in enumerate(range(segments.start + 1, segments.stop + 1)):
-            after = self.values(block, index)
+        position, after = -1, np.empty(0)
+        for row, start in enumerate(self._starts[segments]):
+            before = after if start == position else self.values(block, start)
+            position, after = start + 1, self.values(block, start + 1)
             np.subtract(after, before, out=moved[row])
-            before = after
         return moved
 
     def values(self, block: Sequence[Piece], index: int) -> NDArray[np.float64]:

@@ -33,13 +33,14 @@ _OF_ACCELERATE = re.compile(r"checkpoint_\d+")
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A layout only its own program can read: its name, a function that recognises a place that
-    holds it, and the words of the refusal.
+    """A layout that `lca run` cannot read: its name, a function that recognises a place that holds
+    it, the words of the refusal, and whether `lca import` reads it.
     """
 
     name: str
     recognises: Callable[[Path], bool]
     words: str
+    is_imported: bool = False
 
 
 def _sharded(*patterns: str) -> Callable[[Path], bool]:
@@ -81,8 +82,9 @@ UNREADABLE = (
     Unreadable(
         "DeepSpeed shards",
         _sharded("*mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt"),
-        "DeepSpeed's shards, which only DeepSpeed puts together: run the zero_to_fp32.py that lies "
-        "beside them for every step, into checkpoint-N directories, and import those.",
+        "DeepSpeed's shards: `lca import SOURCE DIR` puts those of every step together, in "
+        "float32, and makes a directory that this reads.",
+        is_imported=True,
     ),
     Unreadable(
         "Megatron shards",
@@ -95,9 +97,9 @@ UNREADABLE = (
     Unreadable(
         "torch.distributed.checkpoint shards",
         _sharded("*.distcp"),
-        "shards of torch.distributed.checkpoint: put every step together with python -m "
-        "torch.distributed.checkpoint.format_utils dcp_to_torch SHARDS step_N.pt, and import those "
-        "files.",
+        "shards of torch.distributed.checkpoint: `lca import SOURCE DIR` puts those of every step "
+        "together, and makes a directory that this reads.",
+        is_imported=True,
     ),
     Unreadable(
         "GGUF",
@@ -201,10 +203,14 @@ def refuse_epochs(names: Mapping[str, int | None]) -> None:
     )
 
 
-def epochs_are_meant(pattern: str) -> str:
-    """Return the note for numbers that `--pattern` names although they count epochs."""
+def epochs_are_meant(names: str) -> str:
+    """Return the note for numbers that the user named although they count epochs.
+
+    Args:
+        names: what names them: `--pattern` with its argument, or a place with `{step}` in it.
+    """
     return (
-        f"the numbers --pattern '{pattern}' names are the epochs the files hold: every segment "
+        f"the numbers {names} names are the epochs the files hold: every segment "
         "spans all steps of an epoch or more, and the straight line between its ends is not the "
         "path that training took"
     )

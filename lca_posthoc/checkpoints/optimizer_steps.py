@@ -296,14 +296,14 @@ def moments_path(directory: Path, step: int) -> Path:
     return directory / MOMENTS / f"step_{step:08d}.safetensors"
 
 
-def moments_of(checkpoint: Checkpoint, directory: Path) -> Path | None:
-    """Return the path of the moments' file of a checkpoint, from the directory of the trajectory;
-    None where there is none.
+def moments_of(checkpoint: Checkpoint) -> Path | None:
+    """Return the path of the moments' file of a checkpoint, in a folder beside its own; None where
+    there is none.
 
     Raises:
         InputError: where the place cannot be reached.
     """
-    path = moments_path(directory, checkpoint.step)
+    path = moments_path(checkpoint.files[0].parent, checkpoint.step)
     try:
         with reached(path):
             return path if path.is_file() else None

@@ -2,24 +2,20 @@
 `hf://…`, `https://…`).
 
 A remote place is an object of universal_pathlib, which has the methods of a `Path`. Files that are
-read whole are kept in a cache on this machine, `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`,
-so that the next loss does not fetch it again.
+read whole are kept on this machine within a bound (`cache`), so that the next loss does not fetch
+them again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import os
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote
 
-import google_crc32c
-
 from ..errors import InputError, LCAError, ResourceError
+from .cache import cache
 
 
 def located(where: str | Path) -> Path:
@@ -123,34 +119,10 @@ def read(path: Path, key: int) -> bytes:
     """
     if not is_remote(path):
         return path.read_bytes()
-    cache = _cache()
-    if cache is None:
+
+    def fetch() -> bytes:
         with reached(path):
             return path.read_bytes()
-    copy = cache / hashlib.sha256(f"{path}\0{key}".encode()).hexdigest()
-    with contextlib.suppress(OSError):  # not there yet
-        data, seal = (stored := copy.read_bytes())[:-4], stored[-4:]
-        if google_crc32c.value(data).to_bytes(4, "big") == seal:
-            return data
-    with reached(path):
-        data = path.read_bytes()
-    # a cache that cannot be written to saves nothing, and harms nothing
-    with contextlib.suppress(OSError):
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        temporary = copy.with_name(f".{uuid.uuid4().hex}.tmp")
-        try:
-            temporary.write_bytes(data + google_crc32c.value(data).to_bytes(4, "big"))
-            temporary.replace(copy)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return data
 
-
-def _cache() -> Path | None:
-    """Return the folder of the cache; None where no home directory is known."""
-    if folder := os.environ.get("XDG_CACHE_HOME"):
-        return Path(folder) / "lca_posthoc"
-    try:
-        return Path("~/.cache").expanduser() / "lca_posthoc"
-    except RuntimeError:
-        return None
+    kept = cache()
+    return fetch() if kept is None else kept.take(str(path), key, fetch)

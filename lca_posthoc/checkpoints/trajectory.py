@@ -11,12 +11,14 @@ import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import InputError, NotFiniteError, SpanError, few
+from .cache import cache
 from .headers import HALF, Header, TensorHeader, read_header
 from .layouts import (
     IMPORTED,
@@ -33,8 +35,10 @@ from .layouts import (
 )
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
-from .paths import is_remote, located, reached
-from .spacing import StillSegments, every_of, long_segments
+from .paths import is_remote, reached
+from .places import STEP, Place, Where, common_root, described, places_of, revisions
+from .spacing import SameTensors, between_bursts, bursts_of, every_of, long_segments
+from .steps import Choice, StepChoice, parse_steps
 
 if TYPE_CHECKING:
     import torch
@@ -100,19 +104,64 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
+class Consumed:
+    """The checkpoints of a run whose files it may have removed, and the steps of the run after which
+    no segment follows.
+    """
+
+    checkpoints: tuple[Checkpoint, ...]
+    breaks: frozenset[int]
+
+
+NOTHING_CONSUMED = Consumed((), frozenset())
+
+
+@dataclass(frozen=True)
 class Trajectory:
-    """All checkpoints in order of their step, with the tensors every one of them holds."""
+    """All checkpoints in order of their step, with the tensors every one of them holds.
+
+    `breaks` are positions in `checkpoints` after which no segment follows: what lies between that
+    checkpoint and the next is left out. `places` are where the checkpoints were found, below
+    `root`; empty for that directory itself. `gone` are the steps of those whose files a replay
+    removed once it needed them no more.
+    """
 
     root: Path
     checkpoints: tuple[Checkpoint, ...]
     tensors: dict[str, TensorHeader]
     sources: dict[str, str]
     notes: tuple[str, ...]
+    breaks: frozenset[int] = frozenset()
+    places: tuple[str, ...] = ()
+    gone: frozenset[int] = frozenset()
+
+    def up_to(self, checkpoints: int) -> Trajectory:
+        """Return the same trajectory with its first checkpoints alone."""
+        breaks = frozenset(start for start in self.breaks if start < checkpoints - 1)
+        return replace(self, checkpoints=self.checkpoints[:checkpoints], breaks=breaks)
+
+    @property
+    def first_there(self) -> int:
+        """Return the position of the first checkpoint whose files are there."""
+        return next(
+            index
+            for index, checkpoint in enumerate(self.checkpoints)
+            if checkpoint.step not in self.gone
+        )
 
     @property
     def steps(self) -> list[int]:
         """Return the training steps, ascending."""
         return [checkpoint.step for checkpoint in self.checkpoints]
+
+    @property
+    def starts(self) -> list[int]:
+        """Return the position in `checkpoints` at which each segment begins, ascending; it ends at
+        the next one.
+        """
+        return [
+            position for position in range(len(self.checkpoints) - 1) if position not in self.breaks
+        ]
 
     @property
     def half_precision(self) -> list[str]:
@@ -296,52 +345,136 @@ def reserved(names: Sequence[str]) -> list[str]:
 
 
 def open_trajectory(
-    directory: str | Path,
+    directory: Where,
     *,
     pattern: str | None = None,
     rename: Sequence[str] = (),
     steps: str | None = None,
+    consumed: Consumed = NOTHING_CONSUMED,
+    compare: bool = True,
 ) -> Trajectory:
-    """Open a directory of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
+    """Open a series of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
     with an index.
 
     Args:
-        directory: where the checkpoints lie; a URL of fsspec's, such as `s3://…`, is read through
-            its driver.
+        directory: where the checkpoints lie, or several places of one series: a directory, a
+            place with `{step}` in it, or the cache of a hub. A URL of fsspec's, such as `s3://…`,
+            is read through its driver.
         pattern: a regular expression with a group `step`, matched against each name; names it does
             not match are left out.
         rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn; a
             tensor whose whole name becomes empty is left out.
-        steps: `A:B` or `A:B:K`, training steps with both ends included, every K-th checkpoint of
-            them.
+        steps: single training steps and ranges, `A:B` or `A:B:K`, with both ends included and
+            every K-th checkpoint of them, ascending and with commas between them. No segment runs
+            from one range to the next.
+        consumed: checkpoints that belong to the trajectory though their files may be removed.
+        compare: whether checkpoints that hold the same tensors are looked for, for a note.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
     """
-    root = located(directory)
-    _require_directory(root)
+    places = places_of(directory)
+    root, where = common_root(places), few([*map(str, places)])
+    wanted = parse_steps(":" if steps is None else steps)
+    if is_remote(root):
+        cache()  # says what is wrong with its size before anything is fetched
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
     headers = _Headers()
     try:
         with reached(root):
-            entries, notes = _discover(root, regex, headers)
-            named = sorted((entry.step, entry.files) for entry in entries)
-            chosen, thinning = _select(named, steps)
-            if len(chosen) < 2:
-                refuse_unreadable(root)
-            used = dict(chosen[::thinning])
-            notes += _counted(
-                root, [entry for entry in entries if entry.step in used], regex, headers
-            )
+            entries, notes = _series(places, wanted, regex, headers)
+            which = f" whose name --pattern {pattern!r} matches" if pattern else ""
+            stored = {entry.step for entry in entries}
+            gone = [one for one in consumed.checkpoints if one.step not in stored]
+            if not entries or len(entries) + len(gone) < 2:
+                raise _too_few(places, [entry.step for entry in entries], which)
+            choice = wanted.choose([entry.step for entry in entries])
+            used = [entries[position] for position in choice.used]
+            if is_remote(root):
+                headers.fetch([file for entry in used for file in entry.files])
+            named = [f"--pattern '{regex.pattern}'"] if regex is not None else []
+            named += [str(place) for place in places if place.rest]
+            notes += _counted(root, used, few(named), headers)
     except OSError as error:
-        raise InputError(f"cannot look into {root}: {error.strerror}.") from None
-    if len(chosen[::thinning]) < 2:
-        which = (f" among steps {steps}" if steps else "") + (
-            f" whose name --pattern {pattern!r} matches" if pattern else ""
+        raise InputError(f"cannot look into {where}: {error.strerror}.") from None
+    if not used or len(used) + len(gone) < 2:
+        raise _too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
+    if wanted.singles is None:  # those of a list are joined as it has them
+        choice = replace(choice, breaks=choice.breaks | _ends_of_bursts(entries, choice, headers))
+    opened = _validated(
+        root, entries, choice, rules, notes, headers, compare=compare, has_gaps=bool(gone)
+    )
+    whole = _with_gone(replace(opened, places=described(places, root)), gone, consumed.breaks)
+    if not whole.starts:
+        raise InputError(
+            f"no two of the {len(whole.checkpoints)} checkpoints chosen in {root} are joined by a "
+            "segment: between ranges of --steps, and between bursts, nothing is. Choose two or "
+            "more of a range."
         )
-        raise _too_few(root, [step for step, _ in chosen], which)
-    return _validated(root, chosen, thinning, rules, notes, headers)
+    return whole
+
+
+def _with_gone(
+    there: Trajectory, gone: Sequence[Checkpoint], recorded_breaks: Collection[int]
+) -> Trajectory:
+    """Return a trajectory with the checkpoints whose files were removed.
+
+    Args:
+        there: those whose files are there.
+        gone: the others.
+        recorded_breaks: steps after which no segment follows, as they were recorded of those that
+            are gone and of their neighbours.
+    """
+    if not gone:
+        return there
+    removed = frozenset(checkpoint.step for checkpoint in gone)
+    checkpoints = sorted((*gone, *there.checkpoints), key=lambda one: one.step)
+    steps = there.steps
+    of_files = {steps[place] for place in there.breaks}
+    breaks = frozenset(
+        place
+        for place, (before, after) in enumerate(pairwise(one.step for one in checkpoints))
+        if before in (recorded_breaks if removed & {before, after} else of_files)
+    )
+    return replace(there, checkpoints=tuple(checkpoints), breaks=breaks, gone=removed)
+
+
+def extended(
+    trajectory: Trajectory, files: Mapping[int, Path], rename: Sequence[str] = ()
+) -> Trajectory:
+    """Return a trajectory with checkpoints that came since, of one file each.
+
+    Args:
+        trajectory: as it was, the file of its last checkpoint still there.
+        files: of later steps, by step.
+        rename: as for `open_trajectory`.
+
+    Raises:
+        InputError: where one holds other tensors, or cannot be read.
+    """
+    rules = [_rename_rule(text) for text in rename]
+    known = {source: trajectory.tensors[name] for name, source in trajectory.sources.items()}
+    last = trajectory.checkpoints[-1]
+    more, bursts = [last], [bursts_of(read_header(last.files[0]))]
+    for step, path in sorted(files.items()):
+        header = read_header(path)
+        stored = header.tensors
+        if stored.keys() != known.keys():
+            names = _names(stored, rules, path, {})
+            stored = {source: stored[source] for source in names.values()}
+        if stored != known:
+            raise InputError(_difference(stored, known, step, path))
+        more.append(Checkpoint(step, (path,), header.size, _joined([header])))
+        bursts.append(bursts_of(header))
+    all_of_them = Choice(tuple(range(len(more))), frozenset())
+    ends = between_bursts([checkpoint.step for checkpoint in more], bursts, all_of_them)
+    before = len(trajectory.checkpoints) - 1
+    return replace(
+        trajectory,
+        checkpoints=(*trajectory.checkpoints, *more[1:]),
+        breaks=trajectory.breaks | {before + place for place in ends},
+    )
 
 
 def _require_directory(root: Path) -> None:
@@ -359,13 +492,21 @@ def _require_directory(root: Path) -> None:
         )
 
 
-def _too_few(root: Path, steps: list[int], which: str) -> InputError:
-    """Return the error for fewer than two checkpoints, of those that `which` tells."""
+def _too_few(places: Sequence[Place], steps: list[int], which: str) -> InputError:
+    """Return the error for fewer than two checkpoints, of those that `which` tells.
+
+    Raises:
+        InputError: where a place holds what only an import or another program reads.
+    """
+    for place in places:
+        if not place.rest:
+            refuse_unreadable(place.root)
+    hint = "".join(_importable(place.root) for place in places if not place.rest)
     only = f"only one checkpoint (step {steps[0]})" if steps else "no checkpoint"
     return InputError(
-        f"{root} holds {only}{which}; at least two are needed, for a segment runs from one to the "
+        f"{few([*map(str, places)])} holds {only}{which}; at least two are needed, for a segment runs from one to the "
         "next. Expected files such as step_00000010.safetensors or "
-        f"checkpoint-10/model.safetensors.{_importable(root)}"
+        f"checkpoint-10/model.safetensors.{hint}"
     )
 
 
@@ -449,9 +590,98 @@ class _Entry:
     """
 
     path: Path
+    name: str
     step: int
     files: tuple[Path, ...]
     by_name: bool
+
+
+def _series(
+    places: Sequence[Place], wanted: StepChoice, regex: re.Pattern[str] | None, headers: _Headers
+) -> tuple[list[_Entry], list[str]]:
+    """Return the checkpoints of all places, ascending, and notes on what is left out."""
+    series: dict[int, _Entry] = {}
+    notes: list[str] = []
+    for place in places:
+        if place.rest:
+            if regex is not None:
+                raise InputError(
+                    f"{place} says the step where it has {STEP}, and --pattern says it too. Leave "
+                    "--pattern out."
+                )
+            entries = _formed(place, wanted)
+        else:
+            _require_directory(place.root)
+            entries, more = _discover(place.root, regex, headers)
+            notes += more
+        for entry in entries:
+            other = series.setdefault(entry.step, entry)
+            if other is not entry:
+                notes.append(_once_more(entry, other, headers))
+    return sorted(series.values(), key=lambda entry: entry.step), notes
+
+
+def _once_more(entry: _Entry, other: _Entry, headers: _Headers) -> str:
+    """Return a note on a step that two places hold; refuse it where the files differ."""
+    size, crc = (
+        [sum(headers[file].size for file in one.files) for one in (entry, other)],
+        [_joined([headers[file] for file in one.files]) for one in (entry, other)],
+    )
+    if size[0] != size[1] or crc[0] != crc[1]:
+        raise _both_claim(other, entry.files[0], entry.step)
+    return f"left out {entry.files[0]}: it is {other.files[0]} (step {entry.step}) again"
+
+
+def _both_claim(other: _Entry, file: Path, step: int) -> InputError:
+    return InputError(
+        f"{other.files[0]} and {file} both claim step {step}. Remove one, or tell steps apart with "
+        "--pattern."
+    )
+
+
+def _formed(place: Place, wanted: StepChoice) -> list[_Entry]:
+    """Return the checkpoints of a place with `{step}` in it: of the steps that are wanted, where
+    these are listed one by one and the place is far away; else of those that are there.
+    """
+    singles = wanted.singles
+    if singles is not None and is_remote(place.root):
+        paths = [(step, place.of_step(step)) for step in singles]
+    elif not place.is_listed:
+        raise InputError(
+            f"the steps of {place} cannot be listed. Name them, as in --steps 0,1,2,4,8."
+        )
+    else:
+        if not is_remote(place.root):
+            _require_directory(place.root)
+        paths = place.all_steps()
+    with ThreadPoolExecutor(_AT_A_TIME if is_remote(place.root) else 1) as pool:
+        every = list(zip(paths, pool.map(_files_of, [path for _, path in paths]), strict=True))
+    entries: dict[int, _Entry] = {}
+    for (step, path), files in every:
+        if files and step in entries:
+            raise _both_claim(entries[step], files[0], step)
+        if files:
+            entries[step] = _Entry(path, path.name, step, files, by_name=True)
+    if paths and not entries:
+        _refuse_other_files(place, [path for _, path in paths])
+    return [*entries.values()]
+
+
+def _refuse_other_files(place: Place, paths: Sequence[Path]) -> None:
+    """Refuse a place that names no safetensors."""
+    if not is_remote(place.root):
+        refuse_unreadable(paths[0])
+    raise InputError(
+        f"{place} names nothing that holds a safetensors checkpoint, such as {paths[0]}. Other "
+        "formats of torch are read by `lca import DIRECTORY NEW_DIRECTORY`."
+    )
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
+    """Return the safetensors files that a path with its step names: a file, an index, or the
+    directory of one checkpoint.
+    """
+    return shards(path) if path.name.endswith(".index.json") else _files(path)
 
 
 def _discover(
@@ -460,37 +690,42 @@ def _discover(
     """Return the checkpoints of a directory, one for each step, and notes on what is left out."""
     named: dict[int, _Entry] = {}
     unnamed: list[Path] = []
-    for path, files in _listed(root, headers):
+    for name, path, files in _listed(root, headers):
         if not files:
             continue
-        step, by_name = _step(path, files == (path,), regex, headers)
+        step, by_name = _step(name, path, files == (path,), regex, headers)
         if step is None:
             unnamed.append(path)
         elif step in named:
-            raise InputError(
-                f"{named[step].files[0]} and {files[0]} both claim step {step}. Remove one, or "
-                "tell steps apart with --pattern."
-            )
+            raise _both_claim(named[step], files[0], step)
         else:
-            named[step] = _Entry(path, step, files, by_name)
+            named[step] = _Entry(path, name, step, files, by_name)
     if regex is not None:
         return [*named.values()], []
+    is_cache = revisions(root) is not None
     final = [
-        path for path in unnamed if named and (path.stem == "model" or _SHARD.search(path.stem))
+        path
+        for path in unnamed
+        if named and (is_cache or path.stem == "model" or _SHARD.search(path.stem))
     ]
     _refuse_without_step([path for path in unnamed if path not in final])
     return [*named.values()], [f"left out {path.name}: it states no step" for path in final]
 
 
-def _listed(root: Path, headers: _Headers) -> list[tuple[Path, tuple[Path, ...]]]:
-    """Return the entries of a directory in order, each with its safetensors files."""
-    entries = sorted(root.iterdir())
+def _listed(root: Path, headers: _Headers) -> list[tuple[str, Path, tuple[Path, ...]]]:
+    """Return the entries of a directory in order, by name, each with its safetensors files."""
+    named = revisions(root) or [(path.name, path) for path in sorted(root.iterdir())]
     # from far away each takes a while
     with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:
-        entries_files = list(zip(entries, pool.map(_files, entries), strict=True))
+        every = [
+            (name, path, files)
+            for (name, path), files in zip(
+                named, pool.map(_files, [path for _, path in named]), strict=True
+            )
+        ]
     if is_remote(root):
-        headers.fetch([file for _, files in entries_files for file in files])
-    return entries_files
+        headers.fetch([file for *_, files in every for file in files])
+    return every
 
 
 def _refuse_without_step(lost: list[Path]) -> None:
@@ -505,11 +740,15 @@ def _refuse_without_step(lost: list[Path]) -> None:
         )
 
 
-def _counted(
-    root: Path, entries: Sequence[_Entry], regex: re.Pattern[str] | None, headers: _Headers
-) -> list[str]:
+def _counted(root: Path, entries: Sequence[_Entry], named: str, headers: _Headers) -> list[str]:
     """Refuse numbers in names that count epochs or saves; return notes where the user asked for
     them, or where names leave it open.
+
+    Args:
+        root: of the series.
+        entries: its checkpoints.
+        named: by what the user named the numbers; empty where names are read.
+        headers: of their files.
     """
     by_name = [entry for entry in entries if entry.by_name]
     if not by_name:
@@ -518,15 +757,15 @@ def _counted(
     counts = count_epochs(
         [(entry.step, epoch) for entry, epoch in epochs.items() if epoch is not None]
     )
-    if regex is not None:
-        return [epochs_are_meant(regex.pattern)] if counts else []
+    if named:
+        return [epochs_are_meant(named)] if counts else []
     if not is_remote(root):
         refuse_counted_saves([entry.path for entry in by_name if entry.path.is_dir()])
-    notes = several_namings([entry.path.name for entry in by_name])
+    notes = several_namings([entry.name for entry in by_name])
     if counts:
-        if not all(says_step(entry.path.name) for entry in by_name):
-            refuse_epochs({entry.path.name: epoch for entry, epoch in epochs.items()})
-        notes.append(both_count([entry.path.name for entry in by_name]))
+        if not all(says_step(entry.name) for entry in by_name):
+            refuse_epochs({entry.name: epoch for entry, epoch in epochs.items()})
+        notes.append(both_count([entry.name for entry in by_name]))
     return notes
 
 
@@ -594,13 +833,13 @@ def shards(index: Path) -> tuple[Path, ...]:
 
 
 def _step(
-    path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers
+    name: str, path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: _Headers
 ) -> tuple[int | None, bool]:
     """Return the step of an entry, None where it states none, and whether its name alone tells
     it.
     """
     if regex is not None:
-        match = regex.search(path.name)
+        match = regex.search(name)
         return (
             int(match["step"]) if match and re.fullmatch("[0-9]{1,18}", match["step"]) else None
         ), True
@@ -612,7 +851,7 @@ def _step(
             f"{path} states {stated[:40]!r} as its step in its metadata, which is no training "
             "step. Name steps with --pattern."
         )
-    return step_in_name(path.name.removesuffix(".safetensors")), True
+    return step_in_name(name.removesuffix(".safetensors")), True
 
 
 def trainer_step(directory: Path) -> str | None:
@@ -623,47 +862,25 @@ def trainer_step(directory: Path) -> str | None:
         return None
 
 
-def _select(
-    named: list[tuple[int, tuple[Path, ...]]], steps: str | None
-) -> tuple[list[tuple[int, tuple[Path, ...]]], int]:
-    """Return the checkpoints within the range of `--steps A:B:K`, and K, 1 where every checkpoint
-    of the range is used.
-    """
-    if steps is None:
-        return named, 1
-    match = re.fullmatch(r"(\d*):(\d*)(?::(\d+))?", steps)
-    if not match or match[3] == "0":
-        raise InputError(
-            f"--steps {steps!r} is not A:B or A:B:K. For example 0:500, 100:, or ::10 for every "
-            "tenth checkpoint."
-        )
-    first, last = int(match[1] or 0), int(match[2]) if match[2] else None
-    within = [item for item in named if item[0] >= first and (last is None or item[0] <= last)]
-    return within, int(match[3] or 1)
-
-
 def _validated(
     root: Path,
-    within: list[tuple[int, tuple[Path, ...]]],
-    thinning: int,
+    entries: Sequence[_Entry],
+    choice: Choice,
     rules: list[tuple[re.Pattern[str], str]],
     notes: list[str],
     headers: _Headers,
+    *,
+    compare: bool,
+    has_gaps: bool,
 ) -> Trajectory:
     checkpoints: list[Checkpoint] = []
     tensors: dict[str, TensorHeader] = {}
     sources: dict[str, str] = {}
     dropped: dict[str, None] = {}
-    chosen = within[::thinning]
-    still = StillSegments()
-    steps = {step for step, _ in chosen}
-    intervals = [
-        1
-        if (header := headers[files[0]] if step in steps else headers.get(files[0])) is None
-        else every_of(header)
-        for step, files in within
-    ]
-    for step, files in chosen:
+    same = SameTensors() if compare else None
+    intervals = _intervals(entries, choice, headers)
+    for entry in (entries[position] for position in choice.used):
+        step, files = entry.step, entry.files
         file_headers = [headers.pop(file) for file in files]
         stored = {
             name: tensor for header in file_headers for name, tensor in header.tensors.items()
@@ -682,7 +899,8 @@ def _validated(
                 step, files, sum(header.size for header in file_headers), _joined(file_headers)
             )
         )
-        still.add(step, files, file_headers)
+        if same is not None:
+            same.add(step, files, file_headers)
     if dropped:
         names = few([*map(repr, dropped)], 6)
         notes = [
@@ -691,12 +909,39 @@ def _validated(
             "of what they hold",
         ]
     notes = [
+        *choice.notes,
         *notes,
-        *_late(chosen[0][0]),
-        *long_segments([step for step, _ in within], intervals, thinning),
-        *still.notes(),
+        # of what was consumed nothing is known here but that it was there
+        *([] if has_gaps else _late(checkpoints[0].step)),
+        *([] if has_gaps else long_segments([entry.step for entry in entries], intervals, choice)),
+        *(same.notes() if same is not None else ()),
     ]
-    return Trajectory(root, tuple(checkpoints), tensors, sources, tuple(notes))
+    return Trajectory(
+        root=root,
+        checkpoints=tuple(checkpoints),
+        tensors=tensors,
+        sources=sources,
+        notes=tuple(notes),
+        breaks=choice.breaks,
+    )
+
+
+def _intervals(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> list[int]:
+    """Return the `every` each checkpoint was recorded with; 1 where its header was not read."""
+    used = set(choice.used)
+    intervals = []
+    for position, entry in enumerate(entries):
+        file = entry.files[0]
+        header = headers[file] if position in used else headers.get(file)
+        intervals.append(1 if header is None else every_of(header))
+    return intervals
+
+
+def _ends_of_bursts(entries: Sequence[_Entry], choice: Choice, headers: _Headers) -> frozenset[int]:
+    """Return the positions among the used checkpoints after which a burst of the recorder ends."""
+    used = [entries[position] for position in choice.used]
+    bursts = [bursts_of(headers[entry.files[0]]) for entry in used]
+    return between_bursts([entry.step for entry in used], bursts, choice)
 
 
 def _joined(headers: Sequence[Header]) -> int:
@@ -778,7 +1023,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
 
     tensors = read_stored(checkpoint, names)
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if tensor.is_floating_point() and not is_finite(tensor):
             bad = int((~torch.isfinite(tensor.float())).sum())
             mask = (
                 ""
@@ -794,7 +1039,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
     return tensors
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether every number of a floating tensor is finite."""
     import torch
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "demo": "Train, record and replay a small real model: the first minute.",
     "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",
     "import": "Make checkpoints in other formats into safetensors files.",
+    "inspect": "Say whether checkpoints are those of one training.",
     "plan": "Say what a run would cost, and probe the task.",
     "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
     "remove": "Drop a loss from a run.",

@@ -44,7 +44,7 @@ _MOST_ROWS = 10
 @click.option("--seed", type=int, help="Of random directions.  [default: 0]")
 @json_option
 def command(
-    checkpoints: str,
+    checkpoints: tuple[str, ...],
     out: str,
     directions: int | None,
     per_matrix: bool,

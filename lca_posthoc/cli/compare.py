@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from ..results import LossResults
 
 _NONE = "–"
-_LAYER = ("mean", "low", "high", "p", "p_holm", "difference", "p_difference", "p_difference_holm")
+_LAYER = (
+    "mean",
+    "path_band",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "difference",
+    "p_difference",
+    "p_difference_holm",
+)
 _LABEL = (
     "runs",
     "helping",
@@ -244,9 +254,11 @@ def _headline(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table
 def _layers(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
     """Return a row for each layer, with the columns of every label beside each other."""
     columns = []
+    bent = not bool(comparison["path_band"].isnull().all())
     for position, label in enumerate(labels):
         columns += [
             label,
+            *(["± path"] if bent else []),
             *(["p"] if repeats else []),
             *(["difference"] if position else []),
             *(["p"] if position and repeats else []),
@@ -258,6 +270,8 @@ def _layers(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
         for which, of in enumerate(by_label):
             one = of.isel(layer=position)
             cells.append(_interval(one, "mean", scale, ends=("low", "high")))
+            if bent:
+                cells.append(_number(one["path_band"], "{:.1e}"))
             cells += [_number(one["p_holm"], "{:.2g}")] if repeats else []
             cells += [_in_units(one["difference"], scale)] if which else []
             cells += [_number(one["p_difference_holm"], "{:.2g}")] if which and repeats else []

@@ -38,8 +38,9 @@ from .show import bar, prints_to_stderr, say, stdout
 def command(source: str, directory: str, **options: Any) -> None:
     """Write the checkpoints of SOURCE as safetensors files into DIR, which `lca run` reads.
 
-    Takes what torch.save, Lightning and older Hugging Face trainers wrote, and HDF5 with a row for
-    every iterate. Run again, it goes on where it stopped and takes up new checkpoints.
+    Takes what torch.save, Lightning and older Hugging Face trainers wrote, shards of
+    torch.distributed.checkpoint and DeepSpeed, and HDF5 with a row for every iterate. Run again, it
+    goes on where it stopped and takes up new checkpoints.
 
     \b
     lca import lightning_logs/version_0/checkpoints checkpoints

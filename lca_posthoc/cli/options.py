@@ -35,12 +35,12 @@ def _option_of_setting(name: str, setting: Setting) -> Callable[[F], F]:
 
 
 trajectory_options = _chain(
-    click.argument("checkpoints", type=click.Path()),
+    click.argument("checkpoints", type=click.Path(), nargs=-1, required=True),
     *(_option_of_setting(name, SETTINGS[name]) for name in ("steps", "pattern", "rename")),
 )
 
 replay_options = _chain(
-    click.argument("checkpoints", type=click.Path()),
+    click.argument("checkpoints", type=click.Path(), nargs=-1, required=True),
     click.option(
         "--task",
         required=True,

@@ -34,7 +34,9 @@ _COLUMNS = (
     metavar="STEPS",
     help="Before training: what saving every iterate would take.",
 )
-def command(checkpoints: str, as_json: bool, recording: int | None, **options: Any) -> None:
+def command(
+    checkpoints: tuple[str, ...], as_json: bool, recording: int | None, **options: Any
+) -> None:
     """Say what `lca run` with the same options would cost, and probe the task.
 
     \b
@@ -43,7 +45,12 @@ def command(checkpoints: str, as_json: bool, recording: int | None, **options: A
     lca plan checkpoints --task my_task.py --recording 5000
     """
     if recording is not None:
-        _of_recording(checkpoints, recording, as_json, **options)
+        directory, *more = checkpoints
+        if more:
+            raise InputError(
+                "--recording is for one directory, in which checkpoints will be saved."
+            )
+        _of_recording(directory, recording, as_json, **options)
         return
     from ..replay.plan import plan
 

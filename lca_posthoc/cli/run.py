@@ -26,16 +26,39 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Begin although the estimated result does not fit into the free space.",
 )
+@click.option(
+    "--follow",
+    is_flag=True,
+    help="Take iterates as a Recorder writes them, beside a training that goes on, until it has "
+    "closed.",
+)
+@click.option(
+    "--consume",
+    is_flag=True,
+    help="Remove each iterate once all that is computed from it is on the disk. The last one stays.",
+)
+@click.option(
+    "--keep-every",
+    type=int,
+    metavar="K",
+    help="With --consume: leave the iterates of every K-th step.",
+)
 @json_option
-def command(checkpoints: str, as_json: bool, **options: Any) -> None:
+def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Allocate the loss change between consecutive CHECKPOINTS to every parameter.
 
     Run again, it resumes, adds losses that are missing, and takes up new checkpoints at the end.
+
+    CHECKPOINTS is a directory of them, a place with {step} in it (step{step}/model.safetensors,
+    hf://ORG/NAME@step{step} with --steps), the cache of a hub (models--ORG--NAME), or several of
+    these that hold one series. Remote files are kept in a cache of at most 20 GB (LCA_CACHE_SIZE,
+    LCA_CACHE).
 
     \b
     lca run checkpoints --task my_task.py
     lca run checkpoints --task my_task.py --loss all
     lca run checkpoints --task my_task.py --rule trapezoid --keep tensors --out quick.lca
+    lca run checkpoints --task my_task.py --follow --consume
     lca run checkpoints --task my_task.py --cluster tls://head:8786 \\
         --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
     """

@@ -39,7 +39,7 @@ def command(run: str, as_json: bool) -> None:
     from ..results import last_run, open_run, starting
 
     preparing = starting(Path(run))
-    more = {} if preparing is None else {"preparing": asdict(preparing)}
+    more: dict[str, object] = {} if preparing is None else {"preparing": asdict(preparing)}
     try:
         opened = open_run(run)
     except InputError:
@@ -54,6 +54,8 @@ def command(run: str, as_json: bool) -> None:
     by_loss = _status(opened, last)
     if as_json:
         losses = {name: status.document() for name, status in by_loss.items()}
+        if (following := _following(by_loss, last)) is not None:
+            more["following"] = {"waits_after": following.waits_after}
         print_json({"schema": 1, "losses": losses, **more})
     else:
         _print(by_loss, last, preparing)
@@ -62,18 +64,38 @@ def command(run: str, as_json: bool) -> None:
 def _print(by_loss: dict[str, _Status], last: LastRun | None, preparing: Starting | None) -> None:
     """Print a row for each loss, and a line on the driver."""
     console = stdout()
-    console.print(_table(by_loss))
+    following = _following(by_loss, last)
+    console.print(_table(by_loss, follows=following is not None))
+    if following is not None:
+        console.print(Text(wrapped(_follows(following), console)))
     if preparing is not None:
         console.print(
             Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console))
         )
+    elif following is not None and following.waits_after is not None:
+        return
     elif last is not None and any(status.progress["running"] for status in by_loss.values()):
         console.print(Text(wrapped(_pace(by_loss, last), console)))
     elif last is not None and not all(status.progress["complete"] for status in by_loss.values()):
         console.print(Text(wrapped(_ending(last), console)))
 
 
-def _table(by_loss: dict[str, _Status]) -> Table:
+def _following(by_loss: dict[str, _Status], last: LastRun | None) -> LastRun | None:
+    """Return the driver that takes iterates as a training records them; None where none does."""
+    runs = any(status.progress["running"] for status in by_loss.values())
+    return last if last is not None and runs and last.follows and last.ended is None else None
+
+
+def _follows(last: LastRun) -> str:
+    waits = (
+        ""
+        if last.waits_after is None
+        else f"; up to step {last.waits_after} they are replayed, and it waits for more"
+    )
+    return f"it follows a recorder, and takes iterates as they come{waits}"
+
+
+def _table(by_loss: dict[str, _Status], *, follows: bool) -> Table:
     rows = table("loss", "spans", "segments", "worker time", "steps done", "state", words=2)
     for name, status in by_loss.items():
         loss = status.progress
@@ -86,7 +108,7 @@ def _table(by_loss: dict[str, _Status]) -> Table:
             f"{loss['segments_done']} / {loss['segments']}{underway}",
             duration(loss["seconds"]),
             _steps(loss),
-            _state(name, status),
+            _state(name, status, follows=follows),
         )
     return rows
 
@@ -98,8 +120,10 @@ def _steps(loss: Progress) -> str:
     return whole if stretches == [whole] else f"{few(stretches) or 'none'} of {whole}"
 
 
-def _state(name: str, status: _Status) -> str:
+def _state(name: str, status: _Status, *, follows: bool) -> str:
     loss = status.progress
+    if loss["complete"] and follows:
+        return "complete so far; follows"
     if loss["complete"]:
         return (
             f"complete so far; {count(loss['behind'], 'more segment')} with --loss {safe(name)}"

@@ -81,6 +81,7 @@ def command(
         print_json({"schema": 1, "losses": summaries})
     else:
         print_summary(summaries, opened.path, top=top, everything=everything)
+        print_paths(opened, summaries)
         print_causes(opened, summaries)
         print_directions(opened, summaries)
         print_examples(opened, summaries)
@@ -92,6 +93,12 @@ def _say_what_is_missing(results: LossResults, figures: Summary) -> None:
         say(
             f"loss {results.name!r} is not complete: figures are over the "
             f"{_finished(figures['segments'])}"
+        )
+    if results.manifest.breaks:
+        seen, steps = results.manifest.steps_seen
+        say(
+            f"loss {results.name!r}: {count(len(results.manifest.breaks), 'gap')} between "
+            f"checkpoints left out: figures are over {seen:,} of {count(steps, 'training step')}"
         )
     if results.behind:
         say(
@@ -140,6 +147,38 @@ def print_summary(
     unshown -= {0}
     if not everything and (unshown or _have_more_tensors(summaries)):
         console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
+
+
+def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
+    """Print, of losses on segments of more than one training step, what their sums mean."""
+    console = stdout()
+    for name, figures in summaries.items():
+        if not figures["long_segments"]:
+            continue
+        known = figures["path_band"] is not None
+        about_band = (
+            "± path is by how much other paths through the same checkpoints would change them"
+            if known
+            else "by how much other paths would change them is told with --path-band on"
+        )
+        doubling = figures["doubling"]
+        if doubling is not None:
+            most = doubling if isinstance(doubling, float) else max(doubling)
+            within = "" if isinstance(doubling, float) else " of a group at most"
+            about_band += f", and leaving every second checkpoint out moves {share(most)} of Σ|module|{within}"
+        about_shares = ""
+        if run[name].holds("statistics"):
+            some = figures["long_segments"] < figures["segments"]
+            about_shares = (
+                f"; shares that help are {'of the others alone' if some else 'held back'}"
+            )
+        line = (
+            f"{safe(name)}: {figures['long_segments']:,} of "
+            f"{count(figures['segments'], 'segment')} "
+            f"{'is' if figures['long_segments'] == 1 else 'are'} longer than one training step: "
+            f"sums are the straight line's share, {about_band}{about_shares}"
+        )
+        console.print(Text(wrapped(line, console)))
 
 
 def print_examples(run: Run, losses: Iterable[str]) -> None:
@@ -261,17 +300,37 @@ def _print_plain(plain: dict[str, Figures[float]]) -> None:
 def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline = table("", *(safe(name) for name in plain))
     ends = [_numbers([of["loss_start"], of["loss_end"]], "") for of in plain.values()]
-    headline.add_row("loss at the start", *(start for start, _ in ends))
-    headline.add_row("loss at the end", *(end for _, end in ends))
+    sampled = any(figures["sampled_of"] is not None for figures in plain.values())
+    of_drawn = " (of what was drawn)" if sampled else ""
+    headline.add_row(f"loss at the start{of_drawn}", *(start for start, _ in ends))
+    headline.add_row(f"loss at the end{of_drawn}", *(end for _, end in ends))
     changes = [_numbers([of["loss_change"], of["allocated"]]) for of in plain.values()]
-    headline.add_row("loss change", *(change for change, _ in changes))
+    over = ", estimated" if sampled else ""
+    headline.add_row(f"loss change{over}", *(change for change, _ in changes))
     headline.add_row(
-        "allocated, Σ over parameters and segments", *(allocated for _, allocated in changes)
+        f"allocated, Σ over parameters and segments{over}",
+        *(allocated for _, allocated in changes),
     )
+    if sampled:
+        headline.add_row(
+            "± standard error, by the segments drawn",
+            *(_error_cell(figures["segments_error"]) for figures in plain.values()),
+        )
+        true = [figures["identity_change"] for figures in plain.values()]
+        headline.add_row(
+            "true change, first checkpoint to last, 256 examples",
+            *("" if change is None else _numbers([change])[0] for change in true),
+        )
     if any(figures["buffers"] for figures in plain.values()):
         parts = (_numbers([figures["buffers"] or 0.0])[0] for figures in plain.values())
         headline.add_row("of it to buffers (running statistics)", *parts)
     headline.add_row("residual", *(f"{figures['residual']:+.1e}" for figures in plain.values()))
+    if any(figures["path_band"] is not None for figures in plain.values()):
+        bands = (
+            "" if figures["path_band"] is None else f"± {figures['path_band']:.1e}"
+            for figures in plain.values()
+        )
+        headline.add_row("± path, Σ over modules", *bands)
     for key in _SHARES:
         if all(key in figures for figures in plain.values()):
             headline.add_row(
@@ -284,6 +343,11 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
             *(f"{figures['first_step']}–{figures['last_step']}" for figures in plain.values()),
         )
     stdout().print(headline)
+
+
+def _error_cell(error: float | None) -> str:
+    """Return a standard error as a cell of a table; "" for none."""
+    return "" if error is None else f"{error:.1e}"
 
 
 def _print_parts(figures: Figures[float], top: int, everything: bool) -> int:
@@ -305,23 +369,29 @@ def _print_rows(
     does not keep.
     """
     shown = [*shown, *([_together(others)] if others else [])]
-    sampled = any(row["standard_error"] is not None for row in shown)
+    of_rows = [
+        row["standard_error"] if row["segments_error"] is None else row["segments_error"]
+        for row in shown
+    ]
+    sampled = any(error is not None for error in of_rows)
     kinds = what == "tensor"
     names = [what, *(["kind"] if kinds else [])]
+    bent = any(row["path_band"] is not None for row in shown)
     errors = ["± standard error"] if sampled else []
+    errors += ["± path"] if bent else []
     last, cells = _last_column(shown)
     rows = table(
         *names, "parameters", "allocated", *errors, "share of sum", *last, names=len(names)
     )
     allocated = _numbers([row["allocated"] for row in shown])
-    for row, number, cell in zip(shown, allocated, cells, strict=True):
-        error = "" if row["standard_error"] is None else f"{row['standard_error']:.1e}"
+    for row, error, number, cell in zip(shown, of_rows, allocated, cells, strict=True):
         rows.add_row(
             Text(safe(row["name"])),
             *([row["kind"]] if kinds else []),
             f"{row['parameters']:,}",
             number,
-            *([error] if sampled else []),
+            *([_error_cell(error)] if sampled else []),
+            *(["" if row["path_band"] is None else f"{row['path_band']:.1e}"] if bent else []),
             _part(row["allocated"], figures["allocated"]),
             *([cell] if last else []),
         )
@@ -329,7 +399,7 @@ def _print_rows(
         (number,) = _numbers([figures["remainder"]])
         part = _part(figures["remainder"], figures["allocated"])
         blanks, end = [""] * len(names), [""] * len(last)
-        rows.add_row("(tensors not kept)", *blanks, number, *([""] if sampled else []), part, *end)
+        rows.add_row("(tensors not kept)", *blanks, number, *[""] * len(errors), part, *end)
     stdout().print(rows)
 
 
@@ -353,6 +423,8 @@ def _together(others: list[Part[float]]) -> Part[float]:
         "moved": any(other["moved"] for other in others),
         "allocated": math.fsum(other["allocated"] for other in others),
         "standard_error": None,
+        "path_band": None,
+        "segments_error": None,
     }
     if all("helping" in other for other in others):
         helping = math.fsum(other["helping"] * other["parameters"] for other in others)
@@ -456,8 +528,10 @@ def _caption(name: str, figures: Summary) -> str:
         if figures["norm_stats"]
         else ""
     )
+    of = figures["sampled_of"]
+    drawn = "" if of is None else f" of {of:,}, drawn at random"
     return (
-        f"{safe(name)}: {groups}{count(figures['segments'], 'segment')}, "
+        f"{safe(name)}: {groups}{count(figures['segments'], 'segment')}{drawn}, "
         f"{count(figures['parameters'], 'parameter')}, "
         f"{count(figures['evaluations'], 'gradient evaluation')}, {unconverged}largest |residual| "
         f"{worst:.1e}{_error(figures)}{mode}"

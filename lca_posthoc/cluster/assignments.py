@@ -127,13 +127,14 @@ class Assignments:
     """Assign specs to workers.
 
     Args:
-        specs: taken one by one, when there is room.
+        specs: taken one by one, when there is room; None where there is none before another one
+            underway has ended.
         now: seconds on any clock, as in every event.
         leave_seconds: for which a worker that was told to leave may still finish what it works on.
     """
 
     def __init__(
-        self, specs: Iterable[Spec], now: float, leave_seconds: float = LEAVE_SECONDS
+        self, specs: Iterable[Spec | None], now: float, leave_seconds: float = LEAVE_SECONDS
     ) -> None:
         self._specs = iter(specs)
         self._leave_seconds = leave_seconds
@@ -318,8 +319,13 @@ class Assignments:
             return None
         if self._again:
             return self._again.popleft()
-        spec = None if self._exhausted else next(self._specs, None)
-        self._exhausted = spec is None
+        if self._exhausted:
+            return None
+        try:
+            spec = next(self._specs)
+        except StopIteration:
+            self._exhausted = True
+            return None
         return None if spec is None else InFlight(spec)
 
     def _hand(self, worker: str, slot: WorkerSlot, flight: InFlight, now: float) -> Submit:

@@ -141,7 +141,7 @@ class Workers:
         return {scheduler.named(address): answer for address, answer in answers.items()}
 
     def map(
-        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
+        self, function: Function, specs: Iterable[Spec | None], committed: Committed | None = None
     ) -> Generator[Outcome]:
         """See `Cluster.map`."""
         leave_seconds = assignments.LEAVE_SECONDS if committed else 0.0

@@ -48,10 +48,11 @@ class Inline:
         self._device = device
 
     def map(
-        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
+        self, function: Function, specs: Iterable[Spec | None], committed: Committed | None = None
     ) -> Generator[Outcome]:
         """See `Cluster.map`."""
         for spec in specs:
             if self._stop.is_set():
                 return
+            assert spec is not None, "nothing is underway that a spec could follow from"
             yield Done(spec, function(spec))

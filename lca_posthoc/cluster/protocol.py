@@ -121,10 +121,13 @@ class Cluster(Protocol):
         """
 
     def map(
-        self, function: Function, specs: Iterable[Spec], committed: Committed | None = None
+        self, function: Function, specs: Iterable[Spec | None], committed: Committed | None = None
     ) -> Generator[Outcome]:
         """Yield what becomes of each spec, as it comes; specs are taken from the iterable only when
         there is room.
+
+        Specs may follow from outcomes: the iterable gives None where there is none before another
+        of those underway has ended, and is asked again then.
 
         Args:
             function: at module level.

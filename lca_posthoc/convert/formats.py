@@ -42,18 +42,32 @@ def _unreadable(layout: Unreadable) -> Format:
     return Format(layout.name, layout.recognises, _refuse(layout.words))
 
 
+def _without_contents(layout: Unreadable) -> Format:
+    """Return the refusal of shards that nothing says how to put together."""
+    return Format(
+        layout.name,
+        layout.recognises,
+        _refuse(
+            f"{layout.name} without the file that says how they fit together (.metadata, or "
+            "mp_rank_00_model_states.pt) beside them. Copy the folder of every step whole."
+        ),
+    )
+
+
 FORMATS = (
-    *map(_unreadable, UNREADABLE),
+    *(_unreadable(layout) for layout in UNREADABLE if not layout.is_imported),
     Format(
         "safetensors",
         _is_read_as_it_is,
         _refuse("safetensors files, which need no import: give it to `lca run` as it is."),
     ),
     Format(
-        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin, optimizer.pt beside safetensors)",
+        "PyTorch checkpoints (.pt, .pth, .ckpt, .bin, optimizer.pt beside safetensors, shards of "
+        "torch.distributed.checkpoint and DeepSpeed)",
         is_pytorch,
         open_pytorch,
         ("key", "pattern"),
     ),
     Format("HDF5 with a row for every iterate", is_hdf5, open_hdf5, ("dataset", "task")),
+    *(_without_contents(layout) for layout in UNREADABLE if layout.is_imported),
 )

@@ -52,7 +52,8 @@ from .series import (
     separate,
     taken,
 )
-from .standins import class_of, holds_tensors_inside, is_left_out, unpickled
+from .sharded import SHARD, is_sharded, read_shards, shard_files, shard_folder
+from .standins import class_of, compare_checksums, holds_tensors_inside, is_left_out, unpickled
 
 _COUNTERS = ("n_averaged", "initted", "step", "num_updates", "decay")
 _AVERAGED = re.compile(r"(module|ema_model|online_model|averaged_model|model_ema)\.")
@@ -85,12 +86,17 @@ class _Saved:
     files: tuple[Path, ...]
     key: str | None
 
-    def load(self) -> _Loaded:
-        """Load its files, and return the tensors and the step they state."""
+    def load(self, look: bool = False) -> _Loaded:
+        """Load its files, and return the tensors and the step they state.
+
+        Args:
+            look: whether the tensors' headers will do, where reading them takes the time of
+                putting shards together.
+        """
         tensors, notes = Tensors(), list[str]()
         steps, epochs, has_optimizer = list[tuple[int, str]](), list[int](), False
         for file in self.files:
-            saved, passed = _contents(file)
+            saved, passed = _contents(file, look)
             state, around, more = state_dict(saved, file, self.key)
             notes += more
             counters = _counters(state)
@@ -162,8 +168,12 @@ class _Saved:
         )
 
 
-def _contents(file: Path) -> tuple[Mapping[str, object], list[str]]:
-    """Return what a file holds, of safetensors too, and notes on what is read past."""
+def _contents(file: Path, look: bool) -> tuple[Mapping[str, object], list[str]]:
+    """Return what a file holds, of safetensors too, or a folder of shards, and notes on what is read
+    past; `look` as for `_Saved.load`.
+    """
+    if file.is_dir():
+        return read_shards(file, look)
     if file.suffix != ".safetensors":
         return unpickled(file)
     read_header(file)
@@ -182,13 +192,20 @@ def _optimizer(file: Path, inside: bool) -> object:
         file: of a trainer's optimiser, or of a whole checkpoint.
         inside: whether it is a whole checkpoint.
     """
-    saved, _ = unpickled(file)
+    saved, _ = _contents(file, look=False)
     if not inside:
         return saved
     states = _optimizers_in(saved)
     if len(states) != 1:
         raise InputError(f"{file} holds states of several optimisers")
     return states[0]
+
+
+def _compare_checksums(file: Path) -> None:
+    """Refuse a file, or one of a folder of shards, that is damaged inside."""
+    for part in shard_files(file) if file.is_dir() else [file]:
+        if part.suffix != SHARD:  # whose items are compared one by one when they are read
+            compare_checksums(part)
 
 
 def _optimizers_in(saved: Mapping[str, object]) -> list[object]:
@@ -203,28 +220,9 @@ def _optimizers_in(saved: Mapping[str, object]) -> list[object]:
     ]
 
 
-def _compare_checksums(file: Path) -> None:
-    """Refuse an archive whose contents do not match their checksums, which torch itself does not
-    compare.
-    """
-    if not zipfile.is_zipfile(file):
-        return
-    record = None
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for record in archive.infolist():
-                with archive.open(record) as opened:
-                    while record.CRC and opened.read(2**20):  # 0 where torch was told to write none
-                        pass
-    except Exception as error:
-        name = record.filename if record else "its list of contents"
-        raise InputError(
-            f"{file} is damaged: {name} is not what its checksum says ({type(error).__name__}). "
-            "Copy it again, or move it away."
-        ) from None
-
-
 def _sampled(file: Path) -> str:
+    if file.is_dir():
+        return ",".join(_sampled(part) for part in shard_files(file))
     with file.open("rb") as opened:
         size = os.fstat(opened.fileno()).st_size
         return f"{size}:{fingerprint(lambda offset, count: os.pread(opened.fileno(), count, offset), size)}"
@@ -303,6 +301,8 @@ def _entry(path: Path) -> tuple[Path, ...]:
     for name in WHOLE:
         if (path / name).is_file():
             return shards(path / name) if name.endswith(".json") else (path / name,)
+    if (folder := shard_folder(path)) is not None:
+        return (folder,)
     inside = [file for file in sorted(path.iterdir()) if not file.is_dir() and _entry(file)]
     if len(inside) > 1 and step_in_name(path.name) is not None:
         raise InputError(
@@ -315,7 +315,7 @@ def _entry(path: Path) -> tuple[Path, ...]:
 
 def is_pytorch(place: Path) -> bool:
     """Tell whether a directory has checkpoints of this kind in it, or a file is one."""
-    if place.is_file():
+    if place.is_file() or is_sharded(place):
         return bool(_entry(place))
     return any(map(_entry, place.iterdir())) or _follows_every_step(place)
 
@@ -350,7 +350,7 @@ def open_pytorch(
         InputError: where one cannot be read as tensors and plain data, states no step, or is of
             another model.
     """
-    if place.is_file():
+    if place.is_file() or is_sharded(place):
         raise InputError(
             f"{place} is one checkpoint. Give the directory that holds one for every step."
         )
@@ -359,7 +359,7 @@ def open_pytorch(
     looked = list[_Looked]()
     for done, saved in enumerate(every):
         progress("looking at", done, len(every))
-        loaded = saved.load()
+        loaded = saved.load(look=True)
         looked.append(
             _Looked(
                 saved=saved,
@@ -526,7 +526,7 @@ class _Numbering:
             InputError: where steps inside the files go down as epochs go up.
         """
         if self._regex is not None:
-            return [epochs_are_meant(self._regex.pattern)] if self._by_epoch else []
+            return [epochs_are_meant(f"--pattern '{self._regex.pattern}'")] * self._by_epoch
         epochs = [
             (step, checkpoint)
             for step, checkpoint in sorted(steps.items())

@@ -17,8 +17,9 @@ import zipfile
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -107,15 +108,50 @@ def holds_tensors_inside(value: object) -> bool:
     return False
 
 
-def unpickled(file: Path) -> tuple[Any, list[str]]:
+def compare_checksums(file: Path, data: BinaryIO | None = None) -> None:
+    """Refuse an archive whose contents do not match their checksums, which torch itself does not
+    compare.
+
+    Args:
+        file: that names it in messages.
+        data: its bytes, where they are a part of the file.
+
+    Raises:
+        InputError: where it is damaged.
+    """
+    source = file if data is None else data
+    if not zipfile.is_zipfile(source):
+        return
+    record = None
+    try:
+        with zipfile.ZipFile(source) as archive:
+            for record in archive.infolist():
+                with archive.open(record) as opened:
+                    while record.CRC and opened.read(2**20):  # 0 where torch was told to write none
+                        pass
+    except Exception as error:
+        name = record.filename if record else "its list of contents"
+        raise InputError(
+            f"{file} is damaged: {name} is not what its checksum says ({type(error).__name__}). "
+            "Copy it again, or move it away."
+        ) from None
+
+
+def unpickled(file: Path, data: BinaryIO | None = None) -> tuple[Any, list[str]]:
     """Return the tensors and plain data that `torch.save` wrote, and a note on the objects of other
     classes among them.
+
+    Args:
+        file: that it wrote.
+        data: what it wrote, where that is a part of the file.
 
     Raises:
         InputError: where the file names a function or a class that can hold the weights themselves;
             or is damaged.
     """
-    globals_ = _globals(file)
+    source = file if data is None else data
+    is_archive = zipfile.is_zipfile(source)
+    globals_ = _globals(source, is_archive)
     read_past = [name for name in globals_ if _is_read_past(name)]
     foreign = [name for name in read_past if not _HARMLESS.fullmatch(name)]
     refused: Exception | None = None
@@ -129,8 +165,13 @@ def unpickled(file: Path) -> tuple[Any, list[str]]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the age of a file
                 with torch.serialization.safe_globals(stand_ins):
+                    if data is not None:
+                        data.seek(0)
                     saved = torch.load(
-                        file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+                        source,
+                        map_location="cpu",
+                        weights_only=True,
+                        mmap=is_archive and data is None,
                     )
             return saved, _notes(foreign)
         except Exception as error:
@@ -198,15 +239,16 @@ def _is_read_past(name: str) -> bool:
     return _CLASS.fullmatch(name) is not None
 
 
-def _globals(file: Path) -> list[str]:
+def _globals(source: Path | BinaryIO, is_archive: bool) -> list[str]:
     """Return the functions and classes a pickle asks for beside those torch allows, without running
     it.
     """
     try:
-        if zipfile.is_zipfile(file):
-            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        if is_archive:
+            return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
         names = set[str]()
-        with file.open("rb") as opened:
+        opened_here = source.open("rb") if isinstance(source, Path) else nullcontext(source)
+        with opened_here as opened:
             for _ in range(4):  # a number, a version, the system, what was saved
                 for opcode, argument, _ in pickletools.genops(opened):
                     if opcode.name == "GLOBAL":

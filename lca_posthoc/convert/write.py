@@ -22,10 +22,10 @@ from ..checkpoints.headers import HALF, TensorHeader, read_header
 from ..checkpoints.layouts import MOMENTS
 from ..checkpoints.optimizer_steps import METADATA_KEY, moments_path
 from ..checkpoints.paths import here
+from ..checkpoints.recorded import name_of, step_of
 from ..checkpoints.trajectory import TensorSpec, open_trajectory
 from ..errors import InputError, ResourceError, amount
 from ..recording.staging import Layout
-from ..recording.writer import name_of, step_of
 from ..tasks.task import Task
 from .formats import FORMATS
 from .series import SIZES, Iterate, Progress, Series, Tensors, headers_of

@@ -9,7 +9,14 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import InputError
-from ..findings.common import findings_beyond, has_part, without_part
+from ..findings.bands import needs_single_steps
+from ..findings.common import (
+    about_part,
+    findings_beyond,
+    has_part,
+    takes_part,
+    without_part,
+)
 from ..findings.generalisation import no_two_splits, two_splits
 from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
@@ -44,7 +51,10 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
     if not requested:
         beyond = findings_beyond(run.manifest.keep)
         wanted = [name for name in _unasked() if all(name not in more for more in beyond.values())]
-        _say_beyond(run.manifest.keep, beyond, say)
+        if run.manifest.sampled is None:
+            _say_beyond(run.manifest.keep, beyond, say)
+        else:
+            say(about_part(run.manifest.sampled))
     pair, opened, calls = _pair(run, names), {name: run[name] for name in names}, 0
     for loss in names:
         for name in wanted:
@@ -85,7 +95,11 @@ def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> N
 def _has_subject(results: LossResults, name: str) -> bool:
     """Tell whether a loss has the examples and the part of results that a finding is of."""
     finding = declared_findings()[name]
-    return has_part(results, finding.part) and (not finding.examples or tells_examples(results))
+    return (
+        has_part(results, finding.part)
+        and takes_part(results, name)
+        and (not finding.examples or tells_examples(results))
+    )
 
 
 def _unasked() -> list[str]:
@@ -138,6 +152,10 @@ def _obstacle(
         return too_little
     if not results.progress()["segments_done"]:
         return "it has no finished segment yet. Let `lca run` commit a span first."
+    if (on_lines := needs_single_steps(results, name)) is not None:
+        return on_lines
+    if not takes_part(results, name):
+        return f"such findings {results.of_a_part()}"
     if not has_part(results, declared_findings()[name].part):
         return without_part(results, declared_findings()[name].part)
     if declared_findings()[name].examples and not tells_examples(results):

@@ -11,6 +11,7 @@ import xarray as xr
 
 from ..base.declarations import BY, Finding
 from ..results import LossResults
+from .bands import held_back
 from .common import (
     Numbers,
     Variable,
@@ -22,6 +23,7 @@ from .common import (
     layer_of,
     parameter_name,
     place_of,
+    refuse_part,
     unfinished,
 )
 from .layers import layers
@@ -65,6 +67,7 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
+    refuse_part(results, "candidates")
     by_layer = layers(results, by=by)
     total = by_layer["total"]
     if "group" in by_layer.dims:
@@ -97,11 +100,13 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     variables["freeze"] = described((("layer",), hurt), "", "its total is above zero: it hurt")
     coords: dict[str, object] = {name: by_layer[name] for name in ("layer", "elements", "role")}
     beyond = beyond_keep(results, "statistics", "Units and parameters")
-    if results.complete and not beyond:
+    on_lines = [] if beyond else held_back(results.tensors, "units and parameters that never help")
+    left_out += on_lines
+    if results.complete and not beyond and not on_lines:
         of_parameters, places = _of_parameters(results, most)
         variables |= of_parameters
         coords = {**coords, **places}
-    elif not beyond:
+    elif not beyond and not on_lines:
         left_out.append("Units and parameters need every segment.")
     attrs = about(results, "candidates", left_out, beyond)
     return _by_evidence(xr.Dataset(variables, coords=coords, attrs=attrs))

@@ -12,12 +12,15 @@ from .common import (
     Numbers,
     Variable,
     about,
-    cumulated,
     described,
+    estimated,
     grouping,
     label_of,
     moving_buffers,
+    over_training,
     part_of,
+    segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -29,6 +32,7 @@ FINDING = Finding(
     needs="a run with `--causes`",
     place=27,
     part="causes",
+    sampled=True,
     options=(GROUPS, BY, TOP),
 )
 LARGE = 0.05  # a share of rest from which on a split is not taken at its word
@@ -56,19 +60,21 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
         and `layer_total` (layer[, group]), in units of loss; `hurts` (layer[, group]), the cause that
         raised the loss most of a layer whose sum is above 0, "" of others; `rest_share`
         (layer[, group]) and `rest_overall` ([group]); `rest_size` and `size` (step[, group]), Σ|A_rest|
-        and Σ|A| over parameters. A share of nothing is 0. Coordinates of `layer`: `elements` and
+        and Σ|A| over parameters. A share of nothing is 0. Of a run of a random part of the segments,
+        `--segments`, `cumulative`, `total` and `layer_total` are estimates, and `segments`
+        (layer, cause[, group]) is the standard error of `total`. Coordinates of `layer`: `elements` and
         `kind`, "buffer" or "parameter". `attrs["signal"]` names the training loss.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
         InputError: where the run was made without `--causes`, and for another `by`.
     """
-    table, data = tables(results), part_of(results, "causes")
+    table, data = tables(results, sampled=True), part_of(results, "causes")
     members = _members(table, by)
     groups = [dim for dim in data["allocated"].dims if dim == "group"]
     by_tensor = data["allocated"].transpose("step", *groups, "tensor", "cause")
     allocated = _summed(by_tensor, members)
-    left_out = unfinished(results)
+    left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
             "The run keeps some tensors alone; the remainder of `steps`, what the others did, is not "
@@ -100,7 +106,7 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
     }
     return xr.Dataset(
         {
-            **_sums(allocated, groups),
+            **_sums(results, allocated, groups),
             **_rest(by_tensor, members, kinds == "parameter", groups),
         },
         coords=coords,
@@ -130,18 +136,27 @@ def _summed(by_tensor: xr.DataArray, members: dict[str, list[int]]) -> xr.DataAr
     return xr.DataArray(np.stack(sums, axis=-2), dims=dims)
 
 
-def _sums(allocated: xr.DataArray, groups: list[str]) -> dict[str, Variable]:
+def _sums(results: LossResults, allocated: xr.DataArray, groups: list[str]) -> dict[str, Variable]:
     """Return the sums over time of each layer and cause, and the cause by which a layer hurts."""
-    total = allocated.sum("step").transpose("layer", "cause", *groups)
+    total = over_training(results, allocated).transpose("layer", "cause", *groups)
+    error = segments_error(results, allocated)
+    errors = {}
+    if error is not None:
+        errors["segments"] = described(
+            error.transpose(*total.dims),
+            "loss",
+            "standard error of the total by the segments drawn",
+        )
     layer_total = total.sum("cause")
     largest = np.array([*CAUSES], dtype=object)[total.argmax("cause").values]
     hurts = np.where(layer_total.values > 0, largest, "").astype(object)
     return {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
-        "cumulative": described(cumulated(allocated), "loss", "Σ allocation so far"),
+        "cumulative": described(so_far(results, allocated), "loss", "Σ allocation so far"),
         "total": described(total, "loss", "Σ allocation over training"),
         "layer_total": described(layer_total, "loss", "Σ allocation over training, all causes"),
         "hurts": described((layer_total.dims, hurts), "", "cause by which the layer hurt most"),
+        **errors,
     }
 
 

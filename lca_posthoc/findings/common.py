@@ -16,6 +16,7 @@ from ..base.declarations import declared_findings
 from ..base.text import count
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import InputError, LCAError
+from ..numerics.sampling import scale, standard_error
 from ..numerics.schema import KEEP, TOTALS, holds
 from ..results import LossResults
 
@@ -147,13 +148,93 @@ def cumulated(data: xr.DataArray) -> xr.DataArray:
     return data.cumsum("step").transpose(*data.dims)
 
 
-def tables(results: LossResults, level: str = "tensors", what: str = "findings") -> xr.Dataset:
+def takes_part(results: LossResults, finding: str) -> bool:
+    """Tell whether the segments of a run allow a finding: all of them do, a random part some."""
+    return results.manifest.sampled is None or declared_findings()[finding].sampled
+
+
+def about_part(sampled: str) -> str:
+    """Say which findings a random part of the segments does not give, `--segments`."""
+    findings = [name for name, finding in declared_findings().items() if not finding.sampled]
+    return (
+        f"the run is of a random part of the segments (--segments {sampled}), so what needs all of "
+        f"them is left out: {', '.join(findings)}."
+    )
+
+
+def refuse_part(results: LossResults, what: str) -> None:
+    """Refuse a run of a random part of the segments.
+
+    Args:
+        results: one loss of a run.
+        what: needs all of them, in the plural.
+
+    Raises:
+        LCAError: with the way out.
+    """
+    if results.manifest.sampled is not None:
+        raise LCAError(f"{what} {results.of_a_part()}")
+
+
+def over_training(results: LossResults, column: xr.DataArray) -> xr.DataArray:
+    """Return Σ over the segments; of a run of a random part of them, the estimate of that over all."""
+    return _of_all(results, column.sum("step"), column.sizes["step"])
+
+
+def so_far(results: LossResults, column: xr.DataArray) -> xr.DataArray:
+    """Return the sums over the steps so far, as `over_training` of them, with the axes where they
+    were.
+    """
+    return _of_all(results, cumulated(column), column.sizes["step"])
+
+
+def _of_all(results: LossResults, sums: xr.DataArray, segments: int) -> xr.DataArray:
+    return sums if results.manifest.sampled is None else sums * scale_of(results, segments)
+
+
+def scale_of(results: LossResults, segments: int) -> float:
+    """Return what sums over so many segments are multiplied by; 1 of a run of all segments."""
+    manifest = results.manifest
+    return 1.0 if manifest.sampled is None else scale(manifest.all_segments, segments)
+
+
+def segments_error(results: LossResults, column: xr.DataArray) -> xr.DataArray | None:
+    """Return the standard error of `over_training`; None of a run of all segments, and with one
+    segment alone.
+    """
+    manifest = results.manifest
+    if manifest.sampled is None or column.sizes["step"] < 2:
+        return None
+    rows = column.transpose("step", ...)
+    error = standard_error(rows.values, manifest.all_segments)
+    return xr.DataArray(error, dims=rows.dims[1:])
+
+
+def estimated(results: LossResults) -> list[str]:
+    """Say that sums over training are estimates, of a run of a random part of the segments."""
+    manifest = results.manifest
+    if manifest.sampled is None:
+        return []
+    return [
+        f"Sums over training are estimates from a random part of the segments, --segments "
+        f"{manifest.sampled} of {manifest.all_segments:,}; `segments` are their standard errors."
+    ]
+
+
+def tables(
+    results: LossResults,
+    level: str = "tensors",
+    what: str = "findings of this kind",
+    *,
+    sampled: bool = False,
+) -> xr.Dataset:
     """Return the table of tensors, over the finished segments, of a run that keeps enough.
 
     Args:
         results: one loss of a run.
         level: of `--keep`, that is needed.
         what: needs it, in the plural.
+        sampled: whether a random part of the segments is enough.
 
     Raises:
         LCAError: where the run keeps less, or no segment is there yet.
@@ -165,6 +246,8 @@ def tables(results: LossResults, level: str = "tensors", what: str = "findings")
             f"{type(results).__name__}."
         )
     results.require(level, what)
+    if not sampled:
+        refuse_part(results, what)
     table = results.tensors
     if not table.sizes["step"]:
         raise LCAError(

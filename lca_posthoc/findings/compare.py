@@ -14,8 +14,10 @@ import scipy  # its parts load when they are used
 import xarray as xr
 
 from ..base.declarations import BY, TOP, Finding
+from ..base.text import count
 from ..errors import InputError, few
 from ..results import LossResults
+from .bands import path_bands
 from .common import about, described, label_of, unfinished
 from .design import Design, design_of, differences
 from .summary import Figures, Part, summary
@@ -24,6 +26,7 @@ FINDING = Finding(
     question="Do settings differ, over repeats",
     needs="several runs",
     place=110,
+    sampled=True,
     runs="compared",
     options=(BY, TOP),
 )
@@ -83,7 +86,10 @@ def compare(
         and, where every run was made with `--keep statistics` or more, `helping` (label; share of
         parameters × segments), means over runs, each with `_low` and `_high`; `loss_change`
         (label), a mean; `p_loss_end` (label), the test of the last loss against the first label,
-        not corrected; `runs` (label), how many; `trainings` (label), how many of them are different
+        not corrected; `path_band` (label, layer), by how much other paths through the same checkpoints
+        would change `mean`, averaged over runs, where runs tell it of segments longer than one
+        training step (else NaN): it is no spread over repeats, is in no interval and no p, and
+        does not shrink with more of them; `runs` (label), how many; `trainings` (label), how many of them are different
         trainings; `paired` (label), whether the tests against the first label are of pairs; coord
         `path` (label, run).
 
@@ -115,12 +121,19 @@ def compare(
     variables = _of_layers(
         total, repeats(design.counted(total), confidence, design.pairs), confidence
     )
+    variables["path_band"] = (
+        ("label", "layer"),
+        _path_bands(listed, layers, by),
+        "loss",
+        "changed by another path, mean over runs",
+    )
+    about_paths = _within_paths(variables["difference"][1], variables["path_band"][1])
     variables |= _of_labels(head, confidence) | _of_design(design, listed)
     left_out = [word for several in listed.values() for one in several for word in _left_out(one)]
     left_out += _unlike(
         [(label, one) for label, some in zip(listed, summaries, strict=True) for one in some], by
     )
-    notes = "\n".join([*design.notes, *differences(listed)])
+    notes = "\n".join([*design.notes, *differences(listed), *about_paths])
     return xr.Dataset(
         {
             name: described((dims, values), units, text)
@@ -227,6 +240,43 @@ def _layer_sums(one: Figures[float], layers: list[str], by: str | int) -> list[f
     return [math.fsum(parts[layer]) if layer in parts else math.nan for layer in layers]
 
 
+def _path_bands(listed: dict[str, list[LossResults]], layers: list[str], by: str | int) -> Numbers:
+    """Return (label, layer), by how much other paths change the sums of layers, mean over the runs
+    that tell it; NaN where none does.
+    """
+    bands = np.full((len(listed), len(layers)), np.nan)
+    for row, several in enumerate(listed.values()):
+        bands_of_runs = [
+            band for results in several if (band := _path_band(results, by)) is not None
+        ]
+        for column, layer in enumerate(layers):
+            of_layer = [band[layer] for band in bands_of_runs if layer in band]
+            bands[row, column] = np.mean(of_layer) if of_layer else np.nan
+    return bands
+
+
+def _path_band(results: LossResults, by: str | int) -> dict[str, float] | None:
+    """Return by how much other paths change the sum of each layer of a run, by its name."""
+    members: dict[str, list[int]] = {}
+    for position, tensor in enumerate(_figures(results)["tensors"]):
+        members.setdefault(_label(tensor, by), []).append(position)
+    bands = path_bands(results, list(members.values()))
+    return None if bands is None else dict(zip(members, bands.tolist(), strict=True))
+
+
+def _within_paths(difference: Numbers, path: Numbers) -> list[str]:
+    """Say how many differences between labels other paths could make as well."""
+    either = np.nan_to_num(path) + np.nan_to_num(path[:1])
+    compared = ~np.isnan(difference[1:]) & (either[1:] > 0)
+    within = int((np.abs(difference[1:]) <= either[1:])[compared].sum())
+    if not within:
+        return []
+    return [
+        f"{within:,} of {count(int(compared.sum()), 'difference')} to the first label are no larger "
+        "than what other paths between checkpoints would change (± path)."
+    ]
+
+
 def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[str]:
     """Say which layers of one name do not have the same number of parameters in every run."""
     sizes: dict[str, dict[int, str]] = {}
@@ -235,11 +285,11 @@ def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[
         for tensor in one["tensors"]:
             layer = _label(tensor, by)
             counts[layer] = counts.get(layer, 0) + tensor["parameters"]
-        for layer, count in counts.items():
-            sizes.setdefault(layer, {}).setdefault(count, label)
+        for layer, number in counts.items():
+            sizes.setdefault(layer, {}).setdefault(number, label)
     unlike = [
         f"{layer or 'the whole network'} "
-        f"({' and '.join(f'{count:,} in {label}' for count, label in of.items())})"
+        f"({' and '.join(f'{number:,} in {label}' for number, label in of.items())})"
         for layer, of in sizes.items()
         if len(of) > 1
     ]
@@ -253,6 +303,12 @@ def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[
 def _left_out(results: LossResults) -> list[str]:
     patterns = results.manifest.settings["tensors"]
     rest = ["what tensors did that `--tensors` left out is in no layer."] if patterns else []
+    sampled = results.manifest.sampled
+    if sampled is not None:
+        rest.append(
+            f"sums are estimates from a random part of the segments (--segments {sampled}), and "
+            "differ from those of other runs by that too."
+        )
     return [f"{results.path}: {word}" for word in [*unfinished(results), *rest]]
 
 

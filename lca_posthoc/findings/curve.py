@@ -15,6 +15,7 @@ FINDING = Finding(
     question="Does it add up? True loss against start + Σ allocation, residuals",
     needs="any run",
     place=10,
+    sampled=True,
     runs="beside",
     options=(GROUPS,),
 )
@@ -38,7 +39,7 @@ def curve(results: LossResults) -> xr.Dataset:
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
     """
-    table, steps = tables(results), results.steps
+    table, steps = tables(results, sampled=True), results.steps
     allocated = table["allocated"].sum("tensor")
     if "remainder" in steps:
         allocated = allocated + steps["remainder"]

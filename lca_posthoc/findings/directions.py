@@ -14,9 +14,12 @@ from .causes import amount, percent
 from .common import (
     Variable,
     about,
-    cumulated,
     described,
+    estimated,
+    over_training,
     part_of,
+    segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -27,6 +30,7 @@ FINDING = Finding(
     needs="a run with `--along`",
     place=28,
     part="along",
+    sampled=True,
     options=(
         GROUPS,
         Option(
@@ -60,31 +64,34 @@ def directions(results: LossResults, *, null: LossResults | str | Path | None = 
         and `outside_total` ([group]), in units of loss. Shares of the squared length of the motion:
         `captured` (step), NaN where nothing moved, `captured_total`, `captured_direction`
         (direction), `captured_by_chance`. With `null` also `null_inside`, `null_inside_cumulative`,
-        `null_inside_total`, `null_captured` and `null_captured_total`.
+        `null_inside_total`, `null_captured` and `null_captured_total`. Of a run of a random part of
+        the segments, `--segments`, sums so far and over training are estimates, and
+        `inside_segments`, `outside_segments` and `null_inside_segments` the standard errors of the
+        latter.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
         InputError: where a run was made without `--along`, and where `null` is of other segments,
             another loss or another number of directions.
     """
-    table, data = tables(results), part_of(results, "along")
+    table, data = tables(results, sampled=True), part_of(results, "along")
     groups = [dim for dim in data["allocated"].dims if dim == "group"]
     allocated = data["allocated"].transpose("step", *groups, "direction")
     outside = data["remainder"].transpose("step", *groups)
     sums = {
         "allocated": (allocated, "Σ allocation of the segment along the direction"),
-        "cumulative": (cumulated(allocated), "Σ allocation so far along the direction"),
+        "cumulative": (so_far(results, allocated), "Σ allocation so far along the direction"),
         "total": (
-            allocated.sum("step").transpose("direction", *groups),
+            over_training(results, allocated).transpose("direction", *groups),
             "Σ allocation over training along the direction",
         ),
-        **_series("inside", allocated.sum("direction"), "inside"),
-        **_series("outside", outside, "outside"),
+        **_series(results, "inside", allocated.sum("direction"), "inside"),
+        **_series(results, "outside", outside, "outside"),
     }
     variables = {name: described(values, "loss", words) for name, (values, words) in sums.items()}
     moving = table["motion"].sum("step").values > 0
     chance = allocated.sizes["direction"] / max(1, int(table["elements"].values[moving].sum()))
-    left_out = unfinished(results)
+    left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
             "The run keeps some tensors alone; motion and loss change are those of these tensors."
@@ -107,12 +114,23 @@ def directions(results: LossResults, *, null: LossResults | str | Path | None = 
     return xr.Dataset(variables, coords=coords, attrs=attributes)
 
 
-def _series(name: str, values: xr.DataArray, where: str) -> dict[str, tuple[xr.DataArray, str]]:
+def _series(
+    results: LossResults, name: str, values: xr.DataArray, where: str
+) -> dict[str, tuple[xr.DataArray, str]]:
     """Return a loss change by segment, so far and over training, with what they are."""
+    error = segments_error(results, values)
+    words = f"standard error of {name}_total by the segments drawn"
     return {
+        **({} if error is None else {f"{name}_segments": (error, words)}),
         name: (values, f"Σ allocation of the segment {where} the subspace"),
-        f"{name}_cumulative": (cumulated(values), f"Σ allocation so far {where} the subspace"),
-        f"{name}_total": (values.sum("step"), f"Σ allocation over training {where} the subspace"),
+        f"{name}_cumulative": (
+            so_far(results, values),
+            f"Σ allocation so far {where} the subspace",
+        ),
+        f"{name}_total": (
+            over_training(results, values),
+            f"Σ allocation over training {where} the subspace",
+        ),
     }
 
 
@@ -179,7 +197,7 @@ def _beside(data: xr.Dataset, other: LossResults, groups: list[str]) -> dict[str
         )
     inside = null["allocated"].transpose("step", *groups, "direction").sum("direction")
     captured = _captured(null, 0.0)
-    series = _series("null_inside", inside, "inside a random")
+    series = _series(other, "null_inside", inside, "inside a random")
     variables = {name: described(values, "loss", words) for name, (values, words) in series.items()}
     return {
         **variables,

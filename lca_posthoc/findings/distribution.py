@@ -11,6 +11,7 @@ import xarray as xr
 from ..base.declarations import GROUPS, Finding
 from ..numerics.schema import histogram_edges
 from ..results import LossResults
+from .bands import refuse_straight_lines
 from .common import (
     BLOCK,
     Numbers,
@@ -28,6 +29,7 @@ FINDING = Finding(
     needs="`--keep statistics`; the fit `--keep parameters`",
     place=40,
     level="statistics",
+    single_steps="every",
     options=(GROUPS,),
 )
 
@@ -58,10 +60,11 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
         allocation is 0 there is no bin, and what is not defined is NaN; `left_out` says so.
 
     Raises:
-        LCAError: where the run keeps sums alone, no segment is there yet, or stored numbers are
-            damaged.
+        LCAError: where the run keeps sums alone, a segment is longer than one training step, none
+            is there yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "sizes of single allocations")
+    refuse_straight_lines(table, "sizes of single allocations")
     left_out = unfinished(results)
     count, zero = _counts(results)
     edges = histogram_edges()

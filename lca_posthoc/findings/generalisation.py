@@ -23,6 +23,7 @@ from .common import (
     largest,
     parameter_name,
     place_of,
+    refuse_part,
     unfinished,
 )
 from .layers import layers
@@ -70,6 +71,7 @@ def generalisation(
             not have the same segments.
     """
     _check_pair(first, second)
+    refuse_part(first, "sums of two losses beside each other")
     both = [layers(results, by=by) for results in (first, second)]
     left_out = list(
         dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)])

@@ -12,6 +12,7 @@ import xarray as xr
 
 from ..base.declarations import GROUPS, Finding
 from ..results import LossResults
+from .bands import held_back, long_segments, refuse_straight_lines
 from .common import (
     Numbers,
     Variable,
@@ -29,6 +30,7 @@ FINDING = Finding(
     needs="`--keep statistics`",
     place=30,
     level="statistics",
+    single_steps="some",
     options=(GROUPS,),
 )
 
@@ -43,7 +45,8 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     the same probability, independently of the others and of what was before; `probability` is the
     share observed over all. Heroes (who help most often) and villains (least) are those with the
     smallest binomial tails; their p-values are multiplied by the number of parameters (Bonferroni).
-    Parameters that never have an effect are left out of this; buffers of everything.
+    Parameters that never have an effect are left out of this; buffers of everything. On segments of
+    more than one training step shares are NaN, and where there are any, nothing is said over time.
 
     Args:
         results: one loss of a run made with `--keep statistics` or more; what is over time needs
@@ -61,10 +64,13 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         Over time, a loss with groups is taken as a whole.
 
     Raises:
-        LCAError: where the run keeps sums alone, no segment is there yet, or stored numbers are
-            damaged.
+        LCAError: where the run keeps sums alone, every segment is longer than one training step,
+            none is there yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "shares of parameters that help")
+    single = ~long_segments(table)
+    if not single.any():
+        refuse_straight_lines(table, "shares of parameters that help")
     counted = table.isel(tensor=table["kind"].values == "parameter")
     elements = counted["elements"]
     dims = tuple(name for name in counted["helping"].dims if name != "tensor")
@@ -96,14 +102,18 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
             (counted["motion"] > 0).astype("int8"), "", "whether the tensor moved"
         ),
     }
+    for name in ("helping", "hurting", "zero", "tensor_helping", "tensor_hurting"):
+        of_dims, values, attributes = variables[name]
+        shown = single.reshape(-1, *[1] * (np.ndim(values) - 1))
+        variables[name] = of_dims, np.where(shown, values, np.nan), attributes
     labels = {
         str(name): column
         for name, column in counted.coords.items()
         if name not in ("kind", "replicate")
     }
     coords: dict[str, object] = dict(labels)
-    left_out = unfinished(results)
-    if results.complete:
+    left_out = [*unfinished(results), *held_back(table, "shares of parameters that help")]
+    if single.all() and results.complete:
         over_time, names = _over_time(results, most)
         variables |= over_time
         coords |= names
@@ -112,7 +122,7 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
                 "No parameter has an effect anywhere, so there is no chance of helping and no hero "
                 "or villain."
             )
-    else:
+    elif single.all():
         left_out.append("What single parameters do over time needs every segment.")
     return xr.Dataset(variables, coords=coords, attrs=about(results, "helping", left_out))
 

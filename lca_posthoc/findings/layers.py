@@ -7,16 +7,29 @@ import xarray as xr
 
 from ..base.declarations import BY, GROUPS, TOP, Finding, Option
 from ..results import LossResults
+from .bands import (
+    example_errors,
+    held_back,
+    long_segments,
+    other_paths,
+    path_bands,
+    quadrature_errors,
+    straight_lines,
+)
 from .common import (
     ROLES,
     Numbers,
     Variable,
     about,
     described,
+    estimated,
     grouping,
     label_of,
     moving_buffers,
+    over_training,
     roles,
+    segments_error,
+    so_far,
     tables,
     unfinished,
 )
@@ -27,6 +40,7 @@ FINDING = Finding(
     needs="any run; shares that help `--keep statistics`",
     place=20,
     runs="beside",
+    sampled=True,
     options=(
         GROUPS,
         BY,
@@ -65,13 +79,23 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
         mean is per parameter and over the whole training), in units of loss; from `--keep
         statistics` on, `helping` (layer[, group]), the share of its parameters × segments that
-        helped. Coordinates of `layer`: `elements` and `role`.
+        helped; on segments of more than one training step nothing is counted. Of a run of a random
+        part of the segments, `--segments`, `cumulative`, `total` and `mean` are estimates of what
+        all segments give. Coordinates of `layer`: `elements` and `role`.
+
+        The errors of `total`, each apart, in units of loss: `quadrature` (layer[, group]), the
+        layer's part of `error_bound`; `path` (layer[, group]), what other paths through the same
+        checkpoints would change, where segments are longer than one training step, see
+        `bands.path_bands`, and beside it, with their signs, `curve` and `doubling` (layer[, group]),
+        what each of the two would change; `examples` (layer), the standard error by the examples
+        that were drawn, of a loss over a part of them; `segments` (layer[, group]), that by the
+        segments drawn. Those that are not known are left out.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
         InputError: for another `by`.
     """
-    table, role = tables(results), roles(results)
+    table, role = tables(results, sampled=True), roles(results)
     members_of = _members(table, role, by, by_role)
     elements = np.array(
         [int(table["elements"].values[members].sum()) for members in members_of.values()]
@@ -83,18 +107,23 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         "elements": ("layer", elements),
         "role": ("layer", np.array(among, dtype=object)),
     }
-    left_out = unfinished(results)
+    left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
             "The run keeps some tensors alone; what the others did is the remainder of `steps`."
         )
+    about_lines = straight_lines(table)
+    if "helping" in table:
+        left_out += held_back(table, "shares of parameters that help")
+    elif about_lines:
+        left_out.append(f"{about_lines}.")
     shared = {
         name: column
         for name, column in table.coords.items()
         if name in ("step", "step_end", "group", "examples")
     }
     return xr.Dataset(
-        _variables(table, members_of, elements),
+        _variables(results, table, members_of, elements) | _errors(results, table, members_of),
         coords={**shared, **coords},
         attrs=about(results, "layers", left_out),
     )
@@ -117,19 +146,18 @@ def _members(
 
 
 def _variables(
-    table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
+    results: LossResults, table: xr.Dataset, members_of: dict[str, list[int]], elements: Numbers
 ) -> dict[str, Variable]:
     """Return the sums and means of the layers, and their shares that helped where these were
     counted.
     """
     allocated = _sums(table["allocated"], members_of)
-    total = allocated.sum("step")
-    segments = table.sizes["step"]
+    total = over_training(results, allocated)
     per_parameter = xr.DataArray(np.maximum(1, elements), dims="layer")
     by_layer = ("layer", *(name for name in total.dims if name != "layer"))
     variables = {
         "allocated": described(allocated, "loss", "Σ allocation of the segment"),
-        "cumulative": described(allocated.cumsum("step"), "loss", "Σ allocation so far"),
+        "cumulative": described(so_far(results, allocated), "loss", "Σ allocation so far"),
         "total": described(total.transpose(*by_layer), "loss", "Σ allocation over training"),
         "mean": described(
             (total / per_parameter).transpose(*by_layer),
@@ -137,14 +165,46 @@ def _variables(
             "allocation per parameter over training",
         ),
     }
-    if "helping" in table:
-        counted = _sums(table["helping"], members_of).sum("step")
+    error = segments_error(results, allocated)
+    if error is not None:
+        variables["segments"] = described(
+            error.transpose(*by_layer), "loss", "standard error of the total by the segments drawn"
+        )
+    single = ~long_segments(table)
+    if "helping" in table and single.any():
+        counted = _sums(table["helping"].isel(step=single), members_of).sum("step")
         variables["helping"] = described(
-            (counted / (per_parameter * segments)).transpose(*by_layer),
+            (counted / (per_parameter * int(single.sum()))).transpose(*by_layer),
             "share",
             "share of parameters × segments that helped",
         )
     return variables
+
+
+def _errors(
+    results: LossResults, table: xr.Dataset, members_of: dict[str, list[int]]
+) -> dict[str, Variable]:
+    """Return the errors of the sums over training, those that are known."""
+    members, groups = list(members_of.values()), [name for name in table.dims if name == "group"]
+    curve, doubling = other_paths(results, members) or (None, None)
+    known = {
+        "curve": (_over_training(curve), "Σ shift by the curve"),
+        "doubling": (_over_training(doubling), "Σ shift by leaving every second checkpoint out"),
+        "quadrature": (quadrature_errors(results, members), "missed by quadrature"),
+        "path": (path_bands(results, members), "changed by another path"),
+        "examples": (example_errors(results, members), "standard error by the examples drawn"),
+    }
+    return {
+        name: described(
+            (("layer", *groups) if np.ndim(error) > 1 else ("layer",), error.T), "loss", text
+        )
+        for name, (error, text) in known.items()
+        if error is not None and not np.isnan(error).all()
+    }
+
+
+def _over_training(shifts: Numbers | None) -> Numbers | None:
+    return None if shifts is None else shifts.sum(0)
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

@@ -15,6 +15,7 @@ from ..checkpoints.trajectory import read_checkpoint
 from ..errors import LCAError
 from ..numerics.schema import SIGNED
 from ..results import LossResults
+from .bands import held_back, refuse_straight_lines, straight_lines
 from .common import (
     Numbers,
     Variable,
@@ -35,6 +36,7 @@ FINDING = Finding(
     needs="`--keep statistics`; traces `--keep parameters`",
     place=50,
     level="statistics",
+    single_steps="every",
     options=(
         GROUPS,
         Option(
@@ -88,8 +90,8 @@ def oscillation(
         move), with coordinates `parameter` and `why` of trace.
 
     Raises:
-        LCAError: where the run keeps sums alone, no segment is there yet, or stored numbers are
-            damaged.
+        LCAError: where the run keeps sums alone, a segment is longer than one training step and no
+            parameter is named, no segment is there yet, or stored numbers are damaged.
         InputError: for a parameter that is not there.
         SpanError: where a checkpoint is not the one the run was made from.
     """
@@ -98,7 +100,11 @@ def oscillation(
     variables: dict[str, Variable] = {}
     coords: dict[str, object] = {}
     extremes: list[tuple[str, tuple[int, ...], str]] = []
-    if results.complete:
+    if straight_lines(table):
+        if not (parameters and results.holds("parameters")):
+            refuse_straight_lines(table, "turns")
+        left_out += held_back(table, "turns")
+    elif results.complete:
         variables, coords, extremes = _turns(results, most)
         if np.isnan(variables["overall_turns"][1]).all():
             left_out.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Generic, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 import numpy as np
@@ -11,8 +10,9 @@ import xarray as xr
 
 from ..errors import LCAError
 from ..results import LossResults
+from .bands import long_segments, other_paths, path_bands
 from .causes import causes
-from .common import has_part, label_of, moving_buffers
+from .common import has_part, label_of, moving_buffers, scale_of, segments_error
 from .directions import directions
 
 F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its groups
@@ -29,6 +29,8 @@ class Part(TypedDict, Generic[F]):
     moved: bool
     allocated: F
     standard_error: float | None
+    path_band: F | None
+    segments_error: F | None
     helping: NotRequired[F]
 
 
@@ -56,6 +58,10 @@ class Figures(TypedDict, Generic[F]):
     """The figures of one loss, see `summary`; shares where the run keeps statistics."""
 
     segments: int
+    long_segments: int
+    sampled_of: int | None
+    identity_change: float | None
+    segments_error: F | None
     first_step: int
     last_step: int
     norm_stats: str | None
@@ -68,6 +74,8 @@ class Figures(TypedDict, Generic[F]):
     buffers: F | None
     remainder: F | None
     residual: F
+    path_band: F | None
+    doubling: F | None
     max_segment_residual: F
     unconverged: int
     evaluations: int
@@ -117,6 +125,20 @@ def summary(results: LossResults) -> Summary:
     `standard_error` of a tensor's allocation is that of drawing a random subset, both null where
     there is none.
 
+    Of `segments`, `long_segments` are longer than one training step; they are left out of the
+    shares, which are over the others alone and not there without any. `path_band` of a tensor or a
+    module is by how much other paths through the same checkpoints would change its sum, see
+    `bands.path_bands`, null where no segment is long or the run does not tell it; that of the loss
+    is the sum over modules. `doubling` is how much of Σ|sum| over modules leaving every second
+    checkpoint out would move between them, a share.
+    Of a run of a random part of the segments, `--segments`, `sampled_of` is the number of segments
+    they were drawn from, null for other runs; `loss_change`, `allocated`, `buffers`, `remainder`
+    and `residual` are then estimates of what all of these give, `loss_start` and `loss_end` are
+    those at `first_step` and `last_step`, between the first and the last segment drawn,
+    `segments_error` is the standard error of `allocated`, null for other runs, and
+    `identity_change` is no estimate: what the loss changed by from the first checkpoint to the
+    last, but on the first 256 examples alone (fewer where the data or a batch has fewer).
+
     `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
     parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
     `moved` is false where no element moved on any segment. Runs with `--causes` have `causes` too,
@@ -137,9 +159,12 @@ def summary(results: LossResults) -> Summary:
         raise LCAError(
             f"loss {results.name!r} has no finished segment yet. Let `lca run` commit a span first."
         )
-    change = _total(steps["loss_end"] - steps["loss_start"])
-    remainder = _total(steps["remainder"]) if "remainder" in steps else None
-    allocated = _total(tensors["allocated"], "tensor") + (0.0 if remainder is None else remainder)
+    larger = scale_of(results, segments)
+    change = larger * _total(steps["loss_end"] - steps["loss_start"])
+    remainder = larger * _total(steps["remainder"]) if "remainder" in steps else None
+    allocated = larger * _total(tensors["allocated"], "tensor") + (
+        0.0 if remainder is None else remainder
+    )
     counted = tensors.isel(tensor=tensors["kind"].values == "parameter")
     buffers = tensors.isel(tensor=tensors["kind"].values == "buffer")
     measured = steps["precision_error"].values[~np.isnan(steps["precision_error"].values)]
@@ -147,6 +172,8 @@ def summary(results: LossResults) -> Summary:
     markers = results.markers
     figures = {
         "segments": segments,
+        **_of_paths(results, tensors),
+        **_of_sample(results, steps, tensors),
         "first_step": int(steps["step"].values[0]),
         "last_step": int(steps["step_end"].values[-1]),
         "norm_stats": results.norm_stats,
@@ -156,7 +183,7 @@ def summary(results: LossResults) -> Summary:
         "loss_end": _plain(steps["loss_end"][-1].values),
         "loss_change": _plain(change),
         "allocated": _plain(allocated),
-        "buffers": _plain(_total(buffers["allocated"], "tensor"))
+        "buffers": _plain(larger * _total(buffers["allocated"], "tensor"))
         if buffers.sizes["tensor"]
         else None,
         "remainder": None if remainder is None else _plain(remainder),
@@ -173,18 +200,60 @@ def summary(results: LossResults) -> Summary:
         "groups": record.groups,
         "group_examples": record.counts,
         "group_weights": None if record.groups is None else _plain(steps["weight"][0].values),
+        **_rows(results, tensors, sampled),
+        **_parts(results),
+    }
+    return cast("Summary", figures)
+
+
+def _of_paths(results: LossResults, tensors: xr.Dataset) -> dict[str, object]:
+    """Return how many segments are long, and what other paths move between modules."""
+    modules = list(_modules(tensors).values())
+    bands = path_bands(results, modules)
+    return {
+        "long_segments": int(long_segments(tensors).sum()),
+        "path_band": None if bands is None else _plain(bands.sum(-1)),
+        "doubling": _doubling(results, tensors, modules),
+    }
+
+
+def _rows(results: LossResults, tensors: xr.Dataset, sampled: float) -> dict[str, object]:
+    """Return the figures of every tensor and of every module."""
+    modules = _modules(tensors)
+    of_tensors = path_bands(results, [[one] for one in range(tensors.sizes["tensor"])])
+    of_modules = path_bands(results, list(modules.values()))
+    return {
         "tensors": [
             {
                 "name": str(tensors["tensor"].values[position]),
                 "kind": str(tensors["kind"].values[position]),
-                **_row(tensors.isel(tensor=[position]), sampled),
+                **_row(results, tensors.isel(tensor=[position]), sampled, of_tensors, position),
             }
             for position in range(tensors.sizes["tensor"])
         ],
-        "modules": [{"name": name, **_row(part, sampled)} for name, part in _modules(tensors)],
-        **_parts(results),
+        "modules": [
+            {
+                "name": name,
+                **_row(results, tensors.isel(tensor=positions), sampled, of_modules, number),
+            }
+            for number, (name, positions) in enumerate(modules.items())
+        ],
     }
-    return cast("Summary", figures)
+
+
+def _doubling(
+    results: LossResults, tensors: xr.Dataset, modules: list[list[int]]
+) -> float | list[float] | None:
+    """Return the share of Σ|sum| over modules that leaving every second checkpoint out moves; None
+    where that is not told.
+    """
+    paths = other_paths(results, modules)
+    if paths is None or not len(paths[1]):
+        return None
+    over_training = tensors["allocated"].transpose("step", ..., "tensor").values.sum(0)
+    sums = np.stack([over_training[..., some].sum(-1) for some in modules], axis=-1)
+    size = np.abs(sums).sum(-1)
+    return _plain(np.abs(paths[1].sum(0)).sum(-1) / np.where(size > 0, size, np.inf))
 
 
 def _parts(results: LossResults) -> dict[str, object]:
@@ -217,8 +286,10 @@ def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
     """Return the shares of parameters × segments that helped, hurt and did nothing; none where
     they were not counted.
     """
-    if "helping" not in counted:
+    single = ~long_segments(counted)
+    if "helping" not in counted or not single.any():
         return {}
+    counted = counted.isel(step=single)
     # there may be buffers alone
     elements = max(1, int(counted["elements"].sum()) * counted.sizes["step"])
     helping, hurting = (
@@ -231,28 +302,70 @@ def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
     }
 
 
-def _modules(tensors: xr.Dataset) -> Iterator[tuple[str, xr.Dataset]]:
-    """Yield each module's name and its tensors, without buffers that stayed where there are
+def _modules(tensors: xr.Dataset) -> dict[str, list[int]]:
+    """Return the positions of each module's tensors, without buffers that stayed where there are
     parameters beside them.
     """
     buffers, members = moving_buffers(tensors), dict[str, list[int]]()
     for position, name in enumerate(map(str, tensors["tensor"].values)):
         members.setdefault(label_of(name, "module", buffers), []).append(position)
-    for label, positions in members.items():
-        parameters = [
-            position for position in positions if tensors["kind"].values[position] == "parameter"
-        ]
-        yield label, tensors.isel(tensor=parameters or positions)
+    is_parameter = tensors["kind"].values == "parameter"
+    return {
+        label: [position for position in positions if is_parameter[position]] or positions
+        for label, positions in members.items()
+    }
 
 
-def _row(part: xr.Dataset, sampled: float) -> dict[str, object]:
-    """Return the figures of some tensors together."""
-    shares = _shares(part)
+def _of_sample(
+    results: LossResults, steps: xr.Dataset, tensors: xr.Dataset
+) -> dict[str, float | list[float] | None]:
+    """Return of how many segments a random part is, and the standard error of all that is
+    allocated.
+    """
+    manifest, whole = results.manifest, tensors["allocated"].sum("tensor")
+    if "remainder" in steps:
+        whole = whole + steps["remainder"]
+    return {
+        "sampled_of": None if manifest.sampled is None else manifest.all_segments,
+        "identity_change": None if manifest.sampled is None else _identity_change(results),
+        "segments_error": _segments_error(results, whole),
+    }
+
+
+def _identity_change(results: LossResults) -> float | None:
+    """Return the change from the first to the last checkpoint on the examples by which a run
+    recognises the loss; None where it is not finite at one of them, or the last is another one.
+    """
+    first, last = results.record.identity
+    return None if first is None or last is None else last["loss"] - first["loss"]
+
+
+def _segments_error(results: LossResults, column: xr.DataArray) -> float | list[float] | None:
+    """Return the standard error of a sum over training by the segments drawn, of each group; None of
+    a run of all segments.
+    """
+    error = segments_error(results, column)
+    return None if error is None else _plain(error.values)
+
+
+def _row(
+    results: LossResults,
+    part: xr.Dataset,
+    sampled: float,
+    bands: np.ndarray[Any, Any] | None,
+    position: int,
+) -> dict[str, object]:
+    """Return the figures of some tensors together; `sampled` is the share of examples of the split,
+    `bands` are ([groups, ]parts).
+    """
+    shares, larger = _shares(part), scale_of(results, part.sizes["step"])
     return {
         "parameters": int(part["elements"].sum()),
         "moved": bool(part["motion"].values.any()),
-        "allocated": _plain(_total(part["allocated"], "tensor")),
-        "standard_error": _standard_error(part, sampled),
+        "allocated": _plain(larger * _total(part["allocated"], "tensor")),
+        "standard_error": larger * error if (error := _standard_error(part, sampled)) else error,
+        "segments_error": _segments_error(results, part["allocated"].sum("tensor")),
+        "path_band": None if bands is None else _plain(bands[..., position]),
         **({"helping": shares["helping"]} if shares else {}),
     }
 

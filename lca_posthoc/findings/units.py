@@ -16,9 +16,12 @@ from .common import (
     Numbers,
     about,
     described,
+    estimated,
     grouping,
     label_of,
     moving_buffers,
+    over_training,
+    segments_error,
     stretches,
     tables,
     unfinished,
@@ -28,6 +31,7 @@ FINDING = Finding(
     question="What did each neuron or channel do over time",
     needs="`--keep units`",
     place=60,
+    sampled=True,
     level="units",
     runs="beside",
     options=(
@@ -57,47 +61,70 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
 
     Returns:
         `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates
-        `layer` and `index` of unit, and
-        `step`, `step_end`: the training steps at which stretches start and end.
+        `layer` and `index` of unit, and `step`, `step_end`: the training steps at which stretches
+        start and end. Of a run of a random part of the segments, `--segments`, `total` is an
+        estimate, and `segments` (unit[, group]) its standard error.
 
     Raises:
         LCAError: where the run keeps no units, no segment is there yet, or stored numbers are
             damaged.
         InputError: for a layer that is not there.
     """
-    table = tables(results, FINDING.level, "sums of units")
+    table = tables(results, FINDING.level, "sums of units", sampled=True)
     data = results.units
     modules = _modules(data, moving_buffers(table))
     if layer is not None and layer not in modules:
         raise InputError(f"there is no layer {layer!r}; there are {', '.join(map(repr, modules))}.")
     borders = stretches(table.sizes["step"], frames)
-    columns: list[Numbers] = []
-    labels: list[tuple[str, int]] = []
-    for module, names in modules.items():
-        if layer in (None, module):
-            for summed in _by_count(data, names, borders, results.manifest.span):
-                columns.append(summed)
-                labels += [(module, index) for index in range(summed.shape[-1])]
-    values = np.concatenate(columns, axis=-1)
+    chosen = {module: names for module, names in modules.items() if layer in (None, module)}
+    values, labels = _columns(results, data, chosen, borders)
     group = ("group",) if "group" in data.dims else ()
+    total, error = values.sum(0), None
+    if results.manifest.sampled is not None:
+        every = np.arange(table.sizes["step"] + 1)
+        by_segment, _ = _columns(results, data, chosen, every)
+        column = xr.DataArray(by_segment, dims=("step", *group, "unit"))
+        total = over_training(results, column).values
+        told = segments_error(results, column)
+        error = None if told is None else told.values
     variables = {
         "allocated": described(
             (("step", *group, "unit"), values), "loss", "Σ allocation of the unit over the stretch"
         ),
         "total": described(
-            (("unit", *group), values.sum(0).T), "loss", "Σ allocation of the unit over training"
+            (("unit", *group), total.T), "loss", "Σ allocation of the unit over training"
         ),
     }
+    if error is not None:
+        variables["segments"] = described(
+            (("unit", *group), error.T), "loss", "standard error of the total by the segments drawn"
+        )
     coords = {
         "step": table["step"].values[borders[:-1]],
         "step_end": ("step", table["step_end"].values[borders[1:] - 1]),
         "layer": ("unit", np.array([module for module, _ in labels], dtype=object)),
         "index": ("unit", [index for _, index in labels]),
     }
+    left_out = [*unfinished(results), *estimated(results)]
     coords |= {
         name: column for name, column in table.coords.items() if name in ("group", "examples")
     }
-    return xr.Dataset(variables, coords=coords, attrs=about(results, "units", unfinished(results)))
+    return xr.Dataset(variables, coords=coords, attrs=about(results, "units", left_out))
+
+
+def _columns(
+    results: LossResults, data: xr.Dataset, modules: dict[str, list[str]], borders: Numbers
+) -> tuple[Numbers, list[tuple[str, int]]]:
+    """Return the sums of every unit over stretches of segments, (stretch[, group], unit), with the
+    module and the index of each.
+    """
+    columns: list[Numbers] = []
+    labels: list[tuple[str, int]] = []
+    for module, names in modules.items():
+        for summed in _by_count(data, names, borders, results.manifest.span):
+            columns.append(summed)
+            labels += [(module, index) for index in range(summed.shape[-1])]
+    return np.concatenate(columns, axis=-1), labels
 
 
 def _modules(data: xr.Dataset, buffers: set[str]) -> dict[str, list[str]]:

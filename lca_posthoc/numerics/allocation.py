@@ -14,6 +14,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Protocol
 
 import numpy as np
@@ -23,8 +24,9 @@ from torch import Tensor
 from ..errors import SpanError
 from .objective import Evaluation, Motion, Numbers, blocks
 from .parts import Computed, Parts, Point, Split
+from .path import PathShift, SegmentPath
 from .quadrature import COMPOSITE, Family, Rule
-from .segments import Axes, Evaluates, Segment, Way, segment_of, unit_motion
+from .segments import Axes, Evaluates, Nodes, Way, segment_of, unit_motion
 
 Gradient = dict[str, Tensor]
 Node = tuple[float, Gradient]  # a weight, and the gradient there
@@ -155,6 +157,7 @@ class SegmentAllocation:
         examples: the same of every example, by tensor; None where they are not told apart.
         parts: what the parts of each tensor's motion are allocated, ([groups, ]parts) float64,
             before their factors; None where there are none.
+        path: by how much another path changes it; None where none is asked for, or known.
         gathered: whether its pieces were taken in as the sums were computed, see `Gathers`.
     """
 
@@ -173,6 +176,7 @@ class SegmentAllocation:
     unreached: frozenset[str]
     examples: ExampleAllocation | None = None
     parts: Mapping[str, Numbers] | None = None
+    path: PathShift | None = None
     gathered: bool = False
 
     def pieces(
@@ -637,6 +641,8 @@ def allocate(
     gather: Mapping[str, Gathers] | None = None,
     split: Split | None = None,
     following_split: Callable[[], Split | None] = lambda: None,
+    path: SegmentPath | None = None,
+    following_path: Callable[[], SegmentPath | None] = lambda: None,
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Allocate every loss on the segment from `start` to `end`.
 
@@ -655,6 +661,8 @@ def allocate(
         gather: takes in the pieces of a loss, where it has an entry.
         split: the parts of the motion, for what they are allocated as well.
         following_split: returns those of the motion after `end`, where there is one.
+        path: another one from `start` to `end`, for what it changes as well.
+        following_path: returns that of the segment after `end`, where there is one.
 
     Returns:
         The allocation of each loss, and the evaluations at `end` for the segment that follows.
@@ -666,19 +674,35 @@ def allocate(
 
     def next_way() -> Way | None:
         point = following()
-        return None if point is None else Way(Motion(end, point), following_split())
+        if point is None:
+            return None
+        return Way(Motion(end, point), following_split(), following_path())
 
-    own = Way(Motion(start, end), split)
+    own = Way(Motion(start, end), split, path)
     segment = segment_of(own, objective, axes, next_way, per_example)
+    return allocate_nodes(
+        segment, losses, method, at_start=at_start, at_least=at_least, gather=gather or {}
+    )
+
+
+def allocate_nodes(
+    segment: Nodes,
+    losses: list[str],
+    method: Method,
+    *,
+    at_start: Mapping[str, Evaluation] | None = None,
+    at_least: int = 0,
+    gather: Mapping[str, Gathers] = MappingProxyType({}),
+) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
+    """Allocate every loss on a segment by its evaluations at nodes, see `allocate`."""
     level = method.family.level_of(method.rule)
-    gather = gather or {}
     if level is None:
         return _allocate_fixed(segment, losses, method, at_start, gather)
     return _allocate_refined(segment, losses, method, at_start, max(at_least, level), gather)
 
 
 def _allocate_refined(
-    segment: Segment,
+    segment: Nodes,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
@@ -692,7 +716,9 @@ def _allocate_refined(
         (node, segment.at(node, losses))
         for node in (method.family.fresh_nodes(1) if lowest >= 1 else ())
     ]
+    middle = _middle(segment, losses, method, dict(early))
     last, known = segment.at_end(losses, here=True, following=True)
+    shifts = segment.shifts(first, last, middle)
     states = {
         name: _Refinement(method.family, segment.points, first[name], last[name], gather.get(name))
         for name in losses
@@ -713,7 +739,9 @@ def _allocate_refined(
         if not pending or level == method.family.finest:
             completed = {
                 name: replace(
-                    done[name], examples=states[name].examples(), parts=states[name].parts()
+                    _with_path(done[name], shifts.get(name)),
+                    examples=states[name].examples(),
+                    parts=states[name].parts(),
                 )
                 for name in losses
             }
@@ -730,6 +758,35 @@ def _allocate_refined(
             for name in pending:
                 states[name].take(node, evaluations[name])
         early = []
+
+
+def _middle(
+    segment: Nodes,
+    losses: list[str],
+    method: Method,
+    nodes: Mapping[float, Mapping[str, Evaluation]],
+) -> dict[str, dict[str, Numbers]]:
+    """Return the sums in the middle of a segment, with which those of another path are compared, of
+    the losses that want them.
+
+    Args:
+        segment: of which none are wanted where no other path is known.
+        losses: names.
+        method: says which are replicates, which want none.
+        nodes: evaluations that are there already.
+    """
+    if not segment.bends:
+        return {}
+    chosen = [name for name in losses if name not in method.never_refined]
+    evaluations = nodes[0.5] if 0.5 in nodes else segment.at(0.5, chosen)
+    return segment.middle({name: evaluations[name] for name in chosen})
+
+
+def _with_path(segment: SegmentAllocation, shift: PathShift | None) -> SegmentAllocation:
+    """Return the same with what another path changes, and its evaluations counted."""
+    if shift is None:
+        return segment
+    return replace(segment, path=shift, evaluations=segment.evaluations + shift.evaluations)
 
 
 def _judged(
@@ -765,7 +822,7 @@ def _judged(
 
 
 def _allocate_fixed(
-    segment: Segment,
+    segment: Nodes,
     losses: list[str],
     method: Method,
     at_start: Mapping[str, Evaluation] | None,
@@ -773,10 +830,13 @@ def _allocate_fixed(
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     """Use a rule as it stands; end losses that no node gives come from forward passes."""
     rule = method.rule
-    first = at_start or segment.at(0.0, losses, gradient=rule.has_start)
+    apart = segment.has_paths  # which take gradients at both ends
+    first = at_start or segment.at(0.0, losses, gradient=rule.has_start or apart)
     segment.know_signal()
     nodes = [first if x == 0 else segment.at(x, losses) for x in rule.nodes]
-    last, known = segment.at_end(losses, here=False, following=rule.has_start)
+    middle = _middle(segment, losses, method, dict(zip(rule.nodes, nodes, strict=True)))
+    last, known = segment.at_end(losses, here=apart, following=rule.has_start or apart)
+    shifts = segment.shifts(first, last, middle)
     distance = segment.distance(nodes[0][losses[0]].gradient)
     done = {}
     for name in losses:
@@ -809,7 +869,7 @@ def _allocate_fixed(
             parts=_fixed_parts(rule, [node[name] for node in nodes]),
             gathered=gathering is not None,
         )
-        done[name] = _checked(allocated, name)
+        done[name] = _with_path(_checked(allocated, name), shifts.get(name))
     return done, known
 
 
@@ -896,6 +956,7 @@ def allocate_span(
     begin: Callable[[], None] = lambda: None,
     gathering: Callable[[int], Mapping[str, Gathers]] = lambda row: {},
     parts: Callable[[int], Parts] | None = None,
+    paths: Callable[[int], SegmentPath] | None = None,
 ) -> Iterator[dict[str, SegmentAllocation]]:
     """Allocate the segments between consecutive points in turn; each end is evaluated once and
     reused as the next start.
@@ -914,6 +975,7 @@ def allocate_span(
         gathering: returns what takes in the pieces of losses on the segment at a position.
         parts: returns the parts of the motion of the segment at a position; None where none are
             wanted.
+        paths: returns another path between the ends of the segment at a position; None likewise.
 
     Yields:
         The allocation of every loss on one segment.
@@ -945,14 +1007,13 @@ def allocate_span(
                 gather=gathering(row),
                 split=split,
                 following_split=next_split,
+                path=_path(paths, row),
+                following_path=functools.partial(_path, paths, row + 1),
             )
         except SpanError as error:
             if error is ahead.failure:
                 raise
-            raise SpanError(
-                f"{error}, between steps {step} and {next_step}. Leave these steps out with "
-                "--steps."
-            ) from None
+            raise between(error, step, next_step) from None
         step, start = next_step, end
         yield done
         del done  # gradients at nodes that the next segment has no use for
@@ -961,6 +1022,18 @@ def allocate_span(
         split = None if upcoming is None else next_split()
 
 
+def between(error: SpanError, step: int, next_step: int) -> SpanError:
+    """Return an error of a segment that says between which training steps it is."""
+    return SpanError(
+        f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps."
+    )
+
+
 def _split(parts: Callable[[int], Parts] | None, row: int) -> Split | None:
     """Return the parts of the motion of the segment at a position, where they are wanted."""
     return None if parts is None else Split(parts(row))
+
+
+def _path(paths: Callable[[int], SegmentPath] | None, row: int) -> SegmentPath | None:
+    """Return another path of the segment at a position, where one is wanted."""
+    return None if paths is None else paths(row)

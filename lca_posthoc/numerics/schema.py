@@ -7,7 +7,6 @@ trajectory was cut into spans and windows, and in whatever order they are added.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
@@ -18,6 +17,9 @@ from ..errors import InputError, SpanError
 
 # the levels of `--keep`, each of which holds what those before it hold
 KEEP = ("tensors", "units", "statistics", "parameters")
+KEEP_OF_A_SAMPLE = KEEP[:2]  # of a random part of the segments: sums alone
+# of `--path-band`
+PATH_BAND = ("on", "off")
 STEP_FIELDS = {
     "loss_start": "float64",
     "loss_end": "float64",
@@ -45,6 +47,8 @@ OF_MOTION = ("motion",)  # the same for every group
 EXAMPLE_FIELDS = ("loss_start", "loss_end", "residual", "weight")
 # parts of the motion with a name, in the order in which they are stored
 CAUSES = ("signal", "noise", "momentum", "decay", "rest")
+# numbers of every tensor and segment that another path through the checkpoints gives, see `path`
+PATH_FIELDS = ("shift", "doubled")
 # torch's optimisers that divide by second moments, of which there are formulas
 DIVIDE_BY_MOMENTS = ("Adam", "AdamW", "RMSprop", "Adagrad")
 MAGNITUDES = 510  # two bins an octave over all finite float32
@@ -181,9 +185,9 @@ def types_of_totals(segments: int) -> dict[str, str]:
     }
 
 
-def join(before: Totals, after: Totals) -> Totals:
-    """Return the totals of two stretches of segments, one right after the other; turns across the
-    border count.
+def join(before: Totals, after: Totals, *, follows: bool = True) -> Totals:
+    """Return the totals of two stretches of segments; turns across the border count where the second
+    follows right after the first.
 
     A turn is a change of sign between two non-zero values with only zeros between them.
 
@@ -195,6 +199,9 @@ def join(before: Totals, after: Totals) -> Totals:
         joined[name] = before[name].astype("int32") + after[name]
     for signal in SIGNED:
         turns, first, last = f"{signal}_turns", f"{signal}_first", f"{signal}_last"
+        if not follows:
+            joined[first], joined[last] = before[first], after[last]
+            continue
         joined[turns] += before[last] * after[first] < 0
         joined[first] = before[first] + (before[first] == 0) * after[first]
         joined[last] = after[last] + (after[last] == 0) * before[last]
@@ -217,9 +224,18 @@ TOO_LARGE = (
 )
 
 
-def join_all(stretches: Iterable[Totals]) -> Totals:
-    """Return the totals of neighbouring stretches of segments, joined one after the other."""
-    return functools.reduce(join, stretches)
+def join_all(stretches: Iterable[Totals], borders: Iterable[bool]) -> Totals:
+    """Return the totals of stretches of segments, joined one after the other.
+
+    Args:
+        stretches: one or more.
+        borders: for each but the first, whether it follows right after the one before.
+    """
+    rest = iter(stretches)
+    joined = next(rest)
+    for stretch, follows in zip(rest, borders, strict=True):
+        joined = join(joined, stretch, follows=follows)
+    return joined
 
 
 class SiteRecord(TypedDict):

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import Along, Evaluation, Motion, distances, sums_along, units_of
+from .objective import Along, Evaluation, Motion, Numbers, distances, sums_along, units_of
 from .parts import Point, Split
+from .path import PathShift, SegmentPath
 
 Axes = Mapping[str, int | None]
 
@@ -46,6 +47,49 @@ class Evaluates(Protocol):
         """
 
 
+class Nodes(Protocol):
+    """One segment as the rules see it: evaluations at its nodes, however they are come by."""
+
+    @property
+    def points(self) -> Motion:
+        """Return both ends; ends that are 1 apart where gradients are sums along the motion."""
+
+    def distance(self, names: Iterable[str]) -> Mapping[str, float]:
+        """Return Σ|θ′ − θ| of some tensors."""
+
+    def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
+        """Return losses at θ + x(θ′ − θ), x < 1."""
+
+    def know_signal(self) -> None:
+        """See to it that the gradient at θ is known that parts of the motion are made of, if any
+        are.
+        """
+
+    def at_end(
+        self, losses: list[str], *, here: bool, following: bool
+    ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
+        """Return losses at θ′, for this segment and for the one that follows, see `Segment`."""
+
+    @property
+    def has_paths(self) -> bool:
+        """Tell whether other paths are asked for."""
+
+    @property
+    def bends(self) -> bool:
+        """Tell whether another path through its ends is asked for and known."""
+
+    def middle(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Numbers]]:
+        """Return sums along the motion in the middle, see `Segment`."""
+
+    def shifts(
+        self,
+        first: Mapping[str, Evaluation],
+        last: Mapping[str, Evaluation],
+        middle: Mapping[str, Mapping[str, Numbers]],
+    ) -> dict[str, PathShift]:
+        """Return by how much another path changes the allocation, see `Segment`."""
+
+
 class Between(Mapping[str, Tensor]):
     """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
     floating (counters) are loaded, never interpolated.
@@ -69,15 +113,32 @@ class Between(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Way:
-    """A motion along which gradients are wanted, and its parts; None where none are."""
+    """A motion along which gradients are wanted, and its parts and another path; None where none
+    are. `beside` are further directions, at one of its ends alone.
+    """
 
     motion: Motion
     split: Split | None = None
+    path: SegmentPath | None = None
+    beside: Sequence[Motion] = ()
 
     @property
     def parts(self) -> Sequence[Motion]:
         """Return the directions of the parts."""
         return () if self.split is None else self.split.directions
+
+    @property
+    def directions(self) -> Sequence[Motion]:
+        """Return the motion, its parts, and what is beside them."""
+        return [self.motion, *self.parts, *self.beside]
+
+    def at_start(self) -> Way:
+        """Return the same as it is wanted at its start."""
+        return self if self.path is None else replace(self, beside=self.path.at_start)
+
+    def at_end(self) -> Way:
+        """Return the same as it is wanted at its end."""
+        return self if self.path is None else replace(self, beside=self.path.at_end)
 
 
 @dataclass(kw_only=True)
@@ -112,7 +173,8 @@ class Segment:
         start, end = self.own.motion.start, self.own.motion.end
         point = start if x == 0 else Between(start, end, x)
         begins = self.own.split if x == 0 else None
-        return self._evaluate(point, losses, [self.own] if gradient else [], begins)[0]
+        own = self.own.at_start() if x == 0 else self.own
+        return self._evaluate(point, losses, [own] if gradient else [], begins)[0]
 
     def know_signal(self) -> None:
         """Evaluate the gradient at θ that parts of the motion are made of, where it is not known
@@ -133,10 +195,55 @@ class Segment:
         looks_ahead = following and self._looks_ahead(here)
         with self._held_once() if looks_ahead else contextlib.nullcontext():
             coming = self.following() if looks_ahead else None
-            ways = [way for way in (self.own if here else None, coming) if way is not None]
+            ways = [self.own.at_end()] if here else []
+            ways += [] if coming is None else [coming.at_start()]
             begins = None if coming is None else coming.split
             last = self._evaluate(self.own.motion.end, losses, ways, begins)
         return last[0], last[-1]
+
+    @property
+    def has_paths(self) -> bool:
+        """Tell whether other paths are asked for."""
+        return self.own.path is not None
+
+    @property
+    def bends(self) -> bool:
+        """Tell whether another path through its ends is asked for and known."""
+        return self.own.path is not None and self.own.path.is_known
+
+    def middle(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Numbers]]:
+        """Return, of losses in the middle of the segment, the sums of the gradient along the
+        motion, of each tensor.
+        """
+        return {
+            name: {
+                tensor: sums.cpu().numpy()[()]
+                for tensor, sums in self._along_motion(evaluation).items()
+            }
+            for name, evaluation in evaluations.items()
+        }
+
+    def shifts(
+        self,
+        first: Mapping[str, Evaluation],
+        last: Mapping[str, Evaluation],
+        middle: Mapping[str, Mapping[str, Numbers]],
+    ) -> dict[str, PathShift]:
+        """Return by how much another path changes the allocation of losses; of none where no other
+        one is known.
+
+        Args:
+            first: the losses at θ.
+            last: those at θ′.
+            middle: of each, see `middle`.
+        """
+        if self.own.path is None or not self.own.path.is_known:
+            return {}
+        return self.own.path.shifts(self.objective, (first, last), middle)
+
+    def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
+        """Return the sums of a gradient along the motion, ([groups]) of each tensor."""
+        raise NotImplementedError
 
     def _looks_ahead(self, here: bool) -> bool:
         """Tell whether the motion after this one is needed at θ′."""
@@ -176,7 +283,12 @@ class _Parameters(Segment):
 
     def _looks_ahead(self, here: bool) -> bool:
         # where gradients alone are wanted, the next checkpoint need not be read yet
-        return bool(self.per_example) or self.own.split is not None or not here
+        alone = not self.per_example and self.own.split is None and self.own.path is None
+        return not (alone and here)
+
+    def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
+        sums = _summed(evaluation, [self.own.motion])
+        return {name: values[..., 0] for name, values in sums.items()}
 
     def _evaluate(
         self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
@@ -205,15 +317,24 @@ class _Parameters(Segment):
 
 @torch.no_grad()
 def _with_parts(evaluation: Evaluation, way: Way) -> Evaluation:
-    """Return an evaluation with sums of its gradient along the parts of a motion."""
-    if not way.parts:
-        return evaluation
-    grouped, parts = np.ndim(evaluation.loss) > 0, {}
+    """Return an evaluation with sums of its gradient along the parts of a motion, and along what is
+    beside them.
+    """
+    if way.parts:
+        evaluation = replace(evaluation, parts=_summed(evaluation, way.parts))
+    if way.beside:
+        evaluation = replace(evaluation, beside=_summed(evaluation, way.beside))
+    return evaluation
+
+
+def _summed(evaluation: Evaluation, directions: Sequence[Motion]) -> dict[str, Tensor]:
+    """Return the sums of a gradient along directions, ([groups, ]directions) of each tensor."""
+    grouped, summed = np.ndim(evaluation.loss) > 0, {}
     for name, values in evaluation.gradient.items():
         rows = values if grouped else values[None]
-        sums = torch.stack([sums_along(name, row, way.parts, None)[:, 0] for row in rows])
-        parts[name] = sums if grouped else sums[0]
-    return replace(evaluation, parts=parts)
+        sums = torch.stack([sums_along(name, row, directions, None)[:, 0] for row in rows])
+        summed[name] = sums if grouped else sums[0]
+    return summed
 
 
 @dataclass(kw_only=True)
@@ -235,6 +356,9 @@ class _Units(Segment):
     def _looks_ahead(self, here: bool) -> bool:
         return True
 
+    def _along_motion(self, evaluation: Evaluation) -> Mapping[str, Tensor]:
+        return {name: sums.sum(-1) for name, sums in evaluation.gradient.items()}
+
     def _held_once(self) -> contextlib.AbstractContextManager[None]:
         """Hold the end in the model alone, while the point after it is in memory as well; one that
         is read where it is needed takes none.
@@ -251,7 +375,7 @@ class _Units(Segment):
         signal = self._signal(point, begins)
         if not ways:
             return [self._along(point, losses, [], [])]
-        directions = [direction for way in ways for direction in (way.motion, *way.parts)]
+        directions = [direction for way in ways for direction in way.directions]
         known: dict[str, Evaluation] = {}
         name = self._summed_whole(losses)
         if name is not None and (begins is not None or point is self.own.motion.end):
@@ -262,10 +386,12 @@ class _Units(Segment):
         if others:
             motions = [way.motion for way in ways]
             known |= self._along(point, others, directions, motions)
-        first = [0, *itertools.accumulate(1 + len(way.parts) for way in ways)]
+        first = [0, *itertools.accumulate(len(way.directions) for way in ways)]
         return [
             {
-                loss: known[loss].along(first[position], len(way.parts)).examples_along(position)
+                loss: known[loss]
+                .along(first[position], len(way.parts), len(way.beside))
+                .examples_along(position)
                 for loss in losses
             }
             for position, way in enumerate(ways)
@@ -289,7 +415,7 @@ class _Units(Segment):
         """Return losses with sums along directions, and with the derivatives of their examples
         along motions; no directions: losses alone.
         """
-        if self.own.split is None:
+        if self.own.split is None and self.own.path is None:
             directions = motions  # the very ones, whose sums then come with those of the examples
         along = Along(self.axes, directions) if directions else None
         gradient = along is not None

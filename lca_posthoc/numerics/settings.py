@@ -11,7 +11,14 @@ from typing import Annotated, NotRequired, TypedDict, cast, get_args, get_type_h
 from ..errors import InputError
 from .precisions import PRECISIONS
 from .quadrature import RULES
-from .schema import KEEP, DirectionsRecord, RecalibrationRecord
+from .sampling import SegmentSample
+from .schema import (
+    KEEP,
+    KEEP_OF_A_SAMPLE,
+    PATH_BAND,
+    DirectionsRecord,
+    RecalibrationRecord,
+)
 
 Value = str | int | float | list[str] | None
 
@@ -49,6 +56,19 @@ def _as_batch_size(name: str, value: object) -> Value:
     if size < 1:
         raise InputError(f"{option_of(name)} must be 1 or more, got {size}.")
     return size
+
+
+def _as_segments(name: str, value: object) -> Value:
+    """Return a random part of the segments."""
+    return str(SegmentSample.parse(str(value)))
+
+
+def _as_shards(name: str, value: object) -> Value:
+    """Return a number of shards, given as a number or as text."""
+    text = str(value).strip()
+    if not text.isdecimal() or int(text) < 1:
+        raise InputError(f"{option_of(name)} must be auto, or a number from 1 on, got {value}.")
+    return int(text)
 
 
 def _as_list(name: str, value: object) -> Value:
@@ -95,7 +115,8 @@ class Settings(TypedDict):
     """The settings a run records, in their order; `SETTINGS` reads the table off this class.
 
     `statistics` is what recalibration settled when the run was created; runs in other modes have
-    none. `directions` is the file of `--along`, where one was given.
+    none. `directions` is the file of `--along`, where one was given. `places` are where the
+    checkpoints were found, below their root; a run of one directory has none.
     """
 
     rule: Annotated[
@@ -135,6 +156,16 @@ class Settings(TypedDict):
             shown_default="auto: the highest level that fits",
             choices=KEEP,
             automatic=True,
+        ),
+    ]
+    shards: Annotated[
+        int | None,
+        Setting(
+            help="At --keep tensors or units: cut the data of every segment into so many shards, "
+            "so that few segments keep many workers busy; 1 cuts nothing.",
+            shown_default="auto: one for each worker where segments are few",
+            metavar="auto|N",
+            normalise=_as_shards,
         ),
     ]
     batch_size: Annotated[
@@ -212,11 +243,33 @@ class Settings(TypedDict):
             metavar="LOSS",
         ),
     ]
+    path_band: Annotated[
+        str | None,
+        Setting(
+            help="How much another path through the same checkpoints would change, on segments "
+            "longer than one step; takes one to two evaluations more on each.",
+            shown_default="auto: on where there are such segments",
+            choices=PATH_BAND,
+            automatic=True,
+        ),
+    ]
     steps: Annotated[
         str | None,
         Setting(
-            help="Training steps, both ends included; every K-th checkpoint.",
-            metavar="A:B[:K]",
+            help="Training steps: ranges with both ends included, of which every K-th checkpoint, "
+            "and single steps, with commas between them. Nothing is replayed from one range to the "
+            "next.",
+            metavar="A:B[:K],S,…",
+        ),
+    ]
+    segments: Annotated[
+        str | None,
+        Setting(
+            help="Replay a random part of the segments, such as 0.1@7, a tenth; totals get standard "
+            "errors. A larger part of the same seed adds to it.",
+            shown_default="all",
+            metavar="FRACTION@SEED",
+            normalise=_as_segments,
         ),
     ]
     pattern: Annotated[
@@ -235,6 +288,7 @@ class Settings(TypedDict):
     ]
     statistics: NotRequired[RecalibrationRecord]
     directions: NotRequired[DirectionsRecord]
+    places: NotRequired[list[str]]
 
 
 SETTINGS: dict[str, Setting] = {
@@ -259,12 +313,54 @@ def resolve(requested: Mapping[str, object], recorded: Settings | None) -> Setti
     """
     chosen = {name: _checked(name, value) for name, value in requested.items() if _is_asked(value)}
     if recorded is not None:
+        segments = _grown(chosen.pop("segments", None), recorded["segments"])
         _refuse_another(chosen, recorded)
-        return recorded
+        return {**recorded, "segments": segments}
     settings = cast("Settings", {**DEFAULTS, **chosen})
+    _refuse_levels_of_a_sample(settings)
     if "tolerance" not in chosen and not PRECISIONS[settings["precision"]].refined:
         settings["tolerance"] = "inf"
     return settings
+
+
+def _grown(asked: Value, recorded: str | None) -> str | None:
+    """Return the part of the segments a run is to have: the recorded one, or a larger one of the same
+    seed.
+
+    Raises:
+        InputError: where another part is asked for.
+    """
+    if asked is None or asked == recorded:
+        return recorded
+    if recorded is None:
+        raise InputError(
+            f"this run was made with all segments, not with --segments {asked}. Leave --segments out "
+            "to go on with it, or write another run with --out."
+        )
+    before, now = SegmentSample.parse(recorded), SegmentSample.parse(str(asked))
+    if before.seed != now.seed:
+        raise InputError(
+            f"this run was made with --segments {recorded}, and another seed than {before.seed} "
+            "draws other segments. Leave --segments out to go on with it, give a larger fraction of "
+            "its seed to add to it, or write another run with --out."
+        )
+    if now.fraction < before.fraction:
+        raise InputError(
+            f"this run was made with --segments {recorded}, of which {asked} is a part: there is "
+            "nothing to do. Leave --segments out to go on with it, give a larger fraction to add to "
+            "it, or write another run with --out."
+        )
+    return str(now)
+
+
+def _refuse_levels_of_a_sample(settings: Settings) -> None:
+    """Refuse to keep of a random part of the segments what needs all of them."""
+    if settings["segments"] is not None and settings["keep"] not in (None, *KEEP_OF_A_SAMPLE):
+        raise InputError(
+            f"--keep {settings['keep']} needs every segment: a random part of them, --segments "
+            f"{settings['segments']}, does not tell what parameters do over time, how often they "
+            f"help and turn. Give --keep {' or '.join(KEEP_OF_A_SAMPLE)}, or leave --segments out."
+        )
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:

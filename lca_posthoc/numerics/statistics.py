@@ -24,6 +24,7 @@ from .allocation import (
     sum_of,
 )
 from .objective import Numbers, blocks
+from .path import PathShift
 from .schema import (
     BINS,
     CAUSES,
@@ -31,6 +32,7 @@ from .schema import (
     MAGNITUDES,
     MAY_BE_NAN,
     OF_MOTION,
+    PATH_FIELDS,
     PER_GROUP,
     SIGNED,
     STEP_FIELDS,
@@ -138,6 +140,17 @@ class _Signals:
         self.names = names
         self._turns = torch.zeros((len(names), elements), dtype=counts, device=device)
         self._last = torch.zeros((len(names), elements), dtype=torch.int8, device=device)
+        self._first: Tensor | None = None  # once segments do not follow each other
+
+    def cut(self) -> None:
+        """Count no turn from here to what is added next, which does not follow on it."""
+        if self._first is None:
+            self._first = self._followed_back()
+        self._last.zero_()
+
+    def _followed_back(self) -> Tensor:
+        """Return the first signs: each turn changes the sign, so they follow from the last ones."""
+        return (self._turns & 1).to(torch.int8).mul_(-2).add_(1).mul_(self._last)
 
     def add(self, part: slice, signs: Tensor, scratch: Scratch) -> None:
         """Add the signs of some of the parameters on the next segment, (names, parameters); they
@@ -150,14 +163,11 @@ class _Signals:
         self._turns[:, part] -= both.clamp_(max=0)  # −1 where they differ
 
     def arrays(self, name: str) -> dict[str, Tensor]:
-        """Return turns and signs of one of the numbers, by field.
-
-        Each turn changes the sign, so the first one follows from the last.
-        """
+        """Return turns and signs of one of the numbers, by field."""
         row = self.names.index(name)
-        turns, last = self._turns[row], self._last[row]
-        first = (turns & 1).to(torch.int8).mul_(-2).add_(1).mul_(last)
-        return {f"{name}_turns": turns, f"{name}_first": first, f"{name}_last": last}
+        first = self._followed_back() if self._first is None else self._first
+        numbers = {"turns": self._turns, "first": first, "last": self._last}
+        return {f"{name}_{field}": values[row] for field, values in numbers.items()}
 
 
 class _Running:
@@ -223,6 +233,10 @@ class _Running:
         self._helping[part] -= negative
         self._hurting[part] += sign.sub_(negative)
         self._add_up(part, exact, largest)
+
+    def cut(self) -> None:
+        """Count no turn of own signals from here to the next segment."""
+        self._signals.cut()
 
     def _add_up(self, part: slice, exact: Tensor, largest: float) -> None:
         """Add to the sums; `largest` is the largest size of the numbers in float32, which takes
@@ -312,6 +326,7 @@ class SpanSums:
         uses: those that are told apart of tensors of the table, see `schema.uses_of`.
         causes: whether what moved the weights is told.
         directions: how many are told apart; 0 for none.
+        path: whether it is told what another path changes.
 
     Attributes:
         since: the first segment of the span whose parameters are counted in `totals`: none of sums.
@@ -319,6 +334,8 @@ class SpanSums:
         causes: what each cause of the motion is allocated, by name: none where that is not told.
         along: what directions are allocated, and how far the weights moved along them, by name:
             none without directions.
+        path: what another path changes, by name: none where that is not told, zeros on segments on
+            which none is known.
     """
 
     def __init__(
@@ -332,6 +349,7 @@ class SpanSums:
         uses: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         causes: bool = False,
         directions: int = 0,
+        path: bool = False,
     ) -> None:
         self._table, self._length, self._keep, self._groups = table, length, keep, groups
         self._uses = uses
@@ -367,6 +385,10 @@ class SpanSums:
                 "motion": np.zeros((length, directions)),
                 "distance": np.zeros(length),
             }
+        self.path: Arrays = {}
+        if path:
+            of_segment = (*self._axis(), len(table))
+            self.path = {name: np.zeros((length, *of_segment)) for name in PATH_FIELDS}
         self.since = length
         self._unreached: list[frozenset[str]] = [frozenset(spec.name for spec in table)] * length
         self.begin(range(groups or 1))
@@ -419,6 +441,15 @@ class SpanSums:
             self._add_tensor(row, position, spec, segment)
         if segment.examples is not None:
             self._add_examples(row, segment.examples)
+        if segment.path is not None:
+            self._add_path(row, segment.path)
+
+    def _add_path(self, row: int, path: PathShift) -> None:
+        for name, sums in (("shift", path.shift), ("doubled", path.doubled)):
+            if sums is not None:
+                place = self._of_block(self.path[name], row)
+                for position, spec in enumerate(self._table):
+                    place[..., position] = sums[spec.name]
 
     def add_causes(self, row: int, shares: Mapping[str, Numbers]) -> None:
         """Add what each cause is allocated on the segment at position `row` of the span, of the
@@ -470,6 +501,11 @@ class SpanSums:
             and self.tensors["motion"][row, position] > 0
         }
 
+    def cut(self, row: int) -> None:
+        """Note that the segment at position `row` of the span does not start where the one before
+        ends: from the one to the other nothing turns.
+        """
+
     def totals(self) -> dict[str, Arrays]:
         """Return the per-parameter totals over the span, by tensor: none of sums."""
         return {}
@@ -501,12 +537,15 @@ class SpanStatistics(SpanSums):
         uses: Mapping[str, tuple[str, ...]] = MappingProxyType({}),
         causes: bool = False,
         directions: int = 0,
+        path: bool = False,
         *,
         unit: float,
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
-        super().__init__(table, length, keep, device, groups, examples, uses, causes, directions)
+        super().__init__(
+            table, length, keep, device, groups, examples, uses, causes, directions, path
+        )
         self.since, self._scratch, self._device = since, Scratch(device), device
         self._positions = {spec.name: position for position, spec in enumerate(table)}
         self._cuts = {
@@ -535,6 +574,12 @@ class SpanStatistics(SpanSums):
         for spec in self._table if holds(self._keep, "parameters") else ():
             shape = (self._length, *self._rows, *spec.shape)
             self.allocation[spec.name] = np.zeros(shape, "float32")
+
+    def cut(self, row: int) -> None:
+        """Count no turns between a segment and the one before, see `SpanSums.cut`."""
+        if row > self.since and self.block.stop == (self._groups or 1):
+            for running in self._running.values():
+                running.cut()
 
     def gathering(self, row: int) -> Gathers:
         """Return what takes in a segment, at position `row` of the span, while its sums are

@@ -33,6 +33,9 @@ _MARKERS = "osD^vPX"
 _LEVEL = 0.05
 
 
+_PATHS = "Broad bars: what other paths through the same checkpoints would change."
+
+
 def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
     """Draw each layer's mean sum with its confidence interval, one marker and colour per label,
     single runs as faint dots.
@@ -73,6 +76,8 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
     powers(ax, "x")
     helped_hurt(ax)
     _key_of_labels(ax, several=bool((found["runs"].values > 1).any()))
+    if bool(found["path_band"].notnull().any()):
+        rest = f"{rest} {_PATHS}".strip()
     note(ax.figure, found, rest, *str(found.attrs.get("notes", "")).split("\n"))
     return ax
 
@@ -93,6 +98,9 @@ def _one_label(
             markersize=3,
             zorder=1,
         )
+    path = one["path_band"].values
+    if np.isfinite(path).any():
+        ax.hlines(rows, mean - path, mean + path, color=hue, linewidth=4, alpha=0.25, zorder=0)
     ax.hlines(rows, one["low"].values, one["high"].values, color=hue, linewidth=1.2, zorder=2)
     marker: dict[str, Any] = {
         "marker": _MARKERS[position % len(_MARKERS)],

@@ -37,6 +37,19 @@ if TYPE_CHECKING:
 _QUANTITIES = ("cumulative", "total", "mean")
 _LINES = 10  # more are shown as bars; lines with a name and a colour
 _ROWS = 40
+# of each error: where its line stands beside the middle of a bar, its size in standard errors, its
+# width and opacity
+_ERRORS = {
+    "path": (0.0, 1.0, 3.0, 0.35),
+    "quadrature": (0.16, 1.0, 0.8, 1.0),
+    "examples": (-0.16, 2.0, 0.8, 0.6),
+}
+_SEEN = 0.005  # of the largest sum, that an error must have to be drawn
+_ABOUT_ERRORS = {
+    "path": "Broad lines: what other paths through the same checkpoints would change",
+    "quadrature": "thin lines below: quadrature",
+    "examples": "thin lines above: two standard errors of the examples drawn",
+}
 _WORDS = {
     "cumulative": "Σ allocation so far",
     "total": "Σ allocation over training",
@@ -101,8 +114,11 @@ def layers(
         _lines(ax, found, strong, label)
         rest = rest.replace("Not shown", "In grey")
     else:
-        ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names))
+        about = about_errors(found)
+        # room for what is written of errors, and of segments that have them
+        ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names) + (0.8 if about else 0.0))
         _bars(ax, found, names, quantity, label)
+        rest = f"{rest} {about}".strip()
     note(ax.figure, found, rest)
     return ax
 
@@ -158,11 +174,41 @@ def _bars(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label:
         height=0.72,
         color=[HELPING if value < 0 else HURTING for value in values],
     )
+    _errors(ax, finding, quantity)
     zero_line(ax, vertical=True)
     tidy(ax, x=label.replace(" (", "\n(") if quantity == "mean" else label, title=heading(finding))
     rows_of_names(ax, names)
     powers(ax, "x")
     helped_hurt(ax)
+
+
+def _errors(ax: Axes, finding: xr.Dataset, quantity: str) -> None:
+    """Draw the errors of the bars, each apart: another path as a broad bar, quadrature and examples
+    as lines in it.
+    """
+    per = np.maximum(1, finding["elements"].values) if quantity == "mean" else 1.0
+    rows, values = np.arange(finding.sizes["layer"]), finding[quantity].values
+    for name in _drawn_errors(finding):
+        shift, size, width, alpha = _ERRORS[name]
+        error = size * finding[name].values / per
+        low, high = values - error, values + error
+        ax.hlines(rows + shift, low, high, color=INK, linewidth=width, alpha=alpha, zorder=3)
+
+
+def _drawn_errors(finding: xr.Dataset) -> list[str]:
+    """Return the errors that are large enough to be seen beside the largest sum."""
+    largest = float(abs(finding["total"]).max())
+    return [
+        name
+        for name, (_, size, _, _) in _ERRORS.items()
+        if name in finding and size * float(finding[name].max()) > _SEEN * largest
+    ]
+
+
+def about_errors(finding: xr.Dataset) -> str:
+    """Say which errors of sums are drawn, and how."""
+    drawn = [_ABOUT_ERRORS[name] for name in _drawn_errors(finding)]
+    return f"{'; '.join(drawn)}." if drawn else ""
 
 
 def helped_hurt(ax: Axes) -> None:

@@ -8,6 +8,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -19,14 +20,22 @@ from ..base.locks import DirectoryLock
 from ..base.text import count
 from ..checkpoints.layouts import MOMENTS
 from ..checkpoints.paths import here, nearest
+from ..checkpoints.recorded import (
+    SIGN,
+    RecorderSign,
+    segments_between,
+    steps_there,
+    write_sign,
+)
 from ..checkpoints.trajectory import reserved
 from ..errors import InputError, LCAError, ResourceError, amount, few
 from .moments import MomentStager
 from .optimizer_guard import Takeover, Trainers, trains
 from .optimizer_numbers import StepNumbers, clip_factor, stateful
 from .outermost import Call, Outermost, Told, can_follow, runs_hooks
+from .ring import Bound, Ring
 from .staging import Contents, Layout, Stager, refuse_flattened
-from .writer import Writer, step_of
+from .writer import Writer
 
 
 class Recorder:
@@ -50,15 +59,21 @@ class Recorder:
             name. Keep it in float32 (under `torch.autocast` it is): most of the motion is lost in
             fewer bits.
         every: only steps that are multiples of it.
+        bursts: `(every, length)`: `length` consecutive iterates every `every` steps, from step 0
+            on. A replay takes the bursts and leaves out the gaps between them.
         steps: only these.
         until: only steps up to this one.
         frozen: True to write parameters that have no gradient when recording begins too. Buffers
             are always written.
         on_full: "stop" raises an error where the disk is full; "pause" lets training go on and
             leaves iterates out, with a warning, until there is space.
+        at_most: a number of iterates, or of bytes such as "20 GB", that may wait for a replay:
+            `lca run DIRECTORY --follow --consume`, beside the training, removes those it has done
+            with. Where there is no room, recording waits for it, and training with it. None for no
+            bound.
 
     Raises:
-        InputError: where an argument is not as described.
+        InputError: where an argument is not as described, or `at_most` too small for a replay.
         ResourceError: where `steps` or `until` tell how many iterates will come and there is no
             space for them.
 
@@ -75,17 +90,22 @@ class Recorder:
         model: nn.Module,
         *,
         every: int = 1,
+        bursts: tuple[int, int] | None = None,
         steps: Collection[int] | None = None,
         until: int | None = None,
         frozen: bool = True,
         on_full: Literal["stop", "pause"] = "stop",
+        at_most: int | str | None = None,
     ) -> None:
         _refuse_arguments(model, every, steps, until, on_full)
+        _refuse_bursts(bursts, every)
+        self._bound = Bound.of(at_most)
         self.directory = here(
             directory, "iterates are written to this machine's file systems. Name a directory."
         ).expanduser()
         self._model = model
         self._every, self._until = every, until
+        self._bursts = None if bursts is None else (bursts[0], bursts[1])
         self._steps = None if steps is None else frozenset(steps)
         self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
@@ -111,6 +131,8 @@ class Recorder:
         value: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if value is not None and self._series is not None:
+            self._series.give_up_waiting()
         try:
             self.close()
         except Exception as error:
@@ -331,9 +353,7 @@ class Recorder:
             )
         if self._is_wanted(step):
             if self._series is None:
-                self._series = _Series(
-                    self.directory, self._model, self._frozen, self._pauses, self._every
-                )
+                self._series = self._begun_series(step)
                 weakref.finalize(self, self._series.finish)
                 self._series.warn_of_gap(step, self._is_wanted)
             self._series.save(step, buffers, self._numbers, self._moments, self._saved)
@@ -341,6 +361,32 @@ class Recorder:
         elif self._series is not None:
             self._series.check()
         self._last = step
+
+    def _begun_series(self, step: int) -> _Series:
+        """Begin to write into the directory, from a step on."""
+        beside = 0
+        if self._numbers is not None and self._moments is not None:
+            beside = self._numbers.moment_bytes(self._model)
+        return _Series(
+            self.directory,
+            self._model,
+            self._frozen,
+            self._pauses,
+            self._every,
+            self._bursts,
+            _RingAsked(self._bound, beside, self._segments_in_the_end(step)),
+        )
+
+    def _segments_in_the_end(self, step: int) -> int | None:
+        """Return how many segments the iterates of the directory will have where recording begins
+        at a step; None where nothing tells.
+        """
+        if self._until is None and self._steps is None:
+            return None
+        last = self._until if self._until is not None else max(self._steps or (-1,))
+        before = [earlier for earlier in steps_there(self.directory) if earlier < step]
+        coming = filter(self._is_wanted, range(step, last + 1))
+        return segments_between([*before, *coming], self._bursts)
 
     def flush(self) -> None:
         """Wait until every iterate saved so far is on the disk: before a checkpoint that training
@@ -394,23 +440,34 @@ class Recorder:
         first = 1 + max(self._last, _highest(self.directory) if self.directory.exists() else -1)
         last = until if self._until is None else min(until, self._until)
         if self._steps is None:
-            iterates = max(0, last // self._every - (first - 1) // self._every)
+            iterates = max(0, self._wanted_up_to(last) - self._wanted_up_to(first - 1))
         else:
             iterates = sum(first <= step <= last and self._is_wanted(step) for step in self._steps)
-        needed, free = iterates * size, shutil.disk_usage(place).free
+        self._bound.refuse_large(size)
+        iterates = min(iterates, self._bound.iterates or iterates)
+        needed = min(iterates * size, self._bound.bytes or iterates * size)
+        free = shutil.disk_usage(place).free
         if needed > free and _writes():
             text = (
                 f"{count(iterates, 'iterate')} of {amount(size)} take{'s' * (iterates == 1)} "
                 f"{amount(needed)}, and {place} has {amount(free)} free. Record fewer (every=, "
-                "steps=, until=) or elsewhere."
+                "bursts=, steps=, until=) or elsewhere."
             )
             if not self._pauses:
                 raise ResourceError(text)
             warnings.warn(text, stacklevel=2)
 
+    def _wanted_up_to(self, step: int) -> int:
+        """Return how many iterates there are from step 0 to one, where `steps` does not choose."""
+        if self._bursts is None:
+            return step // self._every + 1
+        bursts, rest = divmod(step + 1, self._bursts[0])
+        return bursts * self._bursts[1] + min(rest, self._bursts[1])
+
     def _is_wanted(self, step: int) -> bool:
         return (
             step % self._every == 0
+            and (self._bursts is None or step % self._bursts[0] < self._bursts[1])
             and (self._steps is None or step in self._steps)
             and (self._until is None or step <= self._until)
         )
@@ -432,6 +489,23 @@ def _refuse_arguments(
         raise InputError(f"on_full={on_full!r}: choose 'stop' or 'pause'.")
 
 
+def _refuse_bursts(bursts: object, every: int) -> None:
+    """Refuse bursts that have no segment or no gap, or that go with `every`."""
+    if bursts is None:
+        return
+    pair = bursts if isinstance(bursts, (tuple, list)) and len(bursts) == 2 else (0, 0)
+    if not all(map(_is_step, pair)) or not 2 <= pair[1] < pair[0]:
+        raise InputError(
+            f"bursts={bursts!r}: give (every, length), such as (100, 8): 8 consecutive iterates "
+            "every 100 steps; 2 or more, and fewer than from one burst to the next."
+        )
+    if every != 1:
+        raise InputError(
+            f"bursts={bursts!r} records consecutive iterates, every={every} does not. Give one of "
+            "the two."
+        )
+
+
 def _locked(directory: Path) -> DirectoryLock:
     """Make a directory that no other recorder writes into, and remove what a killed process left
     there.
@@ -451,10 +525,25 @@ def _locked(directory: Path) -> DirectoryLock:
             "torch.distributed.init_process_group."
         ) from None
     # of a process that was killed
-    for folder in (directory, directory / MOMENTS) if lock.locked else ():
-        for path in folder.glob(".step_*.safetensors.*.tmp"):
-            path.unlink()
+    unfinished = (
+        *directory.glob(".step_*.safetensors.*.tmp"),
+        *(directory / MOMENTS).glob(".step_*.safetensors.*.tmp"),
+        *directory.glob(f"{SIGN}.*.tmp"),
+    )
+    for path in unfinished if lock.locked else ():
+        path.unlink()
     return lock
+
+
+@dataclass(frozen=True)
+class _RingAsked:
+    """The room a series has: the bound on what waits for a replay, bytes of the moments of an
+    iterate, and how many segments there will be in the end; None where nothing tells.
+    """
+
+    bound: Bound
+    moments: int
+    segments: int | None
 
 
 class _Series:
@@ -463,24 +552,44 @@ class _Series:
     """
 
     def __init__(
-        self, directory: Path, model: nn.Module, frozen: bool, pauses: bool, every: int
+        self,
+        directory: Path,
+        model: nn.Module,
+        frozen: bool,
+        pauses: bool,
+        every: int,
+        bursts: tuple[int, int] | None,
+        ring: _RingAsked,
     ) -> None:
         refuse_flattened(model)
+        self._directory = directory
         self._contents = Contents(model, frozen)
         self._said_moved = False
         self._writer: Writer | None = None
         self._lock: DirectoryLock | None = None
+        self._sign: RecorderSign | None = None
         self._before = -1
         tensors = self._contents.tensors()
         if not _writes():
             return
         self._refuse_reserved()
-        self._layout = Layout(tensors, every)
+        self._layout = Layout(tensors, every, bursts)
         self._warn_of_contents(len(tensors))
         self._stager = Stager(self._layout)
+        ring.bound.refuse_large(self._layout.bytes + ring.moments)
         self._lock = _locked(directory)
         self._before = _highest(directory)
-        self._writer = Writer(directory, self._layout, self._before, pauses)
+        self._sign = RecorderSign.of_this_process(
+            ring.segments, bursts, ring.bound.iterates, ring.bound.bytes
+        )
+        try:
+            self._put_sign(self._sign)
+        except BaseException:
+            self._lock.release()
+            raise
+        self._writer = Writer(
+            directory, self._layout, self._before, pauses, Ring(directory, ring.bound)
+        )
 
     def _refuse_reserved(self) -> None:
         for name in reserved(self._contents.allocated):
@@ -588,14 +697,33 @@ class _Series:
         else:
             self.close()
 
+    def give_up_waiting(self) -> None:
+        if self._writer is not None:
+            self._writer.give_up_waiting()
+
     def close(self) -> None:
         lock, self._lock = self._lock, None
-        if self._writer is not None and lock is not None:
+        if self._writer is not None and lock is not None and self._sign is not None:
             self._warn_of_moved()
             try:
                 self._writer.close()
+            except BaseException:
+                with contextlib.suppress(LCAError):  # the error itself tells
+                    self._put_sign(replace(self._sign, state="failed"))
+                raise
+            else:
+                self._put_sign(replace(self._sign, state="closed"))
             finally:
                 lock.release()
+
+    def _put_sign(self, sign: RecorderSign) -> None:
+        try:
+            write_sign(self._directory, sign)
+        except OSError as error:
+            raise ResourceError(
+                f"cannot write into {self._directory}: {error.strerror}. Make room or permit it, "
+                "or record elsewhere."
+            ) from error
 
 
 def _is_step(value: object) -> bool:
@@ -619,7 +747,4 @@ def _end(outermost: weakref.ref[Outermost]) -> None:
 
 def _highest(directory: Path) -> int:
     """Return the last step that has a file; −1 where there is none."""
-    return max(
-        (step for path in directory.iterdir() if (step := step_of(path.name)) is not None),
-        default=-1,
-    )
+    return max(steps_there(directory), default=-1)

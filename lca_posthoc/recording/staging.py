@@ -239,14 +239,19 @@ class Layout:
     device and name.
 
     `every`, where it is not 1, is the argument of the recorder and is written into the files: gaps
-    of that length are intended.
+    of that length are intended. So are `bursts`, which leave gaps that no segment runs across.
 
     Raises:
         InputError: where a tensor has no values in memory, or none that a file could hold.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], every: int = 1) -> None:
-        self.every = every
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        every: int = 1,
+        bursts: tuple[int, int] | None = None,
+    ) -> None:
+        self.every, self.bursts = every, bursts
         self.places: dict[str, _Place] = {}
         self.bytes = 0
         for name, tensor in sorted(
@@ -290,9 +295,11 @@ class Layout:
         """Return the bytes before those of the tensors in the file of a step, padded so that these
         are aligned.
         """
-        every = {} if self.every == 1 else {"every": str(self.every)}
+        stated = {} if self.every == 1 else {"every": str(self.every)}
+        if self.bursts is not None:
+            stated["bursts"] = "{}:{}".format(*self.bursts)
         table: dict[str, object] = {
-            "__metadata__": {"format": "pt", "step": str(step), **every, **metadata}
+            "__metadata__": {"format": "pt", "step": str(step), **stated, **metadata}
         }
         for name, place in self.places.items():
             table[name] = {

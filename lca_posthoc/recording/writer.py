@@ -7,7 +7,6 @@ import errno
 import functools
 import os
 import queue
-import re
 import shutil
 import threading
 import time
@@ -20,8 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoints.optimizer_steps import METADATA_KEY, moments_path, to_metadata
+from ..checkpoints.recorded import HEARTBEAT, beat, name_of
 from ..errors import InputError, LCAError, ResourceError, amount
 from .optimizer_numbers import PendingRecord
+from .ring import Ring
 from .staging import Layout, Staging, same_bytes
 
 FEWEST = 3  # iterates in memory: one is written, others wait
@@ -30,27 +31,6 @@ _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Linux has the one, Windows the other
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-
-_NAME = re.compile(r"step_(\d{8,})\.safetensors")
-
-
-def step_of(name: str) -> int | None:
-    """Return the step that a file's name states; None where it is no such name.
-
-    >>> step_of("step_00000007.safetensors"), step_of("model.safetensors")
-    (7, None)
-    """
-    match = _NAME.fullmatch(name)
-    return int(match[1]) if match else None
-
-
-def name_of(step: int) -> str:
-    """Return the name of the file of a step.
-
-    >>> name_of(7)
-    'step_00000007.safetensors'
-    """
-    return f"step_{step:08d}.safetensors"
 
 
 class Pool:
@@ -133,10 +113,14 @@ class Writer:
         before: the last step that has a file; −1 where there is none.
         pauses: True to leave an iterate out with a warning where there is no space; else that is an
             error.
+        ring: the room there is, for which an iterate waits.
     """
 
-    def __init__(self, directory: Path, layout: Layout, before: int, pauses: bool) -> None:
+    def __init__(
+        self, directory: Path, layout: Layout, before: int, pauses: bool, ring: Ring
+    ) -> None:
         self._directory, self._before, self._pauses = directory, before, pauses
+        self._ring = ring
         self.left_out: list[int] = []
         self.raised = False
         self._is_full = False
@@ -145,7 +129,7 @@ class Writer:
         self._pool = Pool(layout)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._unflushed: list[str] = []
-        self._flushed = time.monotonic()
+        self._flushed = self._beaten = time.monotonic()
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name="lca-recorder", daemon=True)
         self._thread.start()
@@ -207,6 +191,10 @@ class Writer:
                 done.wait()
         self.check()
 
+    def give_up_waiting(self) -> None:
+        """Make it an error that there is no room for an iterate, from here on."""
+        self._ring.give_up()
+
     def close(self) -> None:
         """Flush, and end the thread; do nothing in a forked process."""
         if self._process == os.getpid() and self._thread.is_alive():
@@ -222,9 +210,9 @@ class Writer:
     def _work(self) -> None:
         while True:
             try:
-                job = self._jobs.get(timeout=self._due())
+                job = self._jobs.get(timeout=self._rest())
             except queue.Empty:
-                self._attempt(self._sync)
+                self._attempt(self._keep_up)
                 continue
             if job is None:
                 return
@@ -244,6 +232,20 @@ class Writer:
             self._sync()
         finally:
             done.set()
+
+    def _rest(self) -> float:
+        """Return the seconds until something is due, a flush or a sign of life."""
+        life = max(0.0, self._beaten + HEARTBEAT - time.monotonic())
+        due = self._due()
+        return life if due is None else min(life, due)
+
+    def _keep_up(self) -> None:
+        """Do what is due."""
+        if self._due() == 0.0:
+            self._sync()
+        if time.monotonic() >= self._beaten + HEARTBEAT:
+            beat(self._directory)
+            self._beaten = time.monotonic()
 
     def _due(self) -> float | None:
         """Return the seconds until the next flush; None where nothing waits for one."""
@@ -275,12 +277,12 @@ class Writer:
     ) -> None:
         path = f"{self._directory}/{name_of(step)}"
         is_there = step <= self._before or os.path.exists(path)
-        if is_there:
+        if is_there and not self._is_consumed(path, step):
             self._compare(path, iterate.staging)
         files = []
         if moments is not None:
             beside = moments_path(self._directory, step)
-            if not (is_there and beside.exists()):
+            if not (is_there and (beside.exists() or self._is_consumed(path, step))):
                 files.append(_File.of(beside, step, moments, {}))
         if not is_there:
             led = None if record is None else record.resolve()
@@ -290,9 +292,12 @@ class Writer:
         if self._is_full and shutil.disk_usage(self._directory).free < needed:
             self.left_out.append(step)
             return
+        if not is_there:
+            self._ring.wait_for_room(step, needed)
         try:
             self._put(files)
         except OSError as error:
+            self._ring.leave(step)
             self._failed(step, path, error, needed)
             return
         if not is_there:
@@ -301,6 +306,10 @@ class Writer:
         self._unflushed += [file.path for file in files]
         if not self._due():
             self._sync()
+
+    def _is_consumed(self, path: str, step: int) -> bool:
+        """Tell whether an iterate was there and a replay removed it."""
+        return not os.path.exists(path) and self._ring.is_released(step)
 
     def _put(self, files: Sequence[_File]) -> None:
         """Write the files of a step in order; where one cannot be, remove those before it."""

@@ -40,7 +40,8 @@ class Planned:
     """Work is about to start: segments of all losses pending and in all, spans pending, and the
     workers that will do it.
 
-    `directory` is that of the run; empty where nothing is left to do.
+    `directory` is that of the run; empty where nothing is left to do. `follows` tells whether
+    iterates are taken as a training records them, so that there will be more.
     """
 
     pending: int
@@ -48,6 +49,16 @@ class Planned:
     spans: int
     workers: int
     directory: str = ""
+    follows: bool = False
+
+
+@dataclass(frozen=True)
+class Following:
+    """All whole spans of the iterates that are there are replayed, up to a training step; more are
+    waited for.
+    """
+
+    step: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +122,9 @@ class SpanSlow:
     doing: list[str]
 
 
-Event = Note | Stopping | Stage | Planned | SpanDone | SpanFailed | SpanRetried | SpanSlow
+Event = (
+    Note | Stopping | Stage | Planned | Following | SpanDone | SpanFailed | SpanRetried | SpanSlow
+)
 Listener = Callable[[Event], None]
 
 

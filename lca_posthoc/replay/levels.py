@@ -4,7 +4,7 @@ level.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,7 +67,7 @@ class MemoryOfLevels:
 
 
 def highest_that_fits(
-    memory: MemoryOfLevels, stored: Callable[[str], int], path: Path
+    memory: MemoryOfLevels, stored: Callable[[str], int], path: Path, levels: Sequence[str] = KEEP
 ) -> tuple[str, list[str]]:
     """Return the highest level of `--keep` that fits the memory of a worker and half of the free
     space, and a note where it is not the highest of all; the lowest level where none fits.
@@ -81,10 +81,11 @@ def highest_that_fits(
         memory: of a worker.
         stored: returns the bytes a result takes at most at a level.
         path: of the run.
+        levels: that may be taken, the lowest first.
     """
     place, free = results.free_space(path)
     why = ""
-    for keep in reversed(KEEP):
+    for keep in reversed(levels):
         if not memory.fits(keep):
             lacks = (
                 f"{amount(memory.levels[keep].needs)} of memory beside model and data, and "
@@ -96,6 +97,6 @@ def highest_that_fits(
             )
         else:
             break
-        if keep != KEEP[0]:
+        if keep != levels[0]:
             why = f"{keep} would take up to {lacks}"
     return keep, [f"--keep auto takes {keep}: {why}"] if why else []

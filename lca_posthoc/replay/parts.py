@@ -116,7 +116,11 @@ def about_signal(signal: str | None, described: Description, trajectory: Traject
             f"loss {signal!r} {what}, and the signal is the gradient of the training loss over all "
             "of its data. Name that loss with --signal."
         )
-    checkpoints = trajectory.checkpoints[1:]
+    checkpoints = [
+        checkpoint
+        for checkpoint in trajectory.checkpoints[1:]
+        if checkpoint.step not in trajectory.gone
+    ]
     places = {0, len(checkpoints) // 2, len(checkpoints) - 1}
     looked_at = [checkpoints[place] for place in sorted(places)]
     records = {checkpoint: read_optimizer_step(checkpoint) for checkpoint in looked_at}
@@ -134,17 +138,15 @@ def about_signal(signal: str | None, described: Description, trajectory: Traject
             "some checkpoints say nothing of the optimiser's steps, such as that of step "
             f"{without[0]}: all that the weights moved there is rest"
         )
-    return [*notes, *_without_moments(records, trajectory)]
+    return [*notes, *_without_moments(records)]
 
 
-def _without_moments(
-    records: Mapping[Checkpoint, OptimizerStep | None], trajectory: Trajectory
-) -> list[str]:
+def _without_moments(records: Mapping[Checkpoint, OptimizerStep | None]) -> list[str]:
     """Say where an optimiser divides by moments that are not stored."""
     for checkpoint, record in records.items():
         names = {group.optimizer for group in record.groups} if record is not None else set()
         divides = sorted(names.intersection(DIVIDE_BY_MOMENTS))
-        if divides and moments_of(checkpoint, trajectory.root) is None:
+        if divides and moments_of(checkpoint) is None:
             return [
                 f"{divides[0]} divides by moments that are not stored, so signal, noise and "
                 "momentum cannot be told and are rest. Record with recorder.attach(optimizer, "

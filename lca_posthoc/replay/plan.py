@@ -17,10 +17,12 @@ import psutil
 
 from .. import results
 from ..checkpoints.headers import read_header
-from ..checkpoints.paths import is_remote, located, nearest
+from ..checkpoints.paths import is_remote, nearest
+from ..checkpoints.places import Where, places_of
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import ClusterConfig, local_workers, open_cluster, visible_device
 from ..errors import InputError, amount
+from ..numerics.long_segments import is_long, pairs
 from ..numerics.objective import new_model
 from ..numerics.quadrature import RULES
 from ..numerics.schema import KEEP, holds
@@ -32,6 +34,7 @@ from .parts import PartsAsked
 from .prepare import Destination, Preparation, prepare, unwrapped
 from .requests import Costs, CostsRequest, answered, to_plain
 from .run import default_out
+from .shards import shards_of
 from .worker import SAMPLED, measure
 
 if TYPE_CHECKING:
@@ -71,6 +74,8 @@ class Plan:
         workers: that would share the work.
         losses: by name.
         keep: the level of `--keep` that is asked for, or the one a run would choose.
+        shards: into which the data of every segment would be cut at that level; 1 where spans are
+            replayed whole.
         seconds: by level, what evaluating all losses together takes on one worker, which is less
             than their sum where they share passes.
         bytes: by level, the sizes of the result's files after compression, estimated from one
@@ -87,6 +92,7 @@ class Plan:
     workers: int
     losses: dict[str, LossPlan]
     keep: str
+    shards: int
     seconds: dict[str, float]
     bytes: dict[str, int]
     memory: dict[str, float]
@@ -167,7 +173,7 @@ def _record_a_few(folder: Path, model: nn.Module) -> float:
 
 
 def plan(
-    checkpoints: str | Path,
+    checkpoints: Where,
     task: str | Path | Task,
     *,
     losses: Sequence[str] = (),
@@ -181,7 +187,7 @@ def plan(
     """Probe the task in this process and say what `run` with the same arguments would cost.
 
     Args:
-        checkpoints: directory of safetensors iterates.
+        checkpoints: as for `run`.
         task: as for `run`.
         losses: as for `run`.
         out: where the run would go; tells whose free space counts.
@@ -217,6 +223,7 @@ def plan(
         workers=workers,
         losses={name: _loss_plan(ready, levels, name, costs) for name in manifest.losses},
         keep=manifest.keep,
+        shards=max(shards_of(manifest, name) for name in manifest.losses),
         seconds={keep: _seconds(level, costs) for keep, level in levels.items()},
         bytes=stored,
         memory=costs.memory,
@@ -268,7 +275,31 @@ def _evaluations(manifest: Manifest) -> int:
     """Return how many gradients of a loss a run takes without refinement."""
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
-    return per_segment * manifest.segments + (manifest.spans if rule.has_end else 0)
+    evaluations = per_segment * manifest.segments
+    evaluations += _stretches(manifest) if rule.has_end else 0
+    return evaluations + _evaluations_of_path(manifest)
+
+
+def _evaluations_of_path(manifest: Manifest) -> int:
+    """Return how many gradients more it takes to say what another path would change."""
+    if manifest.settings["path_band"] != "on":
+        return 0
+    rule = RULES[manifest.settings["rule"]]
+    lengths = manifest.lengths
+    bent = [start for start in manifest.starts if is_long(lengths[start] or 0)]
+    of_segment = 1 if 0.5 in rule.nodes else 2  # in the middle of the curve, and of the line
+    of_ends = 0 if rule.has_end else _stretches(manifest)
+    if not rule.has_start:
+        of_ends += manifest.segments
+    lines = set(pairs(lengths)).intersection(manifest.starts)
+    return of_segment * len(bent) + len(lines) + of_ends
+
+
+def _stretches(manifest: Manifest) -> int:
+    """Return how many times the checkpoint that a segment starts from is not evaluated as the end of
+    the one before.
+    """
+    return sum(len(manifest.stretches(span)) for span in range(manifest.spans))
 
 
 def _seconds(manifest: Manifest, costs: Costs) -> float:
@@ -277,7 +308,7 @@ def _seconds(manifest: Manifest, costs: Costs) -> float:
     evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
     return (
         costs.together[manifest.keep] * _evaluations(manifest)
-        + costs.recalibrating * (manifest.segments + manifest.spans)
+        + costs.recalibrating * (manifest.segments + _stretches(manifest))
         + costs.higher * evaluations_at_once * measured_segments
     )
 
@@ -290,9 +321,12 @@ def _shortages(ready: Preparation, needed: float, free: int) -> Iterator[str]:
         yield f"the result will need about {amount(needed)}, and {amount(free)} are free there"
 
 
-def _beside(checkpoints: str | Path) -> Path:
-    """Return where the result would go; for remote checkpoints a directory here."""
-    return Path("run.lca") if is_remote(located(checkpoints)) else default_out(checkpoints)
+def _beside(checkpoints: Where) -> Path:
+    """Return where the result would go; for checkpoints that are remote or in several places a
+    directory here.
+    """
+    first, *more = places_of(checkpoints)
+    return Path("run.lca") if is_remote(first.root) or more else default_out(checkpoints)
 
 
 def _loss_plan(

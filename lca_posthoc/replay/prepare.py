@@ -4,6 +4,7 @@ the run is laid out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import time
@@ -20,12 +21,15 @@ from ..checkpoints.paths import absolute, below
 from ..checkpoints.trajectory import Checkpoint, TensorSpec, Trajectory
 from ..cluster import Cluster, Crew, Done, Lost, Spec
 from ..errors import InputError, Interrupted, ResourceError, SpanError, few
+from ..numerics.long_segments import is_long
 from ..numerics.precisions import PRECISIONS
 from ..numerics.quadrature import COMPOSITE, RULES
+from ..numerics.sampling import SegmentSample
 from ..numerics.schema import (
     BYTES_OF_TOTALS,
     EXAMPLE_FIELDS,
     KEEP,
+    KEEP_OF_A_SAMPLE,
     holds,
     in_units_of_loss,
     is_share,
@@ -56,6 +60,7 @@ from .requests import (
     from_plain,
     to_plain,
 )
+from .shards import about_shards, choose_shards, is_cut, refuse_uncut, why_not_cut
 from .worker import admit, calibrations, describe, probe, sampled, versions
 
 _SPAN_BYTES = 256 * 2**20
@@ -64,6 +69,10 @@ _WINDOWS = 64
 _BEGUN = (
     "A run that has begun keeps its tolerance and its precision: with others, write another run "
     "with --out."
+)
+_OTHER_SEGMENTS = (
+    "this run has other segments than these checkpoints and --steps, or this release's drawing of "
+    "--segments, give. Restore them, or write another run with --out."
 )
 Answer = TypeVar("Answer")
 
@@ -80,18 +89,23 @@ class Destination:
         existing: the run that is there already, whose batch sizes and keys hold.
         span: segments per span; chosen where None.
         workers: how many of this host will share the work; those of the cluster where None.
+        segments: how many the run will have in the end, where checkpoints are still to come.
+        longest_span: the most segments per span that may be chosen.
     """
 
     path: Path
     existing: Manifest | None = None
     span: int | None = None
     workers: int | None = None
+    segments: int | None = None
+    longest_span: int = _LONGEST_SPAN
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
-        """Return the segments per span at a level of `--keep`, where so many share the work."""
+        """Return the segments per span at a level of `--keep`, where so many share the spans."""
         of_examples = matched.numbers_of_examples
-        return self.span or choose_span(
-            matched.segments, workers, matched.elements, keep, of_examples
+        return self.span or min(
+            self.longest_span,
+            choose_span(matched.planned, workers, matched.elements, keep, of_examples),
         )
 
 
@@ -123,21 +137,53 @@ class Draft:
         """
         return KEEP[: KEEP.index(keep)] if self.destination.existing is None else ()
 
+    @property
+    def gone(self) -> frozenset[int]:
+        """Return the steps of the checkpoints whose files were removed."""
+        return self.matched.trajectory.gone
+
+    def in_the_end(self, manifest: Manifest) -> Manifest:
+        """Return a manifest with checkpoints in place of those that are still to come."""
+        last, position = manifest.checkpoints[-1], len(manifest.checkpoints) - 1
+        coming = range(self.matched.planned - manifest.segments)
+        more = [replace(last, step=last.step + 1 + number) for number in coming]
+        return replace(
+            manifest,
+            checkpoints=[*manifest.checkpoints, *more],
+            starts=[*manifest.starts, *(position + number for number in coming)],
+        )
+
     def at(self, keep: str) -> Manifest:
         """Describe the run at a level of `--keep`."""
         matched, existing = self.matched, self.destination.existing
-        span = self.destination.span_of(matched, self.workers, keep)
         recorded = existing.losses if existing else {}
+        losses = _records(matched.described, self.probed, recorded, keep)
+        shards = self._shards(losses, keep)
+        # in shards, one span after the other keeps all workers busy
+        span = self.destination.span_of(matched, self.workers if shards == 1 else 1, keep)
         return Manifest(
             root=absolute(matched.trajectory.root),
             tensors=_stored_tensors(matched),
             checkpoints=self.checkpoints,
+            starts=matched.starts,
+            breaks=sorted(matched.trajectory.breaks),
             span=span,
-            window=choose_window(matched.segments, span, keep, matched.room_for_windows),
-            settings={**self.settings, "keep": keep},
-            losses=_records(matched.described, self.probed, recorded, keep),
+            window=choose_window(matched.planned, span, keep, matched.room_for_windows),
+            settings={**self.settings, "keep": keep, "shards": shards},
+            losses=losses,
             provenance=self.provenance,
         )
+
+    def _shards(self, losses: dict[str, LossRecord], keep: str) -> int:
+        """Return the number of shards: the one that is recorded or asked for, or the one chosen
+        for a level of `--keep`.
+        """
+        shards = self.settings["shards"]
+        if shards is not None:
+            return shards
+        if self.matched.in_order_only:
+            return 1
+        return choose_shards(self.matched.planned, self.workers, losses, self.settings, keep)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +242,7 @@ def prepare(
         Interrupted: where the cluster drains.
     """
     existing = destination.existing
+    settings = {**settings, "path_band": _path_band(settings, trajectory)}
     setup = TaskSetup(
         task=task,
         parcel=parcel,
@@ -215,19 +262,22 @@ def prepare(
     _known_tensors(settings["tensors"], described.tensors)
     if existing is None:
         _known_splits(settings["subset"], described)
-    matched = _match(trajectory, described)
+    starts = _chosen(trajectory, settings["segments"])
+    if existing is not None and starts[: existing.segments] != existing.starts:
+        raise InputError(_OTHER_SEGMENTS)
+    matched = _match(trajectory, described, starts, destination.segments)
     setup = replace(setup, losses=list(described.losses), digests=described.digests)
     crew = cluster.crew()
     workers = destination.workers or crew.workers
     sample = Sample(
-        points=_sampled_points(
-            trajectory, matched.names, _looked_at_in_both_modes(matched.segments)
-        ),
-        segments=matched.segments,
+        points=_sampled_points(trajectory, matched.names, _looked_at_in_both_modes(matched.last)),
+        last=matched.last,
+        looked=_looked(trajectory),
         workers_per_host=destination.workers or crew.max_per_host,
         span_length=(
             existing.span if existing else destination.span_of(matched, workers, "parameters")
         ),
+        first=trajectory.first_there,
     )
     recorded = existing.losses if existing else {}
     probed = ask(cluster, probe, _probe_request(setup, sample, matched, recorded))
@@ -250,6 +300,20 @@ def prepare(
         losses=len(described.losses.keys() - recorded.keys()),
     )
     return _laid_out(setup, sample, draft, memory, notes)
+
+
+def _path_band(settings: Settings, trajectory: Trajectory) -> str:
+    """Return whether it is told what another path would change: as it is asked for or recorded, or
+    else where a segment is longer than one step, and the data is not to be cut into shards.
+    """
+    steps = [checkpoint.step for checkpoint in trajectory.checkpoints]
+    any_long = any(
+        is_long(after - before)
+        for place, (before, after) in enumerate(itertools.pairwise(steps))
+        if place not in trajectory.breaks
+    )
+    shards = settings["shards"]
+    return settings["path_band"] or ("on" if any_long and shards in (None, 1) else "off")
 
 
 def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
@@ -280,13 +344,22 @@ def _laid_out(
     existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
+    shards, recorded = draft.settings["shards"], existing.losses if existing else {}
+    if existing is None and shards is not None:
+        refuse_uncut(shards, manifest.losses, draft.settings, keep)
+    new = [name for name in manifest.losses if name not in recorded]
+    all_cut = all(is_cut(manifest, name) for name in manifest.losses)
+    idle = [] if all_cut else _idle(existing or manifest, draft.workers)
     notes = [
         *notes,
         *draft.probed.notes,
         *about_keep,
         *_not_told_apart(draft.matched.described, draft.probed, keep),
-        *_about(draft.matched, manifest, existing.losses if existing else {}),
-        *_idle(existing or manifest, draft.workers),
+        *_about(draft.matched, manifest, recorded),
+        *about_part(draft.matched.trajectory, manifest),
+        *about_shards(manifest, draft.workers, new),
+        *idle,
+        *(why_not_cut(manifest, draft.matched.in_order_only) if idle and shards is None else []),
     ]
     return Preparation(
         setup=setup,
@@ -336,10 +409,11 @@ def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
         return keep, []
 
     def stored(level: str) -> int:
-        manifest = draft.at(level)
+        manifest = draft.in_the_end(draft.at(level))
         return results.required_bytes(manifest, level, manifest.losses)
 
-    return highest_that_fits(memory, stored, draft.destination.path)
+    levels = KEEP if draft.settings["segments"] is None else KEEP_OF_A_SAMPLE
+    return highest_that_fits(memory, stored, draft.destination.path, levels)
 
 
 def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
@@ -354,17 +428,38 @@ def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """A described task on the trajectory it fits; `names` are tensors → names inside the files."""
+    """A described task on the trajectory it fits; `names` are tensors → names inside the files,
+    `to_come` is the number of segments in the end, None where all are there.
+    """
 
     trajectory: Trajectory
     described: Description
     names: dict[str, str]
     leftovers: dict[str, str]
+    starts: list[int]
+    to_come: int | None = None
+
+    @property
+    def last(self) -> int:
+        """The position of the last checkpoint of the trajectory."""
+        return len(self.trajectory.checkpoints) - 1
+
+    @property
+    def planned(self) -> int:
+        """The number of segments that will have been replayed in the end."""
+        return max(self.segments, self.to_come or 0)
 
     @property
     def segments(self) -> int:
-        """The number of segments of the trajectory."""
-        return len(self.trajectory.checkpoints) - 1
+        """The number of segments that are replayed."""
+        return len(self.starts)
+
+    @property
+    def in_order_only(self) -> list[str]:
+        """The splits whose examples can only be read in order, anew at every pass."""
+        losses = self.described.losses.values()
+        splits = {loss.on for loss in losses if loss.in_order_only and loss.on is not None}
+        return sorted(splits)
 
     @property
     def elements(self) -> int:
@@ -381,11 +476,15 @@ class _Match:
     def room_for_windows(self) -> int:
         """The number of windows of totals that take a tenth of the space of the checkpoints."""
         stored = sum(checkpoint.size for checkpoint in self.trajectory.checkpoints)
+        stored = stored * (self.planned + 1) // (self.segments + 1)
         return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
 
 
-def _match(trajectory: Trajectory, described: Description) -> _Match:
-    """Match a described task with a trajectory.
+def _match(
+    trajectory: Trajectory, described: Description, starts: list[int], to_come: int | None
+) -> _Match:
+    """Match a described task with a trajectory, whose segments start from some checkpoints and are
+    so many in the end.
 
     Raises:
         InputError: where they do not fit.
@@ -396,6 +495,8 @@ def _match(trajectory: Trajectory, described: Description) -> _Match:
         described=described,
         names=trajectory.match(described.tensors, *without),
         leftovers=trajectory.leftovers(described.tensors, *without),
+        starts=starts,
+        to_come=to_come,
     )
 
 
@@ -409,7 +510,7 @@ def _probe_request(
         batch_sizes={
             record.on: record.batch_size for record in recorded.values() if record.on is not None
         },
-        modes=_looked_at_in_both_modes(matched.segments),
+        modes=_looked_at_in_both_modes(matched.last),
         half=trajectory.half_precision,
         ties=trajectory.ties(described.tensors),
         fixed=trajectory.sources_of(described.fixed),
@@ -493,7 +594,7 @@ def check_workers(
         token=token[0],
         text=token[1],
         root=absolute(trajectory.root),
-        checkpoints=[checkpoints[0], checkpoints[-1]],
+        checkpoints=[checkpoints[trajectory.first_there], checkpoints[-1]],
     )
     answers = cluster.check_workers(admit, to_plain(request))
     _refuse_workers(answers)
@@ -535,6 +636,27 @@ def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
             if len(names) > 1
         ]
     return notes
+
+
+def about_part(trajectory: Trajectory, manifest: Manifest) -> Iterator[str]:
+    """Yield which share of training a run sees where it does not see all of it."""
+    steps, starts = trajectory.steps, trajectory.starts
+    if trajectory.breaks:
+        seen, all_steps = manifest.steps_seen
+        gaps = [(steps[start], steps[start + 1]) for start in sorted(trajectory.breaks)]
+        first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
+        yield (
+            f"{count(len(gaps), 'gap')} between checkpoints {'is' if len(gaps) == 1 else 'are'} left "
+            f"out, the longest {first}→{last}: the run sees {seen:,} of "
+            f"{count(all_steps, 'training step')} ({seen / all_steps:.1%}), and sums are over these "
+            "alone"
+        )
+    if manifest.sampled is not None:
+        yield (
+            f"--segments {manifest.sampled}: {manifest.segments:,} of {len(starts):,} segments are "
+            "replayed, drawn at random all over training. Sums over training are estimates with "
+            "standard errors; what needs every segment (turns, peaks, shares that help) is left out"
+        )
 
 
 def _added(names: list[str]) -> list[str]:
@@ -648,7 +770,7 @@ def choose_window(segments: int, span: int, keep: str, room: int) -> int:
     room for; 1 where no totals are kept.
 
     Args:
-        segments: of the trajectory.
+        segments: of the run.
         span: segments per span.
         keep: a level of `--keep`.
         room: windows whose totals take at most a tenth of the space of the checkpoints.
@@ -668,13 +790,24 @@ def relative(trajectory: Trajectory) -> list[Checkpoint]:
     ]
 
 
-def _looked_at_in_both_modes(segments: int) -> list[int]:
+def _looked_at_in_both_modes(last: int) -> list[int]:
     """Return the positions of checkpoints where losses are looked at with running statistics and
     with those of a batch.
+
+    Args:
+        last: position of the last checkpoint.
     """
-    middle = (segments - 1) // 2
-    early = [index for index in _EARLY if index <= segments]
-    return sorted({0, 1, *early, middle, middle + 1, segments - 1, segments})
+    middle = (last - 1) // 2
+    early = [index for index in _EARLY if index <= last]
+    return sorted({0, 1, *early, middle, middle + 1, last - 1, last})
+
+
+def _looked(trajectory: Trajectory) -> list[list[int]]:
+    """Return where to look for a few segments that move, see `Sample`; the same whichever part of
+    the segments is replayed.
+    """
+    starts = trajectory.starts
+    return [[starts[row] for row in rows] for rows in sampled(len(starts))]
 
 
 def _sampled_points(
@@ -683,9 +816,9 @@ def _sampled_points(
     """Return the checkpoints a task is looked at before its first span, those of `modes` among
     them.
     """
-    segments = len(trajectory.checkpoints) - 1
-    starts = {index for places in sampled(segments) for index in places}
+    starts = {index for places in _looked(trajectory) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
+    positions.add(trajectory.first_there)
     checkpoints = relative(trajectory)
     return StoredPoints(
         root=absolute(trajectory.root),
@@ -722,6 +855,16 @@ def _record(
         rows=loss.rows if loss.per is not None else None,
         texts=probed.texts.get(name),
     )
+
+
+def _chosen(trajectory: Trajectory, segments: str | None) -> list[int]:
+    """Return the positions of the checkpoints the segments of a run start from: all, or those of a
+    random part in the order in which they are drawn.
+    """
+    starts = trajectory.starts
+    if segments is None:
+        return starts
+    return [starts[row] for row in SegmentSample.parse(segments).drawn(len(starts))]
 
 
 def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Generic, TypeVar
 from ..checkpoints.trajectory import Checkpoint, TensorSpec
 from ..cluster import Spec
 from ..errors import LCAError, PackedError, unpack_error
+from ..numerics.nodes import Node
 from ..numerics.schema import DirectionsRecord, RecalibrationRecord, SiteRecord
 from ..tasks.task import Entry
 
@@ -43,6 +44,7 @@ class RunSettings:
     subset: list[str]
     tensors: list[str]
     signal: str | None
+    path_band: str
     rule: str
     tolerance: float | str
     allocation_tolerance: float | str
@@ -98,15 +100,21 @@ class Sample:
 
     Attributes:
         points: these checkpoints.
-        segments: of the whole trajectory.
+        last: position of the last checkpoint of the trajectory.
+        looked: where to look for a few segments that move, by the checkpoints they start from: at
+            each place from one on to the next that moves.
         workers_per_host: how many share the memory of a host.
         span_length: segments of a span.
+        first: position of the first checkpoint whose files are there: those before it were removed
+            once a replay had done with them.
     """
 
     points: StoredPoints
-    segments: int
+    last: int
+    looked: list[list[int]]
     workers_per_host: int
     span_length: int
+    first: int = 0
 
 
 class Question(Generic[A]):
@@ -163,8 +171,8 @@ class AdmissionRequest(Question[Admission]):
 @dataclass(frozen=True, kw_only=True)
 class LossDescription:
     """One loss: its split (None for a term of the parameters), its kind, its examples of the total
-    of the split, its groups, what numbers are kept per, and how many rows of these: examples or
-    elements.
+    of the split, its groups, what numbers are kept per, how many rows of these: examples or
+    elements, and whether its examples can only be read in order, anew at every pass.
     """
 
     on: str | None
@@ -175,6 +183,7 @@ class LossDescription:
     counts: list[int] | None
     per: str | None
     rows: int
+    in_order_only: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -487,14 +496,54 @@ class SpanRequest(RunRequest[SpanAnswer]):
     Attributes:
         durable: whether it is on the disk before it counts.
         span: its number.
-        pending: the losses it is replayed for.
-        calibration: of the trapezoid's error, by loss; None for other rules.
+        pending: the losses it is replayed for: those that are computed whole, or those whose sums
+            over shards are all there.
+        looks_back: segments that tell, where none of them moves, that nothing moved in its stretch
+            of segments before it; None where something did, or nothing comes before it there.
     """
 
     durable: bool
     span: int
     pending: list[str]
-    calibration: dict[str, float | None]
+    looks_back: list[int] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardAnswer:
+    """Sums over shards that are written: seconds of their worker, the most memory it ever held."""
+
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardRequest(RunRequest[ShardAnswer]):
+    """Evaluate losses over some shards of their data at nodes of a span.
+
+    Attributes:
+        durable: whether the sums are on the disk before they count.
+        span: its number.
+        losses: at every node.
+        nodes: where.
+        shards: their numbers; of a loss with fewer, those that it has.
+        distances: segments of which Σ|θ′ − θ| is wanted too.
+        file: name of the file the sums are written to.
+    """
+
+    durable: bool
+    span: int
+    losses: list[str]
+    nodes: list[Node]
+    shards: list[int]
+    distances: list[int]
+    file: str
+
+
+def work_of(spec: Spec) -> SpanRequest | ShardRequest:
+    """Return the request that a spec of the replay stands for."""
+    if "shards" in spec:
+        return from_plain(ShardRequest, spec)
+    return from_plain(SpanRequest, spec)
 
 
 # --- to and from plain data -----------------------------------------------------------------------

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import signal
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import results
 from ..base.text import count
-from ..checkpoints.paths import here, is_remote, located
-from ..checkpoints.trajectory import Trajectory, open_trajectory
+from ..checkpoints.paths import here, is_remote
+from ..checkpoints.places import Where, common_root, found_again, places_of
+from ..checkpoints.trajectory import NOTHING_CONSUMED, Trajectory, open_trajectory
 from ..cluster import (
     Cluster,
     ClusterConfig,
@@ -42,10 +44,21 @@ from ..errors import (
     few,
 )
 from ..numerics.settings import Settings, on_device, resolve
-from ..results import LossRecord, Manifest, Run, RunWriter
+from ..results import Identity, LossRecord, Manifest, Run, RunWriter
 from ..tasks.task import Entry, Task, digest, pack_task
+from .consume import (
+    Consumer,
+    consumed_of,
+    looked_back_at,
+    refuse_a_part,
+    refuse_gone,
+    refuse_options,
+    refuse_other_files,
+    refuse_others,
+)
 from .display import duration, listening
 from .events import (
+    Following,
     Listener,
     Log,
     Note,
@@ -57,6 +70,7 @@ from .events import (
     Stage,
     Stopping,
 )
+from .follow import Follower, refuse_remote
 from .parts import PartsAsked
 from .prepare import Destination, Preparation, ask, calibrated, check_workers, prepare, relative
 from .requests import (
@@ -64,21 +78,26 @@ from .requests import (
     Failure,
     LossSpan,
     RunRequest,
+    ShardRequest,
     SpanAnswer,
     SpanRequest,
     answered,
-    from_plain,
     to_plain,
+    work_of,
 )
 from .resume_checks import same_checkpoints, same_loss, same_tensors, same_values
+from .shards import is_cut
 from .stopping import Stop, stopped_by_signals
-from .worker import committed_result, compressions, looks_back, replay_span
+from .worker import committed, committed_result, compressions, replay_in_shards, replay_span
+
+if TYPE_CHECKING:
+    from .shard_queue import ShardQueue
 
 # --- the run --------------------------------------------------------------------------------------
 
 
 def run(
-    checkpoints: str | Path,
+    checkpoints: Where,
     task: str | Path | Task,
     *,
     losses: Sequence[str] | None = None,
@@ -87,6 +106,7 @@ def run(
     tolerance: float | str | None = None,
     allocation_tolerance: float | str | None = None,
     keep: str | None = None,
+    shards: int | str | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     precision: str | None = None,
@@ -97,7 +117,9 @@ def run(
     causes: bool = False,
     signal: str | None = None,
     along: str | Path | None = None,
+    path_band: str | None = None,
     steps: str | None = None,
+    segments: str | None = None,
     pattern: str | None = None,
     rename: Sequence[str] = (),
     cluster: str = "local",
@@ -110,12 +132,17 @@ def run(
     durability: str = "full",
     ignore_space: bool = False,
     span: int | None = None,
+    follow: bool = False,
+    consume: bool = False,
+    keep_every: int | None = None,
     progress: Listener | None = None,
 ) -> Run:
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates; a URL of fsspec's, such as `s3://…`, is read
+        checkpoints: directory of safetensors iterates, a place with `{step}` in it such as
+            `ROOT/step{step}/model.safetensors`, a hub's cache, or a list of such places that hold
+            one series together; a URL of fsspec's, such as `s3://…`, is read
             through its driver.
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task.
         losses: names of the task's losses; None for its first, `["all"]` for every one.
@@ -128,6 +155,10 @@ def run(
             inf).
         keep: "tensors", "units", "statistics" or "parameters", each of which holds those before it;
             by default the highest that fits the memory of a worker and half of the free space.
+        shards: at keep "tensors" or "units", into how many shards the data of every segment is cut,
+            so that few segments keep many workers busy; by default one for each worker where
+            segments are few, else 1, which cuts nothing. Recorded: results never depend on how
+            many workers there are later.
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
@@ -143,7 +174,13 @@ def run(
             `losses`. It is replayed too.
         along: a file of directions, as `lca basis` writes it: what the loss changed by along each
             of them is told as well.
-        steps: `A:B[:K]`, training steps.
+        path_band: "on" to tell how much another path through the same checkpoints would change, on
+            segments longer than one step, for one to two more evaluations on each; "off". By
+            default on where there are such segments.
+        steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
+            them.
+        segments: `FRACTION@SEED`, such as "0.1@7": a random part of the segments, for totals with
+            standard errors. A larger fraction of the same seed adds to what is there.
         pattern: regular expression with a group `step` for names of checkpoints.
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
@@ -160,6 +197,11 @@ def run(
         ignore_space: begin although the result, estimated after compression, does not fit into the
             space that is free.
         span: segments per span, a power of two; decides how work is cut, never a result.
+        follow: take iterates as a `Recorder` writes them, until it has closed: beside a training
+            that goes on.
+        consume: remove each iterate once all that is computed from it is on the disk: no other
+            loss can be computed of those steps afterwards. The last one stays.
+        keep_every: iterates whose step is a multiple of it stay, under `consume`.
         progress: called with every event, and nothing else is shown; `lca_posthoc.replay.events.silent`
             shows nothing at all. By default notes, retries and failures are warnings
             (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a bar on a terminal
@@ -180,6 +222,7 @@ def run(
         "tolerance": tolerance,
         "allocation_tolerance": allocation_tolerance,
         "keep": keep,
+        "shards": shards,
         "batch_size": batch_size,
         "device": device,
         "precision": precision,
@@ -188,12 +231,16 @@ def run(
         "tensors": tensors,
         "subset": subset,
         "signal": signal,
+        "path_band": path_band,
         "steps": steps,
+        "segments": segments,
         "pattern": pattern,
         "rename": rename,
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
+    if keep_every is not None and not consume:
+        raise InputError("--keep-every says which iterates --consume leaves. Give both or neither.")
     where = ClusterConfig(
         kind=cluster,
         workers=workers,
@@ -210,7 +257,7 @@ def run(
         log = Log(listener)
         entry, data = pack_task(task)
         job = _Job(
-            checkpoints=located(checkpoints),
+            checkpoints=checkpoints,
             task=entry,
             data=data,
             losses=list(losses or []),
@@ -220,6 +267,9 @@ def run(
             span=span,
             durable=durable,
             ignore_space=ignore_space,
+            follow=follow,
+            consume=consume,
+            keep_every=keep_every,
         )
         _Driver(job, log).run(where)
     return results.open_run(path)
@@ -287,10 +337,10 @@ def repair(
         for part in damage
         if part.loss is not None and (part.span, part.window) != (None, None)
     }
-    root = located(checkpoints if checkpoints is not None else manifest.root)
+    root = checkpoints if checkpoints is not None else manifest.root
     with listening(progress) as listener:
         job = _Job(
-            checkpoints=root,
+            checkpoints=found_again(root, manifest.settings.get("places", ())),
             task=entry,
             data=data,
             losses=list(losses),
@@ -327,16 +377,21 @@ def _durable(durability: str) -> bool:
     return durability == "full"
 
 
-def default_out(checkpoints: str | Path) -> Path:
+def default_out(checkpoints: Where) -> Path:
     """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
-        InputError: where the checkpoints are remote, which results cannot be.
+        InputError: where the checkpoints are remote, which results cannot be, or in several places.
     """
-    directory = located(checkpoints)
+    places = places_of(checkpoints)
+    directory = places[0].root
     if is_remote(directory):
         raise InputError(
-            f"{directory} is remote, and results are not: say where they go with --out RUN."
+            f"{places[0]} is remote, and results are not: say where they go with --out RUN."
+        )
+    if len(places) > 1:
+        raise InputError(
+            f"the checkpoints lie in {len(places)} places: say where results go with --out RUN."
         )
     directory = directory.resolve() if directory.name in ("", "..") else directory
     return directory.with_name(f"{directory.name}.lca")
@@ -353,7 +408,7 @@ class _Job:
     """The work that `run` or `repair` was asked to do.
 
     Attributes:
-        checkpoints: their directory.
+        checkpoints: their directory or places.
         task: where the task is.
         data: its source, for workers.
         losses: their names; empty for the first, `["all"]` for every one.
@@ -364,9 +419,12 @@ class _Job:
         damage: to be computed again; None where it is no repair.
         ignore_space: whether to begin with too little space.
         parts: the parts of the motion that are asked for.
+        follow: whether checkpoints are taken as they come.
+        consume: whether they are removed once they are replayed.
+        keep_every: those whose step is a multiple of it stay.
     """
 
-    checkpoints: Path
+    checkpoints: Where
     task: Entry
     data: bytes
     losses: list[str]
@@ -377,6 +435,24 @@ class _Job:
     damage: list[results.Damage] | None = None
     ignore_space: bool = False
     parts: PartsAsked = field(default_factory=PartsAsked)
+    follow: bool = False
+    consume: bool = False
+    keep_every: int | None = None
+
+    @property
+    def root(self) -> Path:
+        """The directory that all checkpoints are in."""
+        return common_root(places_of(self.checkpoints))
+
+    def refuse_options(self, settings: Settings) -> None:
+        """Refuse to follow, or to remove, what cannot be."""
+        if self.follow:
+            refuse_remote(self.checkpoints)
+            refuse_a_part(settings, "--follow")
+        if self.consume:
+            refuse_options(
+                self.checkpoints, settings, durable=self.durable, keep_every=self.keep_every
+            )
 
     def recorded(self) -> Manifest | None:
         """Return what is recorded of the run; None where there is none yet."""
@@ -399,28 +475,41 @@ class _Status:
         self.workers = 0
         self.span_seconds: float | None = None
         self._stage = ""
+        self._on_signal = ""  # what a first signal does while iterates are waited for
+        self._said: set[str] = set()
 
     def begin(self, stage: str) -> None:
         """Tell what is done now."""
-        self._stage = stage
+        self._stage, self._on_signal = stage, ""
         if self.announcement is not None:
             self.announcement.stage(stage)
         self.tell(Stage(stage))  # whoever reads it finds the announcement
 
+    def wait(self, stage: str, on_signal: str) -> None:
+        """Tell what iterates are waited for; a first signal then does what `on_signal` says."""
+        self.begin(stage)
+        self._on_signal = on_signal
+
     def note(self, notes: Iterable[str]) -> None:
-        """Tell what the user should know."""
+        """Tell what the user should know, each thing once."""
         for text in notes:
-            self.tell(Note(text))
+            if text not in self._said:
+                self._said.add(text)
+                self.tell(Note(text))
 
     def plan(self, planned: Planned) -> None:
         """Tell that the spans begin, or that there are none."""
         if self.announcement is not None:
             self.announcement.end()
+        self._on_signal = ""
         self.tell(planned)
         self.workers = planned.workers if planned.pending else 0
 
     def say_stopping(self, number: int) -> None:
         """Tell what a first signal waits for, and how to stop at once."""
+        if self._on_signal:
+            self.tell(Stopping(f"stopping to wait: {self._on_signal}."))
+            return
         waits, lost = (
             (
                 self._span_ends(),
@@ -454,6 +543,7 @@ class _Driver:
     def __init__(self, job: _Job, tell: Log) -> None:
         self._job, self._status = job, _Status(tell)
         self.repair_spans: dict[str, list[int]] | None = None
+        self._follower: Follower | None = None
 
     def run(self, where: ClusterConfig) -> None:
         """Do the job on a cluster."""
@@ -469,16 +559,27 @@ class _Driver:
     def _run(self, where: ClusterConfig, stop: Stop) -> None:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
+        job.refuse_options(settings)
+        if job.follow or job.consume:  # other paths bend by checkpoints that come and go
+            settings = {**settings, "path_band": "off"}
         if recorded is not None:
             job.parts.refuse_new(recorded.settings)
+        if job.follow:
+            self._follower = self._following(stop, recorded)
         status.begin("reading the headers of the checkpoints")
         trajectory = self._trajectory(settings, recorded)
         status.note(trajectory.notes)
+        if job.consume:
+            refuse_other_files(trajectory)
+        if trajectory.places and recorded is None:
+            settings = {**settings, "places": list(trajectory.places)}
         if recorded is not None:
             same_checkpoints(
                 RunWriter(job.path, recorded), relative(trajectory), str(trajectory.root)
             )
-            if job.damage is None and self._is_finished(recorded, trajectory):
+            if job.damage is None and self._is_finished(recorded, trajectory, settings):
+                if job.consume:
+                    self._consume_all(recorded)
                 return
         else:
             results.refuse_other(job.path)
@@ -492,24 +593,72 @@ class _Driver:
             except Interrupted:
                 raise stop.interrupted() from None
 
+    def _following(self, stop: Stop, recorded: Manifest | None) -> Follower:
+        """Return what waits for iterates, once there are some to begin with."""
+        job, status = self._job, self._status
+        follower = Follower(
+            job.root,
+            stop,
+            status.wait,
+            status.note,
+            consumes=job.consume,
+            has_causes=job.parts.causes
+            or (recorded is not None and recorded.settings["signal"] is not None),
+        )
+        follower.wait_for_first(recorded, job.span)
+        if recorded is None and not follower.is_over and not follower.is_told:
+            status.note(
+                [
+                    "the recorder does not say how many iterates will come (until=, steps=): space "
+                    f"is reckoned for {count(follower.segments, 'segment')}"
+                ]
+            )
+        return follower
+
     def _trajectory(self, settings: Settings, recorded: Manifest | None) -> Trajectory:
+        job = self._job
         trajectory = open_trajectory(
-            self._job.checkpoints,
+            job.checkpoints,
             pattern=settings["pattern"],
             rename=settings["rename"],
             steps=settings["steps"],
+            consumed=NOTHING_CONSUMED if recorded is None else consumed_of(recorded, job.root),
         )
-        if recorded is None or self._job.damage is None:
+        if self._follower is not None:
+            return self._follower.whole(trajectory, len(recorded.checkpoints) if recorded else 0)
+        if recorded is None:
             return trajectory
-        known = trajectory.checkpoints[: len(recorded.checkpoints)]
-        return replace(trajectory, checkpoints=known)  # a repair takes up no checkpoint
+        new = len(trajectory.checkpoints) - len(recorded.checkpoints)
+        if recorded.sampled is not None and new > 0:
+            self._status.note(
+                [
+                    f"{count(new, 'checkpoint')} after step {recorded.checkpoints[-1].step} "
+                    f"{'is' if new == 1 else 'are'} left out: a random part of the segments, "
+                    f"--segments {recorded.sampled}, stays one of those it was drawn from. Write "
+                    "another run with --out to draw from all of them"
+                ]
+            )
+        elif job.damage is None:
+            return trajectory
+        return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
 
-    def _is_finished(self, manifest: Manifest, trajectory: Trajectory) -> bool:
+    def _consume_all(self, recorded: Manifest) -> None:
+        """Remove the iterates of a finished run that are not removed yet."""
+        job = self._job
+        with results.hold(job.path):
+            writer = RunWriter(job.path, recorded)
+            Consumer(job.root, writer, job.keep_every).release(at_rest=True)
+
+    def _is_finished(self, manifest: Manifest, trajectory: Trajectory, settings: Settings) -> bool:
         """Tell whether nothing is left to do, from the task file's bytes and the markers alone."""
         job = self._job
+        if self._follower is not None and not self._follower.is_over:
+            return False
         if manifest.provenance["task_sha256"] != digest(job.task) or len(
             trajectory.checkpoints
         ) != len(manifest.checkpoints):
+            return False
+        if settings["segments"] != manifest.sampled:
             return False
         known = manifest.provenance["task_losses"]
         losses = known if job.losses == ["all"] else job.losses or known[:1]
@@ -547,9 +696,10 @@ class _Driver:
         )
         if existing is None:
             manifest = ready.manifest
-            self._check_space(cluster, ready, manifest, manifest.keep, manifest.losses)
+            in_the_end = ready.draft.in_the_end(manifest)
+            self._check_space(cluster, ready, in_the_end, manifest.keep, manifest.losses)
             results.create(self._job.path, manifest, self._job.durable)
-        self._replay(cluster, trajectory if strangers else None, ready, stop)
+        self._replay(cluster, trajectory, ready, stop, strangers=strangers)
 
     def _prepare(
         self,
@@ -569,20 +719,34 @@ class _Driver:
             parcel,
             job.losses,
             settings,
-            Destination(path=job.path, existing=existing, span=job.span),
+            self._destination(existing),
             job.parts,
         )
 
+    def _destination(self, existing: Manifest | None) -> Destination:
+        job, follower = self._job, self._follower
+        destination = Destination(path=job.path, existing=existing, span=job.span)
+        if follower is None or follower.is_over:
+            return destination
+        return replace(destination, segments=follower.segments, longest_span=follower.span)
+
     def _replay(
-        self, cluster: Cluster, seen_by: Trajectory | None, ready: Preparation, stop: Stop
+        self,
+        cluster: Cluster,
+        trajectory: Trajectory,
+        ready: Preparation,
+        stop: Stop,
+        *,
+        strangers: bool,
     ) -> None:
-        """Replay what is pending, while the run is locked.
+        """Replay what is pending, while the run is locked, and what comes meanwhile.
 
         Args:
             cluster: where.
-            seen_by: the checkpoints that late workers must see; None for those of this host.
+            trajectory: the checkpoints.
             ready: the probed task.
             stop: the request to drain.
+            strangers: whether late workers must see the checkpoints of this host.
         """
         job = self._job
         with contextlib.ExitStack() as stack:
@@ -590,23 +754,105 @@ class _Driver:
             writer = RunWriter.open(job.path, job.durable)
             if lock.unclean:
                 writer.sweep()
-            if seen_by is not None:  # who comes late is asked about the run directory itself
+            if strangers:  # who comes late is asked about the run directory itself
                 token = stack.enter_context(results.shared_directory_token(job.path))
-                check_workers(cluster, seen_by, cluster.crew().device, token)
+                check_workers(cluster, trajectory, cluster.crew().device, token)
             self._bring_up(cluster, writer, ready)
             common = _common(ready, job.path)
-            same_values(cluster, writer, common, writer.spans_of(job.damage or ()))
+            again = writer.spans_of(job.damage or ())
+            self._refuse_gone(writer, common, again, trajectory)
+            same_values(cluster, writer, common, again)
             # now that all that is needed to compute it again is known to be there
             if job.damage is not None:
                 self.repair_spans = writer.discard(job.damage)
             log = partial(results.append_events, job.path)
             stack.enter_context(self._status.tell.written_to(log))
-            spans = _Spans(writer, common, self._status, durable=job.durable)
-            spans.replay(cluster, lock, self.repair_spans)
-            if stop.event.is_set():
-                raise stop.interrupted()
-            if spans.failed:
-                raise SpanError(_failures(spans.failed))
+            if job.consume and job.follow:
+                refuse_others(writer.manifest, common.setup.losses, job.path)
+            consumer = Consumer(job.root, writer, job.keep_every) if job.consume else None
+            while True:
+                self._replay_pending(cluster, writer, common, lock, stop, consumer)
+                if self._follower is None or self._follower.is_over:
+                    break
+                trajectory = self._grown(cluster, writer, common, trajectory, consumer)
+
+    def _replay_pending(
+        self,
+        cluster: Cluster,
+        writer: RunWriter,
+        common: RunRequest[Any],
+        lock: results.Held,
+        stop: Stop,
+        consumer: Consumer | None,
+    ) -> None:
+        """Replay the spans that are pending now."""
+        spans = _Spans(
+            writer,
+            common,
+            self._status,
+            durable=self._job.durable,
+            root=self._job.root,
+            consumer=consumer,
+            follows=self._follower is not None and not self._follower.is_over,
+        )
+        spans.replay(cluster, lock, self.repair_spans)
+        if consumer is not None:
+            consumer.release(at_rest=True)
+        if stop.event.is_set():
+            raise stop.interrupted()
+        if spans.failed:
+            raise SpanError(_failures(spans.failed))
+
+    def _grown(
+        self,
+        cluster: Cluster,
+        writer: RunWriter,
+        common: RunRequest[Any],
+        trajectory: Trajectory,
+        consumer: Consumer | None,
+    ) -> Trajectory:
+        """Wait for more checkpoints, and take them up; at the end of the training with all that is
+        recorded of the last one.
+        """
+        assert self._follower is not None, "nothing else grows"
+        self._status.tell(Following(trajectory.checkpoints[-1].step))
+        settings = resolve({}, writer.manifest.settings)
+        trajectory = self._follower.more(trajectory, settings["rename"])
+        if consumer is not None:
+            trajectory = replace(trajectory, gone=consumer.gone)
+        manifest = writer.manifest
+        if self._follower.is_over:
+            ready = self._prepare(cluster, settings, trajectory, manifest)
+            self._status.note(ready.notes)
+            self._bring_up(cluster, writer, ready)
+            return trajectory
+        unknown: dict[str, Identity] = {
+            name: [manifest.losses[name].identity[0], None] for name in common.setup.losses
+        }
+        larger = replace(
+            manifest,
+            checkpoints=relative(trajectory),
+            starts=trajectory.starts,
+            breaks=sorted(trajectory.breaks),
+        )
+        writer.take_up(larger, unknown)
+        return trajectory
+
+    def _refuse_gone(
+        self,
+        writer: RunWriter,
+        common: RunRequest[Any],
+        again: Mapping[str, Sequence[int]],
+        trajectory: Trajectory,
+    ) -> None:
+        """Refuse to replay spans whose checkpoints were removed."""
+        if not trajectory.gone:
+            return
+        pending = {
+            name: again.get(name, []) if self._job.damage is not None else writer.pending(name)
+            for name in common.setup.losses
+        }
+        refuse_gone(writer.manifest, pending, trajectory.gone)
 
     def _check_space(
         self,
@@ -644,10 +890,11 @@ class _Driver:
         behind = {name for name, record in recorded.losses.items() if record.covers is not None}
         in_repair = self._job.damage is not None
         extended = {name for name in laid_out.losses if not in_repair or name not in behind}
-        if laid_out.checkpoints != recorded.checkpoints or behind & extended:
-            writer.take_up(
-                laid_out.checkpoints, {name: laid_out.losses[name].identity for name in extended}
-            )
+        unknown = {name for name, record in recorded.losses.items() if None in record.identity[1:]}
+        grown = (laid_out.checkpoints, laid_out.starts) != (recorded.checkpoints, recorded.starts)
+        if grown or (behind | unknown) & extended:
+            identities = {name: self._identity(recorded, laid_out, name) for name in extended}
+            writer.take_up(laid_out, identities)
             if not in_repair:
                 self._status.note(_of_losses_left_behind(writer.manifest))
         new = {
@@ -655,9 +902,18 @@ class _Driver:
         }
         if new:
             with_new = replace(writer.manifest, losses={**writer.manifest.losses, **new})
+            refuse_gone(with_new, {name: range(with_new.spans) for name in new}, ready.draft.gone)
             self._check_space(cluster, ready, with_new, writer.keep, new)
             writer.add_losses(new)
         _note_task(writer, laid_out)
+
+    def _identity(self, recorded: Manifest, laid_out: Manifest, name: str) -> Identity:
+        """Return what identifies a loss: at the first checkpoint as it was recorded, where that
+        may be gone now.
+        """
+        first, last = laid_out.losses[name].identity
+        known = recorded.losses[name].identity[0] if name in recorded.losses else None
+        return [first if first is not None else known, last]
 
 
 @contextlib.contextmanager
@@ -735,6 +991,13 @@ def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
     for name, record in manifest.losses.items():
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
+            if manifest.sampled is not None:
+                yield (
+                    f"loss {name!r} stays as it is, over {record.covers:,} of the "
+                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Take it to "
+                    f"all of these with --loss {name}, or every loss with --loss all"
+                )
+                continue
             yield (
                 f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
                 f"{last}. Take it there with --loss {name}, or every loss with --loss all"
@@ -772,15 +1035,25 @@ class _Spans:
     """
 
     def __init__(
-        self, writer: RunWriter, common: RunRequest[Any], status: _Status, *, durable: bool
+        self,
+        writer: RunWriter,
+        common: RunRequest[Any],
+        status: _Status,
+        *,
+        durable: bool,
+        root: Path,
+        consumer: Consumer | None,
+        follows: bool,
     ) -> None:
         self._writer, self._common, self._status, self._durable = writer, common, status, durable
+        self._root, self._consumer, self._follows = root, consumer, follows
         self._covered = {name: writer.manifest.of(name) for name in common.setup.losses}
         self.failed: list[SpanFailed] = []
         self._oom_retries = 0
         self._left_partials = False
         self._reported_ends: dict[str, dict[int, list[float]]] = {}
         self._unreached: set[_Unreached] = set()
+        self._shards: ShardQueue | None = None
 
     def replay(
         self, cluster: Cluster, lock: results.Held, repair_spans: dict[str, list[int]] | None
@@ -795,10 +1068,11 @@ class _Spans:
         path = self._writer.path
         results.remove_reports(path)
         pending = self._pending(repair_spans)
+        if not pending and self._follows:
+            return
         self._plan(pending, cluster.crew().workers)
         lock.working = True  # until its end, workers may leave temporary files
-        specs = map(to_plain, self._requests(pending))
-        with contextlib.closing(cluster.map(replay_span, specs, committed_result)) as outcomes:
+        with contextlib.closing(self._outcomes(cluster, pending)) as outcomes:
             for outcome in outcomes:
                 self._hear(outcome)
                 if lock.lost.is_set():
@@ -833,12 +1107,65 @@ class _Spans:
         pending = sum(len(names) * length for (_, length), names in waiting.items())
         total = sum(manifest.segments for manifest in self._covered.values())
         directory = self._common.run if pending else ""
-        self._status.plan(Planned(pending, total, len(waiting), workers, directory))
+        self._status.plan(
+            Planned(
+                pending=pending,
+                total=total,
+                spans=len(waiting),
+                workers=workers,
+                directory=directory,
+                follows=self._follows,
+            )
+        )
 
     def _requests(self, waiting: dict[tuple[int, int], list[str]]) -> Iterator[SpanRequest]:
         for (span, _), names in sorted(waiting.items()):
             manifest = self._covered[names[0]]
-            yield _span_request(self._common, manifest, span, names, durable=self._durable)
+            yield _span_request(
+                self._common, manifest, span, names, self._root, durable=self._durable
+            )
+
+    def _outcomes(
+        self, cluster: Cluster, waiting: dict[tuple[int, int], list[str]]
+    ) -> Generator[Outcome]:
+        """Have the spans computed: whole, or in shards of the data where losses are cut."""
+        manifest = self._writer.manifest
+        whole = {
+            key: names
+            for key, all_names in waiting.items()
+            if (names := [name for name in all_names if not is_cut(manifest, name)])
+        }
+        specs = map(to_plain, self._requests(whole))
+        cut = [
+            (span, names)
+            for (span, _), all_names in sorted(waiting.items())
+            if (names := [name for name in all_names if is_cut(manifest, name)])
+        ]
+        if not cut:
+            return cluster.map(replay_span, specs, committed_result)
+        from .shard_queue import ShardQueue
+
+        self._shards = ShardQueue(
+            self._writer,
+            self._common,
+            cut,
+            self._finishing,
+            workers=cluster.crew().workers,
+            durable=self._durable,
+        )
+        every = itertools.chain(specs, self._shards.specs())
+        return cluster.map(replay_in_shards, every, committed)
+
+    def _finishing(self, span: int, names: list[str]) -> SpanRequest:
+        """Return the request to commit a span whose sums over shards are all there."""
+        return _span_request(
+            self._common,
+            self._covered[names[0]],
+            span,
+            names,
+            self._root,
+            durable=self._durable,
+        )
 
     # --- while they are replayed
 
@@ -857,21 +1184,30 @@ class _Spans:
                 self._take(outcome)
         else:
             self._hear_trouble(outcome)
+        for span, names, error in self._shards.failures() if self._shards else ():
+            self._take_failure(span, names, error)
 
     def _hear_trouble(self, outcome: Lost | Retried | Slow) -> None:
-        request = from_plain(SpanRequest, outcome.spec)
-        span, manifest = request.span, self._manifest_of(request)
+        request = work_of(outcome.spec)
+        names = request.losses if isinstance(request, ShardRequest) else request.pending
+        span, manifest = request.span, self._writer.manifest.of(names[0])
         where = (span, *_steps(manifest, span))
         self._left_partials |= not isinstance(outcome, Slow)
         if isinstance(outcome, Lost):
-            self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
+            if self._gives_up(request):
+                self._fail(manifest, span, f"no worker could finish it ({outcome.why})")
         elif isinstance(outcome, Retried):
             self._status.tell(SpanRetried(*where, outcome.worker, outcome.why))
         else:
             self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
 
-    def _manifest_of(self, request: SpanRequest) -> Manifest:
-        return self._writer.manifest.of(request.pending[0])
+    def _gives_up(self, request: SpanRequest | ShardRequest) -> bool:
+        """Tell whether a span is given up by the failure of a request, and not by an earlier
+        one.
+        """
+        if not isinstance(request, ShardRequest):
+            return True
+        return self._shards is not None and bool(self._shards.drop(request.span))
 
     def _fail(
         self, manifest: Manifest, span: int, message: str, not_finite: int | None = None
@@ -881,10 +1217,16 @@ class _Spans:
         self._status.tell(failure)
 
     def _take(self, done: Done) -> None:
-        request, answer = from_plain(SpanRequest, done.spec), answered(SpanRequest, done.result)
-        if isinstance(answer, Failure):
-            self._take_failure(request, answer.exception())
+        request = work_of(done.spec)
+        if isinstance(request, ShardRequest):
+            self._take_sums(request, done)
             return
+        answer = answered(SpanRequest, done.result)
+        if isinstance(answer, Failure):
+            self._take_failure(request.span, request.pending, answer.exception())
+            return
+        if self._shards is not None and is_cut(self._writer.manifest, request.pending[0]):
+            self._shards.finish(request.span)
         self._status.span_seconds, self._status.workers = answer.seconds, done.workers
         for name, part in answer.losses.items():
             self._compare_ends(name, request.span, part.ends)
@@ -893,12 +1235,25 @@ class _Spans:
                 _Unreached(name, tensor, tensor in part.hidden) for tensor in part.silent
             }
         self._status.tell(_span_done(request.span, answer, done))
+        if self._consumer is not None:
+            self._consumer.release(at_rest=False)
 
-    def _take_failure(self, request: SpanRequest, error: Exception) -> None:
+    def _take_sums(self, request: ShardRequest, done: Done) -> None:
+        """Take in the sums of some shards; what follows from them is handed out next."""
+        assert self._shards is not None, "only the queue of shards asks for sums"
+        answer = answered(ShardRequest, done.result)
+        if not isinstance(answer, Failure):
+            self._shards.take(request)
+            return
+        error = answer.exception()
+        if isinstance(error, ResourceError) or self._gives_up(request):
+            self._take_failure(request.span, request.losses, error)
+
+    def _take_failure(self, span: int, losses: list[str], error: Exception) -> None:
         if isinstance(error, ResourceError):
             raise error
         step = error.step if isinstance(error, NotFiniteError) else None
-        self._fail(self._manifest_of(request), request.span, str(error), step)
+        self._fail(self._writer.manifest.of(losses[0]), span, str(error), step)
 
     def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
         """Tell once that memory ran out, and a span was computed in smaller batches."""
@@ -1016,12 +1371,17 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
     """Return the training steps a span runs from and to."""
-    rows = manifest.rows(span)
-    return manifest.checkpoints[rows.start].step, manifest.checkpoints[rows.stop].step
+    return manifest.ends(manifest.rows(span))
 
 
 def _span_request(
-    common: RunRequest[Any], manifest: Manifest, span: int, pending: list[str], *, durable: bool
+    common: RunRequest[Any],
+    manifest: Manifest,
+    span: int,
+    pending: list[str],
+    root: Path,
+    *,
+    durable: bool,
 ) -> SpanRequest:
     """Return the request to replay one span for its pending losses, with the checkpoints it reads.
 
@@ -1030,22 +1390,28 @@ def _span_request(
         manifest: of the run up to where the pending losses end.
         span: its number.
         pending: the losses.
+        root: the directory of the checkpoints.
         durable: whether it is on the disk before it counts.
     """
     rows = manifest.rows(span)
-    first = rows.start
+    looked = looked_back_at(root, manifest, rows.start)
+    starts = [*(manifest.starts[row] for row in looked or ()), *manifest.starts[rows]]
+    positions = {end for start in starts for end in (start, start + 1)}
     if manifest.settings["signal"] is not None:  # the motion before a segment is its momentum
-        first = max(0, first - 1)
-    positions = (*looks_back(rows.start), *range(first, rows.stop + 1))
+        positions |= {start - 1 for start in manifest.starts[rows] if start}
+    if manifest.settings["path_band"] == "on":  # a path bends by the neighbours of a segment
+        around = {start + place for start in manifest.starts[rows] for place in (-1, 2)}
+        positions |= around.intersection(range(len(manifest.checkpoints)))
     return SpanRequest(
         setup=common.setup,
         points=replace(
-            common.points, checkpoints={index: manifest.checkpoints[index] for index in positions}
+            common.points,
+            checkpoints={index: manifest.checkpoints[index] for index in sorted(positions)},
         ),
         run=common.run,
         batch_sizes=common.batch_sizes,
         durable=durable,
         span=span,
         pending=pending,
-        calibration={name: record.calibration for name, record in manifest.losses.items()},
+        looks_back=looked,
     )

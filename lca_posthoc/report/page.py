@@ -24,7 +24,7 @@ from .. import __version__
 from ..base import colours
 from ..base.declarations import declared_findings
 from ..errors import InputError, LCAError, amount
-from ..findings.common import findings_beyond
+from ..findings.common import about_part, findings_beyond
 from ..results import Run
 from .content import Block, Section, cell, clean, listed
 from .downsample import Json
@@ -302,7 +302,10 @@ def _keep_notes(runs: Sequence[Run], labels: Sequence[str]) -> Iterator[str]:
             f"--keep {level} ({', '.join(titles.get(name, name.capitalize()) for name in names)})"
             for level, names in findings_beyond(keep).items()
         ]
-        if more:
+        sampled = [run for run in runs if run.manifest.keep == keep and run.manifest.sampled]
+        if sampled:
+            yield f"Of {listed([clean(run.path.name, 60) for run in sampled])}: {about_part(sampled[0].manifest.sampled or '')}"
+        elif more:
             of = [
                 label for run, label in zip(runs, labels, strict=True) if run.manifest.keep == keep
             ]

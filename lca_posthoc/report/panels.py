@@ -14,7 +14,7 @@ import xarray as xr
 from .. import findings
 from ..base.declarations import declared_findings
 from ..errors import LCAError
-from ..findings.common import has_part, left_out_of
+from ..findings.common import has_part, left_out_of, takes_part
 from ..findings.per_example import tells_examples
 from ..results import LossResults, Run
 from .content import clean, listed
@@ -43,14 +43,15 @@ class Panel:
         return self.run[self.loss]
 
     def allows(self, name: str) -> bool:
-        """Tell whether the run keeps enough for a finding and has the part it is of, and tells
-        examples apart for those of examples.
+        """Tell whether the run keeps enough for a finding, has the part and the segments it is of,
+        and tells examples apart for those of examples.
         """
         finding = declared_findings()[name]
         return (
             self.results.holds(finding.level)
             and has_part(self.results, finding.part)
             and (not finding.examples or tells_examples(self.results))
+            and takes_part(self.results, name)
         )
 
     def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
@@ -131,7 +132,7 @@ class Panel:
         How many parameters help the mean loss does not follow from how many help each group, so
         those shares are NaN; of a run that does not count them they are left out.
         """
-        shares = ["helping", "hurting", "zero"] if self.allows("helping") else []
+        shares = [name for name in ("helping", "hurting", "zero") if name in self.summary]
         names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", *shares)
         if self.groups is None:
             return {name: float(self.summary[name]) for name in names}

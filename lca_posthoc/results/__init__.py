@@ -4,12 +4,13 @@ as labelled arrays.
 
 from .boundary_checks import differ, disagreement, meeting
 from .chunk_writer import ChunkWriter
-from .commits import Marker
+from .commits import Commits, Marker
 from .disk import free_space
 from .lock import Held, hold
-from .manifest import LossRecord, Manifest, StoredTensor
+from .manifest import Identity, LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
 from .runfile import exists, read_manifest, refuse_other
+from .shard_sums import names_of_sums, read_sums, remove_sums, sums_name, write_sums
 from .shared_dir_check import check_shared_directory, shared_directory_token
 from .starting import Announcement, Starting, announced, starting
 from .underway import (
@@ -36,8 +37,10 @@ __all__ = [
     "EVENTS",
     "Announcement",
     "ChunkWriter",
+    "Commits",
     "Damage",
     "Held",
+    "Identity",
     "LastRun",
     "Leftover",
     "LossRecord",
@@ -63,14 +66,19 @@ __all__ = [
     "hold",
     "last_run",
     "meeting",
+    "names_of_sums",
     "open_run",
     "read_manifest",
+    "read_sums",
     "refuse_other",
     "remove_loss",
     "remove_reports",
+    "remove_sums",
     "required_bytes",
     "shared_directory_token",
     "starting",
+    "sums_name",
     "underway",
     "verify",
+    "write_sums",
 ]

@@ -36,12 +36,14 @@ def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
 
     Args:
         commits: of a loss.
-        span: the later one.
+        span: the later one; one that starts elsewhere than the one before ends shares none.
         known: ends that are known; the others are read from markers.
 
     Raises:
         LCAError: where a marker is damaged.
     """
+    if not _joins(commits, span):
+        return None
     before, after = (_ends(commits, index, known) for index in (span - 1, span))
     if before is None or after is None or not differ(commits, before[1], after[0]):
         return None
@@ -53,8 +55,8 @@ def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
 
 
 def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] | None:
-    """Return the position of a checkpoint between a committed span and one to be computed, and the
-    loss there; None without one.
+    """Return the position of a checkpoint at the end of a committed span beside one to be computed,
+    and the loss there; None without one.
 
     Args:
         commits: of a loss.
@@ -70,9 +72,15 @@ def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] 
             except LCAError:  # its marker is damaged, which is reported elsewhere
                 continue
             if ends is not None:
-                rows = commits.manifest.rows(beside)
-                return (rows.stop if end else rows.start), ends[end]
+                rows, starts = commits.manifest.rows(beside), commits.manifest.starts
+                return (starts[rows.stop - 1] + 1 if end else starts[rows.start]), ends[end]
     return None
+
+
+def _joins(commits: Commits, span: int) -> bool:
+    """Tell whether a span starts at the checkpoint where the one before ends."""
+    manifest = commits.manifest
+    return 0 < span < manifest.spans and manifest.follows(manifest.rows(span).start)
 
 
 def _ends(commits: Commits, span: int, known: Ends) -> list[float] | None:

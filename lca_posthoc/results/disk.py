@@ -10,6 +10,7 @@ checksums show it.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -290,6 +291,12 @@ def flush_names(directory: Path) -> None:
 def remove(path: Path) -> None:
     """Remove a file, or a link and not what it leads to; one that is gone already is no error."""
     path.unlink(missing_ok=True)
+
+
+def remove_empty(directory: Path) -> None:
+    """Remove a directory that is empty; one that is not, or is not there, stays as it is."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
 
 
 def remove_tree(directory: Path, *, strict: bool = False) -> None:

@@ -17,6 +17,7 @@ from ..numerics.schema import (
     CAUSES,
     EXAMPLE_FIELDS,
     OF_MOTION,
+    PATH_FIELDS,
     PER_GROUP,
     STEP_FIELDS,
     TOTAL_FIELDS,
@@ -154,6 +155,8 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
         yield plans.of_causes()
     if (directions := manifest.settings.get("directions")) is not None:
         yield from plans.along(directions["directions"])
+    if manifest.settings["path_band"] == "on":
+        yield from plans.of_path()
     if holds(keep, "statistics"):
         yield from plans.of_histogram()
     for tensor in manifest.allocated:
@@ -244,6 +247,11 @@ class _Plans:
         yield self._rows("along/allocated", inner, "float64", {"units": "loss"})
         yield self._rows("along/motion", inner, "float64", grouped=False)
         yield self._rows("along/distance", {}, "float64", grouped=False)
+
+    def of_path(self) -> Iterator[ArrayPlan]:
+        inner = {"tensor": len(self._manifest.allocated)}
+        for name in PATH_FIELDS:
+            yield self._rows(f"path/{name}", inner, "float64", {"units": "loss"})
 
     def of_histogram(self) -> Iterator[ArrayPlan]:
         yield self._rows("histogram/count", {"bin": BINS}, "int64")

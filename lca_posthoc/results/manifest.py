@@ -4,8 +4,9 @@ checkpoints are only ever added.
 
 from __future__ import annotations
 
+import itertools
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -110,6 +111,11 @@ class Manifest:
         root: the directory of the checkpoints.
         tensors: of the model.
         checkpoints: of the trajectory, in ascending order of steps.
+        starts: where in `checkpoints` the segment of each row of the results starts; it ends at
+            the checkpoint after that. Ascending, but for a sample, whose rows are in the order in
+            which they were drawn.
+        breaks: where in `checkpoints` no segment follows: what lies between that one and the next
+            is left out.
         span: segments in a span.
         window: spans in a window of the totals.
         settings: those that decide results.
@@ -121,6 +127,8 @@ class Manifest:
     root: str
     tensors: list[StoredTensor]
     checkpoints: list[Checkpoint]
+    starts: list[int]
+    breaks: list[int]
     span: int
     window: int
     settings: Settings
@@ -136,6 +144,11 @@ class Manifest:
         return keep
 
     @property
+    def sampled(self) -> str | None:
+        """The random part of the segments the run is of, as `--segments` has it; None for all."""
+        return self.settings.get("segments")
+
+    @property
     def norm_stats(self) -> str | None:
         """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where
         the choice changes nothing.
@@ -149,13 +162,46 @@ class Manifest:
 
     @property
     def steps(self) -> list[int]:
-        """The training step each segment starts from."""
-        return [checkpoint.step for checkpoint in self.checkpoints[:-1]]
+        """The training step each segment starts from, row by row."""
+        return [self.checkpoints[start].step for start in self.starts]
+
+    @property
+    def step_ends(self) -> list[int]:
+        """The training step each segment ends at, row by row."""
+        return [self.checkpoints[start + 1].step for start in self.starts]
+
+    @property
+    def lengths(self) -> list[int | None]:
+        """The training steps from each checkpoint to the next; None where no segment follows it."""
+        steps = [checkpoint.step for checkpoint in self.checkpoints]
+        return [
+            None if place in self.breaks else after - before
+            for place, (before, after) in enumerate(itertools.pairwise(steps))
+        ]
 
     @property
     def segments(self) -> int:
-        """The number of segments of the trajectory."""
-        return len(self.checkpoints) - 1
+        """The number of segments of the run."""
+        return len(self.starts)
+
+    @property
+    def all_segments(self) -> int:
+        """The number of segments between the checkpoints, of which a sample has some."""
+        return len(self.checkpoints) - 1 - len(self.breaks)
+
+    @property
+    def steps_seen(self) -> tuple[int, int]:
+        """The number of training steps in segments between the checkpoints, and of all from the first
+        checkpoint to the last.
+        """
+        steps = [checkpoint.step for checkpoint in self.checkpoints]
+        all_steps = steps[-1] - steps[0]
+        return all_steps - sum(steps[place + 1] - steps[place] for place in self.breaks), all_steps
+
+    @property
+    def in_order(self) -> list[int]:
+        """The rows in the order of training."""
+        return sorted(range(self.segments), key=self.starts.__getitem__)
 
     @property
     def spans(self) -> int:
@@ -201,8 +247,25 @@ class Manifest:
         return int(rows.stop - rows.start)
 
     def ends(self, rows: slice) -> tuple[int, int]:
-        """Return the training steps of the checkpoints at both ends of some segments."""
-        return self.checkpoints[rows.start].step, self.checkpoints[rows.stop].step
+        """Return the first and the last training step of some segments."""
+        starts = self.starts[rows]
+        return self.checkpoints[min(starts)].step, self.checkpoints[max(starts) + 1].step
+
+    def ends_of(self, row: int) -> tuple[Checkpoint, Checkpoint]:
+        """Return the checkpoints at both ends of a segment."""
+        start = self.starts[row]
+        return self.checkpoints[start], self.checkpoints[start + 1]
+
+    def follows(self, row: int) -> bool:
+        """Tell whether the segment of a row starts where that of the row before ends."""
+        return row > 0 and self.starts[row - 1] + 1 == self.starts[row]
+
+    def stretches(self, span: int) -> list[list[int]]:
+        """Return the rows of a span in the order of training, cut where a segment does not start
+        where the one before ends.
+        """
+        rows = self.rows(span)
+        return neighbours(range(rows.start, rows.stop), self.starts)
 
     def spans_of(self, window: int) -> range:
         """Return the spans of a window."""
@@ -223,7 +286,12 @@ class Manifest:
         """
         if record.covers is None or record.covers >= self.segments:
             return self
-        return replace(self, checkpoints=self.checkpoints[: record.covers + 1])
+        starts = self.starts[: record.covers]
+        if self.sampled is not None:  # from all of training
+            return replace(self, starts=starts)
+        last = starts[-1] + 1
+        breaks = [start for start in self.breaks if start < last]
+        return replace(self, checkpoints=self.checkpoints[: last + 1], starts=starts, breaks=breaks)
 
     def uses(self, record: LossRecord) -> dict[str, tuple[str, ...]]:
         """Return the operations in which a loss per example uses each tensor whose uses are told
@@ -263,10 +331,8 @@ class Manifest:
             self, losses={name: record for name, record in self.losses.items() if name != loss}
         )
 
-    def with_checkpoints(
-        self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]
-    ) -> Manifest:
-        """Return the same run on other checkpoints.
+    def grown_to(self, larger: Manifest, identities: Mapping[str, Identity]) -> Manifest:
+        """Return the same run with the checkpoints and the segments of another one.
 
         Losses with a new identity cover all of them. The others cover the segments they covered,
         and their value at the last of these checkpoints stays recorded as long as it is the same
@@ -277,11 +343,50 @@ class Manifest:
             if name in identities:
                 losses[name] = replace(record, identity=identities[name], covers=None)
                 continue
-            covers = self.of(name).segments
-            same = checkpoints[covers] == self.checkpoints[covers]
+            covered = self.of(name)
+            last = len(covered.checkpoints) - 1
+            same = larger.checkpoints[last] == covered.checkpoints[last]
             losses[name] = replace(
                 record,
                 identity=record.identity if same else [record.identity[0], None],
-                covers=covers if covers < len(checkpoints) - 1 else None,
+                covers=covered.segments if covered.segments < larger.segments else None,
             )
-        return replace(self, checkpoints=checkpoints, losses=losses)
+        settings: Settings = {**self.settings, "segments": larger.settings["segments"]}
+        return replace(
+            self,
+            checkpoints=larger.checkpoints,
+            starts=larger.starts,
+            breaks=larger.breaks,
+            settings=settings,
+            losses=losses,
+        )
+
+
+def starts_between(checkpoints: int, breaks: Iterable[int]) -> list[int]:
+    """Return the positions of all checkpoints a segment starts from, of so many; see `Manifest`.
+
+    >>> starts_between(5, [1])
+    [0, 2, 3]
+    """
+    left_out = {*breaks}
+    return [start for start in range(checkpoints - 1) if start not in left_out]
+
+
+def neighbours(rows: Iterable[int], starts: Sequence[int]) -> list[list[int]]:
+    """Return rows in the order of training, cut where a segment does not start where the one
+    before ends.
+
+    Args:
+        rows: of segments.
+        starts: where each row's segment starts, see `Manifest`.
+
+    >>> neighbours(range(5), [3, 0, 1, 7, 4])
+    [[1, 2], [0, 4], [3]]
+    """
+    stretches = list[list[int]]()
+    for row in sorted(rows, key=starts.__getitem__):
+        if stretches and starts[stretches[-1][-1]] + 1 == starts[row]:
+            stretches[-1].append(row)
+        else:
+            stretches.append([row])
+    return stretches

@@ -91,7 +91,7 @@ def _json(document: dict[str, object]) -> bytes:
 
 
 def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
-    if part in ("tensors", "examples", "causes"):
+    if part in ("tensors", "examples", "causes", "path"):
         specs = [tensor.spec for tensor in manifest.allocated]
         return {"tensor": [spec.name for spec in specs], "kind": [spec.kind for spec in specs]}
     return {"field": list(TOTAL_FIELDS[part][0])} if part in TOTAL_FIELDS else {}
@@ -107,7 +107,7 @@ def _coordinates(
         return {}
     coordinates: dict[str, list[Any]] = {"step": manifest.steps}
     if part == "steps":
-        coordinates["step_end"] = [checkpoint.step for checkpoint in manifest.checkpoints[1:]]
+        coordinates["step_end"] = manifest.step_ends
     if groups is not None and part != "examples":
         coordinates["group"] = groups
     directions = manifest.settings.get("directions")

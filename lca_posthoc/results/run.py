@@ -16,7 +16,14 @@ import numpy as np
 
 from ..base.text import count
 from ..errors import InputError, LCAError
-from ..numerics.schema import TOTAL_FIELDS, TOTALS, holds, sampled_examples
+from ..numerics.schema import (
+    KEEP,
+    KEEP_OF_A_SAMPLE,
+    TOTAL_FIELDS,
+    TOTALS,
+    holds,
+    sampled_examples,
+)
 from .chunks import CheckedStore
 from .commits import Commits, Marker
 from .html import results_html, run_html
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 _SHOWN = 20  # losses in a repr
+_OF_ALL = [level for level in KEEP if level not in KEEP_OF_A_SAMPLE]
 # the level of `--keep` from which on a part of the results is kept
 _LEVELS = {"units": "units", "histogram": "statistics", "totals": "statistics"}
 _LEVELS |= {"allocation": "parameters"}
@@ -148,10 +156,9 @@ class LossResults:
 
     @cached_property
     def _rows(self) -> list[int]:
+        """The committed rows, in the order of training."""
         waiting = set(self._commits.pending())
-        return [
-            row for row in range(self.manifest.segments) if row // self.manifest.span not in waiting
-        ]
+        return [row for row in self.manifest.in_order if row // self.manifest.span not in waiting]
 
     @property
     def complete(self) -> bool:
@@ -190,9 +197,7 @@ class LossResults:
         """Return the first and the last step of every stretch of committed segments."""
         stretches = list[list[int]]()
         for row in self._rows:
-            start, end = (
-                checkpoint.step for checkpoint in self.manifest.checkpoints[row : row + 2]
-            )
+            start, end = (checkpoint.step for checkpoint in self.manifest.ends_of(row))
             if stretches and stretches[-1][1] == start:
                 stretches[-1][1] = end
             else:
@@ -213,11 +218,21 @@ class LossResults:
         Raises:
             LCAError: where the run keeps less; it names the level, and the way out.
         """
+        if not self.holds(level) and self.manifest.sampled is not None and level in _OF_ALL:
+            raise LCAError(f"{what} {self.of_a_part()}")
         if not self.holds(level):
             raise LCAError(
                 f"{self.path} was made with --keep {self.manifest.keep}, and {what} need --keep "
                 f"{level}. Run again into another directory: --keep {level} --out OTHER.lca."
             )
+
+    def of_a_part(self) -> str:
+        """Return the end of a sentence on what a random part of the segments does not give."""
+        return (
+            f"need every segment of the training, and {self.path} is of a random part of them "
+            f"(--segments {self.manifest.sampled}). Run again into another directory, without "
+            "--segments: --out OTHER.lca."
+        )
 
     def _open(self, part: str) -> xr.Dataset:
         import xarray as xr
@@ -226,15 +241,14 @@ class LossResults:
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
         # the others hold names of tensors, of which one may be called so
-        if part in ("steps", "tensors", "histogram", "examples", "causes", "along"):
-            data = data.assign_coords(
-                step_end=("step", [checkpoint.step for checkpoint in self.manifest.checkpoints[1:]])
-            )
+        if part in ("steps", "tensors", "histogram", "examples", "causes", "along", "path"):
+            data = data.assign_coords(step_end=("step", self.manifest.step_ends))
         if self.record.groups is not None and part != "examples":
             data = data.assign_coords(group=("group", np.array(self.record.groups)))
-            if part in ("steps", "tensors", "histogram", "causes", "along"):
+            if part in ("steps", "tensors", "histogram", "causes", "along", "path"):
                 data = data.assign_coords(examples=("group", np.array(self.record.counts)))
-        return data if len(self._rows) == self.manifest.segments else data.isel(step=self._rows)
+        all_rows = list(range(self.manifest.segments))
+        return data if self._rows == all_rows else data.isel(step=self._rows)
 
     def _named(self, part: str) -> xr.Dataset:
         names = {tensor.key: tensor.spec.name for tensor in self.manifest.allocated}
@@ -373,6 +387,33 @@ class LossResults:
         )
 
     @property
+    def other_path(self) -> xr.Dataset:
+        """The change by another path through the same checkpoints, of a run with `--path-band`:
+        `shift` (step[, group], tensor), float64, in units of loss.
+
+        `doubled` is what a segment has of the line from one checkpoint to the next but one; those
+        of both of its halves add up to what that line is allocated. Both are 0 on segments of one
+        training step, and where there is no neighbour; see `lca_posthoc.numerics.path`.
+
+        Raises:
+            InputError: where the run was made without it.
+        """
+        if self.manifest.settings["path_band"] != "on":
+            raise InputError(
+                f"{self.path} was made without --path-band. Run again with it into another "
+                "directory: --path-band on --out OTHER.lca."
+            )
+        specs = [tensor.spec for tensor in self.manifest.allocated]
+        return (
+            self._open("path")
+            .load()
+            .assign_coords(
+                tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
+                kind=("tensor", np.array([spec.kind for spec in specs], dtype=object)),
+            )
+        )
+
+    @property
     def along(self) -> xr.Dataset:
         """The loss along directions, of a run with `--along`: `allocated` (step[, group],
         direction), float64, in units of loss.
@@ -430,10 +471,14 @@ class LossResults:
                 "`lca run` again to finish it."
             )
         store = CheckedStore(self.path, self.manifest, self.name, tuple(TOTAL_FIELDS))
+        windows = [self.manifest.rows_of(window) for window in range(self.manifest.windows)]
+        borders = [self.manifest.follows(rows.start) for rows in windows[1:]]
         variables = {}
         for tensor in self.manifest.allocated:
             inner = tuple(f"{tensor.spec.name}:{axis}" for axis in range(len(tensor.spec.shape)))
-            variables[tensor.spec.name] = joined_totals(store, tensor.key, self.record.unit, inner)
+            variables[tensor.spec.name] = joined_totals(
+                store, tensor.key, self.record.unit, inner, borders
+            )
         return xr.Dataset(variables, coords={"total": list(TOTALS)})
 
     @property

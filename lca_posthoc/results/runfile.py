@@ -14,16 +14,16 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from ..checkpoints.trajectory import RESERVED, Checkpoint, TensorSpec
 from ..errors import InputError, LCAError, amount
-from ..numerics.schema import KEEP, DirectionsRecord, SiteRecord
+from ..numerics.schema import KEEP, PATH_BAND, DirectionsRecord, SiteRecord
 from ..numerics.settings import Settings
 from . import disk
 from .files import read_json, sealed_json
-from .manifest import Identity, LossRecord, Manifest, StoredTensor
+from .manifest import Identity, LossRecord, Manifest, StoredTensor, starts_between
 
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
 
-FORMAT = 4
+FORMAT = 5
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000
@@ -36,6 +36,8 @@ _FIELDS = (
     "root",
     "tensors",
     "checkpoints",
+    "breaks",
+    "drawn",
     "span",
     "window",
     "settings",
@@ -75,6 +77,9 @@ def manifest_bytes(manifest: Manifest) -> bytes:
             ]
             for checkpoint in manifest.checkpoints
         ],
+        "breaks": manifest.breaks,
+        # the others follow from the breaks
+        "drawn": None if manifest.sampled is None else manifest.starts,
         "span": manifest.span,
         "window": manifest.window,
         "settings": manifest.settings,
@@ -191,13 +196,19 @@ def parse(document: dict[str, object]) -> Manifest:
         "32 hexadecimal digits",
         document["id"],
     )
+    checkpoints, settings = _checkpoints(document["checkpoints"]), _settings(document["settings"])
+    breaks = _places(document["breaks"], "breaks", checkpoints)
+    drawn = _maybe(_places, document["drawn"], "drawn", checkpoints, 1)
+    _check((drawn is None) == (settings["segments"] is None), "drawn", "there with segments", drawn)
     manifest = Manifest(
         root=_text(document["root"], "root"),
         tensors=_tensors(document["tensors"]),
-        checkpoints=_checkpoints(document["checkpoints"]),
+        checkpoints=checkpoints,
+        starts=starts_between(len(checkpoints), breaks) if drawn is None else drawn,
+        breaks=breaks,
         span=_power(document["span"], "span"),
         window=_whole(document["window"], "window", 1),
-        settings=_settings(document["settings"]),
+        settings=settings,
         losses=_losses(document["losses"]),
         provenance=_provenance(document["provenance"]),
         id=_text(document["id"], "id"),
@@ -208,6 +219,9 @@ def parse(document: dict[str, object]) -> Manifest:
 
 def _fits_together(manifest: Manifest) -> None:
     """Check what one field alone does not tell."""
+    _check(manifest.starts, "breaks", "fewer than the segments between checkpoints", "all of them")
+    both = {*manifest.starts} & {*manifest.breaks}
+    _check(not both, "drawn", "none of the breaks", sorted(both))
     for record in manifest.losses.values():
         covers = record.covers
         _check(
@@ -382,6 +396,15 @@ def _checkpoints(value: object) -> list[Checkpoint]:
     return checkpoints
 
 
+def _places(value: object, field: str, checkpoints: list[Checkpoint], least: int = 0) -> list[int]:
+    """Return positions of checkpoints that are followed by another one."""
+    places = [_whole(place, field) for place in _list(value, field, least=least)]
+    _check(len(set(places)) == len(places), field, "another one for each", "one that is twice")
+    beyond = [place for place in places if place >= len(checkpoints) - 1]
+    _check(not beyond, field, "places of checkpoints before others", beyond)
+    return places
+
+
 def _checkpoint(value: object) -> Checkpoint:
     if not isinstance(value, list) or len(value) != 4:
         raise _wrong("checkpoints", "step, files, size, fingerprint", value)
@@ -400,18 +423,28 @@ def _settings(value: object) -> Settings:
         raise _wrong("settings", "a table", value)
     for name, read in (
         ("keep", _text),
+        ("shards", _shards),
         ("precision", _text),
         ("precision_check", _text),
         ("tensors", _texts),
     ):
         _check(name in value, f"settings.{name}", "there", "nothing")
         read(value[name], f"settings.{name}")
-    _check("signal" in value, "settings.signal", "there", "nothing")
-    _maybe(_text, value["signal"], "settings.signal")
+    for name in ("signal", "segments"):
+        _check(name in value, f"settings.{name}", "there", "nothing")
+        _maybe(_text, value[name], f"settings.{name}")
     if "directions" in value:
         _directions(value["directions"])
+    if "places" in value:
+        _texts(value["places"], "settings.places")
     _one_of(value["keep"], "settings.keep", KEEP)
+    _check("path_band" in value, "settings.path_band", "there", "nothing")
+    _one_of(value["path_band"], "settings.path_band", PATH_BAND)
     return cast("Settings", dict(value))
+
+
+def _shards(value: object, field: str) -> int:
+    return _whole(value, field, 1)
 
 
 def _directions(value: object) -> None:

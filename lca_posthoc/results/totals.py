@@ -4,6 +4,7 @@ costs only that part.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -59,10 +60,11 @@ class JoinedTotals(BackendArray):
         store: of the loss.
         key: of the tensor in the store.
         unit: of the sums, in units of loss.
+        borders: see `schema.join_all`.
     """
 
-    def __init__(self, store: CheckedStore, key: str, unit: float) -> None:
-        self._stored, self._unit = StoredTotals(store, key), unit
+    def __init__(self, store: CheckedStore, key: str, unit: float, borders: Sequence[bool]) -> None:
+        self._stored, self._unit, self._borders = StoredTotals(store, key), unit, borders
         self.shape = (len(TOTALS), *self._stored.shape)
         self.dtype = np.dtype("float64")
 
@@ -75,7 +77,7 @@ class JoinedTotals(BackendArray):
     def _read(self, key: tuple[int | slice, ...]) -> np.ndarray[Any, Any]:
         names = TOTALS[key[0]]
         windows = range(self._stored.windows)
-        joined = join_all(self._stored.read(window, key[1:]) for window in windows)
+        joined = join_all((self._stored.read(window, key[1:]) for window in windows), self._borders)
         if isinstance(names, str):
             return self._in_units_of_loss(names, joined)
         return np.stack([self._in_units_of_loss(name, joined) for name in names])
@@ -85,7 +87,9 @@ class JoinedTotals(BackendArray):
         return values * self._unit if name == "allocated" else values
 
 
-def joined_totals(store: CheckedStore, key: str, unit: float, dims: tuple[str, ...]) -> xr.Variable:
+def joined_totals(
+    store: CheckedStore, key: str, unit: float, dims: tuple[str, ...], borders: Sequence[bool]
+) -> xr.Variable:
     """Return the totals of one tensor as a lazy variable.
 
     Args:
@@ -93,6 +97,7 @@ def joined_totals(store: CheckedStore, key: str, unit: float, dims: tuple[str, .
         key: of the tensor in the store.
         unit: of the sums, in units of loss.
         dims: of the tensor itself.
+        borders: between the windows, see `schema.join_all`.
     """
-    joined = JoinedTotals(store, key, unit)
+    joined = JoinedTotals(store, key, unit, borders)
     return xr.Variable(("total", *dims), indexing.LazilyIndexedArray(joined))

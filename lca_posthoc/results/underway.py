@@ -59,6 +59,9 @@ class LastRun:
             killed.
         not_finite: the spans that failed for a checkpoint with NaN or Inf, and the training step of
             that checkpoint.
+        follows: whether it takes iterates as a training records them.
+        waits_after: the training step up to which it replayed them, while it waits for more; None
+            where it does not wait.
     """
 
     began: float
@@ -67,6 +70,8 @@ class LastRun:
     workers: int
     ended: str | None
     not_finite: dict[int, int]
+    follows: bool
+    waits_after: int | None
 
     def rate(self, underway: float) -> float | None:
         """Return segments per second since it began, those underway included; None while no segment
@@ -93,6 +98,10 @@ class SpanReport:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Remove the file."""
         if self._written:
             with contextlib.suppress(OSError):
                 disk.remove(self._file)
@@ -180,6 +189,7 @@ def append_events(run: Path, lines: str) -> None:
 def last_run(run: Path) -> LastRun | None:
     """Return the last call that had spans to replay, from the log; None where there was none."""
     done, ended, not_finite = 0, None, dict[int, int]()
+    waits_after: int | None = None
     for line in _lines_from_the_end(run / EVENTS):
         with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
             event = json.loads(line)
@@ -188,6 +198,8 @@ def last_run(run: Path) -> LastRun | None:
                 ended = str(event["error"] or "")
             elif kind == "SpanDone":
                 done += int(event["segments"]) * len(event["losses"])
+            elif kind == "Following" and done == 0 and waits_after is None:
+                waits_after = int(event["step"])
             elif kind == "SpanFailed" and event.get("not_finite") is not None:
                 not_finite[int(event["span"])] = int(event["not_finite"])
             elif kind == "Planned":
@@ -198,6 +210,8 @@ def last_run(run: Path) -> LastRun | None:
                     workers=int(event["workers"]),
                     ended=ended,
                     not_finite=not_finite,
+                    follows=bool(event["follows"]),
+                    waits_after=waits_after,
                 )
     return None
 

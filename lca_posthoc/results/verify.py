@@ -21,6 +21,7 @@ from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
 from .runfile import FILE, load
+from .shard_sums import SHARDS, names_of_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,8 +254,8 @@ class Verification:
     # --- leftovers --------------------------------------------------------------------------------
 
     def _leftovers(self, manifest: Manifest) -> Iterator[Leftover]:
-        """Yield files below `data.zarr` that no array has, and chunks and waiting totals that no
-        marker lists.
+        """Yield files below `data.zarr` that no array has, chunks and waiting totals that no marker
+        lists, and sums of shards of spans that are committed.
         """
         losses = {
             record.key: _Known(Commits(self.run, manifest, name))
@@ -271,6 +272,11 @@ class Verification:
                     known = losses.get(path.split("/")[1])
                     if known is None or not known.has(path):
                         yield Leftover(path)
+
+        for name in names_of_sums(self.run):
+            span = int(name.partition("-")[0])
+            if all(known.has_whole(span) for known in losses.values()):
+                yield Leftover(f"{SHARDS}/{name}")
 
     def _count(self, path: Path) -> None:
         self._add(disk.state(path).size)
@@ -345,6 +351,10 @@ class _Known:
         self._metadata = {path for path, _ in metadata_files(manifest, commits.loss)}
         plans = plan_arrays(manifest, manifest.keep, manifest.losses[commits.loss])
         self._plans = {plan.path: plan for plan in plans}
+
+    def has_whole(self, span: int) -> bool:
+        """Tell whether a span is committed, or is beyond the segments the loss covers."""
+        return span >= self._manifest.spans or self._commits.is_committed(span)
 
     def has(self, path: str) -> bool:
         top, _, below = path.split("/", 2) if path.count("/") > 1 else (path, "", "")

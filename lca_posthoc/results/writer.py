@@ -8,6 +8,7 @@ whole chunk rows only.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import socket
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..checkpoints.trajectory import Checkpoint
 from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
 from . import disk
@@ -35,6 +35,7 @@ from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
 from .partials import bytes_of_partial, read_partial, write_partial
 from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
+from .shard_sums import remove_sums
 from .totals import StoredTotals
 from .underway import LOG, remove_reports
 
@@ -369,27 +370,30 @@ class RunWriter:
         self.manifest = self.manifest.without(name)
         write_manifest(self.manifest, self.path, self.durable)
         self._clear(key)
+        remove_sums(self.path)
 
-    def take_up(self, checkpoints: list[Checkpoint], identities: Mapping[str, Identity]) -> None:
-        """Add checkpoints at the end, or in place of ones no number relies on, for some losses.
+    def take_up(self, larger: Manifest, identities: Mapping[str, Identity]) -> None:
+        """Add checkpoints at the end, or in place of ones no number relies on, and the segments that
+        come with them, or with a larger part of them all, for some losses.
 
         Where the last span of such a loss was short and has grown, it is no longer whole and will
-        be replayed again. Where the last window of totals has grown, what it holds waits for the
-        new spans, and is not counted again. The other losses cover the segments they covered: none
-        of their files changes.
+        be replayed again; so is any last one where it is told what another path changes. Where the
+        last window of totals has grown, what it holds waits for the new spans, and is not counted
+        again. The other losses cover the segments they covered: none of their files changes.
 
         Args:
-            checkpoints: all of them.
-            identities: of the losses the checkpoints are added for, which were probed on them.
+            larger: has all of them; the segments of this run come first in it.
+            identities: of the losses they are added for, which were probed on them.
         """
         before = self.manifest
-        self.manifest = before.with_checkpoints(checkpoints, identities)
+        self.manifest = before.grown_to(larger, identities)
         growing = [loss for loss in before.losses if loss in identities]
         self.manifest = self.manifest.with_losses(
             {loss: self._begin_totals(Commits(self.path, before, loss)) for loss in growing}
         )
         for loss in growing:
             self._restore(loss)
+            self._remove_unbent(before, loss)
         write_manifest(self.manifest, self.path, self.durable)
         for loss in growing:
             self._remove_outgrown(before, loss)
@@ -431,6 +435,18 @@ class RunWriter:
         ):
             if old != new:
                 disk.remove(old)
+
+    def _remove_unbent(self, before: Manifest, loss: str) -> None:
+        """Remove the marker of the span with the segment that ended in the last checkpoint and has a
+        neighbour now, by which another path bends; a span without a marker is replayed by the old
+        record as well.
+        """
+        then = Commits(self.path, before, loss).manifest
+        last = len(then.checkpoints) - 1
+        grown = len(self.commits(loss).manifest.checkpoints) > last + 1
+        if grown and before.settings["path_band"] == "on" and last - 1 in then.starts:
+            span = then.starts.index(last - 1) // then.span
+            disk.remove(Commits(self.path, before, loss).marker(span))
 
     def sweep(self) -> None:
         """Remove what a killed writer left, temporary files and totals that wait for nothing; call
@@ -506,12 +522,20 @@ class RunWriter:
         """Tell whether a committed span of any loss, or totals of one that wait, were computed from
         the checkpoint at a position.
         """
-        beside = (checkpoint - 1, checkpoint)
+        # the motion before a segment is its momentum, where causes are told
+        first, last = 0 if self.manifest.settings["signal"] is None else -1, 1
+        if self.manifest.settings["path_band"] == "on":  # and segments bend by their neighbours
+            first, last = -1, 2
+        beside = [
+            row
+            for row, start in enumerate(self.manifest.starts)
+            if first <= checkpoint - start <= last
+        ]
         return any(
-            disk.exists(commits.marker(segment // self.manifest.span)) or commits.counts(segment)
+            disk.exists(commits.marker(row // self.manifest.span)) or commits.counts(row)
             for commits in map(self.commits, self.manifest.losses)
-            for segment in beside
-            if 0 <= segment < commits.manifest.segments
+            for row in beside
+            if row < commits.manifest.segments
         )
 
     # --- what is there ----------------------------------------------------------------------------
@@ -615,6 +639,7 @@ class RunWriter:
             "examples": statistics.examples,
             "causes": statistics.causes,
             "along": statistics.along,
+            "path": statistics.path,
         }
         arrays = {
             f"{part}/{name}": values
@@ -754,15 +779,18 @@ class RunWriter:
         chunk.
         """
         with self.chunks() as chunks:
-            self._write_totals(commits.loss, window, self._joined(waiting), chunks)
+            self._write_totals(commits.loss, window, self._joined(window, waiting), chunks)
             return chunks.sealed(commits.planned_totals(window))
 
-    def _joined(self, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
-        """Yield each tensor's totals over neighbouring stretches, whose own are in files."""
+    def _joined(self, window: int, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
+        """Yield each tensor's totals over the stretches of a window, whose own are in files."""
         tensors = self.manifest.allocated
         stretches = [read_partial(stretch.path, tensors, stretch.segments) for stretch in waiting]
+        before = itertools.accumulate(stretch.segments for stretch in waiting[:-1])
+        first = self.manifest.rows_of(window).start
+        borders = [self.manifest.follows(first + segments) for segments in before]
         for tensor in tensors:
-            yield tensor.spec.name, join_all(map(next, stretches))
+            yield tensor.spec.name, join_all(map(next, stretches), borders)
 
     def _waits_whole(self, commits: Commits, stretch: Waiting) -> bool:
         """Tell whether totals that wait for their window are those that were committed.
@@ -802,4 +830,4 @@ def _of_span(manifest: Manifest, loss: str, span: int) -> object:
         return None
     rows = manifest.of(loss).rows(span)
     record = replace(manifest.losses[loss], identity=[], covers=None)
-    return record, manifest.checkpoints[rows.start : rows.stop + 1]
+    return record, [manifest.ends_of(row) for row in range(rows.start, rows.stop)]

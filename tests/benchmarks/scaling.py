@@ -125,7 +125,9 @@ def laid_out(spans: int, segments: int) -> Any:
         identity=[identity, identity],
         unit=unit_of_totals([identity["loss"]]),
     )
-    settings = {**resolve({"keep": "tensors"}, None), "device": "cpu"}
+    settings = resolve({"keep": "tensors", "path_band": "off", "shards": 1}, None) | {
+        "device": "cpu"
+    }
     window = 1
     while spans // window > 64:
         window *= 2
@@ -150,6 +152,8 @@ def laid_out(spans: int, segments: int) -> Any:
         root="/somewhere/checkpoints",
         tensors=tensors,
         checkpoints=checkpoints,
+        starts=list(range(segments)),
+        breaks=[],
         span=segments,
         window=window,
         settings=settings,

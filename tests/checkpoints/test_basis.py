@@ -329,6 +329,30 @@ def test_blocks_keep_their_size_and_every_element_is_in_one(
     assert seen == {name: iterates()[0][name].numel() for name in MOVING}
 
 
+@pytest.mark.parametrize("size", [SMALL, BlockSize(2, 10**6)])
+def test_no_displacement_runs_from_one_range_of_steps_to_the_next(
+    checkpoints: Path, size: BlockSize
+) -> None:
+    states = iterates()
+    source = Displacements(open_trajectory(checkpoints, steps="0:1,4:6,9"), size)
+    pairs = [(0, 1), (4, 5), (5, 6), (6, 9)]
+    assert source.segments == len(pairs)
+    for block in source.blocks(MOVING):
+        moved = np.concatenate([source.rows(block, rows) for rows in source.row_blocks()])
+        expected = [
+            np.concatenate(
+                [
+                    (states[end][piece.name].double() - states[start][piece.name].double())
+                    .flatten()[piece.start : piece.stop]
+                    .numpy()
+                    for piece in block
+                ]
+            )
+            for start, end in pairs
+        ]
+        np.testing.assert_array_equal(moved, expected)
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 

@@ -66,6 +66,14 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         "14 of 16 segments are longer than one step, with 5,998 steps or 99.9% of training in "
         "them, the longest 1000→2000",
     ),
+    "a public series, one recorded every 1000 steps at its end": (
+        (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, *range(1000, 7000, 1000)),
+        1000,
+        None,
+        "14 of 16 segments are longer than one step, with 5,998 steps or 99.9% of training in "
+        "them, the longest 1000→2000",
+    ),
+    "single steps, then as asked of the recorder": ((*range(10), 10, 20, 30), 10, None, None),
     "its beginning": ((0, 1, 2, 4, 8), 1, ":2", None),
     "thinned by --steps": (tuple(range(13)), 1, "::4", None),
     "thinned by --steps across a gap": (
@@ -74,6 +82,14 @@ GAPS: dict[str, tuple[tuple[int, ...], int, str | None, str | None]] = {
         "::2",
         "1 of 3 segments is longer than one step, with 6 steps or 60% of training in them, the "
         "longest 4→10",
+    ),
+    "chosen one by one": (tuple(range(13)), 1, "0,1,2,4,12", None),
+    "ranges, and a gap in one of them": (
+        (0, 1, 2, 50, 51, 53),
+        1,
+        "0:2,50:53",
+        "1 of 4 segments is longer than one step, with 2 steps or 40% of training in them, the "
+        "longest 51→53",
     ),
     "a gap and single steps": (
         (0, 1, 2, 4, 5),
@@ -148,7 +164,6 @@ def numbers(*values: float) -> Callable[[Path], None]:
 
 STILL: dict[str, tuple[Callable[[Path], None], str | None]] = {
     "nothing": (numbers(0, 1, 2), None),
-    "a value that comes back": (numbers(0, 1, 0), None),
     "a warm-up at rate 0": (numbers(0, 0, 1), "steps 0 to 1: in this segment nothing moves"),
     "the end": (numbers(0, 1, 1), "steps 1 to 2: in this segment nothing moves"),
     "a long stretch": (
@@ -179,6 +194,37 @@ def test_neighbours_that_hold_the_same_tensors_are_named(tmp_path: Path, case: s
         said is not None and said in note and "hold the same tensors, steps" in note
         for note in notes
     ] == [True] * (said is not None)
+
+
+# numbers of the steps 0, 1, 2, …: how many hold the same, and which
+APART: dict[str, tuple[tuple[float, ...], str]] = {
+    "one that comes back": ((0, 1, 0), "2 of 3 checkpoints hold the same tensors, with others"),
+    "late weights": (
+        (0, 9, 2, 3, 9, 9, 6, 9),
+        "4 of 8 checkpoints hold the same tensors, with others between them, as far as samples of "
+        "their bytes tell: steps 1, 4, 5, 7. Files lie under wrong names",
+    ),
+    "two sets": ((0, 5, 0, 0, 5, 6), "steps 0, 2, 3, and 1 more such sets. Files lie"),
+}
+
+
+@pytest.mark.parametrize("case", APART)
+def test_tensors_that_come_back_later_are_named(tmp_path: Path, case: str) -> None:
+    values, words = APART[case]
+    numbers(*values)(tmp_path)
+    notes = open_trajectory(tmp_path).notes
+    says(notes[0], words, "`lca inspect` says which")
+    assert [note for note in notes[1:] if "neighbouring" not in note] == []
+    assert open_trajectory(tmp_path, compare=False).notes == ()
+
+
+def test_still_segments_of_several_steps_may_be_of_a_wrong_file(tmp_path: Path) -> None:
+    for step, value in ((0, 0.0), (1, 1.0), (2, 1.0), (3, 2.0), (4, 3.0), (14, 3.0)):
+        write(tmp_path, step, value, every="10")
+    (note,) = open_trajectory(tmp_path).notes
+    says(note, "steps 1 to 2, steps 4 to 14: in these 2 segments", "or another step's file")
+    (note,) = open_trajectory(tmp_path, steps=":4").notes
+    assert "another step's file" not in note
 
 
 def test_what_is_not_compared_whole_is_said_to_be_told_from_samples(

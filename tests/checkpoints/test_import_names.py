@@ -687,20 +687,33 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Path], str]] = {
         "holds GGUF",
     ),
     "one file of GGUF": (lambda place: files(model=b"GGUF3")(place) / "model", "holds GGUF"),
-    "distributed": (
-        files(**{"step_1__0_0.distcp": b"", "step_2__0_0.distcp": b""}),
-        "dcp_to_torch",
-    ),
-    "accelerate's of FSDP": (
-        files(**{"checkpoint_0__pytorch_model_fsdp_0__0_0.distcp": b""}),
-        "dcp_to_torch",
-    ),
-    "DeepSpeed": (files(**{"global_step5__mp_rank_00_model_states.pt": b""}), "zero_to_fp32.py"),
     "Megatron": (
         files(**{"iter_0000005__mp_rank_00__model_optim_rng.pt": b""}),
         "tools/checkpoint/convert.py",
     ),
 }
+
+
+# what `lca import` reads and a run does not
+IMPORTED: dict[str, Callable[[Path], Path]] = {
+    "distributed": files(**{"step_1__0_0.distcp": b"", "step_2__0_0.distcp": b""}),
+    "accelerate's of FSDP": files(**{"checkpoint_0__pytorch_model_fsdp_0__0_0.distcp": b""}),
+    "DeepSpeed": files(**{"global_step5__mp_rank_00_model_states.pt": b""}),
+}
+
+
+@pytest.mark.parametrize("case", IMPORTED)
+def test_a_run_names_the_import_of_shards(tmp_path: Path, case: str) -> None:
+    place = IMPORTED[case](tmp_path / "ck")
+    (tmp_path / "task.py").write_text("")
+    before = contents(tmp_path)
+    task = ("--task", tmp_path / "task.py")
+    lines = {
+        refused(lca("run", place, *task, "--out", tmp_path / "run"), "`lca import SOURCE DIR`"),
+        refused(lca("plan", place, *task), "`lca import SOURCE DIR`"),
+    }
+    assert len(lines) == 1
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("case", UNREADABLE)

@@ -151,5 +151,5 @@ def test_records_and_moments_are_read_beside_their_checkpoints(tmp_path: Path) -
     assert read_optimizer_step(second) == STEP
     with pytest.raises(InputError, match=r"step_2\.safetensors: the record"):
         read_optimizer_step(third)
-    assert moments_of(second, tmp_path) == moments
-    assert moments_of(first, tmp_path) is None
+    assert moments_of(second) == moments
+    assert moments_of(first) is None

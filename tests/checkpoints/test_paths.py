@@ -6,7 +6,11 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from safetensors.torch import save_file
 import lca_posthoc
 from lca_posthoc import open_trajectory
 from lca_posthoc.checkpoints import paths
+from lca_posthoc.checkpoints.cache import Cache
+from lca_posthoc.checkpoints.cache import cache as cache_of_this_machine
 from lca_posthoc.checkpoints.trajectory import read_checkpoint
 from lca_posthoc.errors import InputError, ResourceError, SpanError
 from tests.helpers.cli import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
@@ -181,6 +187,109 @@ def test_a_cached_file_is_read_once_and_one_that_changed_is_not_taken(
     kept.write_bytes(kept.read_bytes()[:-20])  # what a power failure leaves
     with pytest.raises(SpanError, match="is not the file it was when the run was created"):
         read_checkpoint(first, {name: name for name in names})
+
+
+# what is asked for, in order, of files of 100 bytes; what is fetched with room for three of them
+USES = {
+    "each once": ("abc", "abc"),
+    "again": ("abcabc", "abc"),
+    "the first goes first": ("abcdbcd", "abcd"),
+    "what was used last stays": ("abcadab", "abcdb"),
+    "more than fit, round and round": ("abcdabcd", "abcdabcd"),
+}
+
+
+@pytest.mark.parametrize("case", USES)
+def test_what_was_used_longest_ago_leaves_the_cache(
+    tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, fetched = USES[case]
+    clock = iter(range(1000))
+    touch = os.utime
+    monkeypatch.setattr(os, "utime", lambda path: touch(path, (0, next(clock) + 10**6)))
+    kept, log = Cache(tmp_path / "kept", 3 * 104 + 50), ""
+    for name in asked:
+
+        def fetch(name: str = name) -> bytes:
+            nonlocal log
+            log += name
+            return name.encode() * 100
+
+        assert kept.take(name, 7, fetch) == name.encode() * 100
+        for path in sorted((tmp_path / "kept").iterdir(), key=lambda path: path.stat().st_mtime):
+            if path.stat().st_mtime > 10**8:  # just written: give it the next moment too
+                os.utime(path)
+        assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) <= kept.size
+    assert log == fetched
+
+
+def test_many_processes_share_the_cache_within_its_bound(tmp_path: Path) -> None:
+    """Each asks for all files, in an order of its own, and measures after each."""
+    code = (
+        "import random, sys\nfrom pathlib import Path\n"
+        "from lca_posthoc.base.locks import alone_in\n"
+        "from lca_posthoc.checkpoints.cache import Cache\n"
+        "place, seed = Path(sys.argv[1]), int(sys.argv[2])\n"
+        "kept, order, most = Cache(place, 40_000), [*range(20)] * 15, 0\n"
+        "random.Random(seed).shuffle(order)\n"
+        "for name in order:\n"
+        "    data = bytes([name]) * (5000 + name)\n"
+        "    assert kept.take(str(name), 1, lambda: data) == data\n"
+        "    with alone_in(place):\n"
+        "        most = max(most, sum(path.stat().st_size for path in place.iterdir()))\n"
+        "assert most <= 40_000, most\n"
+    )
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "kept"), str(seed)])
+        for seed in range(4)
+    ]
+    assert [worker.wait(timeout=120) for worker in workers] == [0] * 4
+    sizes = [path.stat().st_size for path in (tmp_path / "kept").iterdir()]
+    assert len(sizes) == 7
+    assert not list((tmp_path / "kept").glob("*.tmp"))
+
+
+def test_what_a_killed_process_left_unfinished_goes(tmp_path: Path) -> None:
+    kept = Cache(tmp_path, 500)
+    left = tmp_path / ".killed.tmp"
+    left.write_bytes(bytes(450))
+    assert kept.take("a", 1, lambda: b"a" * 100) == b"a" * 100
+    assert [path.name for path in tmp_path.iterdir()] == [".killed.tmp"]  # perhaps still written
+    os.utime(left, (0, time.time() - 7200))
+    kept.take("a", 1, lambda: b"a" * 100)
+    (copy,) = tmp_path.iterdir()
+    assert copy.stat().st_size == 104
+
+
+SIZES = {"0": 0, "50GB": 50 * 10**9, "1.5 tb": 15 * 10**11, "300": 300, "2 kB": 2000}
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_the_bound_is_read_from_the_environment(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCA_CACHE_SIZE", text)
+    monkeypatch.setenv("LCA_CACHE", str(tmp_path / "elsewhere"))
+    expected = Cache(tmp_path / "elsewhere", SIZES[text]) if SIZES[text] else None
+    assert cache_of_this_machine() == expected
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "5G", "1e9", "50 GB of it"])
+def test_a_bound_that_makes_no_sense_is_refused(
+    memory: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCA_CACHE_SIZE", text)
+    with pytest.raises(InputError, match=r"\$LCA_CACHE_SIZE is .*, no number of bytes"):
+        open_trajectory(memory)
+
+
+def test_files_larger_than_the_bound_are_not_kept(
+    memory: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LCA_CACHE_SIZE", "1kB")
+    first = open_trajectory(memory).checkpoints[0]
+    assert set(read_checkpoint(first, {name: name for name in iterates()[0]})) == set(iterates()[0])
+    assert not cache.exists()
 
 
 def test_a_cache_that_cannot_be_written_to_harms_nothing(memory: str, cache: Path) -> None:

@@ -242,6 +242,9 @@ SLICES = {
     "10::3": [10, 40],
     ":50:5": [0, 50],
     "10:50:2": [10, 30, 50],
+    "0,10,40": [0, 10, 40],
+    "0:10,40:": [0, 10, 40, 50, 60],
+    "0,20:60:2": [0, 20, 40, 60],
 }
 
 
@@ -252,6 +255,35 @@ def test_steps_are_training_steps_with_both_ends_and_every_kth_checkpoint(
     for step in range(0, 70, 10):
         write(tmp_path / f"step_{step}.safetensors")
     assert steps(tmp_path, steps=text) == SLICES[text]
+
+
+# --steps → the segments, as steps of their ends
+SEGMENTS = {
+    ":": [(0, 1), (1, 2), (2, 3), (3, 10), (10, 11), (11, 12)],
+    "0,2,11": [(0, 2), (2, 11)],
+    "0:2,10:12": [(0, 1), (1, 2), (10, 11), (11, 12)],
+    "0:1,3:10,12": [(0, 1), (3, 10), (10, 12)],
+    "0:1,3,10:12": [(0, 1), (1, 3), (3, 10), (10, 11), (11, 12)],
+    "0:1,2:2,3:3,10:11": [(0, 1), (10, 11)],
+    "0:1,4:9,10:11": [(0, 1), (10, 11)],
+}
+
+
+@pytest.mark.parametrize("text", SEGMENTS)
+def test_nothing_is_joined_between_ranges(tmp_path: Path, text: str) -> None:
+    for step in (0, 1, 2, 3, 10, 11, 12):
+        write(tmp_path / f"step_{step}.safetensors")
+    trajectory = open_trajectory(tmp_path, steps=text)
+    steps = trajectory.steps
+    assert [(steps[start], steps[start + 1]) for start in trajectory.starts] == SEGMENTS[text]
+    assert {*range(len(steps) - 1)} - {*trajectory.starts} == trajectory.breaks
+
+
+def test_a_range_without_checkpoints_is_said(tmp_path: Path) -> None:
+    for step in range(3):
+        write(tmp_path / f"step_{step}.safetensors")
+    notes = open_trajectory(tmp_path, steps="0:1,5:6").notes
+    assert notes[0] == "no checkpoint lies in 5:6 of --steps 0:1,5:6"
 
 
 def test_steps_left_out_are_not_validated(tmp_path: Path) -> None:
@@ -494,7 +526,7 @@ def test_opening_touches_each_sample_once(large: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "pread", counted)
     open_trajectory(large)
-    assert read == {str(path): 3 * 2**16 for path in large.iterdir()}
+    assert read == {str(path): 3 * 2**16 for path in large.glob("*.safetensors")}
 
 
 def test_reading_never_maps_a_file(large: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy `b.lca`.
     """
     root = tmp_path_factory.mktemp("plot")
-    record(root / "ck")
+    record(root / "ck", range(7))
     old = 'Loss(F.cross_entropy, on="validation")}'
     classes = (
         '"classes": Loss(F.cross_entropy, on="train", group_by=lambda inputs, targets: targets)'
@@ -121,7 +121,7 @@ def test_runs_beside_each_other_have_one_scale(
 ) -> None:
     assert (
         run_lca(
-            here / "ck", here / "task.py", "short.lca", "--loss", "all", "--steps", "30:60"
+            here / "ck", here / "task.py", "short.lca", "--loss", "all", "--steps", "3:6"
         ).exit_code
         == 0
     )

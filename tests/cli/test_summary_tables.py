@@ -269,9 +269,20 @@ def test_some_losses_are_a_row_each_above_what_their_modules_did(
 
 
 def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[str]) -> None:
-    row = {"parameters": 4, "moved": True, "standard_error": None, "helping": 0.5}
+    row = {
+        "parameters": 4,
+        "moved": True,
+        "standard_error": None,
+        "segments_error": None,
+        "path_band": None,
+        "helping": 0.5,
+    }
     figures: dict[str, Any] = {
         "segments": 1,
+        "long_segments": 0,
+        "sampled_of": None,
+        "identity_change": None,
+        "segments_error": None,
         "first_step": 0,
         "last_step": 1,
         "parameters": 4,
@@ -284,6 +295,8 @@ def test_a_loss_in_dollars_has_no_sixteen_digits(capsys: pytest.CaptureFixture[s
         "residual": 3.0,
         "buffers": None,
         "remainder": None,
+        "path_band": None,
+        "doubling": None,
         "max_segment_residual": 3.0,
         "helping": 0.5,
         "hurting": 0.5,

@@ -473,6 +473,20 @@ def test_it_imports_no_engine() -> None:
     assert ended.stdout.strip() == "[]", ended.stderr
 
 
+def test_specs_that_follow_from_others_are_asked_for_again() -> None:
+    coming: list[Spec | None] = [{"value": 0}, None, {"value": 1}, None]
+    machine = Assignments(iter(coming), now=0.0)
+    machine.take_in("a", "a")
+    assert shown(machine.assign(0.0)) == ["0: 0 to a"]
+    assert not machine.is_over
+    machine.finished(0, "ok", 1.0)
+    assert not machine.is_over  # though nothing is underway
+    assert shown(machine.assign(1.0)) == ["1: 1 to a"]
+    machine.finished(1, "ok", 2.0)
+    assert shown(machine.assign(2.0)) == []
+    assert machine.is_over
+
+
 class AnyStory(RuleBasedStateMachine):
     """Events in any order, with a ledger of its own."""
 

@@ -85,6 +85,24 @@ def test_specs_are_taken_only_when_there_is_room(cluster: Cluster) -> None:
     assert len(list(outcomes)) == 99
 
 
+def test_specs_may_follow_from_outcomes(cluster: Cluster) -> None:
+    """Each of the first three calls for the square of its result; until then there is none."""
+    ready, awaited = [{"value": value} for value in (5, 6, 7)], 3
+
+    def coming() -> Iterator[Spec | None]:
+        while ready or awaited:
+            yield ready.pop() if ready else None
+
+    results = []
+    for outcome in cluster.map(square, coming()):
+        assert isinstance(outcome, Done)
+        results.append(outcome.result)
+        if outcome.spec["value"] in (5, 6, 7):
+            ready.append({"value": outcome.result})
+            awaited -= 1
+    assert sorted(results) == [25, 36, 49, 625, 1296, 2401]
+
+
 def test_no_specs_give_no_outcomes(cluster: Cluster) -> None:
     assert list(cluster.map(square, [])) == []
 

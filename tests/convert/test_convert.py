@@ -506,14 +506,14 @@ REFUSED: dict[str, Made] = {
     ),
     "DeepSpeed": (
         lambda place: empty(place, "global_step5/mp_rank_00_model_states.pt", "zero_to_fp32.py"),
-        ("DeepSpeed's shards", "zero_to_fp32.py"),
+        ("mp_rank_00_model_states.pt", "cannot be read as a checkpoint"),
         ("--key", "module"),
     ),
     "DeepSpeed in a trainer's": (
         lambda place: empty(
             place, "checkpoint-5/global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
         ),
-        ("DeepSpeed's shards", "zero_to_fp32.py"),
+        ("DeepSpeed shards without the file that says how they fit together",),
         (),
     ),
     "Megatron": (
@@ -523,7 +523,12 @@ REFUSED: dict[str, Made] = {
     ),
     "distributed checkpoints": (
         lambda place: empty(place, "step_5/__0_0.distcp", "step_5/.metadata"),
-        ("torch.distributed.checkpoint", "dcp_to_torch"),
+        (".metadata is no table of contents as torch.distributed.checkpoint writes it",),
+        (),
+    ),
+    "distributed checkpoints without a table": (
+        lambda place: empty(place, "step_5/__0_0.distcp", "step_6/__0_0.distcp"),
+        ("torch.distributed.checkpoint shards without the file that says how they fit",),
         (),
     ),
     "safetensors": (record, ("need no import", "lca run"), ()),

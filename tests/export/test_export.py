@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     with Recorder(root / "ck", model) as recorder:
         for step in range(7):
-            recorder.save(10 * step)
+            recorder.save(step)
             optimizer.zero_grad()
             F.cross_entropy(model(data["train"][0]), data["train"][1]).backward()
             optimizer.step()
@@ -118,7 +118,9 @@ def _label(inputs: torch.Tensor, targets: torch.Tensor) -> list[str]:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("plain")
     task = write_task(root / "task.py")
-    assert run_lca(record(root / "ck"), task, root / "r.lca", "--loss", "all").exit_code == 0
+    assert (
+        run_lca(record(root / "ck", range(7)), task, root / "r.lca", "--loss", "all").exit_code == 0
+    )
     assert (
         run_lca(
             root / "ck", task, root / "tensors.lca", "--loss", "all", "--keep", "tensors"
@@ -358,7 +360,7 @@ def test_a_table_has_a_row_for_every_place(tmp_path: Path, plain: Path) -> None:
     assert [line.split(",")[:2] for line in lines[1:4]] == [
         ["0", '"hidden"'],
         ["0", '"out"'],
-        ["10", '"hidden"'],
+        ["1", '"hidden"'],
     ]
     assert len(lines) == 1 + 6 * 2
 
@@ -437,7 +439,7 @@ def test_scalars_are_those_of_the_findings(run: Run, events: dict[str, Any]) -> 
         assert set(found.Tags()["tensors"]) == set(wanted)
         for tag, each in wanted.items():
             assert scalars(found, tag) == dict(
-                zip([10, 20, 30, 40, 50, 60], each.values.tolist(), strict=True)
+                zip(range(1, 7), each.values.tolist(), strict=True)
             ), tag
 
 
@@ -453,7 +455,7 @@ def test_histograms_are_the_stored_counts(run: Run, events: dict[str, Any]) -> N
             "allocation" if each is None else f"allocation/group {each}" for each in labels
         ]
         for row, tag in enumerate(found.Tags()["histograms"]):
-            assert [each.step for each in found.Histograms(tag)] == [10, 20, 30, 40, 50, 60]
+            assert [each.step for each in found.Histograms(tag)] == list(range(1, 7))
             for at, each in enumerate(found.Histograms(tag)):
                 value = each.histogram_value
                 counts = stored["count"].values[at].reshape(len(labels), -1)[row]
@@ -493,7 +495,7 @@ def test_a_long_run_is_thinned_and_says_so(
     )
     found = EventAccumulator(str(tmp_path / "o" / "train"))
     found.Reload()
-    assert list(scalars(found, "loss")) == [10, 40, 60]
+    assert list(scalars(found, "loss")) == [1, 4, 6]
     assert said == ["loss 'train' has 3 curves: 3 of 6 segments are written."]
     assert found.Tags()["histograms"] == []
     export(
@@ -506,7 +508,7 @@ def test_a_long_run_is_thinned_and_says_so(
     )
     found = EventAccumulator(str(tmp_path / "p" / "train"), size_guidance={"histograms": 0})
     found.Reload()
-    assert [each.step for each in found.Histograms("allocation")] == [10, 60]
+    assert [each.step for each in found.Histograms("allocation")] == [1, 6]
     assert said[-1] == "loss 'train': histograms of 2 of 6 segments are written."
 
 

@@ -465,7 +465,7 @@ def test_the_document_holds_the_finding(root: Path, found: xr.Dataset) -> None:
                 plain(each) for each in one["total"].values[: of["runs"]]
             ]
             assert numbers == {name: plain(one[name]) for name in numbers}
-            assert len(numbers) == 8
+            assert len(numbers) == 9
 
 
 def plain(value: Any) -> float | None:

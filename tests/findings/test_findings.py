@@ -126,8 +126,8 @@ def test_curve(replayed: Bowl) -> None:
         added += row
         close(found["predicted"][at], added)
         close(found["residual_total"][at], losses[at + 1] - added)
-    assert list(found["step"].values) == list(range(0, 10 * SEGMENTS, 10))
-    assert list(found["step_end"].values) == list(range(10, 10 * SEGMENTS + 10, 10))
+    assert list(found["step"].values) == list(range(SEGMENTS))
+    assert list(found["step_end"].values) == list(range(1, SEGMENTS + 1))
 
 
 def test_curve_starts_again_after_a_gap(unfinished: Bowl) -> None:
@@ -605,7 +605,7 @@ def test_the_microscope_adds_up_however_coarse(replayed: Bowl, frames: int, pixe
         for at, (start, end) in enumerate(
             zip(found["step"].values, found["step_end"].values, strict=True)
         ):
-            inside = flat[start // 10 : end // 10].sum(0)
+            inside = flat[start:end].sum(0)
             for row, column in np.ndindex(found[name].shape[1:]):
                 block = inside[
                     row * rows : (row + 1) * rows, column * columns : (column + 1) * columns
@@ -727,7 +727,7 @@ def test_what_needs_every_segment_says_so(unfinished: Bowl) -> None:
     ):
         assert missing not in found[name]
         assert "every segment" in found[name].attrs["left_out"]
-    rows = [int(step) // 10 for step in found["layers"]["step"].values]
+    rows = found["layers"]["step"].values
     close(found["layers"]["total"].sum(), quadratic_bowl.whole()[rows].sum())
     close(
         found["microscope"]["first.weight"],

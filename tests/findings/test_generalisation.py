@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     result = run_lca(
         *(
-            record(place / "ck"),
+            record(place / "ck", range(7)),
             task,
             place / "r.lca",
             "--loss",

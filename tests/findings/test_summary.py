@@ -19,7 +19,7 @@ SHARES = {"helping", "hurting", "zero"}
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> lca_posthoc.Run:
     root = tmp_path_factory.mktemp("summary")
-    record(root / "ck")
+    record(root / "ck", range(7))
     return lca_posthoc.run(root / "ck", write_task(root / "task.py"), cluster="inline", span=2)
 
 

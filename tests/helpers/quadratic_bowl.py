@@ -172,7 +172,7 @@ def record(directory: Path, segments: int = SEGMENTS) -> Path:
             name: torch.tensor(part(name, theta), dtype=torch.float32).contiguous()
             for name in SHAPES
         }
-        save_file(tensors, directory / f"step_{10 * step}.safetensors")
+        save_file(tensors, directory / f"step_{step}.safetensors")
     return directory
 
 

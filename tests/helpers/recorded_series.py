@@ -79,7 +79,8 @@ def saved(directory: Path, model: nn.Module, *steps: int, **options: Any) -> lis
 
 
 def names(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir())
+    """Return what is in a directory of iterates, but for the small files of a recorder and a replay."""
+    return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
 
 
 def steps_in(directory: Path) -> list[int]:

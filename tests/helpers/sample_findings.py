@@ -456,6 +456,7 @@ def compare(runs: tuple[int, ...] = (3, 1)) -> xr.Dataset:
         "p": (("label", "layer"), np.where(np.isnan(half), np.nan, 0.01)),
         "p_holm": (("label", "layer"), np.where(np.isnan(half), np.nan, 0.03)),
         "total": (("label", "layer", "run"), each),
+        "path_band": (("label", "layer"), np.full_like(mean, np.nan)),  # of single steps
         "runs": ("label", list(runs)),
     }
     return made("compare", variables, label=names, layer=list(LAYERS))

@@ -87,9 +87,11 @@ def laid_out(
             Checkpoint(step, (Path(f"step_{step:08d}.safetensors"),), 8, 1)
             for step in range(segments + 1)
         ],
+        starts=list(range(segments)),
+        breaks=[],
         span=span,
         window=window or choose_window(segments, span, keep, segments // 85),
-        settings={**resolve({"keep": keep}, None), "device": "cpu"},
+        settings=resolve({"keep": keep, "path_band": "off", "shards": 1}, None) | {"device": "cpu"},
         losses=records,
         provenance={"task_sha256": "0" * 64, "task_losses": list(losses)},
     )
@@ -197,7 +199,7 @@ def _write_totals(
     first, files = kinds.index(kinds[window]), commits.planned_totals(window)
     if first == window:
         joined = (
-            (name, join_all(totals[pattern][name] for pattern in kinds[window]))
+            (name, _joined([totals[pattern][name] for pattern in kinds[window]]))
             for name in totals[0]
         )
         with writer.chunks() as chunks:
@@ -288,3 +290,8 @@ def _segments(
             unreached=frozenset(),
             **numbers,
         )  # type: ignore[arg-type]
+
+
+def _joined(stretches: list[Totals]) -> Totals:
+    """Join the totals of stretches that follow each other."""
+    return join_all(stretches, [True] * (len(stretches) - 1))

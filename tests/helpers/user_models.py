@@ -506,7 +506,9 @@ def answers(task: Task | Path, held: list[str] | None = None) -> list[dict[str, 
     """Return what two processes say of a task: the one that probes it, and one that gets the
     digests of the first.
     """
-    settings = RunSettings.of({**DEFAULTS, "device": "cpu", "batch_size": BATCH})
+    settings = RunSettings.of(
+        {**DEFAULTS, "device": "cpu", "path_band": "off", "batch_size": BATCH}
+    )
     entry, data = pack_task(task)
     broadcast.take_in("parcel", data)
     setup = TaskSetup(

@@ -40,7 +40,8 @@ class Place:
         write_task(self.task)
 
     def run(self, *options: object) -> Any:
-        return run_lca(self.checkpoints, self.task, self.out, *options)
+        """Run without path bands, for which a segment needs checkpoints beyond its own two."""
+        return run_lca(self.checkpoints, self.task, self.out, "--path-band", "off", *options)
 
     def refuses(self, *words: str, options: tuple[object, ...] = (), code: int = 2) -> str:
         """The command is refused with all of `words`, and everything on disk is as it was."""

@@ -44,6 +44,7 @@ ASKED: dict[str, list[tuple[Any, Any]]] = {
     "tolerance": [("0.10 %", "0.1%"), (float("inf"), "inf")],
     "allocation_tolerance": [("1e-2", 1e-2), (0.5, 0.5)],
     "keep": [("units", "units"), ("tensors", "tensors")],
+    "shards": [("16", 16), (4, 4)],
     "batch_size": [(7, 7), (8, 8)],
     "device": [("cpu", "cpu"), ("cuda", "cuda")],
     "precision": [("float64", "float64"), ("tf32", "tf32")],
@@ -52,7 +53,9 @@ ASKED: dict[str, list[tuple[Any, Any]]] = {
     "tensors": [(("fc1.*", "b"), ["fc1.*", "b"]), (["c"], ["c"])],
     "subset": [(("train=0:9",), ["train=0:9"]), (["0.5@1"], ["0.5@1"])],
     "signal": [("train", "train"), ("validation", "validation")],
+    "path_band": [("on", "on"), ("off", "off")],
     "steps": [("0:9", "0:9"), (":3", ":3")],
+    "segments": [("0.10@7", "0.1@7"), ("1@0", "1@0")],
     "pattern": [(r"(?P<step>\d+)", r"(?P<step>\d+)"), (r"s(?P<step>\d+)", r"s(?P<step>\d+)")],
     "rename": [(("a=b", "c=d"), ["a=b", "c=d"]), (["a="], ["a="])],
 }

@@ -263,7 +263,11 @@ def test_shares_of_segments_are_no_comb(segments: int) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("looks")
     result = run_lca(
-        record(root / "ck"), write_task(root / "task.py"), root / "r.lca", "--durability", "none"
+        record(root / "ck", range(7)),
+        write_task(root / "task.py"),
+        root / "r.lca",
+        "--durability",
+        "none",
     )
     assert result.exit_code == 0, result.output
     return root / "r.lca"

@@ -524,6 +524,19 @@ def test_compare_shows_means_intervals_and_single_runs() -> None:
     assert [bool(np.isfinite(each).all()) for each in filled] == [True, False]
     ends = [segment[:, 0] for segment in ax.collections[0].get_segments()]
     assert np.array_equal(ends, np.stack([given["low"].values[0], given["high"].values[0]], axis=1))
+    assert "Broad bars" not in words(ax.figure)
+
+
+def test_compare_shows_by_how_much_other_paths_would_change_the_means_that_have_a_band() -> None:
+    given = sample_findings.compare()
+    band = given["path_band"].copy()
+    band[0] = [0.1, 0.2, 0.3]  # the runs of the other label are of single steps
+    ax = draw("compare", given.assign(path_band=band)).axes[0]
+    broad = [bars for bars in ax.collections if bars.get_linewidth() == 4]
+    (ends,) = [[segment[:, 0] for segment in bars.get_segments()] for bars in broad]
+    mean = given["mean"].values[0]
+    np.testing.assert_allclose(ends, np.stack([mean - band[0], mean + band[0]], axis=1))
+    assert "Broad bars" in words(ax.figure)
 
 
 @pytest.mark.parametrize("at", [0, 5, -1])

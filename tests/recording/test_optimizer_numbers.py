@@ -610,9 +610,9 @@ def test_moments_are_those_of_the_iterate_beside_them(tmp_path: Path, model: nn.
     assert trajectory.steps == [0, 1, 2, 3]
     assert trajectory.tensors.keys() == set(names.values())
     first, *others = trajectory.checkpoints
-    assert moments_of(first, tmp_path) is None
+    assert moments_of(first) is None
     for checkpoint in others:
-        path = moments_of(checkpoint, tmp_path)
+        path = moments_of(checkpoint)
         assert path is not None
         moments = load_file(path)
         assert moments.keys() == truth[checkpoint.step].keys()

@@ -84,7 +84,7 @@ def test_names_a_wrapper_left_in_checkpoints_are_understood(
 ) -> None:
     wrapped = tmp_path / "wrapped"
     wrapped.mkdir()
-    for path in normal[0].iterdir():
+    for path in normal[0].glob("*.safetensors"):
         save_file(
             {prefix + name: each for name, each in load_file(path).items()}, wrapped / path.name
         )

@@ -155,7 +155,7 @@ def test_every_file_holds_what_the_state_dict_held_and_a_run_takes_it(
             with torch.no_grad():
                 for tensor in [*model.parameters(), *model.buffers()]:
                     tensor += tensor.new_tensor(1) if tensor.dtype != torch.bool else False
-    for path, state in zip(sorted((tmp_path / "ck").iterdir()), states, strict=True):
+    for path, state in zip(sorted((tmp_path / "ck").glob("*.safetensors")), states, strict=True):
         stored = load_file(path)
         assert stored.keys() == state.keys()
         assert all(torch.equal(stored[each], value) for each, value in state.items())
@@ -481,7 +481,7 @@ def trained(model: nn.Module, optimizer: Any, steps: int) -> list[dict[str, Tens
 
 
 def assert_recorded(directory: Path, states: list[dict[str, Tensor]]) -> None:
-    files = sorted(directory.iterdir())
+    files = sorted(directory.glob("*.safetensors"))
     assert len(files) == len(states)
     for path, state in zip(files, states, strict=True):
         stored = load_file(path)
@@ -551,7 +551,7 @@ def test_a_copy_of_a_followed_wrapper_is_its_own(
         assert torch.equal(model.head.weight, before)
         assert not torch.equal(other.head.weight, before)
         trained(model, wrapper, 1)
-    assert len(list((tmp_path / "ck").iterdir())) == 2
+    assert len(list((tmp_path / "ck").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -592,9 +592,9 @@ def test_trainers_record_what_is_trained_and_all_where_asked(tmp_path: Path, fro
         recording.take(step)
     recording.end()
     base = {"part.0.weight", "part.0.bias", "part.1.weight", "part.1.bias"}
-    assert set(model.state_dict()) - set(load_file(next((tmp_path / "ck").iterdir()))) == (
-        set() if frozen else base
-    )
+    assert set(model.state_dict()) - set(
+        load_file(next((tmp_path / "ck").glob("*.safetensors")))
+    ) == (set() if frozen else base)
     task = Task(adapted, {"train": (INPUTS, TARGETS)}, {"train": Loss(F.cross_entropy)})
     run = lca_posthoc.run(
         tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"

@@ -66,12 +66,26 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("--cluster 'nonsense' is not known", "local, inline, tcp://"),
     ),
     "steps that are a word": (("--steps", "many"), ("--steps 'many' is not A:B or A:B:K", "0:500")),
-    "steps that are one number": (("--steps", "30"), ("--steps '30' is not A:B or A:B:K",)),
+    "steps that are one number": (
+        ("--steps", "30"),
+        ("holds only one checkpoint (step 30) among steps 30; at least two are needed",),
+    ),
+    "a step that is not there": (
+        ("--steps", "0,10,31"),
+        (
+            "--steps 0,10,31 names step 31, of which there is no checkpoint",
+            "steps 0, 10, 20",
+        ),
+    ),
+    "steps that descend": (("--steps", "3,1"), ("--steps 3,1: 1 does not come after 3",)),
+    "a step twice": (("--steps", "0:3,3"), ("--steps 0:3,3: 3 does not come after 0:3",)),
+    "steps after an open range": (("--steps", "0:,3"), ("3 does not come after 0:",)),
+    "an empty part of steps": (("--steps", "0:3,"), ("--steps '0:3,' is not A:B or A:B:K",)),
     "steps with a minus": (("--steps", "-10:30"), ("--steps '-10:30' is not A:B or A:B:K",)),
     "steps with four parts": (("--steps", "0:30:2:1"), ("--steps '0:30:2:1' is not A:B or A:B:K",)),
     "every 0-th step": (("--steps", "0:30:0"), ("--steps '0:30:0' is not A:B or A:B:K",)),
     "steps of nothing": (("--steps", ""), ("--steps '' is not A:B or A:B:K",)),
-    "steps backwards": (("--steps", "40:10"), ("no checkpoint among steps 40:10", "at least two")),
+    "steps backwards": (("--steps", "40:10"), ("the range 40:10 ends before it begins",)),
     "steps that leave one": (
         ("--steps", "55:"),
         ("only one checkpoint (step 60) among steps 55:", "at least two"),

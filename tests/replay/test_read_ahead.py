@@ -45,9 +45,15 @@ def _no_reader_stays() -> Iterator[None]:
 
 
 def replay(place: Place, **options: Any) -> None:
-    """Replay all segments as one span, in this process."""
+    """Replay all segments as one span, in this process, without path bands."""
     lca_posthoc.run(
-        place.checkpoints, place.task, out=place.out, cluster="inline", span=8, **options
+        place.checkpoints,
+        place.task,
+        out=place.out,
+        cluster="inline",
+        span=8,
+        path_band="off",
+        **options,
     )
 
 

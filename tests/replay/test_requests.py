@@ -12,6 +12,7 @@ import torch
 
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
 from lca_posthoc.errors import InputError, NotFiniteError, pack_error
+from lca_posthoc.numerics.nodes import Node
 from lca_posthoc.numerics.settings import DEFAULTS
 from lca_posthoc.replay import requests
 from lca_posthoc.replay.requests import (
@@ -36,6 +37,8 @@ from lca_posthoc.replay.requests import (
     ProbeRequest,
     RunSettings,
     Sample,
+    ShardAnswer,
+    ShardRequest,
     Sites,
     SpanAnswer,
     SpanRequest,
@@ -48,7 +51,7 @@ from lca_posthoc.replay.requests import (
 
 STATISTICS = {"loss": "a", "split": "s", "examples": 3, "batch_size": 2, "kept": ["bn"]}
 SETTINGS = RunSettings.of(
-    {**DEFAULTS, "device": "cpu", "tolerance": "0.1%", "statistics": STATISTICS}
+    {**DEFAULTS, "device": "cpu", "path_band": "off", "tolerance": "0.1%", "statistics": STATISTICS}
 )
 SETUP = TaskSetup(
     task={"kind": "file", "path": "/there/task.py", "function": "task", "sha256": "0" * 64},
@@ -67,7 +70,9 @@ POINTS = StoredPoints(
 )
 SAMPLED: dict[str, Any] = {
     "setup": SETUP,
-    "sample": Sample(points=POINTS, segments=1, workers_per_host=2, span_length=4),
+    "sample": Sample(
+        points=POINTS, last=1, looked=[[0], [0], [0]], workers_per_host=2, span_length=4
+    ),
     "batch_sizes": {"a": 32},
 }
 OF_RUN: dict[str, Any] = {
@@ -121,6 +126,7 @@ SENT = (
                 counts=[2, 1],
                 per="example",
                 rows=3,
+                in_order_only=False,
             ),
             "b": LossDescription(
                 on="a",
@@ -131,6 +137,7 @@ SENT = (
                 counts=[2, 1],
                 per=None,
                 rows=0,
+                in_order_only=False,
             ),
             "c": LossDescription(
                 on=None,
@@ -141,6 +148,7 @@ SENT = (
                 counts=None,
                 per=None,
                 rows=0,
+                in_order_only=False,
             ),
         },
         task_losses=["a"],
@@ -193,7 +201,19 @@ SENT = (
     ),
     LossesRequest(**OF_RUN, meetings={3: ["a"], 12: ["b"]}),
     LossesAnswer(losses={"a": 0.5}),
-    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], calibration={"a": None}),
+    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], looks_back=[0, 1]),
+    SpanRequest(**OF_RUN, durable=True, span=3, pending=["a"], looks_back=None),
+    ShardRequest(
+        **OF_RUN,
+        durable=True,
+        span=3,
+        losses=["a"],
+        nodes=[Node(0, 0.25, (0,)), Node(1, 0.0, ())],
+        shards=[1, 2],
+        distances=[0],
+        file="000003-a.sums",
+    ),
+    ShardAnswer(seconds=0.5, peak_bytes=2**30),
     SpanAnswer(losses={"a": LOSS_SPAN}, segments=4, seconds=1.5, peak_bytes=2**30),
     Failure(error=pack_error(InputError("no such loss")), trace="line 1"),
 )
@@ -243,8 +263,8 @@ OTHER: dict[str, tuple[type, dict[str, object], str]] = {
     "a number for true": (SpanRequest, {"durable": 1}, "durable: expected bool"),
     "None for a text": (SpanRequest, {"run": None}, "run: expected str"),
     "a text for a list": (SpanRequest, {"pending": "train"}, "pending: expected list"),
-    "a list for a table": (SpanRequest, {"calibration": []}, "calibration: expected dict"),
-    "a text in a table": (SpanRequest, {"calibration": {"a": "b"}}, "calibration: expected"),
+    "a list for a table": (SpanRequest, {"batch_sizes": []}, "batch_sizes: expected dict"),
+    "a text in a table": (SpanRequest, {"batch_sizes": {"a": "b"}}, "batch_sizes: expected"),
     "a position that is no number": (LossesRequest, {"meetings": {"x": []}}, "meetings: "),
     "a list for a request": (SpanRequest, {"setup": []}, "setup: expected the fields of TaskSetup"),
     "a field too many inside": (

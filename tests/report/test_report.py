@@ -85,7 +85,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("small")
     task = write_task(place / "task.py", *GROUPS)
     result = run_lca(
-        record(place / "checkpoints"),
+        record(place / "checkpoints", range(7)),
         task,
         place / "small.lca",
         "--loss",
@@ -464,7 +464,7 @@ def test_the_microscope_moves_and_says_the_right_value(
         for frame in range(6):
             opened.page.locator("#frame").fill(str(frame))
             pictures.add(opened.picture())
-            assert opened.text("#now").startswith(f"Step {10 * frame} to {10 * frame + 10}, loss ")
+            assert opened.text("#now").startswith(f"Step {frame} to {frame + 1}, loss ")
             opened.page.mouse.move(
                 *opened.js(
                     "([name, row, column]) => lcaMicroscope.locate(name, row, column)",
@@ -502,10 +502,10 @@ def test_losses_steps_layers_and_colours_can_be_picked(
         opened.page.locator("[data-show='1']").click()
         assert opened.source("curve", "true")["y"] != train
         assert opened.text("#headline .measured").startswith("Loss validation")
-        opened.page.locator("#from").fill("20")
+        opened.page.locator("#from").fill("2")
         opened.page.locator("#from").press("Tab")
-        assert opened.js("lcaFigures.one('curve').model.x_range.start") == 20
-        assert opened.js("lcaFigures.one('layers').model.x_range.start") == 20
+        assert opened.js("lcaFigures.one('curve').model.x_range.start") == 2
+        assert opened.js("lcaFigures.one('layers').model.x_range.start") == 2
         opened.page.locator("#all").click()
         assert opened.js("lcaFigures.one('layers').model.x_range.start") < 0.5
         opened.page.locator("table[data-live='layers'][data-panel='1'] input").first.uncheck()
@@ -704,14 +704,14 @@ def test_bars_of_runs_beside_each_other_have_one_scale_and_the_headline_its_run(
 
 def test_several_runs_are_compared_first(chromium: Browser, small: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.lca"
-    checkpoints = record(tmp_path / "checkpoints")
+    checkpoints = record(tmp_path / "checkpoints", range(7))
     assert (
         run_lca(
             checkpoints,
             write_task(tmp_path / "t.py"),
             other,
             "--steps",
-            "0:40",
+            "0:4",
             "--durability",
             "none",
         ).exit_code

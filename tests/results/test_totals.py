@@ -137,7 +137,7 @@ def test_a_sum_that_is_too_large_is_refused_and_one_just_below_is_right(sign: fl
     with pytest.raises(SpanError, match=r"tensor 'w': .* --steps, .* --keep units"):
         totals_of(np.tile(largest, (9, 1, 1)), np.tile(abs(largest), (9, 1, 1)), 2.0**-60)
     with pytest.raises(SpanError, match=r"--steps, .* --keep units"):
-        join_all([just, just, just])
+        join_all([just, just, just], [True, True])
     # what comes back does not count as too large
     there = np.concatenate([largest, -largest] * 9)
     assert not totals_of(there, np.abs(there), 2.0**-61)["allocated"].any()
@@ -260,9 +260,9 @@ def test_a_worker_that_folds_late_writes_nothing_else(extended: Place) -> None:
     late, other = RunWriter.open(extended.out), RunWriter.open(extended.out)
     joined = late._joined
 
-    def folded_meanwhile(waiting: list[Any]) -> Any:
+    def folded_meanwhile(window: int, waiting: list[Any]) -> Any:
         assert other.fold("train", 0) == []
-        return joined(waiting)
+        return joined(window, waiting)
 
     late._joined = folded_meanwhile  # type: ignore[method-assign]
     assert late.fold("train", 0) == []

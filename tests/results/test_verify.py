@@ -40,8 +40,12 @@ STRINGS = (
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six spans in windows of two, one loss with groups and one without."""
-    root = tmp_path_factory.mktemp("verify")
-    record(root / "ck")
+    return made_in(tmp_path_factory.mktemp("verify"), every=10)
+
+
+def made_in(root: Path, every: int) -> Path:
+    """Replay checkpoints of every so many steps."""
+    record(root / "ck", range(0, 7 * every, every))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lca_posthoc.replay.prepare._Match.room_for_windows", 3)
         task = write_task(root / "task.py", *STRINGS)
@@ -362,20 +366,29 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
     assert seen > 200
 
 
-def test_a_run_that_is_just_growing_can_be_read_and_is_whole(run: Path) -> None:
-    """The driver was killed after it wrote longer metadata, and before run.json."""
+@pytest.mark.parametrize(("every", "whole"), [(1, 6), (10, 5)])
+def test_a_run_that_is_just_growing_can_be_read_and_is_whole(
+    tmp_path: Path, every: int, whole: int
+) -> None:
+    """The driver was killed after it wrote longer metadata, and before run.json. The last of several
+    long segments has a neighbour to come, by which another path bends: its span is to be replayed.
+    """
+    run = made_in(tmp_path, every) / "run.lca"
     before, writer = open_run(run)["train"].steps, RunWriter.open(run)
-    more = [*writer.manifest.checkpoints, replace(writer.manifest.checkpoints[-1], step=70)]
+    more = [*writer.manifest.checkpoints, replace(writer.manifest.checkpoints[-1], step=7 * every)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(results.writer, "write_manifest", raising(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             writer.take_up(
-                more, {name: record.identity for name, record in writer.manifest.losses.items()}
+                replace(writer.manifest, checkpoints=more, starts=[*range(len(more) - 1)]),
+                {name: record.identity for name, record in writer.manifest.losses.items()},
             )
     assert json.loads((run / "data.zarr/train/steps/level/zarr.json").read_text())["shape"][0] == 7
     (run / "lock").write_text('{"host": "here"}')
-    assert found(run) == []
-    xr.testing.assert_identical(open_run(run)["train"].steps, before)
+    left = found(run)
+    assert [one for one in left if not (isinstance(one, Leftover) and "/c/5" in one.path)] == []
+    assert bool(left) == (whole < 6)
+    xr.testing.assert_identical(open_run(run)["train"].steps, before.isel(step=slice(whole)))
     (run / "lock").write_text("")
     assert len(found(run)) > 20
 
@@ -394,8 +407,9 @@ def test_a_late_worker_commits_nothing_that_has_changed_meanwhile(run: Path) -> 
     before, late = contents(run), RunWriter.open(run)
     statistics: Any = None
     changes: list[Callable[[Any], Any]] = [
-        lambda now: now.with_checkpoints(
-            now.checkpoints[:-1], {name: each.identity for name, each in now.losses.items()}
+        lambda now: now.grown_to(
+            replace(now, checkpoints=now.checkpoints[:-1], starts=now.starts[:-1]),
+            {name: each.identity for name, each in now.losses.items()},
         ),
         lambda now: now.without("train"),
         lambda now: results.Manifest(**{**now.__dict__, "id": "0" * 32}),

@@ -36,7 +36,7 @@ from .recalibration import in_both_modes, statistics_of
 from .rounding import rounding_errors
 from .settings import ObjectiveSettings
 from .shown import texts_of
-from .sums import Evaluation, Numbers
+from .sums import Evaluation, Numbers, PartialSums, joined
 from .tensors import tensor_table
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
     "Numbers",
     "Objective",
     "ObjectiveSettings",
+    "PartialSums",
     "Split",
     "WholeGradients",
     "automatic_batch_size",
@@ -63,6 +64,7 @@ __all__ = [
     "identify",
     "in_both_modes",
     "is_out_of_memory",
+    "joined",
     "loss_of_sample",
     "new_model",
     "one_batch",

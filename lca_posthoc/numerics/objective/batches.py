@@ -210,7 +210,7 @@ class Split:
         self._subset = positions_of_subset(subset, self.total)
         self.examples = self.total if self._subset is None else len(self._subset)
         self.random = subset is not None and "@" in subset and isinstance(self._source, Indexed)
-        self._resident: dict[Order | None, _Resident] = {}
+        self._resident: dict[tuple[Order | None, range | None], _Resident] = {}
         self._resident_batch_size = 0
 
     @torch.no_grad()
@@ -264,8 +264,17 @@ class Split:
             lambda: digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples)
         )
 
+    @property
+    def in_order_only(self) -> bool:
+        """Tell whether examples can only be read in order, anew at every pass."""
+        return isinstance(self._source, Stream)
+
     def batches(
-        self, batch_size: int, order: Order | None = None, only: range | None = None
+        self,
+        batch_size: int,
+        order: Order | None = None,
+        only: range | None = None,
+        part: range | None = None,
     ) -> Generator[tuple[int, Any], None, None]:
         """Yield every example once, as `(group, batch)`: groups ascending, each in data-set order
         and cut into its own batches.
@@ -277,15 +286,19 @@ class Split:
             batch_size: examples of a batch; the last of a group may be smaller.
             order: the groups; None for one, 0, of every example.
             only: the groups to yield; None for all of them.
+            part: the examples to yield, of a split without groups; None for all of them.
         """
+        assert order is None or part is None, "a part of the data is of those without groups"
         if batch_size != self._resident_batch_size:
             self._resident, self._resident_batch_size = {}, batch_size
-        if order not in self._resident:
-            self._resident[order] = _Resident(room_on(self._device))
-        resident = self._resident[order]
+        if (order, part) not in self._resident:
+            self._resident[order, part] = _Resident(room_on(self._device))
+        resident = self._resident[order, part]
         groups = range(len(order.members) if order else 1) if only is None else only
         ready = {group: resident.groups.get(group) for group in groups}
-        cuts = {group: self._cut(batch_size, order, group) for group in groups if not ready[group]}
+        cuts = {
+            group: self._cut(batch_size, order, group, part) for group in groups if not ready[group]
+        }
         with contextlib.closing(self._ahead(list(itertools.chain(*cuts.values())))) as coming:
             for group in groups:
                 items = ready[group] or resident.keeping(
@@ -293,15 +306,17 @@ class Split:
                 )
                 for batch in items:
                     yield group, batch
-            if cuts:
+            if cuts and (part is None or part.stop == self.examples):
                 next(coming, None)  # iterable data says at its end whether it was the same again
 
-    def _cut(self, batch_size: int, order: Order | None, group: int) -> list[Positions]:
+    def _cut(
+        self, batch_size: int, order: Order | None, group: int, part: range | None = None
+    ) -> list[Positions]:
         if order is not None:
             return list(torch.split(order.members[group], batch_size))
+        examples = range(self.examples) if part is None else part
         return [
-            range(start, min(start + batch_size, self.examples))
-            for start in range(0, self.examples, batch_size)
+            examples[start : start + batch_size] for start in range(0, len(examples), batch_size)
         ]
 
     def _ahead(self, cuts: Sequence[Positions]) -> Generator[Any, None, None]:

@@ -54,7 +54,7 @@ from .reader import Reader
 from .recalibration import Recalibration
 from .returned import entries_of
 from .settings import ObjectiveSettings
-from .sums import Evaluation, Sums
+from .sums import Evaluation, PartialSums, Sums
 from .tap_check import Check, Drawn, check, same_elements, unchecked
 from .taps import Taps
 from .values import LossValues, Values
@@ -293,6 +293,50 @@ class Objective:
                     evaluation = replace(evaluation, examples=evaluations[name].examples)
                 evaluations[name] = evaluation
         return {name: evaluations[name] for name in losses}
+
+    def evaluate_parts(
+        self,
+        point: Mapping[str, Tensor],
+        parts: Sequence[Mapping[str, range | None]],
+        along: Along | None,
+    ) -> Iterator[dict[str, PartialSums]]:
+        """Yield the sums of losses without groups over each of some parts of their splits at
+        `point`.
+
+        Args:
+            point: every tensor of the table, on the device.
+            parts: in each, by loss, the positions of the examples; None for a term of the
+                parameters. Losses on one split have one part.
+            along: directions, for sums of the gradient along them; None for a forward pass alone.
+        """
+        self.place(point)
+        if along is not None:
+            give_back(self.parameter_bytes)
+        gradients = self._gradients(along is not None, along)
+        for part in parts:
+            yield self._sums_over(part, gradients)
+
+    def _sums_over(
+        self, part: Mapping[str, range | None], gradients: Gradients
+    ) -> dict[str, PartialSums]:
+        sums: dict[str, Sums] = {}
+        for key, sources in self.data.passes(part).items():
+            of_source = {source: Sums(gradients, self.device, None, True) for source in sources}
+            first = next(iter(sources.values()))[0]
+            if key[0] is not None:
+                self.accumulate(key, sources, of_source, part=part[first])
+            else:
+                for source, names in sources.items():
+                    self._add_term(names[0], of_source[source])
+            sums |= {name: of_source[source] for source, names in sources.items() for name in names}
+        return {name: sums[name].partial() for name in part}
+
+    def _add_term(self, name: str, sums: Sums) -> None:
+        """Add a term of the parameters."""
+        with self.mode():
+            values, weights = self.values(name, fresh(None))
+            values = values if sums.needs_graph else values.detach()
+            sums.take(GroupValues(0, values, weights))
 
     def _one_pass(
         self,
@@ -536,6 +580,7 @@ class Objective:
         sources: Mapping[ValueSource, list[str]],
         accumulators: Mapping[ValueSource, Accumulator],
         only: range | None = None,
+        part: range | None = None,
     ) -> None:
         """Run one pass over the batches of a split at the point the module holds, and hand what it
         computes to an accumulator of each source.
@@ -545,6 +590,7 @@ class Objective:
             sources: the losses of the pass, by the source of their values.
             accumulators: by source.
             only: some of the groups.
+            part: some of the examples, where the batches are in the order of the data.
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
         size = self.batch_sizes[split.name]
@@ -552,7 +598,7 @@ class Objective:
             batches = batches_across_groups(split, size, order, only)
         else:
             assert not isinstance(order, ElementOrder)
-            batches = batches_by_group(split, size, order, only)
+            batches = batches_by_group(split, size, order, only, part)
         names = {
             source: self.data.replicated.get(first, first)
             for source, (first, *_) in sources.items()

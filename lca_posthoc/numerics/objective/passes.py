@@ -147,7 +147,11 @@ Batches = Generator[tuple[Membership, Any], None, None]
 
 
 def batches_by_group(
-    split: Split, batch_size: int, order: Order | None, only: range | None
+    split: Split,
+    batch_size: int,
+    order: Order | None,
+    only: range | None,
+    part: range | None = None,
 ) -> Batches:
     """Yield batches of one group each, the groups in turn.
 
@@ -156,8 +160,9 @@ def batches_by_group(
         batch_size: the most examples of a batch.
         order: the groups; None for batches in the order of the data.
         only: some of the groups; None for all.
+        part: some of the examples, without groups; None for all.
     """
-    with contextlib.closing(split.batches(batch_size, order, only)) as batches:
+    with contextlib.closing(split.batches(batch_size, order, only, part)) as batches:
         for group, batch in batches:
             yield OneGroup(group), batch
 

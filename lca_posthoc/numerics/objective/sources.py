@@ -175,7 +175,7 @@ class Stream:
     total: int
     data: Iterable[Any]
     collate: Collate
-    passes: dict[int, list[bytes]] = field(default_factory=dict)
+    passes: dict[tuple[int, int], list[bytes]] = field(default_factory=dict)
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
         """Yield one batch for each range of positions, ascending; a subset is read in the order of
@@ -187,16 +187,16 @@ class Stream:
             chosen = torch.zeros(int(subset.max()) + 1, dtype=torch.bool)
             chosen[subset] = True
             items = itertools.compress(items, chosen.tolist())
-        position, size, digest = 0, 0, hashlib.blake2b(digest_size=16)
+        position, first, digest = 0, (0, 0), hashlib.blake2b(digest_size=16)
         for cut in cuts:
             assert isinstance(cut, range)
-            size = size or len(cut)
+            first = first if any(first) else (cut.start, len(cut))
             with user_code(f"split {self.name!r} cannot be read"):
                 examples = list(itertools.islice(items, cut.start - position, cut.stop - position))
                 if len(examples) < len(cut):
                     raise self._changed("fewer examples")
                 batch, position = self.collate(examples), cut.stop
-            passes = self.passes.setdefault(size, [])
+            passes = self.passes.setdefault(first, [])
             if len(passes) < 2:
                 feed(digest, batch)
             yield batch

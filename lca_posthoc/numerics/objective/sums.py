@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,7 +28,7 @@ class Evaluation:
     gradient is zero. `examples`, where they are told apart, is the same with every example as a
     group and every tensor as one unit; the numbers of an example without weight are 0. `parts`,
     where they are asked for, are sums of a tensor's gradient along parts of the motion, float64,
-    ([groups, ]parts).
+    ([groups, ]parts); `beside` the same along further directions.
     """
 
     loss: Numbers
@@ -37,28 +37,80 @@ class Evaluation:
     unreached: frozenset[str] = frozenset()
     examples: Evaluation | None = None
     parts: Mapping[str, Tensor] | None = None
+    beside: Mapping[str, Tensor] | None = None
 
-    def along(self, direction: int, parts: int = 0) -> Evaluation:
+    def along(self, direction: int, parts: int = 0, beside: int = 0) -> Evaluation:
         """Return the same with the sums along one of its directions, ([groups, ]units).
 
         Args:
             direction: its position.
             parts: the number of directions after it that are parts of it.
+            beside: the number of those after these that are taken beside it.
         """
         chosen = {name: values.select(-2, direction) for name, values in self.gradient.items()}
-        if not parts:
-            return replace(self, gradient=chosen)
-        of_parts = {
-            name: values.narrow(-2, direction + 1, parts).sum(-1)
-            for name, values in self.gradient.items()
+        first = direction + 1
+        return replace(
+            self,
+            gradient=chosen,
+            parts=self._totals(first, parts) if parts else self.parts,
+            beside=self._totals(first + parts, beside) if beside else self.beside,
+        )
+
+    def _totals(self, first: int, count: int) -> dict[str, Tensor]:
+        """Return the sums along some directions over all units, ([groups, ]directions)."""
+        return {
+            name: values.narrow(-2, first, count).sum(-1) for name, values in self.gradient.items()
         }
-        return replace(self, gradient=chosen, parts=of_parts)
 
     def examples_along(self, direction: int) -> Evaluation:
         """Return the same with those of the examples along one of the directions."""
         if self.examples is None:
             return self
         return replace(self, examples=self.examples.along(direction))
+
+
+@dataclass(frozen=True)
+class PartialSums:
+    """Sums of a loss over a part of its data, float64, on the CPU.
+
+    Attributes:
+        loss: Σ values.
+        weight: Σ weights of the elements.
+        gradient: sums of the gradient along directions, (directions, units) of each tensor that the
+            loss reached there.
+    """
+
+    loss: float
+    weight: float
+    gradient: Mapping[str, Tensor]
+
+
+def joined(
+    parts: Sequence[PartialSums], shapes: Mapping[str, tuple[int, ...]], where: str
+) -> Evaluation:
+    """Return the mean over all elements of some parts of the data, which are added in their order.
+
+    Args:
+        parts: that together are the data.
+        shapes: of the sums of each tensor, (directions, units); none for the loss alone.
+        where: names the loss.
+
+    Raises:
+        InputError: where the weights sum to 0.
+    """
+    loss, weight = np.float64(0.0), np.float64(0.0)
+    for part in parts:
+        loss, weight = loss + part.loss, weight + part.weight
+    if not weight > 0:
+        raise _weightless(where, float(weight))
+    gradient = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for part in parts:
+        for name, sums in part.gradient.items():
+            gradient[name] += sums
+    reached = {name for part in parts for name in part.gradient}
+    for sums in gradient.values():
+        sums /= weight
+    return Evaluation(loss / weight, gradient, weight, frozenset(shapes.keys() - reached))
 
 
 class RunningSum:
@@ -182,6 +234,11 @@ class Sums:
                 self._whole[name] = part
         self._whole_totals = self._whole_totals + self._part_totals
 
+    def _end(self) -> None:
+        """Close the group that is added to; nothing more is added."""
+        self._close()
+        self._group, self._part, self._row = None, {}, {}
+
     def _add(self, name: str, values: Tensor) -> None:
         """Add what the gradient of one tensor comes to in a batch."""
         if self._groups is None:
@@ -192,6 +249,13 @@ class Sums:
         else:
             self._row[name] += values
         self._reached.add(name)
+
+    def partial(self) -> PartialSums:
+        """Return the sums over everything, where these alone are kept."""
+        self._end()
+        loss, weight = self._whole_totals.tolist()
+        gradient = {name: running.total.cpu() for name, running in self._whole.items()}
+        return PartialSums(loss, weight, gradient)
 
     def evaluation(self, grouped: bool, where: str, order: Groups | None) -> Evaluation:
         """Return the mean over all elements, or over those of each group; the same one each time.
@@ -205,8 +269,7 @@ class Sums:
             InputError: where the weights of a group, or of everything, sum to 0.
         """
         if grouped not in self._means:
-            self._close()
-            self._group, self._part, self._row = None, {}, {}
+            self._end()
             totals, weights = (self._row_totals if grouped else self._whole_totals).unbind(-1)
             self._refuse_weightless(weights, where, order if grouped else None)
             gradient = {name: self._mean(name, grouped, weights) for name in self._gradients.shapes}
@@ -243,7 +306,8 @@ class Sums:
         empty = int((weights > 0).int().argmin())
         first = self._groups.start if self._groups else 0
         place = f"group {order.labels[first + empty]!r} of {where}" if order else where
-        raise InputError(
-            f"the weights of {place} sum to {float(weights.reshape(-1)[empty])}. Give at least one "
-            "element a weight."
-        )
+        raise _weightless(place, float(weights.reshape(-1)[empty]))
+
+
+def _weightless(place: str, total: float) -> InputError:
+    return InputError(f"the weights of {place} sum to {total}. Give at least one element a weight.")

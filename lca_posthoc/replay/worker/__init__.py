@@ -8,12 +8,14 @@ Each takes a request as plain data and returns its answer, or the error it met, 
 from .checks import calibrations, describe, probe, sampled
 from .compatibility import admit, versions
 from .costs import compressions, measure
-from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span
+from .shards import committed, replay_in_shards
+from .spans import SAMPLED, committed_result, looks_back, losses_at, replay_span, stretch_of
 
 __all__ = [
     "SAMPLED",
     "admit",
     "calibrations",
+    "committed",
     "committed_result",
     "compressions",
     "describe",
@@ -21,7 +23,9 @@ __all__ = [
     "losses_at",
     "measure",
     "probe",
+    "replay_in_shards",
     "replay_span",
     "sampled",
+    "stretch_of",
     "versions",
 ]

@@ -18,7 +18,7 @@ from ...checkpoints.optimizer_steps import (
     moments_of,
     optimizer_step_in,
 )
-from ...checkpoints.paths import is_remote, located
+from ...checkpoints.paths import is_remote
 from ...errors import InputError, SpanError
 from .passed import Passed
 from .state import checkpoint_at
@@ -114,7 +114,7 @@ class CausesOfSpan:
             for name, stored in header.tensors.items()
         }
         try:
-            path = moments_of(checkpoint, located(self._points.root))
+            path = moments_of(checkpoint)
             return _MomentsFile(path, checkpoint.step, self._objective, shapes)
         except InputError as error:
             raise SpanError(str(error)) from None

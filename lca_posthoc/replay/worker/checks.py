@@ -93,6 +93,7 @@ def _described(objective: Objective, name: str) -> LossDescription:
         rows=split.examples * (objective.elements_of(name) if loss.per == "element" else 1)
         if split and loss.per
         else 0,
+        in_order_only=split is not None and split.in_order_only,
     )
 
 
@@ -179,7 +180,7 @@ def probe(request: ProbeRequest) -> ProbeAnswer:
 
 def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
     names, settings = list(objective.losses), request.setup.settings
-    first = first_point(request.sample.points, objective)
+    first = first_point(request.sample, objective)
     batch_sizes = objective.settle_batch_sizes(first, request.batch_sizes)
     _same_ties(request)
     _same_fixed(request, objective)
@@ -308,7 +309,7 @@ def _same_ties(request: ProbeRequest) -> None:
     if not request.ties:
         return
     sources_by_name = {source: source for sources in request.ties.values() for source in sources}
-    for index in (0, request.sample.segments):
+    for index in (request.sample.first, request.sample.last):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_checkpoint(checkpoint, sources_by_name)
@@ -332,7 +333,7 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
 
     if not request.fixed:
         return
-    for index in (0, request.sample.segments):
+    for index in (request.sample.first, request.sample.last):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_stored(checkpoint, request.fixed)
@@ -362,7 +363,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
         return []
     fixed = objective.tensors.fixed_of(leftovers)
     ends = []
-    for index in (0, request.sample.segments):
+    for index in (request.sample.first, request.sample.last):
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             ends.append((checkpoint, read_stored(checkpoint, leftovers)))
@@ -405,7 +406,7 @@ def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
     from ...numerics.objective import identify
 
     single = objective.in_precision("float32")
-    single.place(point_at(request.sample.points, 0, single))
+    single.place(point_at(request.sample.points, request.sample.first, single))
     for name in objective.losses:
         wide, narrow = identify(objective, name).loss, identify(single, name).loss
         if abs(wide - narrow) > PRECISIONS[single.precision_of(name)].same_loss * max(
@@ -426,16 +427,20 @@ def _identities(
     at_first: dict[str, Identity],
 ) -> dict[str, list[dict[str, float] | None]]:
     """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding
-    what is known of some there.
+    what is known of some there. Where the first is gone, nothing is known there, and the first
+    that is there only shows that weights are constants.
     """
     from ...numerics.objective import identify, weights_of_sample
 
     identities: dict[str, list[dict[str, float] | None]] = {name: [] for name in names}
     weights: dict[str, Tensor | None] = {}
-    for index in (0, request.sample.segments):
+    begin = request.sample.first
+    for index in (begin, request.sample.last):
         try:
             there = (
-                first if index == 0 else point_read_twice(request.sample.points, index, objective)
+                first
+                if index == begin
+                else point_read_twice(request.sample.points, index, objective)
             )
             objective.place(there)
         except SpanError:  # a run that diverged: its last spans will fail and say so
@@ -444,17 +449,18 @@ def _identities(
             continue
         point = there
         for name in names:
-            known = at_first.get(name) if index == 0 else None
+            known = at_first.get(name) if index == begin else None
             identity = asdict(known or identify(objective, name))
-            identities[name].append(
-                identity if all(map(math.isfinite, identity.values())) else None
-            )
+            is_known = all(map(math.isfinite, identity.values()))
+            identities[name].append(identity if is_known else None)
             now = weights_of_sample(objective, name)
             _same_weights(name, weights.setdefault(name, now), now)
     if identities and point is not first:
         _nothing_derived(
             request, objective, point, {name: ends[-1] for name, ends in identities.items()}
         )
+    if begin > 0:
+        identities = {name: [None, ends[-1]] for name, ends in identities.items()}
     return identities
 
 
@@ -564,7 +570,7 @@ def moving(
     """
     trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
     looked: dict[int, bool] = {}
-    for places in sampled(sample.segments):
+    for places in sample.looked:
         for index in places:
             if index not in looked:
                 before, after = (
@@ -635,7 +641,8 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
     unchanged = {
         name for name in buffers if name in sources or torch.all(buffers[name] == new[name])
     }
-    for index in {0, (request.sample.segments - 1) // 2, request.sample.segments}:
+    sample = request.sample
+    for index in {sample.first, (sample.last - 1) // 2, sample.last}:
         try:
             stored = (
                 read_checkpoint(checkpoint_at(request.sample.points, index), sources)

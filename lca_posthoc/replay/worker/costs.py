@@ -57,7 +57,7 @@ def measure(request: CostsRequest) -> Costs:
     import torch
 
     objective = objective_of(request.setup)
-    objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
+    objective.settle_batch_sizes(first_point(request.sample, objective), request.batch_sizes)
     losses = {name: _measured(request, objective, name) for name in objective.losses}
     higher = sum(
         max(losses[name].higher for name in names)
@@ -82,7 +82,7 @@ def compressions(request: CompressionsRequest) -> Compressions:
     `compressed_share`.
     """
     objective = objective_of(request.setup)
-    objective.settle_batch_sizes(first_point(request.sample.points, objective), request.batch_sizes)
+    objective.settle_batch_sizes(first_point(request.sample, objective), request.batch_sizes)
     return Compressions(compressed=_compressions(request, objective, request.segments_of_window))
 
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...base import available_memory
 from ...checkpoints.optimizer_steps import moments_of
-from ...checkpoints.paths import located
 from ...numerics.schema import EXAMPLE_FIELDS, holds
 from ..requests import SampleRequest
+from .state import checkpoint_at
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,8 @@ _SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a le
 _OF_CAUSES = 1  # numbers of every parameter: the checkpoint before the start
 _OF_SIGNAL = 2  # the signal where a motion begins, and where the next one does
 _OF_MOMENTS = 8  # four directions of an optimiser with moments, of two motions
+_OF_PATH = 3  # numbers of every parameter: the checkpoint before the start, one more after the next
+# and the deviation at hand
 _OF_DIRECTION = 2  # as it is read, and orthonormal
 
 # --- levels with numbers of every parameter -------------------------------------------------------
@@ -119,6 +121,8 @@ def _bytes_of_parts(
     """
     settings, number = request.setup.settings, objective.dtype.itemsize
     of_parameter = 0
+    if settings.path_band == "on":
+        of_parameter += _OF_PATH * number
     if settings.signal is not None:
         of_parameter += _OF_CAUSES * number
         if settings.signal not in names or not holds(keep, "statistics"):  # else it is a node
@@ -133,7 +137,7 @@ def _bytes_of_parts(
 def _has_moments(request: SampleRequest[Any]) -> bool:
     """Tell whether moments are stored beside the last of the checkpoints that are looked at."""
     points = request.sample.points
-    return moments_of(points.checkpoints[max(points.checkpoints)], located(points.root)) is not None
+    return moments_of(checkpoint_at(points, max(points.checkpoints))) is not None
 
 
 def bookkeeping(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import InputError, SpanError
 from .causes import CausesOfSpan
-from .passed import Passed, Walk
+from .passed import Passed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,24 +36,27 @@ class _OfSegment:
     together: Together
 
 
-class PartsOfSpan:
-    """Tells the parts of the motion on every segment of a span, in turn.
-
-    Of the checkpoints that a replay goes through, the last three are kept: the motion before a
-    segment is its momentum.
+class PartsOfStretch:
+    """Tells the parts of the motion on segments that follow each other, in turn.
 
     Args:
-        points: the checkpoints, the one before the span among them where there is one.
-        rows: the segments.
+        points: the checkpoints, the one before the stretch among them where there is one.
+        first: position of the checkpoint it starts from.
+        passed: those that the replay has gone through, the last three among them: the motion before
+            a segment is its momentum.
         objective: evaluates the losses.
         settings: of the run, with parts to tell.
     """
 
     def __init__(
-        self, points: StoredPoints, rows: slice, objective: Objective, settings: RunSettings
+        self,
+        points: StoredPoints,
+        first: int,
+        passed: Passed,
+        objective: Objective,
+        settings: RunSettings,
     ) -> None:
-        self._first = rows.start
-        self._passed = Passed(points, rows.start, objective)
+        self._first, self._passed = first, passed
         self._causes = self._basis = None
         if settings.signal is not None:
             self._causes = CausesOfSpan(points, self._passed, objective, settings.signal)
@@ -62,13 +65,9 @@ class PartsOfSpan:
         self._parameters = [spec.name for spec in objective.allocated if spec.kind == "parameter"]
         self._parts: dict[int, _OfSegment] = {}
 
-    def remember(self, walk: Walk) -> Walk:
-        """Yield the checkpoints of the span, and keep them as long as they are needed."""
-        return self._passed.remember(walk)
-
     def of(self, row: int) -> Together:
-        """Return the parts of the segment at a position of the span; the checkpoint it starts from
-        has gone by.
+        """Return the parts of the segment at a position of the stretch; the checkpoint it starts
+        from has gone by.
         """
         from ...numerics.along import SegmentDirections, Together
 
@@ -85,16 +84,23 @@ class PartsOfSpan:
 
     def add(
         self,
+        position: int,
         row: int,
         segments: Mapping[str, SegmentAllocation],
         statistics: Mapping[str, SpanSums],
     ) -> None:
-        """Add what the parts of the segment at a position of the span are allocated to the
-        statistics of each loss, and give up what later segments have no use for.
+        """Add what the parts of the segment at a position of the stretch are allocated to the
+        statistics of each loss.
+
+        Args:
+            position: of the segment.
+            row: its row of the statistics.
+            segments: the allocation of each loss.
+            statistics: of each loss.
         """
         from ...numerics.along import allocated_along
 
-        parts, index = self._parts.pop(row), self._first + row
+        parts, index = self._parts.pop(position), self._first + position
         end = self._passed.at(index + 1)
         moved = None if parts.directions is None else parts.directions.moved(end)
         for name, of_loss in statistics.items():
@@ -105,7 +111,6 @@ class PartsOfSpan:
             if moved is not None:
                 allocated = allocated_along(moved, next(sums))
                 of_loss.add_along(row, allocated, moved.along, moved.distance)
-        self._passed.forget(index - 1)
 
 
 def _basis(record: DirectionsRecord, objective: Objective) -> dict[str, Tensor]:

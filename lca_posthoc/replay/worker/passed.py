@@ -1,11 +1,13 @@
-"""The checkpoints that a replay has gone through, as long as they are needed."""
+"""The checkpoints that a replay has gone through, as long as they are needed, and those it looks ahead
+at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-from .state import stored_point_at
+from .state import point_at
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,25 +22,34 @@ class Passed:
     """Keeps the last checkpoints of a replay, by their position in the trajectory.
 
     Args:
-        points: the checkpoints, the one before the span among them where there is one.
-        first: position of the first one of the span.
+        points: the checkpoints, some before and after these among them where they are needed.
+        segments: those that are replayed in turn, by the positions of the checkpoints they start
+            from.
         objective: on whose device they are.
     """
 
-    def __init__(self, points: StoredPoints, first: int, objective: Objective) -> None:
-        self._points, self._first, self._objective = points, first, objective
+    def __init__(self, points: StoredPoints, segments: slice, objective: Objective) -> None:
+        self._points, self._segments, self._objective = points, segments, objective
         self._kept: dict[int, Mapping[str, Tensor]] = {}
+        self._walk: Walk = iter(())
+        self._upcoming = segments.start
 
     def remember(self, walk: Walk) -> Walk:
-        """Yield the checkpoints of the span, and keep them."""
-        for index, (step, point) in enumerate(walk, self._first):
-            self._kept[index] = point
-            yield step, point
+        """Yield the checkpoints at their ends, and keep them; `walk` may go on after the last one."""
+        self._walk = walk
+        for index in range(self._segments.start, self._segments.stop + 1):
+            yield self._points.checkpoints[index].step, self.at(index)
 
     def at(self, index: int) -> Mapping[str, Tensor]:
-        """Return a checkpoint: one that has gone by, or the one before the span, which is read."""
+        """Return a checkpoint as losses are evaluated there: one that has gone by or is still to
+        come, or one before them, which is read.
+        """
+        while self._upcoming <= index:
+            _, point = next(self._walk)
+            self._kept[self._upcoming] = point
+            self._upcoming += 1
         if index not in self._kept:
-            self._kept[index] = stored_point_at(self._points, index, self._objective)
+            self._kept[index] = point_at(self._points, index, self._objective)
         return self._kept[index]
 
     def forget(self, index: int) -> None:

@@ -7,7 +7,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from ...base.available_memory import give_back, peak_memory
 from ...cluster import Spec
 from ...errors import SpanError
-from ...numerics.schema import in_units_of_loss
+from ..method import method_of
 from ..requests import (
     LossesAnswer,
     LossesRequest,
@@ -27,8 +27,12 @@ from ..requests import (
     from_plain,
     to_plain,
 )
+from ..shards import is_cut
+from .kept_points import forget_points
 from .out_of_memory import with_smaller_batches
-from .parts import PartsOfSpan
+from .parts import PartsOfStretch
+from .passed import Passed
+from .paths import PathsOfStretch
 from .read_ahead import PointsAhead
 from .state import (
     StoredPoint,
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 
     from ...numerics.allocation import Gathers, SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Motion, Objective
+    from ...numerics.shards import ShardedSpan
     from ...numerics.statistics import SpanSums
     from ...results import ChunkWriter, Marker, RunWriter, SpanReport
 
@@ -71,11 +76,14 @@ def stretch_of(row: int) -> range:
 
 
 def looks_back(row: int) -> range:
-    """Return the checkpoints that tell, for a span from `row` on, whether the segment that is
-    measured comes before it.
+    """Return the segments that tell, for a span from `row` on, whether the one that is measured
+    comes before it.
+
+    >>> looks_back(3), looks_back(64), looks_back(200)
+    (range(0, 3), range(64, 64), range(0, 0))
     """
     stretch = stretch_of(row)
-    return range(stretch.start, row + 1) if row > stretch.start and stretch else range(0)
+    return range(stretch.start, row) if stretch else range(0)
 
 
 @reported(SpanRequest)
@@ -92,11 +100,16 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
     losses = {name: LossSpan.of(marker) for name, marker in _markers(writer, request).items()}
     pending = [name for name in request.pending if name not in losses]
     if pending:
-        objective = _ready(request, writer, pending)
+        objective = ready(request, writer, pending)
+        forget_points(objective)  # those of a span have their own place in memory
         records = {name: writer.manifest.losses[name] for name in pending}
-        together = [name for name, record in records.items() if len(record.blocks) == 1]
+        cut = [name for name in pending if is_cut(writer.manifest, name)]
+        together = [
+            name for name, record in records.items() if len(record.blocks) == 1 and name not in cut
+        ]
+        apart = [[name] for name in records if name not in [*cut, *together]]
         with SpanReport(writer.path, request.span) as report:
-            for names in [together, *([name] for name in records if name not in together)]:
+            for names in [cut, together, *apart]:
                 if names:
                     losses |= _replay_together(request, objective, writer, names, report)
         objective.release_reference()
@@ -140,7 +153,7 @@ def losses_at(request: LossesRequest) -> LossesAnswer:
     from ...results import RunWriter
 
     losses = [name for names in request.meetings.values() for name in names]
-    objective = _ready(request, RunWriter.open(Path(request.run)), losses)
+    objective = ready(request, RunWriter.open(Path(request.run)), losses)
     values: dict[str, float] = {}
     for index, names in request.meetings.items():
         try:
@@ -158,7 +171,7 @@ def losses_at(request: LossesRequest) -> LossesAnswer:
     return LossesAnswer(losses=values)
 
 
-def _ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Objective:
+def ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Objective:
     """Return the objective, with the batches that are recorded for some losses and in their
     order.
     """
@@ -212,9 +225,7 @@ class _SpanReplay:
         losses: list[str],
         report: SpanReport,
     ) -> None:
-        from ...numerics.allocation import Method
         from ...numerics.objective import replicates_of
-        from ...numerics.quadrature import RULES
         from ...numerics.statistics import unit_axes
 
         self.request, self.objective, self.writer, self.report = request, objective, writer, report
@@ -225,6 +236,8 @@ class _SpanReplay:
         }
         covered = writer.manifest.of(losses[0])
         self.rows, self.length = covered.rows(request.span), covered.length(request.span)
+        self.starts, self.stretches = covered.starts, covered.stretches(request.span)
+        self.breaks = frozenset(covered.breaks)
         self.tensors = [tensor.spec for tensor in writer.manifest.allocated]
         self.trained = {
             tensor.spec.name: tensor.source
@@ -234,25 +247,13 @@ class _SpanReplay:
         self.blocks = self.records[losses[0]].blocks
         self.signal = request.setup.settings.signal
         self.axes = unit_axes(objective.allocated, self.tensors, writer.keep)
-        settings = request.setup.settings
-        self.method = Method(
-            rule=RULES[settings.rule],
-            tolerance={
-                name: in_units_of_loss(settings.tolerance, record.scale)
-                for name, record in self.records.items()
-            },
-            allocation_tolerance={
-                name: in_units_of_loss(settings.allocation_tolerance, record.scale)
-                for name, record in self.records.items()
-            },
-            calibration={
-                name: share for name, share in request.calibration.items() if share is not None
-            },
-            never_refined=frozenset(self.replicates.values()),
-            per_example=frozenset(
-                name for name, record in self.records.items() if record.per is not None
-            ),
-        )
+        self.method = method_of(request.setup.settings, self.records, self.replicates.values())
+        self.known = None
+        if is_cut(writer.manifest, losses[0]):
+            from ..sharded_span import SumsFiles
+
+            files = SumsFiles(writer.path, writer.manifest, request.span, losses, request.setup)
+            self.known = files.read()
 
     def run(self) -> dict[str, LossSpan]:
         """Allocate, write, commit; return what each loss took."""
@@ -271,19 +272,20 @@ class _SpanReplay:
             levels = [max(of_segment) for of_segment in reached]
             chunks.wait()  # before the same chunks are written again
         losses: dict[str, LossSpan] = {}
-        seconds = (time.perf_counter() - started) / len(self.records)
+        seconds = time.perf_counter() - started
+        if self.known is not None:
+            seconds += self.known.seconds
+        seconds /= len(self.records)
         for name, statistics in self.statistics.items():
             apart, scale = errors[name].T
             np.divide(apart, scale, out=statistics.steps["precision_error"], where=scale > 0)
-            evaluations, passes = (
-                now - then for now, then in zip(self._counts()[name], before[name], strict=True)
-            )
+            evaluations, passes = self._counted(name, before[name])
             on = self.records[name].on
             silent = sorted(statistics.moved_unused) if on is not None else []
             losses[name] = LossSpan(
                 evaluations=evaluations,
                 forward_passes=passes,
-                batch_size=0 if on is None else self.objective.batch_sizes[on],
+                batch_size=self._batch_size(name),
                 worst_residual=float(abs(statistics.steps["residual"]).max()),
                 unconverged=int((statistics.steps["converged"] == 0).sum()),
                 silent=silent,
@@ -300,12 +302,31 @@ class _SpanReplay:
             )
         return losses
 
+    def _counted(self, name: str, before: tuple[int, int]) -> tuple[int, int]:
+        """Return how often a loss was evaluated with and without a gradient since `before`, or, of
+        one in shards, in all.
+        """
+        if self.known is not None:
+            return self.known.sums.counts(name)
+        now = self._counts()[name]
+        return now[0] - before[0], now[1] - before[1]
+
+    def _batch_size(self, name: str) -> int:
+        """Return the batch size a loss was evaluated in; 0 of a term of the parameters."""
+        if self.known is not None:
+            return self.known.batch_sizes[name]
+        on = self.records[name].on
+        return 0 if on is None else self.objective.batch_sizes[on]
+
     def _hidden(self, name: str, silent: list[str]) -> list[str]:
         """Return the tensors that moved and have no gradient but on which the loss depends, through
         detach() or no_grad().
         """
         from ...numerics.objective import hidden_from_autograd
 
+        if silent and self.known is not None:  # the model holds no point of the span yet
+            last = self.starts[self.rows.stop - 1] + 1
+            self.objective.place(point_at(self.request.points, last, self.objective))
         return hidden_from_autograd(self.objective, name, silent) if silent else []
 
     def _counts(self) -> dict[str, tuple[int, int]]:
@@ -318,13 +339,13 @@ class _SpanReplay:
         """Allocate every block over all segments, at least at the levels given, and hand it over;
         return the levels that were reached.
         """
-        from ...numerics.allocation import allocate_span
-
         self.statistics = self._gathering()
         self.parts = {
             name: np.zeros((self.length, self.records[name].replicates, len(self.tensors)))
             for name in self.replicates
         }
+        if self.known is not None:
+            return self._walk_known(self.known.sums, chunks)
         reached = [set[int]() for _ in range(self.length)]
         every = [*self.records, *self.replicates.values()]
         for part_before, block in enumerate(self.blocks):
@@ -335,38 +356,106 @@ class _SpanReplay:
             )
             if len(self.blocks) > 1:
                 next(iter(self.statistics.values())).begin(block)
-            with PointsAhead(self.request.points, self.rows, self.objective) as points:
-                parts = self._parts()
-                segments = allocate_span(
-                    points if parts is None else parts.remember(points),
-                    part,
-                    every,
-                    self.method,
-                    axes=self.axes,
-                    at_least=levels,
-                    # two are in memory then
-                    begin=points.begin_next,
-                    gathering=self._gathering_at,
-                    parts=None if parts is None else parts.of,
-                )
-                for row in range(self.length):
-                    # no name holds a segment, with its gradients, while the next one is computed
-                    levels_of_losses, residual = self._take(row, next(segments), parts)
+            done = itertools.count(1 + part_before * self.length)
+            for stretch in self.stretches:
+                rows = [row - self.rows.start for row in stretch]
+                for row, (levels_of_losses, residual) in zip(
+                    rows, self._allocate(part, every, rows, levels), strict=True
+                ):
                     reached[row] |= levels_of_losses
-                    reached_segments = (
-                        len(self.records) * (row + 1 + part_before * self.length) / len(self.blocks)
-                    )
+                    reached_segments = len(self.records) * next(done) / len(self.blocks)
                     self.report.reach(reached_segments, residual)
             for name, statistics in self.statistics.items():
                 self.writer.write_block(name, self.request.span, statistics, chunks)
         return reached
 
-    def _parts(self) -> PartsOfSpan | None:
-        """Return what tells the parts of the motion; None where none are asked for."""
+    def _walk_known(self, sums: ShardedSpan, chunks: ChunkWriter) -> list[set[int]]:
+        """Do the same from the sums of shards.
+
+        Raises:
+            SpanError: where some are missing: a file was damaged since the driver read it.
+        """
+        from ...numerics.shards import Wanted
+
+        names, reached = list(self.records), []
+        for row, start in enumerate(sums.starts):
+            try:
+                done = sums.allocate(start, names)
+            except Wanted:
+                raise SpanError("sums of shards were damaged meanwhile; run again") from None
+            levels, residual = self._take(row, row, done, None)
+            reached.append(levels)
+            self.report.reach(len(names) * (row + 1), residual)
+        for name, statistics in self.statistics.items():
+            self.writer.write_block(name, self.request.span, statistics, chunks)
+        return reached
+
+    def _allocate(
+        self, part: Objective | _Only, losses: list[str], rows: list[int], levels: list[int]
+    ) -> Iterator[tuple[set[int], float]]:
+        """Allocate segments that follow each other, and add each to the statistics.
+
+        Args:
+            part: evaluates the block's groups.
+            losses: names, those of replicates among them.
+            rows: of the segments, counted from the first of the span.
+            levels: the least level of each row of the span.
+
+        Yields:
+            The levels that losses reached on a segment, and the largest residual.
+        """
+        from ...numerics.allocation import allocate_span
+
+        first = self.starts[self.rows.start + rows[0]]
+        for statistics in self.statistics.values():
+            statistics.cut(rows[0])
+        segments_of = slice(first, first + len(rows))
+        with PointsAhead(self.request.points, self._read(segments_of), self.objective) as points:
+            passed = Passed(self.request.points, segments_of, self.objective)
+            parts, paths = self._parts(first, passed), self._paths(first, passed)
+            segments = allocate_span(
+                points if parts is None and paths is None else passed.remember(points),
+                part,
+                losses,
+                self.method,
+                axes=self.axes,
+                at_least=[levels[row] for row in rows],
+                # two are in memory then
+                begin=points.begin_next,
+                gathering=lambda position: self._gathering_at(rows[position]),
+                parts=None if parts is None else parts.of,
+                paths=None if paths is None else paths.of,
+            )
+            for position, row in enumerate(rows):
+                # no name holds a segment, with its gradients, while the next one is computed
+                yield self._take(position, row, next(segments), parts)
+                passed.forget(first + position - 1)
+
+    def _parts(self, first: int, passed: Passed) -> PartsOfStretch | None:
+        """Return what tells the parts of the motion from a checkpoint on; None where none are asked
+        for.
+        """
         settings = self.request.setup.settings
         if settings.signal is None and settings.directions is None:
             return None
-        return PartsOfSpan(self.request.points, self.rows, self.objective, settings)
+        return PartsOfStretch(self.request.points, first, passed, self.objective, settings)
+
+    def _paths(self, first: int, passed: Passed) -> PathsOfStretch | None:
+        """Return what tells another path from a checkpoint on; None where none is asked for."""
+        if self.request.setup.settings.path_band != "on":
+            return None
+        return PathsOfStretch(self.request.points, self.breaks, first, passed)
+
+    def _read(self, segments: slice) -> slice:
+        """Return the segments whose ends are read in turn: some that follow each other, and the one
+        after them where another path is asked for and there is one.
+        """
+        beyond = (
+            self.request.setup.settings.path_band == "on"
+            and segments.stop not in self.breaks
+            and segments.stop + 1 in self.request.points.checkpoints
+        )
+        return slice(segments.start, segments.stop + beyond)
 
     def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
         """Return what takes in a segment of each loss as it is computed; nothing of sums."""
@@ -380,11 +469,18 @@ class _SpanReplay:
 
     def _gathering(self) -> Mapping[str, SpanSums]:
         """Return what gathers the statistics of each loss at the level of the run."""
+        import torch
+
         from ...numerics.statistics import SpanStatistics, SpanSums
 
-        of_span = (self.tensors, self.length, self.writer.keep, self.objective.device)
+        device = self.objective.device if self.known is None else torch.device("cpu")
+        of_span = (self.tensors, self.length, self.writer.keep, device)
         directions = self.request.setup.settings.directions
-        parts = (self.signal is not None, 0 if directions is None else directions["directions"])
+        parts = (
+            self.signal is not None,
+            0 if directions is None else directions["directions"],
+            self.request.setup.settings.path_band == "on",
+        )
         groups = {
             name: len(record.groups) if record.groups else None
             for name, record in self.records.items()
@@ -428,15 +524,19 @@ class _SpanReplay:
         return order.codes.numpy()
 
     def _take(
-        self, row: int, done: dict[str, SegmentAllocation], parts: PartsOfSpan | None
+        self,
+        position: int,
+        row: int,
+        done: dict[str, SegmentAllocation],
+        parts: PartsOfStretch | None,
     ) -> tuple[set[int], float]:
-        """Add a segment to the statistics; return the levels that losses reached, and the largest
+        """Add a segment, at a position of its stretch, to its row of the statistics; return the levels that losses reached, and the largest
         residual.
         """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
         if parts is not None:
-            parts.add(row, done, self.statistics)
+            parts.add(position, row, done, self.statistics)
         for name, hidden in self.replicates.items():
             sums = done[hidden].sums
             self.parts[name][row] = np.stack([sums[tensor.name] for tensor in self.tensors], -1)
@@ -456,8 +556,8 @@ class _SpanReplay:
             for name, error in rounding_errors(
                 self.objective,
                 names,
-                point_read_twice(self.request.points, row, self.objective),
-                point_at(self.request.points, row + 1, self.objective),
+                point_read_twice(self.request.points, self.starts[row], self.objective),
+                point_at(self.request.points, self.starts[row] + 1, self.objective),
                 self.axes,
                 every=self.request.setup.settings.precision_check == "full",
             ).items():
@@ -468,31 +568,32 @@ class _SpanReplay:
 
     def _measured_rows(self) -> Iterator[int]:
         """Yield the segments of the span that are the first of their stretch to move."""
-        waits = self._still(looks_back(self.rows.start))
+        looked = self.request.looks_back
+        waits = looked is not None and self._still(looked)
         for row in range(self.rows.start, self.rows.stop):
             stretch = stretch_of(row)
             waits = bool(stretch) and (row == stretch.start or waits)
-            if waits and not self._still(range(row, row + 2)):
+            if waits and not self._still(range(row, row + 1)):
                 waits = False
                 yield row
 
-    def _still(self, checkpoints: range) -> bool:
-        """Tell whether no parameter moves over some consecutive checkpoints; where there are none,
-        something may have moved.
+    def _still(self, rows: Iterable[int]) -> bool:
+        """Tell whether no parameter moves on some segments.
 
         One that cannot be read counts as moved: its span says why. Statistics move in every forward
         pass of training and count for nothing.
         """
-        along = [
-            StoredPoint(self.request.points, index, self.objective, self.trained)
-            for index in checkpoints
-        ]
         try:
-            return bool(along) and not any(
-                differ(before, after, self.trained) for before, after in itertools.pairwise(along)
-            )
+            return not any(map(self._moves, rows))
         except SpanError:
             return False
+
+    def _moves(self, row: int) -> bool:
+        before, after = (
+            StoredPoint(self.request.points, index, self.objective, self.trained)
+            for index in (self.starts[row], self.starts[row] + 1)
+        )
+        return differ(before, after, self.trained)
 
 
 class _Only:

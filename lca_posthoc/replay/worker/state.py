@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ...numerics.objective import Objective
+    from ..requests import Sample
 
 Point = dict[str, "Tensor"]
 Asked = TypeVar("Asked")
@@ -284,11 +285,11 @@ def point_read_twice(
     return StoredPoint(points, index, objective)
 
 
-def first_point(points: StoredPoints, objective: Objective) -> Mapping[str, Tensor]:
-    """Return the first checkpoint as it is stored, read where it is needed; what is wrong with it
-    is wrong input.
+def first_point(sample: Sample, objective: Objective) -> Mapping[str, Tensor]:
+    """Return the first checkpoint that is there as it is stored, read where it is needed; what is
+    wrong with it is wrong input.
     """
-    point = StoredPoint(points, 0, objective)
+    point = StoredPoint(sample.points, sample.first, objective)
     try:
         for name in point:
             point[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -63,7 +64,8 @@ def headline(panel: Panel) -> Headline:
             + (f"; to buffers (running statistics) {signed(buffers)}" if buffers else ""),
             warning=bool(change) and abs(residual / change) > 0.05,
         ),
-        *([_helping(panel)] if panel.allows("helping") else []),
+        *([_helping(panel)] if "helping" in figures else []),
+        *([_straight(panel)] if figures["long_segments"] else []),
         *([_rest(panel)] if panel.allows("causes") else []),
         _best(total, change),
         _hurting(total),
@@ -101,9 +103,32 @@ def _unconverged(panel: Panel) -> Card:
 
 
 def _unfinished(panel: Panel) -> str:
+    """Say which segments the figures are over, where that is not all of training."""
+    return " ".join([*_of_a_part(panel), *_missing(panel)])
+
+
+def _of_a_part(panel: Panel) -> Iterator[str]:
+    manifest = panel.results.manifest
+    if manifest.breaks:
+        seen, steps = manifest.steps_seen
+        yield (
+            f"{count(len(manifest.breaks), 'gap')} between checkpoints left out: every sum and every "
+            f"share here is over {seen:,} of {count(steps, 'training step')}."
+        )
+    if manifest.sampled is not None:
+        error = panel.summary["segments_error"]
+        told = "" if not isinstance(error, float) else f" ± {plain(error)} (standard error)"
+        yield (
+            f"Sums over training are estimates{told} from {manifest.segments:,} of "
+            f"{manifest.all_segments:,} segments, drawn at random all over training (--segments "
+            f"{clean(manifest.sampled, 40)}); what needs every segment is left out."
+        )
+
+
+def _missing(panel: Panel) -> Iterator[str]:
     if panel.results.complete:
-        return ""
-    return (
+        return
+    yield (
         f"This run is not finished: {panel.missing} are missing. Every sum and every share here is "
         "over the others alone, and lines have gaps where segments are missing. Finish it with lca "
         "run, then write this page again."
@@ -127,6 +152,28 @@ def _helping(panel: Panel) -> Card:
         f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did "
         "nothing",
         bar=(whole["helping"], whole["zero"], whole["hurting"]),
+    )
+
+
+def _straight(panel: Panel) -> Card:
+    """Return how many segments are longer than one training step, and what other paths change."""
+    figures = panel.summary
+    band = figures["path_band"]
+    detail = "what other paths would change is told with --path-band on"
+    if band is not None:
+        size = float(np.max(np.abs(band)))
+        within = "" if panel.groups is None else " in the group with most"
+        detail = f"other paths would move {plain(size)}{within} between modules, Σ ± path"
+    if figures["doubling"] is not None:
+        detail += (
+            f"; leaving every second checkpoint out moves {percent(float(np.max(figures['doubling'])))} "
+            "of Σ|module|"
+        )
+    return Card(
+        "Straight lines",
+        f"{figures['long_segments']:,} of {count(figures['segments'], 'segment')}",
+        f"are longer than one training step: sums are the straight line's share; {detail}",
+        warning=True,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,8 @@ def _views(
         columns = [
             panel.of_group(finding[name], position).values[shown] for name in ("total", "mean")
         ]
+        if "path" in finding:
+            columns.insert(1, panel.of_group(finding["path"], position).values[shown])
         if "helping" in finding:
             columns.append(panel.share_of_group(finding["helping"], position).values[shown])
         views["@layers"][f"{key}|"] = {
@@ -106,11 +109,13 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
     total, mean = (panel.of_group(finding[name], None).values for name in ("total", "mean"))
     counted = "helping" in finding
     helping = panel.share_of_group(finding["helping"], None).values if counted else None
+    path = panel.of_group(finding["path"], None).values if "path" in finding else None
     ticked = set(largest(total[shown], _DRAWN))
     rows: list[list[Cell]] = [
         [
             name,
             float(total[position]),
+            *([] if path is None else [float(path[position])]),
             float(mean[position]),
             *([] if helping is None else [float(helping[position])]),
             int(finding["elements"].values[position]),
@@ -120,6 +125,7 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
     columns = [
         Column("layer", "name"),  # what a phone shows without scrolling comes first
         Column("Σ allocation", "bar"),
+        *([] if path is None else [Column("± path", "plain")]),
         Column("mean", "number"),
         *([Column("helping", "share")] if counted else []),
         Column("parameters", "count"),
@@ -128,13 +134,21 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
         title="Layers, in the model's order: tick the ones to draw",
         columns=columns,
         rows=rows,
-        note=""
-        if panel.groups is None or not counted
-        else "Helping is a share of parameters in one group: pick a group.",
+        note=" ".join(_notes(path is not None, panel.groups is not None and counted)),
         open=True,
         live="layers",
         pick=[position in ticked for position in range(len(rows))],
     )
+
+
+def _notes(bent: bool, grouped: bool) -> Iterator[str]:
+    if bent:
+        yield (
+            "± path: what other paths through the same checkpoints would change; no part of the "
+            "residual, which is 0 for every path."
+        )
+    if grouped:
+        yield "Helping is a share of parameters in one group: pick a group."
 
 
 def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:

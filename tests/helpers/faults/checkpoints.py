@@ -215,7 +215,7 @@ def damaged(count: int, _: Path) -> str:
 def replaced(count: int, _: Path) -> str:
     chance, harmless, found = random.Random(8), 0, 0
     with laid_out() as (place, clean):
-        files = sorted((place / "checkpoints").iterdir())
+        files = sorted((place / "checkpoints").glob("*.safetensors"))
         for number in range(count):
             out, at = place / f"run-{number}.lca", chance.randrange(1, len(files))
             file, data = files[at], files[at].read_bytes()

@@ -7,11 +7,14 @@ import random
 import re
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 
 import psutil
 
-from . import by_level, drawn_levels, fault
+from tests.helpers.cli import write_task
+
+from . import by_level, clean_runs, drawn_levels, fault
 from .processes import (
     Driver,
     begun,
@@ -110,6 +113,57 @@ def worker_killed(count: int, _: Path) -> str:
     return (
         f"{kills} kills in {runs} runs, {again} extra executions, {resumed} resumed after exit 3, "
         "bytes equal"
+    )
+
+
+@fault(
+    "R21",
+    "kill -9 of the driver, or of a worker, while spans are computed in shards",
+    ci=2,
+    full=40,
+)
+def killed_in_shards(count: int, _: Path) -> str:
+    """Ten segments in spans of ten and three shards, so that nearly every kill is inside a span."""
+    chance, kills, runs, resumed = random.Random(21), Counter[str](), 0, 0
+    options = ("--shards", 3, "--batch-size", 4)
+    with laid_out(10, keep="units") as (place, _clean):
+        write_task(place / "small_task.py")  # whose losses can be cut
+        clean = clean_runs.clean_run(
+            place, place / "in-shards.lca", span=16, keep="units", shards=3, batch_size=4
+        )
+        while kills.total() < count:
+            out, drivers = place / f"run-{runs}.lca", list[Driver]()
+            runs += 1
+            while kills.total() < count:
+                driver = drive(place, out, *LOCAL, *options, span=16, keep="units")
+                drivers.append(driver)
+                # two deaths before the first span are an exit 5: the task may be what kills
+                driver.until(lambda out=out: (out / "shards").exists() or markers(out))
+                over = driver.wait(chance.uniform(0, 1))
+                victims = sorted(driver.workers(), key=lambda worker: worker.pid)
+                if over or not victims:
+                    break
+                if kills.total() % 2:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        chance.choice(victims).kill()
+                        kills["worker"] += 1
+                    break
+                driver.kill()
+                kills["driver"] += 1
+                undamaged(out)
+            code = driver.finished()
+            assert code in (0, 3, 5, -signal.SIGKILL), driver.said
+            if code == 5:  # the worker was killed while it started
+                named(driver.said, "local workers did not start")
+            last = drive(place, out, *INLINE, *options, span=16, keep="units")
+            assert last.finished() == 0, last.said
+            resumed += driver.returncode != 0
+            whole(out, clean)
+            assert not (out / "shards").exists()
+            nobody_left(*drivers)
+    return (
+        f"{kills['driver']} kills of drivers and {kills['worker']} of workers in {runs} runs, "
+        f"{resumed} resumed, bytes equal"
     )
 
 

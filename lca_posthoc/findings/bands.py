@@ -1,0 +1,184 @@
+"""The errors of sums over training, each apart: of quadrature, of the path between checkpoints, and
+of the examples that were drawn; and what is held back on segments of more than one training step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from ..base.declarations import declared_findings
+from ..base.text import count
+from ..errors import LCAError
+from ..numerics.long_segments import is_long, pairs
+from ..results import LossResults
+from .common import Numbers, scale_of
+
+Members = Sequence[Sequence[int]]  # positions of the tensors that are added up, of each sum
+ERRORS = ("quadrature", "path", "examples")
+
+
+def long_segments(table: xr.Dataset) -> Numbers:
+    """Return which segments are longer than one training step, (step,)."""
+    return np.array([is_long(int(length)) for length in _lengths(table)], dtype=bool)
+
+
+def _lengths(table: xr.Dataset) -> Numbers:
+    lengths: Numbers = table["step_end"].values - table["step"].values
+    return lengths
+
+
+def straight_lines(table: xr.Dataset) -> str:
+    """Say which segments are longer than one training step, and what that means; "" for none.
+
+    A sentence that may end in what is held back.
+    """
+    long = long_segments(table)
+    if not long.any():
+        return ""
+    some = f"{int(long.sum()):,} of {count(len(long), 'segment')}"
+    which = "All segments are" if long.all() else f"{some} {'is' if long.sum() == 1 else 'are'}"
+    return f"{which} longer than one training step, where allocations are the straight line's share"
+
+
+def held_back(table: xr.Dataset, what: str) -> list[str]:
+    """Say that something is held back on segments of more than one training step; nothing where
+    there are none.
+
+    Args:
+        table: with the coordinates of the segments.
+        what: is held back, in the plural.
+    """
+    about = straight_lines(table)
+    if not about:
+        return []
+    return [
+        f"{about}: {what} would say what that line did, not what training did, and are held back."
+    ]
+
+
+def refuse_straight_lines(table: xr.Dataset, what: str) -> None:
+    """Refuse what says nothing of segments of more than one training step, where there are any.
+
+    Args:
+        table: with the coordinates of the segments.
+        what: is held back, in the plural.
+
+    Raises:
+        LCAError: says why, and where net sums are.
+    """
+    reasons = held_back(table, what)
+    if reasons:
+        raise LCAError(
+            f"{reasons[0]} Net sums of layers and units are told: `lca plot RUN layers`."
+        )
+
+
+def needs_single_steps(results: LossResults, name: str) -> str | None:
+    """Say why a finding is held back on segments of more than one training step; None where it is
+    not.
+
+    Args:
+        results: one loss of a run.
+        name: of the finding.
+    """
+    needed, table = declared_findings()[name].single_steps, results.steps
+    long = long_segments(table)
+    if not needed or not (long.any() if needed == "every" else long.all()):
+        return None
+    return f"{straight_lines(table)}, and it is about single parameters in single training steps."
+
+
+def path_bands(results: LossResults, members: Members) -> Numbers | None:
+    """Return by how much other paths would change sums over training, ([group, ]sums), in units of
+    loss; None where the run does not tell it.
+
+    Two other paths are looked at: a curve through the same checkpoints, whose shift each long
+    segment has, and the line to the next checkpoint but one, which is less the sum of both halves.
+    The shifts of each are added up as they are, which keeps what is systematic. To both sums comes
+    twice the root of the sum of their squares, of the path that has more: what shifts of random
+    signs come to.
+
+    Of a random part of the segments, both are scaled to all of them.
+
+    Args:
+        results: one loss of a run.
+        members: of each sum.
+    """
+    shifts = other_paths(results, members)
+    if shifts is None:
+        return None
+    larger = scale_of(results, results.tensors.sizes["step"])
+    systematic = larger * sum(np.abs(of_path.sum(0)) for of_path in shifts)
+    random = np.max([np.sqrt((of_path**2).sum(0)) for of_path in shifts], axis=0)
+    band: Numbers = systematic + 2 * np.sqrt(larger) * random
+    return band
+
+
+def other_paths(results: LossResults, members: Members) -> tuple[Numbers, Numbers] | None:
+    """Return the shifts of two other paths, (segments, [group, ]sums) and (pairs, [group, ]sums);
+    None where the run does not tell them, or no segment is long.
+    """
+    if results.manifest.settings["path_band"] != "on":
+        return None
+    table = results.tensors
+    if not long_segments(table).any():
+        return None
+    stored = results.other_path
+    allocated, shift, doubled = (
+        _summed(column, members)
+        for column in (table["allocated"], stored["shift"], stored["doubled"])
+    )
+    apart = doubled - allocated
+    halves = _halves(results, table)
+    return shift, apart[halves[:, 0]] + apart[halves[:, 1]]
+
+
+def _halves(results: LossResults, table: xr.Dataset) -> Numbers:
+    """Return the rows of both halves of every doubled line of which both are finished, (lines, 2)."""
+    manifest = results.manifest
+    row_of = {int(step): row for row, step in enumerate(table["step"].values)}
+    starts = [checkpoint.step for checkpoint in manifest.checkpoints]
+    halves = [
+        (row_of[starts[first]], row_of[starts[first + 1]])
+        for first in pairs(manifest.lengths)
+        if starts[first] in row_of and starts[first + 1] in row_of
+    ]
+    return np.array(halves, dtype=int).reshape(-1, 2)
+
+
+def _summed(column: xr.DataArray, members: Members) -> Numbers:
+    values = column.transpose("step", ..., "tensor").values
+    return np.stack([values[..., list(some)].sum(-1) for some in members], axis=-1)
+
+
+def quadrature_errors(results: LossResults, members: Members) -> Numbers:
+    """Return what quadrature misses of sums over training, ([group, ]sums), in units of loss: of
+    each segment the part of `error_bound` that goes by |A| to the sum; NaN of fixed rules, which
+    have none.
+    """
+    table = results.tensors
+    sizes = _summed(abs(table["allocated"]), members)
+    whole = np.abs(table["allocated"].transpose("step", ..., "tensor").values).sum(-1)
+    bound = results.steps["error_bound"].values
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(whole[..., None] > 0, sizes / whole[..., None], 0.0)
+    errors: Numbers = scale_of(results, len(bound)) * (bound[..., None] * share).sum(0)
+    return errors
+
+
+def example_errors(results: LossResults, members: Members) -> Numbers | None:
+    """Return the standard errors of sums over training by the examples that were drawn, (sums,), in
+    units of loss; None of a loss over all of its examples, and where there are no replicates.
+    """
+    table, record = results.tensors, results.record
+    if "replicates" not in table or table.sizes["replicate"] < 2:
+        return None
+    sums = table["replicates"].sum("step").transpose("replicate", "tensor").values
+    sums = np.stack([sums[:, list(some)].sum(-1) for some in members], axis=-1)
+    sampled = record.examples / max(1, record.total)
+    larger = scale_of(results, table.sizes["step"])
+    errors: Numbers = larger * np.sqrt(sums.var(0, ddof=1) / len(sums) * (1 - sampled))
+    return errors

@@ -1,0 +1,258 @@
+"""Wait for the iterates of a training that goes on, as many as make whole spans at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..base.text import count
+from ..checkpoints.paths import is_remote
+from ..checkpoints.places import Where
+from ..checkpoints.recorded import (
+    RecorderSign,
+    bytes_of,
+    name_of,
+    read_sign,
+    segments_between,
+    steps_there,
+)
+from ..checkpoints.trajectory import Trajectory, extended
+from ..errors import InputError
+from ..results import Manifest
+from .consume import only_directory, reads_before
+from .stopping import Stop
+
+UNKNOWN = 10_000  # segments that are reckoned with where nothing tells how many will come
+_LONGEST_SPAN = 32
+_LOOKED_AT = 3  # iterates from which the size of one is taken: the first has no moments
+_SOONEST, _LATEST = 0.02, 2.0  # seconds between two looks for iterates
+_LOOKS = 4  # while as many iterates come as are waited for
+
+
+def refuse_remote(checkpoints: Where) -> None:
+    """Refuse to follow what no recorder writes.
+
+    Raises:
+        InputError: where the checkpoints are not in one directory, or behind a URL.
+    """
+    root = only_directory(checkpoints, "--follow")
+    if is_remote(root):
+        raise InputError(
+            f"{root} is remote, and a recorder writes to this machine's file systems. Leave "
+            "--follow out."
+        )
+
+
+@dataclass
+class Follower:
+    """Waits for iterates of a recorder, until it has closed.
+
+    Args:
+        root: the directory of the checkpoints.
+        stop: the request to end early.
+        begin: tells what is waited for, and what a first signal does.
+        note: tells what the user should know.
+        consumes: whether iterates are removed once they are replayed.
+        has_causes: whether the motion before a segment is needed.
+    """
+
+    root: Path
+    stop: Stop
+    begin: Callable[[str, str], None]
+    note: Callable[[Sequence[str]], None]
+    consumes: bool
+    has_causes: bool
+    is_over: bool = field(default=False, init=False)
+    span: int = field(default=0, init=False)
+    _sign: RecorderSign | None = field(default=None, init=False)
+    _said_dead: RecorderSign | None = field(default=None, init=False)
+    _told: str = field(default="", init=False)
+    _pace: float = field(default=0.4, init=False)  # seconds from one iterate to the next
+
+    @property
+    def segments(self) -> int:
+        """The number of segments in the end, as far as the recorder says."""
+        known = None if self._sign is None else self._sign.segments
+        return UNKNOWN if known is None else max(1, known)
+
+    @property
+    def is_told(self) -> bool:
+        """Tell whether the recorder says how many segments there will be."""
+        return self._sign is not None and self._sign.segments is not None
+
+    def wait_for_first(self, recorded: Manifest | None, span: int | None) -> None:
+        """Wait until there are iterates to begin with, and settle how many make a span.
+
+        Args:
+            recorded: the run, where it is there already.
+            span: the segments per span that are asked for.
+
+        Raises:
+            InputError: where no recorder writes the directory, or its room is too small.
+            Interrupted: where the user ends it.
+        """
+        self._wait(lambda steps: _LOOKED_AT - len(steps) if recorded is None else 1 - len(steps))
+        self.span = self._settled(recorded.span if recorded is not None else span)
+        if recorded is None:
+            self._wait(lambda steps: self.span - self._segments(steps))
+
+    def _settled(self, fixed: int | None) -> int:
+        """Return the segments of a span, for which there is room: at most half of it, so that
+        training and replay go on side by side.
+        """
+        sign = self._sign
+        if sign is None or not sign.is_bounded or sign.state == "closed":
+            return fixed or _LONGEST_SPAN
+        if not self.consumes:
+            raise InputError(
+                f"the recorder of {self.root} waits when what it wrote fills its room (at_most), "
+                "and nothing makes room without --consume. Give that too."
+            )
+        largest = max((bytes_of(self.root, step) for step in steps_there(self.root)), default=1)
+        room = sign.room(largest) or 0
+        span = fixed or 1
+        if self._needed(span) > room:
+            raise InputError(
+                f"the recorder of {self.root} lets {count(room, 'iterate')} wait (at_most), and a "
+                f"span of {count(span, 'segment')} needs {self._needed(span)} at once. Record with "
+                "a larger at_most" + (", or write another run with --out." if fixed else ".")
+            )
+        while fixed is None and self._needed(2 * (2 * span)) <= room and span < _LONGEST_SPAN:
+            span *= 2
+        return span
+
+    def _needed(self, segments: int) -> int:
+        """Return how many iterates are there at most while so many segments are replayed: each
+        burst has one more than it has segments, and that at the end of the burst before is there
+        until the next one begins.
+        """
+        bursts = None if self._sign is None else self._sign.bursts
+        gaps = 0 if bursts is None else -(-segments // (bursts[1] - 1))
+        return reads_before(self.has_causes) + segments + 1 + gaps
+
+    def _segments(self, steps: Sequence[int]) -> int:
+        """Return how many segments the iterates of some steps have, by what the recorder says."""
+        return segments_between(steps, None if self._sign is None else self._sign.bursts)
+
+    def whole(self, trajectory: Trajectory, recorded: int = 0) -> Trajectory:
+        """Return a trajectory without the checkpoints after its last whole span, unless there is none
+        or no more will come.
+
+        Args:
+            trajectory: with all that is there.
+            recorded: checkpoints that the run has already, which stay.
+        """
+        starts = trajectory.starts
+        rows = len(starts) // self.span * self.span
+        if self.is_over or not (rows or recorded):
+            return trajectory
+        return trajectory.up_to(max(recorded, starts[rows - 1] + 2 if rows else 0))
+
+    def more(self, trajectory: Trajectory, rename: Sequence[str]) -> Trajectory:
+        """Wait for another whole span, or for the end, and return the trajectory with what came."""
+        known = len(trajectory.checkpoints)
+        last = trajectory.checkpoints[-1].step
+        # a last span that is short grows first
+        missing = self.span - len(trajectory.starts) % self.span
+
+        def lacks(steps: Sequence[int]) -> int:
+            return missing - self._segments([last, *(step for step in steps if step > last)])
+
+        while True:
+            self._wait(lacks)
+            later = [step for step in steps_there(self.root) if step > last]
+            files = {step: self.root / name_of(step) for step in later}
+            grown = self.whole(extended(trajectory, files, rename), known)
+            if self.is_over or len(grown.checkpoints) > known:
+                return grown
+            missing += 1  # a recorder before this one recorded other bursts
+
+    def _wait(self, lacks: Callable[[Sequence[int]], int]) -> None:
+        """Wait until no iterate is lacking, or until none will come.
+
+        Args:
+            lacks: returns how many more are waited for, where those of some steps are there.
+        """
+        seen: tuple[int, float] | None = None
+        self._told = ""
+        while not self.is_over:
+            # in this order: once it has closed, all that it wrote is there
+            sign, steps = read_sign(self.root), steps_there(self.root)
+            self._refuse_without_sign(sign, steps)
+            self._sign, before = sign, self._sign
+            if self.span and sign != before:  # of a training that was resumed, with another bound
+                self._settled(self.span)
+            if sign is not None and sign.state == "closed":
+                self.is_over = True
+                return
+            lacking = lacks(steps)
+            if lacking <= 0:
+                return
+            seen = self._measure(seen, steps)
+            lives = sign is None or sign.is_recording(self.root)
+            self._say(sign, lives, steps)
+            seconds = min(_LATEST, max(_SOONEST, lacking * self._pace / _LOOKS))
+            if self.stop.event.wait(seconds):
+                if lives or len(steps) < 2:
+                    raise self.stop.interrupted()
+                self.stop.event.clear()  # a second signal stops at once, as ever
+                self.is_over = True
+
+    def _measure(
+        self, seen: tuple[int, float] | None, steps: Sequence[int]
+    ) -> tuple[int, float] | None:
+        """Measure the recorder's pace from the last iterate that was seen and when."""
+        if not steps:
+            return None
+        now = time.monotonic()
+        if seen is None:
+            return steps[-1], now
+        came = sum(step > seen[0] for step in steps)
+        if not came:
+            return seen
+        self._pace = (now - seen[1]) / came
+        return steps[-1], now
+
+    def _refuse_without_sign(self, sign: RecorderSign | None, steps: Sequence[int]) -> None:
+        if sign is None and steps:
+            raise InputError(
+                f"{self.root} holds checkpoints that no recorder says to be writing (it has no "
+                "sign of one), so nothing tells when the last one is there. Leave --follow out; "
+                "the same command takes up later ones."
+            )
+
+    def _say(self, sign: RecorderSign | None, lives: bool, steps: Sequence[int]) -> None:
+        """Tell what is waited for, and once that a recorder died."""
+        goes_on = "what was committed is kept. Run the same command again to go on"
+        if sign is None:
+            self._tell(f"waiting for a recorder to begin in {self.root}", goes_on)
+        elif lives:
+            self._tell(f"waiting for iterates of the recorder ({sign.who})", goes_on)
+        else:
+            if self._said_dead != sign:
+                self._said_dead = sign
+                self.note([self._death(sign, steps)])
+            self._tell(
+                "waiting for the training to be resumed, whose recorder ended without closing",
+                "the run ends with the iterates that are there",
+            )
+
+    def _tell(self, waits_for: str, on_signal: str) -> None:
+        if waits_for != self._told:
+            self._told = waits_for
+            self.begin(waits_for, on_signal)
+
+    def _death(self, sign: RecorderSign, steps: Sequence[int]) -> str:
+        how = (
+            "could not write an iterate, and ended"
+            if sign.state == "failed"
+            else "died without closing"
+        )
+        last = f", the last iterate being that of step {steps[-1]}" if steps else ""
+        return (
+            f"the recorder of {self.root} ({sign.who}) {how}{last}. A training that is resumed "
+            "into the directory is followed on; Ctrl-C ends the run with the iterates that are "
+            "there"
+        )

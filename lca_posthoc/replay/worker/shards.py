@@ -1,0 +1,139 @@
+"""Losses over some shards of their data, at nodes of a span: evaluate them, and write the sums."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...base.available_memory import peak_memory
+from ...cluster import Spec
+from ...numerics.nodes import Node, part_of
+from ..requests import ShardAnswer, ShardRequest, SpanRequest, to_plain, work_of
+from ..shards import shards_of
+from .kept_points import KeptPoints
+from .out_of_memory import with_smaller_batches
+from .spans import committed_result, ready, replay_span
+from .state import reported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ...numerics.objective import Objective
+    from ...results import Manifest
+    from ..sharded_span import ShardSums, SumsFiles
+
+
+def replay_in_shards(spec: Spec) -> Spec:
+    """Replay a span, or evaluate shards of it, whichever is asked for."""
+    return sum_shards(spec) if isinstance(work_of(spec), ShardRequest) else replay_span(spec)
+
+
+def committed(spec: Spec) -> Spec | None:
+    """Return the answer of a worker that is out of reach, once what it was asked for is written;
+    None before.
+    """
+    from ...results import read_sums
+
+    request = work_of(spec)
+    if isinstance(request, SpanRequest):
+        return committed_result(spec)
+    stored = read_sums(Path(request.run), request.file)
+    if stored is None:
+        return None
+    return to_plain(ShardAnswer(seconds=stored[0]["seconds"], peak_bytes=0))
+
+
+@reported(ShardRequest)
+def sum_shards(request: ShardRequest) -> ShardAnswer:
+    """Evaluate losses over shards at some nodes, and write the sums to a file of the run."""
+    from ...results import RunWriter
+    from ..sharded_span import SumsFiles
+
+    started = time.perf_counter()
+    writer = RunWriter.open(Path(request.run), durable=request.durable)
+    manifest = writer.manifest
+    objective = ready(request, writer, request.losses)
+    files = SumsFiles(writer.path, manifest, request.span, request.losses, request.setup)
+    work = _Shards(request, manifest, objective, files)
+    splits = {split for name in request.losses if (split := manifest.losses[name].on) is not None}
+    entries = with_smaller_batches(
+        lambda: list(work.entries()), objective, splits, request.setup.settings.norm_stats
+    )
+    seconds = time.perf_counter() - started
+    files.write(request.file, entries, work.distances(), seconds=seconds, durable=request.durable)
+    return ShardAnswer(seconds=time.perf_counter() - started, peak_bytes=peak_memory())
+
+
+class _Shards:
+    """The evaluations of one request.
+
+    Args:
+        request: asks for them.
+        manifest: of the run.
+        objective: evaluates the losses.
+        files: of the sums of the span.
+    """
+
+    def __init__(
+        self, request: ShardRequest, manifest: Manifest, objective: Objective, files: SumsFiles
+    ) -> None:
+        self._request, self._manifest, self._objective = request, manifest, objective
+        self._axes = files.axes
+        self._points = KeptPoints(request.points, objective)
+
+    def entries(self) -> Iterator[ShardSums]:
+        """Yield the sums, node by node."""
+        from ...numerics.objective import Along
+        from ..sharded_span import ShardSums
+
+        parts = {shard: self._parts(shard) for shard in self._request.shards}
+        parts = {shard: of_losses for shard, of_losses in parts.items() if of_losses}
+        for node in self._request.nodes:
+            along = None
+            if node.along:
+                along = Along(self._axes, [self._points.motion(start) for start in node.along])
+            evaluated = self._objective.evaluate_parts(
+                self._point(node), list(parts.values()), along
+            )
+            for shard, sums_of_losses in zip(parts, evaluated, strict=True):
+                for loss, sums in sums_of_losses.items():
+                    on = self._manifest.losses[loss].on
+                    yield ShardSums(
+                        loss=loss,
+                        node=node,
+                        shard=shard,
+                        batch_size=0 if on is None else self._objective.batch_sizes[on],
+                        sums=sums,
+                    )
+
+    def distances(self) -> dict[int, Mapping[str, float]]:
+        """Return Σ|θ′ − θ| of every tensor on the segments that are asked for."""
+        from ...numerics.objective import distances
+
+        return {
+            start: distances(self._points.motion(start), self._axes)
+            for start in self._request.distances
+        }
+
+    def _parts(self, shard: int) -> dict[str, range | None]:
+        """Return the examples of a shard, by loss; a loss with fewer shards is left out."""
+        parts: dict[str, range | None] = {}
+        for loss in self._request.losses:
+            record, shards = self._manifest.losses[loss], shards_of(self._manifest, loss)
+            if shard < shards:
+                whole = record.on is None
+                parts[loss] = (
+                    None if whole else part_of(record.examples, record.batch_size, shards, shard)
+                )
+        return parts
+
+    def _point(self, node: Node) -> Mapping[str, Tensor]:
+        from ...numerics.segments import Between
+
+        if node.x == 0:
+            return self._points.at(node.checkpoint)
+        (start,) = node.along
+        motion = self._points.motion(start)
+        return Between(motion.start, motion.end, node.x)
