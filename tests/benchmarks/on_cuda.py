@@ -365,7 +365,7 @@ def numerics(given: Given) -> None:
     for files, options in chosen.items():
         paths = [str(ROOT / "tests" / "numerics" / file) for file in files.split()]
         workers = str(max(1, min(8, len(os.sched_getaffinity(0)) // 2)))
-        command = [sys.executable, "-m", "pytest", "-v", "-n", workers, "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", "-vv", "-n", workers, "-p", "no:cacheprovider"]
         command += ["--device", given.device, *options, *paths]
         with (given.work / "pytest.txt").open("w+") as log:
             process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
@@ -376,7 +376,7 @@ def numerics(given: Given) -> None:
                 process.wait()
             log.seek(0)
             text = log.read()
-        outcomes = Counter(re.findall(r"^\[gw\d+\].*?(PASSED|FAILED|SKIPPED)", text, re.MULTILINE))
+        outcomes = Counter(re.findall(r"^\[gw\d+\] \[.*?\] (PASSED|FAILED|SKIPPED)", text, re.MULTILINE))
         ended = "yes" if process.returncode in (0, 1) else "no"
         say(files, outcomes["PASSED"], outcomes["FAILED"], outcomes["SKIPPED"], ended)
         for failed in sorted(set(re.findall(r"FAILED (?:tests/numerics/)?(\S+)", text)))[:20]:
