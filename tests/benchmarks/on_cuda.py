@@ -337,7 +337,7 @@ def speed(given: Given) -> None:
                 *("--rounds", "1", "--device", given.device),
                 *("--segments", "2" if given.small else "8"),
                 *([] if given.small else ["--full"]),
-                *("--only", "first", "expert", "inline", "tensors"),
+                *("--only", *([] if given.small else ["first"]), "expert", "inline", "tensors"),
                 *("--work", str(given.work)),
             ]
         )
@@ -345,7 +345,7 @@ def speed(given: Given) -> None:
 
 def recorder(given: Given) -> None:
     """Measure what recording costs training, from page-locked memory."""
-    small = ("--network", "digits, 64-50-20-10") if given.small else ()
+    small = ("--network", "digits, 64-50-20-10", "--steps", "100") if given.small else ()
     rounds = "1" if given.small else "2"
     script = [str(HERE / "recorder.py"), "--rounds", rounds, "--device", given.device]
     follow([*script, *small])
@@ -376,7 +376,9 @@ def numerics(given: Given) -> None:
                 process.wait()
             log.seek(0)
             text = log.read()
-        outcomes = Counter(re.findall(r"^\[gw\d+\] \[.*?\] (PASSED|FAILED|SKIPPED)", text, re.MULTILINE))
+        outcomes = Counter(
+            re.findall(r"^\[gw\d+\] \[.*?\] (PASSED|FAILED|SKIPPED)", text, re.MULTILINE)
+        )
         ended = "yes" if process.returncode in (0, 1) else "no"
         say(files, outcomes["PASSED"], outcomes["FAILED"], outcomes["SKIPPED"], ended)
         for failed in sorted(set(re.findall(r"FAILED (?:tests/numerics/)?(\S+)", text)))[:20]:

@@ -30,7 +30,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -261,6 +261,9 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--optimizer", choices=[*OPTIMIZERS], default="sgd")
     parser.add_argument("--network", choices=[*TRAININGS], help="this one alone")
+    parser.add_argument(
+        "--steps", type=int, help="of each training; by default as many as are timed"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured")
     parser.add_argument(
         "--kills", type=int, metavar="N", help="instead: kill -9 a training N times"
@@ -285,6 +288,8 @@ def main() -> None:
         for name, training in TRAININGS.items():
             if given.network not in (None, name):
                 continue
+            if given.steps is not None:
+                training = replace(training, steps={given.device: given.steps})
             each = found[name] = measure(
                 training, given.device, given.optimizer, given.rounds, Path(made)
             )
