@@ -21,7 +21,9 @@ from torch.utils.data import Dataset
 from lca_posthoc import Loss, Task, run
 from lca_posthoc.errors import InputError
 from lca_posthoc.numerics.objective import (
+    Along,
     Evaluation,
+    Motion,
     Objective,
     ObjectiveSettings,
     automatic_batch_size,
@@ -729,11 +731,16 @@ def test_a_loss_is_checked_on_examples_from_all_over_the_split(case: str) -> Non
 # --- a point that is in memory once ---------------------------------------------------------------
 
 
-def test_a_point_that_the_model_holds_takes_no_memory_of_its_own_and_is_whole_again_afterwards() -> (
+def large_linear(*, bias: bool = True) -> nn.Module:
+    """A layer whose weight is no small tensor; its bias is one."""
+    return nn.Linear(12, 1000, bias=bias)
+
+
+def test_a_large_point_that_the_model_holds_takes_no_memory_of_its_own_and_is_whole_again_afterwards() -> (
     None
 ):
-    objective = objective_of(task_of(linear), state(linear()))
-    given = state(linear())
+    objective = objective_of(task_of(large_linear), state(large_linear()))
+    given = state(large_linear())
     wide = given["bias"].double() + 1e-12  # which the model cannot hold
     point = {"weight": given["weight"].clone(), "bias": wide}
     with objective.holding(point):
@@ -746,6 +753,18 @@ def test_a_point_that_the_model_holds_takes_no_memory_of_its_own_and_is_whole_ag
     assert torch.equal(point["weight"], given["weight"])
     assert torch.equal(point["bias"], wide)
     assert_same_bits(held, objective.evaluate(point, ["the_loss"]))
+
+
+def test_a_model_may_have_large_tensors_alone() -> None:
+    without_bias = functools.partial(large_linear, bias=False)
+    given = state(without_bias())
+    objective = objective_of(task_of(without_bias), given)
+    axes = dict.fromkeys(given)
+    along = Along(axes, [Motion(given, {name: 2 * tensor for name, tensor in given.items()})])
+    whole = objective.evaluate(given, ["the_loss"])["the_loss"].gradient["weight"].double()
+    sums = objective.evaluate(given, ["the_loss"], along=along)["the_loss"].gradient["weight"]
+    expected = (whole * given["weight"]).sum()
+    assert abs(float(sums) - float(expected)) <= 1e-5 * float((whole * given["weight"]).abs().sum())
 
 
 class SharedGradients(nn.Module):

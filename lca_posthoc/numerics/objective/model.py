@@ -173,7 +173,8 @@ class ModelTensors:
                 for bundle in self._plan.bundles:
                     between |= bundle.between(motion, point.x)
             values = [between[name] if name in between else point[name] for name in self._small]
-            torch._foreach_copy_(list(self._small.values()), values)
+            if values:
+                torch._foreach_copy_(list(self._small.values()), values)
 
     @contextlib.contextmanager
     def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:
