@@ -310,13 +310,13 @@ def memory_runs_out(given: Given) -> None:
 # --- other scripts --------------------------------------------------------------------------------
 
 
-def follow(command: list[str], environment: dict[str, str] | None = None) -> None:
-    """Run another script, and pass on its tables."""
+def follow(command: list[str], work: Path) -> None:
+    """Run another script, and pass on its tables; what it leaves where it is ended lies in `work`."""
     with subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, **(environment or {})},
+        cwd=work,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -339,7 +339,8 @@ def speed(given: Given) -> None:
                 *([] if given.small else ["--full"]),
                 *("--only", *([] if given.small else ["first"]), "expert", "inline", "tensors"),
                 *("--work", str(given.work)),
-            ]
+            ],
+            given.work,
         )
 
 
@@ -348,7 +349,7 @@ def recorder(given: Given) -> None:
     small = ("--network", "digits, 64-50-20-10", "--steps", "100") if given.small else ()
     rounds = "1" if given.small else "2"
     script = [str(HERE / "recorder.py"), "--rounds", rounds, "--device", given.device]
-    follow([*script, *small])
+    follow([*script, *small], given.work)
 
 
 def numerics(given: Given) -> None:
