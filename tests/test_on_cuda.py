@@ -16,7 +16,7 @@ PARTS = {  # and a line that each of them has
     "memory": r"\| parameters \| \d+ \|",
     "determinism": r"\| mnist-lenet \| \d+ \| 0 \|",
     "memory that runs out": r"told on CUDA alone",
-    "speed": r"\| ours, keep tensors \| \d",
+    "speed": r"\| ours, keep tensors \| -?\d",  # a difference of two short times
     "large": r"\| 64,2,256,2 \| 124,672 \| \d",
     "recorder": r"\| digits, 64-50-20-10 \| scalars over iterates \|",
     "numerics": r"\| test_draws\.py \| [1-9]\d* \| 0 \|",

@@ -279,7 +279,7 @@ class _Work:
             raise self._scheduler.gone("the connection is lost")
         address, _ = self._futures[attempt]
         self._members.forget([address])  # where it runs again under the same address, it is new
-        return self._worker_gone(address)
+        return self._worker_left(address)
 
     def look(self) -> Iterator[Outcome]:
         """Take in who came, deal with who went."""
@@ -292,22 +292,22 @@ class _Work:
             else:
                 yield from self._carry_out(self._assigned.came(address, name, time.monotonic()))
         for address in went:
-            yield from self._worker_gone(address)
+            yield from self._worker_left(address)
 
     def _worker_unusable(self, address: str, why: str) -> Iterator[Outcome]:
         """Start a worker anew that can compute nothing more; it is a newcomer then."""
-        self._members.able.remove(address)
         self._members.forget([address])
-        yield from self._carry_out(
-            self._assigned.gone(address, time.monotonic(), may_finish=False, why=why)
-        )
+        yield from self._worker_gone(address, may_finish=False, why=why)
         self._scheduler.restart(address)
 
-    def _worker_gone(self, address: str) -> Iterator[Outcome]:
-        self._members.able.remove(address)
+    def _worker_left(self, address: str) -> Iterator[Outcome]:
         may_finish = self._scheduler.told_to_leave(address)
+        return self._worker_gone(address, may_finish=may_finish, why=assignments.DIED)
+
+    def _worker_gone(self, address: str, *, may_finish: bool, why: str) -> Iterator[Outcome]:
+        self._members.able.remove(address)
         return self._carry_out(
-            self._assigned.gone(address, time.monotonic(), may_finish=may_finish)
+            self._assigned.gone(address, time.monotonic(), may_finish=may_finish, why=why)
         )
 
     def take_committed(self, committed: Committed) -> Iterator[Outcome]:

@@ -1,17 +1,21 @@
-"""A perceptron of three classes on 40 made-up examples: its task, and the same steps of SGD each
-time.
+"""A perceptron of three classes on 40 made-up examples: its task, the same steps of SGD each time,
+and how tests replay them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lca_posthoc import Loss, Recorder, Task
+from lca_posthoc import Loss, Recorder, Task, run
+from lca_posthoc.replay.events import silent
+from lca_posthoc.results import Run
 
 
 def network() -> nn.Module:
@@ -54,3 +58,27 @@ def train(place: Path, steps: int, learning_rate: float = 0.3) -> Path:
             value(model(inputs[rows]), targets[rows]).mean().backward()
             optimizer.step()
     return place
+
+
+def file_of(place: Path, step: int) -> Path:
+    return place / f"step_{step:08d}.safetensors"
+
+
+def copied(source: Path, place: Path, steps: Sequence[int]) -> Path:
+    """Copy the iterates of some steps."""
+    place.mkdir(exist_ok=True)
+    for step in steps:
+        file_of(place, step).write_bytes(file_of(source, step).read_bytes())
+    return place
+
+
+def replay(iterates: Path, out: Path, **options: Any) -> Run:
+    """Replay in this process in float64, without refining."""
+    chosen = {
+        "cluster": "inline",
+        "tolerance": "inf",
+        "precision": "float64",
+        "keep": "tensors",
+        "progress": silent,
+    }
+    return run(iterates, task(), out=out, **{**chosen, **options})

@@ -13,13 +13,19 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lca_posthoc import run
 from lca_posthoc.numerics.objective import Along, Evaluation, Motion, OfTensors, OfUnits, Units
 from lca_posthoc.numerics.path import Course, OtherPaths, SegmentPath
-from lca_posthoc.replay.events import silent
 from lca_posthoc.results import Run, verify
 
-from ..helpers.small_perceptron import examples, network, task, train, value
+from ..helpers.small_perceptron import (
+    copied,
+    examples,
+    file_of,
+    network,
+    replay,
+    train,
+    value,
+)
 
 SPARSE = [0, 1, 2, 4, 8, 12, 15, 19]
 Point = dict[str, Tensor]
@@ -31,31 +37,9 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(tmp_path_factory.mktemp("dense"), SPARSE[-1])
 
 
-def file_of(place: Path, step: int) -> Path:
-    return place / f"step_{step:08d}.safetensors"
-
-
-def copied(dense: Path, place: Path, steps: Sequence[int]) -> Path:
-    place.mkdir(exist_ok=True)
-    for step in steps:
-        file_of(place, step).write_bytes(file_of(dense, step).read_bytes())
-    return place
-
-
 @pytest.fixture(scope="module")
 def sparse(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copied(dense, tmp_path_factory.mktemp("sparse"), SPARSE)
-
-
-def replay(iterates: Path, out: Path, **options: object) -> Run:
-    chosen = {
-        "cluster": "inline",
-        "tolerance": "inf",
-        "precision": "float64",
-        "keep": "tensors",
-        "progress": silent,
-    }
-    return run(iterates, task(), out=out, **{**chosen, **options})  # type: ignore[arg-type]
 
 
 # --- a plain loop ---------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lca_posthoc import open_run, run
+from lca_posthoc import open_run
 from lca_posthoc.checkpoints import trajectory
 from lca_posthoc.checkpoints.trajectory import Checkpoint
 from lca_posthoc.errors import InputError, SpanError
 from lca_posthoc.replay import run as replay
-from lca_posthoc.replay.events import SpanFailed, silent
+from lca_posthoc.replay.events import SpanFailed
 from lca_posthoc.replay.worker import replay_in_shards
 from lca_posthoc.results import Run
 
-from ..helpers.small_perceptron import task, train
+from ..helpers import small_perceptron
+from ..helpers.small_perceptron import copied, file_of, train
 
 STEPS = range(0, 22, 2)  # ten segments
 BATCH = 4  # of 40 examples
@@ -36,28 +37,10 @@ def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copied(dense, tmp_path_factory.mktemp("sparse"), STEPS)
 
 
-def file_of(place: Path, step: int) -> Path:
-    return place / f"step_{step:08d}.safetensors"
-
-
-def copied(source: Path, place: Path, steps: Sequence[int]) -> Path:
-    place.mkdir(exist_ok=True)
-    for step in steps:
-        file_of(place, step).write_bytes(file_of(source, step).read_bytes())
-    return place
-
-
 def replayed(iterates: Path, out: Path, **options: Any) -> Run:
-    chosen = {
-        "cluster": "inline",
-        "tolerance": "inf",
-        "precision": "float64",
-        "keep": "tensors",
-        "batch_size": BATCH,
-        "losses": ["train"],
-        "progress": silent,
-    }
-    return run(iterates, task(), out=out, **{**chosen, **options})
+    return small_perceptron.replay(
+        iterates, out, **{"batch_size": BATCH, "losses": ["train"], **options}
+    )
 
 
 def paths_of(run: Run) -> dict[str, np.ndarray]:
