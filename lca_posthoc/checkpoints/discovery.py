@@ -36,7 +36,7 @@ from .steps import StepChoice
 
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
-_AT_A_TIME = 16
+AT_A_TIME = 16
 _NUMBERS = re.compile("[0-9]{1,18}")
 _DEPTHS = ("*", "*/*", "*/*/*")  # below the folder of a step
 _READ = (".safetensors", *IMPORTED)
@@ -127,7 +127,7 @@ class Headers(dict[Path, Header]):
 
     def fetch(self, paths: Sequence[Path]) -> None:
         """Read many at a time."""
-        with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
             for _ in pool.map(self.__getitem__, paths):
                 pass
 
@@ -219,7 +219,7 @@ def _formed(place: Place, wanted: StepChoice) -> list[Entry]:
         if not is_remote(place.root):
             _require_directory(place.root)
         paths = place.all_steps()
-    with ThreadPoolExecutor(_AT_A_TIME if is_remote(place.root) else 1) as pool:
+    with ThreadPoolExecutor(AT_A_TIME if is_remote(place.root) else 1) as pool:
         every = list(zip(paths, pool.map(_files_of, [path for _, path in paths]), strict=True))
     entries: dict[int, Entry] = {}
     for (step, path), files in every:
@@ -281,7 +281,7 @@ def _listed(root: Path, headers: Headers) -> list[tuple[str, Path, tuple[Path, .
     """Return the entries of a directory in order, by name, each with its safetensors files."""
     named = revisions(root) or [(path.name, path) for path in sorted(root.iterdir())]
     # from far away each takes a while
-    with ThreadPoolExecutor(_AT_A_TIME if is_remote(root) else 1) as pool:
+    with ThreadPoolExecutor(AT_A_TIME if is_remote(root) else 1) as pool:
         every = [
             (name, path, files)
             for (name, path), files in zip(

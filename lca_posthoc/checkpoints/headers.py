@@ -147,6 +147,12 @@ def read_header(path: Path) -> Header:
         ) from None
 
 
+def size_and_fingerprint(path: Path, file: BinaryIO) -> tuple[int, int]:
+    """Return the size of an open file in bytes and the CRC32C of its samples, whatever it holds."""
+    size = file.seek(0, os.SEEK_END)
+    return size, fingerprint(_reader(path, file), size)
+
+
 def _checked_header(path: Path, file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     text = _header_text(path, file, size)

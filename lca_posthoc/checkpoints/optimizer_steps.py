@@ -14,13 +14,23 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..base.text import is_storable
 from ..errors import InputError
-from .headers import MAX_TENSORS, Header, no_duplicates, read_header, short_integer
+from .headers import (
+    MAX_TENSORS,
+    Header,
+    no_duplicates,
+    read_header,
+    short_integer,
+    size_and_fingerprint,
+)
 from .layouts import MOMENTS
 from .paths import reached
-from .trajectory import Checkpoint
+
+if TYPE_CHECKING:
+    from .trajectory import Checkpoint
 
 METADATA_KEY = "optimizer"
 FIRST, SECOND = "exp_avg/", "exp_avg_sq/"  # before the names of the tensors they belong to
@@ -296,16 +306,48 @@ def moments_path(directory: Path, step: int) -> Path:
     return directory / MOMENTS / f"step_{step:08d}.safetensors"
 
 
-def moments_of(checkpoint: Checkpoint) -> Path | None:
-    """Return the path of the moments' file of a checkpoint, in a folder beside its own; None where
-    there is none.
+@dataclass(frozen=True)
+class MomentsRecord:
+    """The size in bytes of a file of moments, and a CRC32C of samples of it."""
+
+    size: int
+    fingerprint: int
+
+
+def record_of_moments(path: Path) -> MomentsRecord | None:
+    """Return the record of a file of moments as it is now; None where there is none.
 
     Raises:
-        InputError: where the place cannot be reached.
+        InputError: where the file cannot be read.
     """
-    path = moments_path(checkpoint.files[0].parent, checkpoint.step)
     try:
         with reached(path):
-            return path if path.is_file() else None
+            if not path.is_file():
+                return None
+            with path.open("rb") as file:
+                return MomentsRecord(*size_and_fingerprint(path, file))
     except OSError as error:
-        raise InputError(f"cannot look for {path}: {error.strerror}.") from None
+        raise InputError(f"cannot read {path}: {error.strerror}.") from None
+
+
+def about_other_moments(
+    path: Path | str, step: int, recorded: MomentsRecord | None, now: MomentsRecord | None
+) -> str:
+    """Return the message that refuses moments other than those a run recorded.
+
+    Args:
+        path: where the file is, or was.
+        step: of the checkpoint it belongs to.
+        recorded: the record of the run; None where there was no file.
+        now: the record of what is there; None where there is no file.
+    """
+    if now is None:
+        what, way = "is gone", "Restore it"
+    elif recorded is None:
+        what, way = "is new", "Take it away"
+    else:
+        what, way = "is another file", "Restore it"
+    return (
+        f"{path} (step {step}), a file of the optimiser's moments, {what} since the run recorded "
+        f"what was there. {way}, or write another run with --out."
+    )

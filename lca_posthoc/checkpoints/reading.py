@@ -6,7 +6,6 @@ it read whole, which would take twice the memory of its tensors while they are m
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .headers import TensorHeader, fingerprint, fingerprint_of, tensor_places
+from .headers import TensorHeader, fingerprint_of, size_and_fingerprint, tensor_places
 from .paths import is_remote, read
 
 DTYPES = {
@@ -65,9 +64,8 @@ def fingerprint_and_tensors(
             for name, (header, place) in tensor_places(path, file).items()
             if name in names
         }
-        descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
         # after the tensors were read: it is that of the file they are from
-        own = fingerprint(lambda offset, count: os.pread(descriptor, count, offset), size)
+        _, own = size_and_fingerprint(path, file)
     return own, tensors
 
 

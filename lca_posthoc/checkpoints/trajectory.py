@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING
 
 from ..errors import InputError, NotFiniteError, SpanError, few
 from .cache import cache
-from .discovery import Entry, Headers, counted, series, too_few
+from .discovery import AT_A_TIME, Entry, Headers, counted, series, too_few
 from .headers import HALF, TensorHeader, joined, read_header
 from .layouts import step_in_name as step_in_name
 from .leftovers import is_known
+from .optimizer_steps import MomentsRecord, moments_path, record_of_moments
 from .paths import is_remote, reached
 from .places import Where, common_root, described, places_of
 from .spacing import SameTensors, between_bursts, bursts_of, every_of, long_segments
@@ -78,12 +80,22 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one training step, their total size in bytes and a CRC32C of samples of them."""
+    """The files of one training step, their total size in bytes and a CRC32C of samples of them.
+
+    `moments` is the record of the optimiser's moments beside them; None where there are none, or
+    where nobody asked for them.
+    """
 
     step: int
     files: tuple[Path, ...]
     size: int
     fingerprint: int
+    moments: MomentsRecord | None = None
+
+    @property
+    def moments_file(self) -> Path:
+        """Return the path at which the moments lie where there are any."""
+        return moments_path(self.files[0].parent, self.step)
 
     def under(self, root: Path) -> Checkpoint:
         """Return the same with the whole paths of its files, which are relative to a directory."""
@@ -339,6 +351,7 @@ def open_trajectory(
     steps: str | None = None,
     consumed: Consumed = NOTHING_CONSUMED,
     compare: bool = True,
+    moments: bool = False,
 ) -> Trajectory:
     """Open a series of safetensors iterates: files, `checkpoint-N/` directories, or sharded ones
     with an index.
@@ -356,6 +369,7 @@ def open_trajectory(
             from one range to the next.
         consumed: checkpoints that belong to the trajectory though their files may be removed.
         compare: whether checkpoints that hold the same tensors are looked for, for a note.
+        moments: whether the optimiser's moments beside each checkpoint are recorded with it.
 
     Raises:
         InputError: naming the file and the step, what was found, and what to do.
@@ -399,7 +413,28 @@ def open_trajectory(
             "segment: between ranges of --steps, and between bursts, nothing is. Choose two or "
             "more of a range."
         )
-    return whole
+    return _with_moments(whole, consumed.checkpoints) if moments else whole
+
+
+def _with_moments(trajectory: Trajectory, consumed: Iterable[Checkpoint]) -> Trajectory:
+    """Return a trajectory with the records of the moments that are there.
+
+    Args:
+        trajectory: as it was opened.
+        consumed: checkpoints whose files a replay may have removed, the moments first: what is gone
+            of these stays recorded.
+    """
+    recorded = {checkpoint.step: checkpoint.moments for checkpoint in consumed}
+    checkpoints = trajectory.checkpoints
+    with ThreadPoolExecutor(AT_A_TIME if is_remote(trajectory.root) else 1) as pool:
+        records = pool.map(record_of_moments, (one.moments_file for one in checkpoints))
+        return replace(
+            trajectory,
+            checkpoints=tuple(
+                replace(checkpoint, moments=record or recorded.get(checkpoint.step))
+                for checkpoint, record in zip(checkpoints, records, strict=True)
+            ),
+        )
 
 
 def _with_gone(
@@ -428,7 +463,11 @@ def _with_gone(
 
 
 def extended(
-    trajectory: Trajectory, files: Mapping[int, Path], rename: Sequence[str] = ()
+    trajectory: Trajectory,
+    files: Mapping[int, Path],
+    rename: Sequence[str] = (),
+    *,
+    moments: bool = False,
 ) -> Trajectory:
     """Return a trajectory with checkpoints that came since, of one file each.
 
@@ -436,6 +475,7 @@ def extended(
         trajectory: as it was, the file of its last checkpoint still there.
         files: of later steps, by step.
         rename: as for `open_trajectory`.
+        moments: as for `open_trajectory`.
 
     Raises:
         InputError: where one holds other tensors, or cannot be read.
@@ -452,7 +492,9 @@ def extended(
             stored = {source: stored[source] for source in names.values()}
         if stored != known:
             raise InputError(_difference(stored, known, step, path))
-        more.append(Checkpoint(step, (path,), header.size, joined([header.fingerprint])))
+        checkpoint = Checkpoint(step, (path,), header.size, joined([header.fingerprint]))
+        record = record_of_moments(checkpoint.moments_file) if moments else None
+        more.append(replace(checkpoint, moments=record))
         bursts.append(bursts_of(header))
     all_of_them = Choice(tuple(range(len(more))), frozenset())
     ends = between_bursts([checkpoint.step for checkpoint in more], bursts, all_of_them)

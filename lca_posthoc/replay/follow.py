@@ -55,7 +55,7 @@ class Follower:
         begin: tells what is waited for, and what a first signal does.
         note: tells what the user should know.
         consumes: whether iterates are removed once they are replayed.
-        has_causes: whether the motion before a segment is needed.
+        has_causes: whether the motion before a segment is needed, and moments are recorded.
     """
 
     root: Path
@@ -164,7 +164,8 @@ class Follower:
             self._wait(lacks)
             later = [step for step in steps_there(self.root) if step > last]
             files = {step: self.root / name_of(step) for step in later}
-            grown = self.whole(extended(trajectory, files, rename), known)
+            longer = extended(trajectory, files, rename, moments=self.has_causes)
+            grown = self.whole(longer, known)
             if self.is_over or len(grown.checkpoints) > known:
                 return grown
             missing += 1  # a recorder before this one recorded other bursts

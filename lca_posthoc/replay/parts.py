@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoints.optimizer_steps import OptimizerStep, moments_of, read_optimizer_step
+from ..checkpoints.optimizer_steps import OptimizerStep, read_optimizer_step
 from ..checkpoints.trajectory import Checkpoint, Trajectory
 from ..errors import InputError
 from ..numerics.schema import DIVIDE_BY_MOMENTS, DirectionsRecord
@@ -49,6 +49,10 @@ class PartsAsked:
             from ..checkpoints.directions_file import digest_of  # loads torch
 
             _same_directions(self.along, digest_of(Path(self.along).expanduser()), directions)
+
+    def tells_causes(self, settings: Settings) -> bool:
+        """Tell whether causes are asked for, or recorded in the settings of a run."""
+        return self.causes or settings["signal"] is not None
 
     def signal(self, settings: Settings, described: Description) -> str | None:
         """Return the loss whose gradient is the signal, by default the first; None where causes are
@@ -146,7 +150,7 @@ def _without_moments(records: Mapping[Checkpoint, OptimizerStep | None]) -> list
     for checkpoint, record in records.items():
         names = {group.optimizer for group in record.groups} if record is not None else set()
         divides = sorted(names.intersection(DIVIDE_BY_MOMENTS))
-        if divides and moments_of(checkpoint) is None:
+        if divides and checkpoint.moments is None:
             return [
                 f"{divides[0]} divides by moments that are not stored, so signal, noise and "
                 "momentum cannot be told and are rest. Record with recorder.attach(optimizer, "

@@ -204,13 +204,17 @@ def plan(
     device = settings["device"] or visible_device()
     settings = on_device(settings, device)
     tell("reading the headers of the checkpoints")
+    parts = PartsAsked(causes=causes, along=along)
     trajectory = open_trajectory(
-        checkpoints, pattern=settings["pattern"], rename=settings["rename"], steps=settings["steps"]
+        checkpoints,
+        pattern=settings["pattern"],
+        rename=settings["rename"],
+        steps=settings["steps"],
+        moments=parts.tells_causes(settings),
     )
     workers = workers or local_workers(device)
     path = Path(out) if out is not None else _beside(checkpoints)
     destination = Destination(path=path, workers=workers)
-    parts = PartsAsked(causes=causes or settings["signal"] is not None, along=along)
     ready, costs = _measured(trajectory, task, list(losses), settings, destination, parts, tell)
     manifest = ready.manifest
     _, free = results.free_space(path)

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from .. import results
+from ..checkpoints.optimizer_steps import about_other_moments
 from ..checkpoints.trajectory import Checkpoint
 from ..cluster import Cluster
 from ..errors import InputError
@@ -19,8 +20,8 @@ from .worker import losses_at
 
 
 def same_checkpoints(writer: RunWriter, checkpoints: list[Checkpoint], root: str) -> None:
-    """Refuse checkpoints that do not begin with the recorded ones, but for those no number relies
-    on yet; more may follow.
+    """Refuse checkpoints that do not begin with the recorded ones, moments included, but for those
+    no number relies on yet; more may follow.
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
     for index, checkpoint in enumerate(writer.manifest.checkpoints):
@@ -30,14 +31,25 @@ def same_checkpoints(writer: RunWriter, checkpoints: list[Checkpoint], root: str
                 if checkpoint.step in steps
                 else f"step {checkpoint.step} is missing"
             )
-        elif checkpoints[index] != checkpoint and writer.relies_on(index):
+        elif not _same_files(checkpoints[index], checkpoint) and writer.relies_on(index):
             what = f"the content of step {checkpoint.step} differs"
         else:
+            now = checkpoints[index].moments
+            if now != checkpoint.moments and writer.relies_on_moments(index):
+                path = f"{root.rstrip('/')}/{checkpoint.moments_file}"
+                raise InputError(
+                    about_other_moments(path, checkpoint.step, checkpoint.moments, now)
+                )
             continue
         raise InputError(
             f"{root} holds other checkpoints than {writer.path} was made from: {what}. Restore "
             "them, or write another run with --out."
         )
+
+
+def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
+    """Tell whether two checkpoints are the same but for their moments."""
+    return replace(one, moments=None) == replace(other, moments=None)
 
 
 def same_tensors(writer: RunWriter, tensors: list[StoredTensor]) -> None:

@@ -565,7 +565,7 @@ class _Driver:
         if recorded is not None:
             job.parts.refuse_new(recorded.settings)
         if job.follow:
-            self._follower = self._following(stop, recorded)
+            self._follower = self._following(stop, settings, recorded)
         status.begin("reading the headers of the checkpoints")
         trajectory = self._trajectory(settings, recorded)
         status.note(trajectory.notes)
@@ -593,7 +593,7 @@ class _Driver:
             except Interrupted:
                 raise stop.interrupted() from None
 
-    def _following(self, stop: Stop, recorded: Manifest | None) -> Follower:
+    def _following(self, stop: Stop, settings: Settings, recorded: Manifest | None) -> Follower:
         """Return what waits for iterates, once there are some to begin with."""
         job, status = self._job, self._status
         follower = Follower(
@@ -602,8 +602,7 @@ class _Driver:
             status.wait,
             status.note,
             consumes=job.consume,
-            has_causes=job.parts.causes
-            or (recorded is not None and recorded.settings["signal"] is not None),
+            has_causes=job.parts.tells_causes(settings),
         )
         follower.wait_for_first(recorded, job.span)
         if recorded is None and not follower.is_over and not follower.is_told:
@@ -623,6 +622,7 @@ class _Driver:
             rename=settings["rename"],
             steps=settings["steps"],
             consumed=NOTHING_CONSUMED if recorded is None else consumed_of(recorded, job.root),
+            moments=job.parts.tells_causes(settings),
         )
         if self._follower is not None:
             return self._follower.whole(trajectory, len(recorded.checkpoints) if recorded else 0)

@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
+from ..checkpoints.optimizer_steps import MomentsRecord
 from ..checkpoints.trajectory import RESERVED, Checkpoint, TensorSpec
 from ..errors import InputError, LCAError, amount
 from ..numerics.schema import KEEP, PATH_BAND, DirectionsRecord, SiteRecord
@@ -23,7 +24,7 @@ from .manifest import Identity, LossRecord, Manifest, StoredTensor, starts_betwe
 _Rest = ParamSpec("_Rest")
 _Read = TypeVar("_Read")
 
-FORMAT = 5
+FORMAT = 6
 FILE = "run.json"
 _MOST_TENSORS = 100_000
 _MOST_LOSSES = 10_000
@@ -68,15 +69,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
             {**asdict(tensor.spec), "source": tensor.source, "key": tensor.key}
             for tensor in manifest.tensors
         ],
-        "checkpoints": [
-            [
-                checkpoint.step,
-                [str(file) for file in checkpoint.files],
-                checkpoint.size,
-                checkpoint.fingerprint,
-            ]
-            for checkpoint in manifest.checkpoints
-        ],
+        "checkpoints": [_entry_of(checkpoint) for checkpoint in manifest.checkpoints],
         "breaks": manifest.breaks,
         # the others follow from the breaks
         "drawn": None if manifest.sampled is None else manifest.starts,
@@ -87,6 +80,18 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "provenance": manifest.provenance,
     }
     return sealed_json(document)
+
+
+def _entry_of(checkpoint: Checkpoint) -> list[object]:
+    """Return a checkpoint as `run.json` records it: without moments where there are none."""
+    moments = checkpoint.moments
+    return [
+        checkpoint.step,
+        [str(file) for file in checkpoint.files],
+        checkpoint.size,
+        checkpoint.fingerprint,
+        *([] if moments is None else [moments.size, moments.fingerprint]),
+    ]
 
 
 def _written(record: LossRecord) -> dict[str, object]:
@@ -220,6 +225,11 @@ def parse(document: dict[str, object]) -> Manifest:
 def _fits_together(manifest: Manifest) -> None:
     """Check what one field alone does not tell."""
     _check(manifest.starts, "breaks", "fewer than the segments between checkpoints", "all of them")
+    if manifest.settings["signal"] is None:
+        with_moments = [one.step for one in manifest.checkpoints if one.moments is not None]
+        _check(
+            not with_moments, "checkpoints", "without moments, as no causes are told", with_moments
+        )
     both = {*manifest.starts} & {*manifest.breaks}
     _check(not both, "drawn", "none of the breaks", sorted(both))
     for record in manifest.losses.values():
@@ -406,16 +416,19 @@ def _places(value: object, field: str, checkpoints: list[Checkpoint], least: int
 
 
 def _checkpoint(value: object) -> Checkpoint:
-    if not isinstance(value, list) or len(value) != 4:
-        raise _wrong("checkpoints", "step, files, size, fingerprint", value)
+    if not isinstance(value, list) or len(value) not in (4, 6):
+        expected = "step, files, size, fingerprint, with moments their size and fingerprint"
+        raise _wrong("checkpoints", expected, value)
     step, size, fingerprint = (_whole(value[position], "checkpoints") for position in (0, 2, 3))
+    of_moments = [_whole(number, "checkpoints") for number in value[4:]]
     files = _texts(value[1], "checkpoints")
     _check(files, "checkpoints", "files", files)
     for file in files:
         parts = PurePosixPath(file).parts
         inside = parts and ".." not in parts and not file.startswith("/") and "\0" not in file
         _check(inside, "checkpoints", "files below the directory of checkpoints", file)
-    return Checkpoint(step, tuple(map(Path, files)), size, fingerprint)
+    moments = MomentsRecord(*of_moments) if of_moments else None
+    return Checkpoint(step, tuple(map(Path, files)), size, fingerprint, moments)
 
 
 def _settings(value: object) -> Settings:

@@ -526,15 +526,23 @@ class RunWriter:
         first, last = 0 if self.manifest.settings["signal"] is None else -1, 1
         if self.manifest.settings["path_band"] == "on":  # and segments bend by their neighbours
             first, last = -1, 2
-        beside = [
-            row
-            for row, start in enumerate(self.manifest.starts)
-            if first <= checkpoint - start <= last
-        ]
+        return self._any_computed(range(checkpoint - last, checkpoint - first + 1))
+
+    def relies_on_moments(self, checkpoint: int) -> bool:
+        """Tell the same of the moments beside the checkpoint, which the segments on both its sides
+        read.
+        """
+        return self._any_computed(range(checkpoint - 1, checkpoint + 1))
+
+    def _any_computed(self, starts: range) -> bool:
+        """Tell whether segments that start from some checkpoints are committed for any loss, or
+        wait in totals.
+        """
+        rows = [row for row, start in enumerate(self.manifest.starts) if start in starts]
         return any(
             disk.exists(commits.marker(row // self.manifest.span)) or commits.counts(row)
             for commits in map(self.commits, self.manifest.losses)
-            for row in beside
+            for row in rows
             if row < commits.manifest.segments
         )
 

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -17,9 +18,9 @@ from lca_posthoc.checkpoints import optimizer_steps
 from lca_posthoc.checkpoints.optimizer_steps import (
     METADATA_KEY,
     GroupStep,
+    MomentsRecord,
     OptimizerStep,
     from_metadata,
-    moments_of,
     moments_path,
     read_optimizer_step,
     to_metadata,
@@ -143,7 +144,7 @@ def test_records_and_moments_are_read_beside_their_checkpoints(tmp_path: Path) -
     moments = moments_path(tmp_path, 1)
     moments.parent.mkdir()
     save_file({"exp_avg/w": torch.zeros(2)}, moments)
-    trajectory = open_trajectory(tmp_path)
+    trajectory = open_trajectory(tmp_path, moments=True)
     assert trajectory.steps == [0, 1, 2]
     assert trajectory.tensors.keys() == {"w"}
     first, second, third = trajectory.checkpoints
@@ -151,5 +152,9 @@ def test_records_and_moments_are_read_beside_their_checkpoints(tmp_path: Path) -
     assert read_optimizer_step(second) == STEP
     with pytest.raises(InputError, match=r"step_2\.safetensors: the record"):
         read_optimizer_step(third)
-    assert moments_of(second) == moments
-    assert moments_of(first) is None
+    assert second.moments_file == moments
+    data = moments.read_bytes()  # less than a sample, so that all of it is one
+    assert second.moments == MomentsRecord(len(data), google_crc32c.value(data))
+    assert (first.moments, third.moments) == (None, None)
+    plain = open_trajectory(tmp_path).checkpoints
+    assert plain == tuple(dataclasses.replace(one, moments=None) for one in trajectory.checkpoints)

@@ -28,6 +28,7 @@ from lca_posthoc.checkpoints.cache import cache as cache_of_this_machine
 from lca_posthoc.checkpoints.trajectory import read_checkpoint
 from lca_posthoc.errors import InputError, ResourceError, SpanError
 from tests.helpers.cli import STEPS, iterates, lca, record, refused, run_lca, step_file, write_task
+from tests.helpers.followed_training import train
 
 
 @pytest.fixture(autouse=True)
@@ -126,6 +127,24 @@ def test_a_run_over_http_is_that_of_the_directory(
     assert of_the_run == sum(path.endswith(".safetensors") for path in asked) > 0
     assert lca("verify", tmp_path / "far.lca").exit_code == 0
     assert lca("repair", tmp_path / "far.lca", "--task", task).exit_code == 0
+
+
+def test_causes_over_http_are_those_of_the_directory_and_take_no_other_moments(
+    tmp_path: Path, served: tuple[str, list[str]]
+) -> None:
+    train(tmp_path, 3)
+    task, (url, _) = write_task(tmp_path / "task.py"), served
+    for checkpoints, out in ((tmp_path / "checkpoints", "near"), (f"{url}/checkpoints", "far")):
+        done = run_lca(checkpoints, task, tmp_path / out, "--causes")  # type: ignore[arg-type]
+        assert done.exit_code == 0, done.stderr
+    near, far = (lca_posthoc.open_run(tmp_path / out) for out in ("near", "far"))
+    assert near.manifest.checkpoints == far.manifest.checkpoints
+    assert near["train"].causes.identical(far["train"].causes)
+    moments = near.manifest.checkpoints[2].moments_file
+    copy = (tmp_path / "checkpoints" / moments).read_bytes()
+    (tmp_path / "checkpoints" / moments).write_bytes(copy[:-1] + bytes([copy[-1] ^ 1]))
+    again = run_lca(f"{url}/checkpoints", task, tmp_path / "far")  # type: ignore[arg-type]
+    refused(again, f"{url}/checkpoints/{moments} (step 2)", "is another file")
 
 
 def test_a_run_over_memory_is_that_of_the_directory(tmp_path: Path, memory: str) -> None:

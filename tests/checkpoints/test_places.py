@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 import lca_posthoc
 from lca_posthoc import Recorder, open_trajectory
-from lca_posthoc.checkpoints.optimizer_steps import moments_of, moments_path
+from lca_posthoc.checkpoints.optimizer_steps import moments_path
 from lca_posthoc.checkpoints.places import STEP, common_root, places_of
 from lca_posthoc.checkpoints.trajectory import read_checkpoint
 from lca_posthoc.errors import InputError
@@ -248,8 +248,8 @@ def test_moments_lie_beside_the_files_of_each_place(tmp_path: Path) -> None:
         path = moments_path(tmp_path / part, steps[0])
         path.parent.mkdir()
         save_file({"exp_avg/weight": torch.zeros(2, 2)}, path)
-    trajectory = open_trajectory([tmp_path / "a", tmp_path / "b"])
-    held = [moments_of(checkpoint) is not None for checkpoint in trajectory.checkpoints]
+    trajectory = open_trajectory([tmp_path / "a", tmp_path / "b"], moments=True)
+    held = [checkpoint.moments is not None for checkpoint in trajectory.checkpoints]
     assert held == [True, False, True, False]
 
 

@@ -20,7 +20,6 @@ from lca_posthoc import Recorder, open_trajectory
 from lca_posthoc.checkpoints.optimizer_steps import (
     GroupStep,
     OptimizerStep,
-    moments_of,
     moments_path,
     read_optimizer_step,
 )
@@ -606,15 +605,14 @@ def test_moments_are_those_of_the_iterate_beside_them(tmp_path: Path, model: nn.
                 for parameter, state in optimizer.state.items()
                 for kind in ("exp_avg", "exp_avg_sq")
             }
-    trajectory = open_trajectory(tmp_path)
+    trajectory = open_trajectory(tmp_path, moments=True)
     assert trajectory.steps == [0, 1, 2, 3]
     assert trajectory.tensors.keys() == set(names.values())
     first, *others = trajectory.checkpoints
-    assert moments_of(first) is None
+    assert first.moments is None
     for checkpoint in others:
-        path = moments_of(checkpoint)
-        assert path is not None
-        moments = load_file(path)
+        assert checkpoint.moments is not None
+        moments = load_file(checkpoint.moments_file)
         assert moments.keys() == truth[checkpoint.step].keys()
         assert all(torch.equal(moments[key], truth[checkpoint.step][key]) for key in moments)
 

@@ -115,6 +115,8 @@ def test_training_and_replay_at_once_give_the_bytes_of_a_plain_run_and_keep_the_
     ours, plain = (
         json.loads((run / "run.json").read_text()) for run in (place.out, recorded / out)
     )
+    assert ours["checkpoints"] == plain["checkpoints"]  # with causes, moments that are gone too
+    assert {len(entry) for entry in ours["checkpoints"]} == ({4, 6} if "causes" in options else {4})
     for name, record in plain["losses"].items():
         assert {**ours["losses"][name], "begun": None} == {**record, "begun": None}
     planned = [event for event in place.events if isinstance(event, Planned)]

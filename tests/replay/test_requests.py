@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from lca_posthoc.checkpoints.optimizer_steps import MomentsRecord
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
 from lca_posthoc.errors import InputError, NotFiniteError, pack_error
 from lca_posthoc.numerics.nodes import Curve, Line, Node, Tangent
@@ -62,8 +63,8 @@ SETUP = TaskSetup(
     digests={"split 'a'": "1" * 64},
 )
 CHECKPOINTS = [
-    Checkpoint(step, (Path(f"{step}/x.safetensors"), Path("y.safetensors")), 8, 7)
-    for step in (0, 10)
+    Checkpoint(step, (Path(f"{step}/x.safetensors"), Path("y.safetensors")), 8, 7, moments)
+    for step, moments in ((0, None), (10, MomentsRecord(16, 5)))
 ]
 POINTS = StoredPoints(
     root="s3://place/run", names={"w": "module.w"}, checkpoints=dict(enumerate(CHECKPOINTS))

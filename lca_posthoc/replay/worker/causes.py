@@ -7,18 +7,28 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...checkpoints.headers import Header, TensorHeader, read_header, tensor_places
+from ...checkpoints.headers import (
+    Header,
+    TensorHeader,
+    read_header,
+    size_and_fingerprint,
+    tensor_places,
+)
 from ...checkpoints.optimizer_steps import (
     FIRST,
     SECOND,
+    MomentsRecord,
     OptimizerStep,
-    moments_of,
+    about_other_moments,
     optimizer_step_in,
+    record_of_moments,
 )
 from ...checkpoints.paths import is_remote
+from ...checkpoints.trajectory import Checkpoint
 from ...errors import InputError, SpanError
 from .passed import Passed
 from .state import checkpoint_at
@@ -114,8 +124,7 @@ class CausesOfSpan:
             for name, stored in header.tensors.items()
         }
         try:
-            path = moments_of(checkpoint)
-            return _MomentsFile(path, checkpoint.step, self._objective, shapes)
+            return _MomentsFile(checkpoint, self._objective, shapes)
         except InputError as error:
             raise SpanError(str(error)) from None
 
@@ -167,27 +176,25 @@ class _MomentsFile:
     """The moments of one step, each of which is read when it is asked for.
 
     Args:
-        path: of the file; None where there is none.
-        step: of the checkpoint it belongs to.
+        checkpoint: they belong to, with the record of their file.
         objective: on whose device tensors are.
         shapes: of the tensors of the checkpoint.
 
     Raises:
         InputError: where the file cannot be read, or its moments are of tensors of other shapes.
+        SpanError: where the file is not the one that is recorded.
     """
 
     def __init__(
-        self,
-        path: Path | None,
-        step: int,
-        objective: Objective,
-        shapes: Mapping[str, tuple[int, ...]],
+        self, checkpoint: Checkpoint, objective: Objective, shapes: Mapping[str, tuple[int, ...]]
     ) -> None:
-        self._path, self._step, self._objective = path, step, objective
+        self._checkpoint, self._path = checkpoint, checkpoint.moments_file
+        self._objective = objective
         self._tensors = frozenset[str]()
-        if path is not None:
-            stored = read_header(path).tensors
-            _refuse_other_shapes(path, stored, shapes)
+        self._refuse_other(record_of_moments(self._path))
+        if checkpoint.moments is not None:
+            stored = read_header(self._path).tensors
+            _refuse_other_shapes(self._path, stored, shapes)
             self._tensors = frozenset(stored)
         self._places: dict[str, tuple[TensorHeader, range]] | None = None
         self._whole: dict[str, Tensor] | None = None
@@ -199,27 +206,48 @@ class _MomentsFile:
         )
 
     def tensor(self, name: str) -> Tensor | None:
-        """Return a tensor on the device; None where the file has none of this name."""
+        """Return a tensor on the device; None where the file has none of this name.
+
+        Raises:
+            SpanError: where the file cannot be read, or is not the one that is recorded.
+        """
         from safetensors import SafetensorError
 
-        if self._path is None or name not in self._tensors:
+        if name not in self._tensors:
             return None
         try:
-            return self._read(self._path, name).to(self._objective.device)
+            return self._read(name).to(self._objective.device)
         except (OSError, InputError, SafetensorError) as error:
             raise SpanError(
-                f"cannot read {self._path} (step {self._step}): {error}. Restore the file and run "
-                "again."
+                f"cannot read {self._path} (step {self._checkpoint.step}): {error}. Restore the "
+                "file and run again."
             ) from None
 
-    def _read(self, path: Path, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         from ...checkpoints.reading import fingerprint_and_tensors, read_place
 
-        if is_remote(path) or sys.byteorder == "big":  # read whole, then
+        recorded = self._checkpoint.moments
+        assert recorded is not None, "where no file is recorded none is read"
+        if is_remote(self._path) or sys.byteorder == "big":  # read whole, then
             if self._whole is None:
-                _, self._whole = fingerprint_and_tensors(path, self._step, self._tensors)
+                own, whole = fingerprint_and_tensors(
+                    self._path, recorded.fingerprint, self._tensors
+                )
+                self._refuse_other(replace(recorded, fingerprint=own))
+                self._whole = whole
             return self._whole[name]
-        with path.open("rb") as file:
+        with self._path.open("rb") as file:
             if self._places is None:  # a header takes longer to parse than a tensor to read
-                self._places = tensor_places(path, file)
-            return read_place(file, *self._places[name])
+                self._places = tensor_places(self._path, file)
+            tensor = read_place(file, *self._places[name])
+            # after the tensor was read: it is that of the file it is from
+            self._refuse_other(MomentsRecord(*size_and_fingerprint(self._path, file)))
+        return tensor
+
+    def _refuse_other(self, now: MomentsRecord | None) -> None:
+        """Refuse a file, or that there is none, where something else is recorded."""
+        checkpoint = self._checkpoint
+        if now != checkpoint.moments:
+            raise SpanError(
+                about_other_moments(self._path, checkpoint.step, checkpoint.moments, now)
+            )

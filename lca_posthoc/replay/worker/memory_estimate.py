@@ -8,10 +8,8 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from ...base import available_memory
-from ...checkpoints.optimizer_steps import moments_of
 from ...numerics.schema import EXAMPLE_FIELDS, holds
 from ..requests import SampleRequest
-from .state import checkpoint_at
 
 if TYPE_CHECKING:
     import torch
@@ -136,8 +134,8 @@ def _bytes_of_parts(
 
 def _has_moments(request: SampleRequest[Any]) -> bool:
     """Tell whether moments are stored beside the last of the checkpoints that are looked at."""
-    points = request.sample.points
-    return moments_of(checkpoint_at(points, max(points.checkpoints))) is not None
+    checkpoints = request.sample.points.checkpoints
+    return checkpoints[max(checkpoints)].moments is not None
 
 
 def bookkeeping(
