@@ -19,6 +19,7 @@ import lca_posthoc
 from lca_posthoc import results
 from lca_posthoc.checkpoints.optimizer_steps import moments_path
 from lca_posthoc.errors import SpanError
+from lca_posthoc.replay.events import silent
 from lca_posthoc.replay.worker import causes
 from lca_posthoc.results import runfile
 from lca_posthoc.results.files import read_json
@@ -40,7 +41,7 @@ class Place:
 
     def run(self, **options: Any) -> None:
         options = {"causes": True, "out": self.out, "span": 1, **options}
-        lca_posthoc.run(self.iterates, self.task, cluster="inline", progress=_silent, **options)
+        lca_posthoc.run(self.iterates, self.task, cluster="inline", progress=silent, **options)
 
     def resumed(self, *options: object) -> Any:
         where = ("--task", self.task, "--out", self.out, "--cluster", "inline")
@@ -54,10 +55,6 @@ class Place:
         """The entries of checkpoints in `run.json`."""
         document: dict[str, Any] = read_json(self.out / runfile.FILE)
         return document["checkpoints"]
-
-
-def _silent(_: object) -> None:
-    pass
 
 
 @dataclass(frozen=True)
@@ -226,7 +223,7 @@ def test_a_span_that_reads_other_moments_fails_and_with_the_old_ones_completes(
 def test_moments_that_change_while_they_are_read_fail_their_span(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the look at their header and the first tensor."""
+    """Between the look at their header and the first tensor; so does the span after it."""
     shutil.rmtree(place.out)
     original = causes.read_header
 
@@ -237,7 +234,7 @@ def test_moments_that_change_while_they_are_read_fail_their_span(
         return header
 
     monkeypatch.setattr(causes, "read_header", read_and_change)
-    with pytest.raises(SpanError, match=f"{place.moments} .* is another file"):
+    with pytest.raises(SpanError, match=f"2 spans failed.*{place.moments} .* is another file"):
         place.run()
 
 
