@@ -11,11 +11,12 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from ..checkpoints.paths import below
 from . import disk
 from .encoding import chunks_of, encoded
 from .files import refuse_links
 from .layout import ArrayPlan
-from .packs import LARGEST, Seal, write_pack
+from .packs import LARGEST, Seal, is_packed, write_pack
 
 A = TypeVar("A")
 
@@ -94,10 +95,15 @@ class ChunkWriter:
         paths = list(paths)
         together = {path: self._to_pack.pop(path) for path in paths if path in self._to_pack}
         if together:
+            refuse_links(self._root, pack.parent)
+            disk.ensure_directory(pack.parent)
             self._seals |= write_pack(pack, together, self._durable)
         seals = {path: self._seals[path] for path in paths}
-        if self._durable:  # a chunk was flushed together with its name
-            above = {place for path in seals for place in Path(path).parent.parents}
+        if self._durable:  # a file was flushed together with its name
+            files = [Path(path) for path, seal in seals.items() if not is_packed(seal)]
+            if together:
+                files.append(below(pack, self._root))
+            above = {place for file in files for place in file.parent.parents}
             self._begin(lambda place: disk.flush_names(self._root / place), sorted(above), 0)
             self.wait()
         return seals

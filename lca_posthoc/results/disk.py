@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from ..checkpoints.paths import is_remote
+from ..errors import ResourceError
 from . import local_files
 from .home import Kind, LockFile, State
 
@@ -80,7 +81,12 @@ class _Home(Protocol):
 
 def _home(path: Path) -> _Home:
     if is_remote(path):
-        from . import object_store
+        try:
+            from . import object_store
+        except ImportError:
+            raise ResourceError(
+                f"results at {path} need obstore: pip install 'lca_posthoc[remote]'."
+            ) from None
 
         return cast("_Home", object_store)
     return cast("_Home", local_files)

@@ -1,4 +1,4 @@
-"""What the homes of runs have in common: the state of a path, and the file by which drivers keep
+"""Types that the homes of runs share: the state of a path, and the file by which drivers keep
 apart.
 """
 

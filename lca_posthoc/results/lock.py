@@ -29,6 +29,7 @@ _HEARTBEAT = 10.0
 _STALE = 120.0
 _LOCK_BYTES = 4096  # bytes of a lock that are read
 _FILE = "lock"
+_HELD = set[str]()  # ids of the locks that this process has
 
 
 @dataclass
@@ -68,12 +69,14 @@ def hold(run: Path) -> Iterator[Held]:
         except BlockingIOError:  # another driver was faster
             raise ResourceError(_busy(run, _owner(file))) from None
         holding = Held(bool(owner))
+        _HELD.add(str(identity["id"]))
         try:
             with _beating(run, identity, holding.lost):
                 yield holding
         finally:
-            # taken over meanwhile, where it is no longer ours
-            with contextlib.suppress(BlockingIOError):
+            _HELD.discard(str(identity["id"]))
+            # what cannot be released is taken over, as that of a driver that was killed
+            with contextlib.suppress(OSError):
                 if _owner(file) == identity:
                     _write(file, {"unclean": True} if holding.working else {})
 
@@ -148,9 +151,9 @@ def _processes() -> str:
     """Return a name of the processes that this one can see: those of this host since it was
     started, or those of its container.
     """
-    boot = Path("/proc/sys/kernel/random/boot_id")
     try:
-        return f"{boot.read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        boot = disk.read(Path("/proc/sys/kernel/random/boot_id")).decode().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     except OSError:  # not on Linux
         return f"{uuid.getnode():x}"
 
@@ -192,6 +195,8 @@ def _runs(owner: dict[str, object]) -> bool:
     pid, began = owner.get("pid"), owner.get("began")
     if not isinstance(pid, int) or not isinstance(began, float):
         return False
+    if pid == os.getpid():
+        return owner.get("id") in _HELD
     try:
         return bool(abs(psutil.Process(pid).create_time() - began) < 1)
     except (psutil.Error, ValueError):

@@ -22,20 +22,26 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import from_url
 
 from ..errors import ResourceError
 from .home import State
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
-    from obstore.store import ObjectStore, S3CredentialProvider
+    from obstore.store import ObjectStore, RetryConfig, S3CredentialProvider
 
 _BLOCK = 2**22  # bytes that are read at a time
 _AT_A_TIME = 16  # requests, where several are asked for
 _LINES = 2**18  # bytes of a part of a log
 _ATTEMPTS = 3  # to write, where the store does not answer
+_RETRIES, _RETRY_FOR = 8, timedelta(seconds=90)  # of a request, by the driver
 _FOUND_OUT = set[str]()  # the roots of stores that keep to what they must
 
 
@@ -50,18 +56,12 @@ def can_lock() -> bool:
 @functools.lru_cache
 def _store(root: str) -> ObjectStore:
     """Return the store with a root, such as `s3://bucket`."""
-    try:
-        import obstore  # noqa: F401
-        from obstore.store import from_url
-    except ImportError:
-        raise ResourceError(
-            f"results in {root} need obstore: pip install 'lca_posthoc[remote]'."
-        ) from None
+    retries: RetryConfig = {"max_retries": _RETRIES, "retry_timeout": _RETRY_FOR}
     try:
         profile = _profile() if root.startswith("s3://") else None
         if profile is not None:
-            return from_url(root, credential_provider=profile)
-        return from_url(root)
+            return from_url(root, retry_config=retries, credential_provider=profile)
+        return from_url(root, retry_config=retries)
     except Exception as error:  # obstore's own kinds, of which none is an OSError
         raise ResourceError(f"{root}: {_said(error)}") from None
 
@@ -101,8 +101,6 @@ def _reached(path: Path) -> Iterator[None]:
             raise type(error)(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         raise
     except Exception as error:
-        from obstore.exceptions import BaseError
-
         if not isinstance(error, BaseError):
             raise
         raise OSError(errno.EIO, _said(error), str(path)) from None
@@ -116,8 +114,6 @@ def _said(error: Exception) -> str:
 
 def _put(path: Path, data: bytes) -> None:
     """Write or replace a file, again where the store does not answer."""
-    import obstore
-
     store, key = _place(path)
     for attempt in range(_ATTEMPTS):
         try:
@@ -134,14 +130,15 @@ def _put_where(path: Path, data: bytes, unchanged: UpdateVersion | None) -> bool
     """Write a file where it still is as it was read, or still missing where `unchanged` is None;
     return False, and change nothing, where it is otherwise.
     """
-    import obstore
-    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
-
     store, key = _place(path)
     try:
         obstore.put(store, key, data, mode=unchanged or "create", use_multipart=False)
-    except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+    except (AlreadyExistsError, PreconditionError):
         return _is(path, data)
+    except FileNotFoundError as error:
+        if unchanged is not None:
+            return False
+        raise OSError(errno.ENOENT, _said(error), str(path)) from None  # no such bucket
     except BaseError as error:
         if _is(path, data):
             return True
@@ -170,8 +167,6 @@ def _version(meta: ObjectMeta) -> UpdateVersion:
 
 
 def _meta(path: Path) -> ObjectMeta:
-    import obstore
-
     store, key = _place(path)
     with _reached(path):
         return obstore.head(store, key)
@@ -179,8 +174,6 @@ def _meta(path: Path) -> ObjectMeta:
 
 def _below(directory: Path) -> list[str]:
     """Return the keys of all files below a directory, from its own on."""
-    import obstore
-
     store, key = _place(directory)
     with _reached(directory):
         found = obstore.list(store, key).collect()
@@ -273,8 +266,6 @@ def _size(path: Path) -> int | None:
 
 def names(directory: Path) -> list[str]:
     """Return the names in a directory; none where it cannot be listed."""
-    import obstore
-
     try:
         store, key = _place(directory)
         with _reached(directory):
@@ -311,8 +302,6 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 def read(path: Path, most: int = -1) -> bytes:
     """Return the bytes of a file, or its first `most`."""
-    import obstore
-
     store, key = _place(path)
     with _reached(path):
         data = bytes(obstore.get(store, key).bytes())
@@ -321,8 +310,6 @@ def read(path: Path, most: int = -1) -> bytes:
 
 def read_part(path: Path, start: int, size: int) -> bytes:
     """Return so many bytes of a file from a place on."""
-    import obstore
-
     if size == 0:
         return b""
     store, key = _place(path)
@@ -339,8 +326,6 @@ def read_part(path: Path, start: int, size: int) -> bytes:
 
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
     """Yield the bytes of a file, a block at a time."""
-    import obstore
-
     store, key = _place(path)
     with _reached(path):
         for block in obstore.get(store, key).stream(min_chunk_size=_BLOCK):
@@ -424,8 +409,6 @@ def remove(path: Path) -> None:
 
 
 def _remove(path: Path, keys: str | list[str]) -> None:
-    import obstore
-
     store, _ = _place(path)
     with contextlib.suppress(FileNotFoundError), _reached(path):
         obstore.delete(store, keys)
@@ -482,8 +465,6 @@ class StoredLock:
 
     def read(self, most: int) -> bytes:
         """Return the first bytes of the file, none where it is missing."""
-        import obstore
-
         store, key = _place(self._path)
         try:
             with _reached(self._path):
@@ -514,7 +495,7 @@ class StoredLock:
     def _now(self) -> float:
         if not self._may_write:
             return time.time()
-        trial = self._path.with_name(f"log/.now-{uuid.uuid4().hex}")
+        trial = self._path.parent / "log" / f".now-{uuid.uuid4().hex}"
         _put(trial, b"")
         try:
             return _meta(trial)["last_modified"].timestamp()
