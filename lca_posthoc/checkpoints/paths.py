@@ -19,7 +19,8 @@ from .cache import cache
 
 
 def located(where: str | Path) -> Path:
-    """Return the path of a directory or a URL of checkpoints, which fsspec reads.
+    """Return the path of a directory or a URL of checkpoints, which fsspec reads: by its driver for
+    this kind of URL, where that is installed, else by obstore, which writes results.
 
     Raises:
         InputError: where a URL holds a password or a query.
@@ -31,8 +32,23 @@ def located(where: str | Path) -> Path:
     try:
         _ = path.fs  # type: ignore[attr-defined]
     except ImportError as error:
-        raise ResourceError(f"{where}: {error}.") from None
+        if not _read_by_obstore(path):
+            raise ResourceError(f"{where}: {error}.") from None
     return path
+
+
+def _read_by_obstore(path: Path) -> bool:
+    """Let obstore read URLs of a path's kind in this process; return False where it cannot."""
+    try:
+        from obstore.fsspec import register
+    except ImportError:
+        return False
+    try:
+        register(path.protocol)  # type: ignore[attr-defined]
+        _ = path.fs  # type: ignore[attr-defined]
+    except Exception:  # of a kind it does not know
+        return False
+    return True
 
 
 def path_of(where: str | Path) -> Path:
@@ -81,6 +97,11 @@ def here(where: str | Path, what: str) -> Path:
     if "://" in str(where):
         raise InputError(f"{where} is a URL, and {what}")
     return Path(where)
+
+
+def is_path(value: object) -> bool:
+    """Tell whether a value is a path, of a file system or behind a URL."""
+    return isinstance(value, Path) or hasattr(value, "storage_options")
 
 
 def is_remote(path: Path) -> bool:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -83,12 +83,7 @@ _METHODS = ("GET", "HEAD", "PUT", "POST", "DELETE")
 @contextlib.contextmanager
 def object_server() -> Iterator[ObjectServer]:
     """Start a server for the length of the context."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SERVE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
-    try:
-        assert process.stdout is not None
-        port = int(process.stdout.readline())
+    with plain_server() as port:
         bucket = f"lca-{uuid.uuid4().hex}"
         _create_bucket(port, bucket)
         proxy = _Proxy(("127.0.0.1", 0), port, bucket)
@@ -99,6 +94,26 @@ def object_server() -> Iterator[ObjectServer]:
         finally:
             proxy.shutdown()
             proxy.server_close()
+
+
+@contextlib.contextmanager
+def plain_server(host: str = "127.0.0.1", prefix: Sequence[str] = ()) -> Iterator[int]:
+    """Start the server alone, without a bucket and without a proxy; its port.
+
+    Args:
+        host: the address on which it listens.
+        prefix: what starts the process elsewhere, such as in a network namespace.
+    """
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-c", _SERVE, host],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        with process.stdout:
+            yield int(process.stdout.readline())
     finally:
         process.kill()
         process.wait()
@@ -106,11 +121,11 @@ def object_server() -> Iterator[ObjectServer]:
 
 # its own port, which nobody else can have taken meanwhile
 _SERVE = """
-import ctypes, signal
+import ctypes, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import make_server
-server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+server = make_server(sys.argv[1], 0, DomainDispatcherApplication(create_backend_app), threaded=True)
 print(server.port, flush=True)
 server.serve_forever()
 """
