@@ -519,7 +519,8 @@ class _Status:
             else (f"when this is done: {self._stage}", "no span has begun")
         )
         again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
-        self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
+        with contextlib.suppress(OSError):  # of the log, where the place of the run is away
+            self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
 
     def _span_ends(self) -> str:
         on = f" on {self.workers} workers" if self.workers > 1 else ""
