@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from .helpers import second_run
 
 if TYPE_CHECKING:
+    from .helpers.object_server import ObjectServer
     from .helpers.replayed_cases import Lab
     from .helpers.wrong_input import Place
 
@@ -134,6 +136,35 @@ def finished(place: Place, clean_run: Path) -> Place:
     """The same with its run, finished."""
     shutil.copytree(clean_run / "run.lca", place.out)
     return place
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectServer]:
+    """A server that speaks like S3, which drivers of this process, and of those it starts, find by
+    their environment.
+    """
+    from .helpers.object_server import object_server
+
+    with object_server() as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in server.environment.items():
+            patch.setenv(name, value)
+        yield server
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
+def home(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """An empty place of runs: in a file system, in memory, on a server."""
+    from lca_posthoc.checkpoints.paths import path_of
+
+    match request.param:
+        case "local":
+            return tmp_path / "home"
+        case "memory":
+            return path_of(f"memory://{uuid.uuid4().hex}")
+        case _:
+            server: ObjectServer = request.getfixturevalue("object_store")
+            server.fate = lambda request: "through"
+            return server.place()
 
 
 @pytest.fixture

@@ -19,33 +19,67 @@ from .cache import cache
 
 
 def located(where: str | Path) -> Path:
-    """Return the path of a directory or a URL.
+    """Return the path of a directory or a URL of checkpoints, which fsspec reads: by its driver for
+    this kind of URL, where that is installed, else by obstore, which writes results.
 
     Raises:
+        InputError: where a URL holds a password or a query.
         ResourceError: where a URL's driver is not installed.
     """
-    if isinstance(where, Path) or "://" not in str(where):
+    path = path_of(where)
+    if not is_remote(path):
+        return path
+    try:
+        _ = path.fs  # type: ignore[attr-defined]
+    except ImportError as error:
+        if not _read_by_obstore(path):
+            raise ResourceError(f"{where}: {error}.") from None
+    return path
+
+
+def _read_by_obstore(path: Path) -> bool:
+    """Let obstore read URLs of a path's kind in this process; return False where it cannot."""
+    try:
+        from obstore.fsspec import register
+    except ImportError:
+        return False
+    try:
+        register(path.protocol)  # type: ignore[attr-defined]
+        _ = path.fs  # type: ignore[attr-defined]
+    except Exception:  # of a kind it does not know
+        return False
+    return True
+
+
+def path_of(where: str | Path) -> Path:
+    """Return the path of a directory or a URL; nothing is asked of a driver.
+
+    Raises:
+        InputError: where a URL holds a password or a query.
+        ResourceError: where a URL has no path, for want of a package or of a driver of its kind.
+    """
+    if not isinstance(where, str | Path):  # a path behind a URL
+        return where
+    if isinstance(where, Path) or "://" not in where:
         return Path(where)
-    if str(where).startswith("file:///"):
-        return Path(unquote(str(where).removeprefix("file://")))
+    if where.startswith("file:///"):
+        return Path(unquote(where.removeprefix("file://")))
     try:
         from upath import UPath
     except ImportError:
         raise ResourceError(
             f"{where} is remote, which needs universal_pathlib: pip install 'lca_posthoc[remote]'."
         ) from None
-    protocol, _, rest = str(where).partition("://")
-    if "@" in rest.partition("/")[0] or "?" in rest:
+    protocol, _, rest = where.partition("://")
+    host, _, port = rest.partition("/")[0].partition(":")
+    if "@" in host + port or "?" in rest or (port and not port.isdigit()):
         raise InputError(
-            "a URL of checkpoints is recorded with the result, so it holds no passwords and no "
+            "a URL is recorded with the result, so it holds no passwords and no "
             f"queries; this {protocol} one does. Give them to the driver: environment variables, "
             "or fsspec's configuration."
         )
     try:
-        path = UPath(str(where))
-        _ = path.fs
-    except ImportError as error:
-        raise ResourceError(f"{where}: {error}.") from None
+        path = UPath(where)
     except ValueError:
         raise ResourceError(
             f"{where}: fsspec knows no {protocol!r}. Install its driver, such as s3fs, gcsfs or "
@@ -63,6 +97,11 @@ def here(where: str | Path, what: str) -> Path:
     if "://" in str(where):
         raise InputError(f"{where} is a URL, and {what}")
     return Path(where)
+
+
+def is_path(value: object) -> bool:
+    """Tell whether a value is a path, of a file system or behind a URL."""
+    return isinstance(value, Path) or hasattr(value, "storage_options")
 
 
 def is_remote(path: Path) -> bool:

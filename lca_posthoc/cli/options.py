@@ -58,7 +58,7 @@ replay_options = _chain(
         "--out",
         type=click.Path(),
         metavar="RUN",
-        help="Run directory. Needed for several places and remote ones.  [default: CHECKPOINTS.lca; "
+        help="Run directory, or its URL in an object store. Needed for several places and remote ones.  [default: CHECKPOINTS.lca; "
         "of a place with {step} in it, the directory before it]",
     ),
     click.option(

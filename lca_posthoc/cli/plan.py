@@ -83,7 +83,7 @@ def _print(planned: Plan, *, asked: bool) -> None:
     console.print(_levels(planned, asked=asked))
     console.print(
         f"free: {amount(planned.free_memory)} of memory for each worker, beside what it holds now, "
-        f"and {amount(planned.free)} on disk"
+        f"and {_space(planned.free)}"
     )
     console.print(
         "Memory and disk are estimates, disk after compression. Time is that of evaluations alone, "
@@ -95,6 +95,10 @@ def _print(planned: Plan, *, asked: bool) -> None:
         "the rule has it, and for other paths where segments are long; each is the time of one, "
         "alone that of the loss without the others, stored what it takes at the level taken."
     )
+
+
+def _space(free: int | None) -> str:
+    return "the store tells of no bound on its space" if free is None else f"{amount(free)} on disk"
 
 
 def _levels(planned: Plan, *, asked: bool) -> Table:

@@ -35,10 +35,11 @@ def command(run: str, as_json: bool) -> None:
     What is done is read from the commit markers, what is underway from reports of the workers, at
     most a few seconds old.
     """
+    from ..checkpoints.paths import path_of
     from ..errors import InputError
     from ..results import last_run, open_run, starting
 
-    preparing = starting(Path(run))
+    preparing = starting(path_of(run))
     more: dict[str, object] = {} if preparing is None else {"preparing": asdict(preparing)}
     try:
         opened = open_run(run)

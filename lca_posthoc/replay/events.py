@@ -153,8 +153,10 @@ class Log:
         come.
         """
         with self._one_at_a_time:
-            self._write({"event": type(event).__name__, **asdict(event)})
-            self.listener(event)
+            try:
+                self._write({"event": type(event).__name__, **asdict(event)})
+            finally:
+                self.listener(event)
 
     @contextlib.contextmanager
     def written_to(self, append: Callable[[str], None]) -> Iterator[None]:

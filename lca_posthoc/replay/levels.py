@@ -83,7 +83,7 @@ def highest_that_fits(
         path: of the run.
         levels: that may be taken, the lowest first.
     """
-    place, free = results.free_space(path)
+    space = results.free_space(path)
     why = ""
     for keep in reversed(levels):
         if not memory.fits(keep):
@@ -91,9 +91,10 @@ def highest_that_fits(
                 f"{amount(memory.levels[keep].needs)} of memory beside model and data, and "
                 f"{amount(memory.free)} are free for each worker"
             )
-        elif (most := stored(keep)) > free / 2:
+        elif space is not None and (most := stored(keep)) > space[1] / 2:
             lacks = (
-                f"{amount(most)} on disk, and {place} has {amount(free)} free, of which half counts"
+                f"{amount(most)} on disk, and {space[0]} has {amount(space[1])} free, of which half "
+                "counts"
             )
         else:
             break

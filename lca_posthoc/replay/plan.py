@@ -17,7 +17,7 @@ import psutil
 
 from .. import results
 from ..checkpoints.headers import read_header
-from ..checkpoints.paths import is_remote, nearest
+from ..checkpoints.paths import is_remote, nearest, path_of
 from ..checkpoints.places import Where, places_of
 from ..checkpoints.trajectory import Trajectory, open_trajectory
 from ..cluster import ClusterConfig, local_workers, open_cluster, visible_device
@@ -81,7 +81,8 @@ class Plan:
         bytes: by level, the sizes of the result's files after compression, estimated from one
             segment and a batch of each loss, for all losses together.
         memory: by level, the bytes a worker holds.
-        free: bytes of the space where the run would go.
+        free: bytes of the space where the run would go; None in an object store, which tells of no
+            bound.
         free_memory: bytes that are free for each worker beside model and data.
         notes: worth telling.
     """
@@ -96,7 +97,7 @@ class Plan:
     seconds: dict[str, float]
     bytes: dict[str, int]
     memory: dict[str, float]
-    free: int
+    free: int | None
     free_memory: float
     notes: list[str]
 
@@ -213,11 +214,12 @@ def plan(
         moments=parts.tells_causes(settings),
     )
     workers = workers or local_workers(device)
-    path = Path(out) if out is not None else _beside(checkpoints)
+    path = path_of(out) if out is not None else _beside(checkpoints)
     destination = Destination(path=path, workers=workers)
     ready, costs = _measured(trajectory, task, list(losses), settings, destination, parts, tell)
     manifest = ready.manifest
-    _, free = results.free_space(path)
+    space = results.free_space(path)
+    free = None if space is None else space[1]
     levels = {keep: ready.draft.at(keep) for keep in KEEP}
     stored = _stored(levels, list(manifest.losses), costs)
     return Plan(
@@ -317,11 +319,11 @@ def _seconds(manifest: Manifest, costs: Costs) -> float:
     )
 
 
-def _shortages(ready: Preparation, needed: float, free: int) -> Iterator[str]:
+def _shortages(ready: Preparation, needed: float, free: int | None) -> Iterator[str]:
     """Say which memory and space a run would lack."""
     if ready.short_of:
         yield ready.short_of
-    if needed > free:
+    if free is not None and needed > free:
         yield f"the result will need about {amount(needed)}, and {amount(free)} are free there"
 
 

@@ -35,7 +35,7 @@ from ..numerics.schema import (
     unit_of_totals,
 )
 from ..numerics.settings import Settings
-from ..results import LossRecord, Manifest, StoredTensor
+from ..results import LossRecord, Manifest, StoredTensor, is_object_store
 from ..results.keys import encode_all
 from ..tasks.task import Entry, digest, parse_subsets
 from .levels import MemoryOfLevels, highest_that_fits
@@ -171,6 +171,7 @@ class Draft:
             settings={**self.settings, "keep": keep, "shards": shards},
             losses=losses,
             provenance=self.provenance,
+            packed=is_object_store(self.destination.path) if existing is None else existing.packed,
         )
 
     def _shards(self, losses: dict[str, LossRecord], keep: str) -> int:

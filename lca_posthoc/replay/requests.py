@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from ..checkpoints.paths import is_path, path_of
 from ..checkpoints.trajectory import Checkpoint, TensorSpec
 from ..cluster import Spec
 from ..errors import LCAError, PackedError, unpack_error
@@ -572,7 +573,7 @@ def _plain(value: object) -> object:
         return [_plain(item) for item in value]
     if isinstance(value, dict):
         return {_plain_key(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Path):
+    if is_path(value):
         return str(value)
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
@@ -639,7 +640,7 @@ def _read(kind: Any, plain: object) -> object:
     if kind is Any or (kind is types.NoneType and plain is None):
         return plain
     if kind is Path and isinstance(plain, str):
-        return Path(plain)
+        return path_of(plain)
     if kind in (str, bytes, bool) and isinstance(plain, kind):
         return plain
     if kind in (int, float) and isinstance(plain, int | kind) and not isinstance(plain, bool):

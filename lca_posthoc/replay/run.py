@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import results
 from ..base.text import count
-from ..checkpoints.paths import here, is_remote
+from ..checkpoints.paths import is_remote, path_of
 from ..checkpoints.places import Where, common_root, found_again, places_of
 from ..checkpoints.trajectory import NOTHING_CONSUMED, Trajectory, open_trajectory
 from ..cluster import (
@@ -250,8 +250,7 @@ def run(
         insecure=insecure,
         dashboard=dashboard,
     )
-    what = "results are written to file systems. Give --out a directory."
-    path = here(out, what) if out is not None else default_out(checkpoints)
+    path = path_of(out) if out is not None else default_out(checkpoints)
     durable = _durable(durability)
     with listening(progress) as listener:
         log = Log(listener)
@@ -320,7 +319,7 @@ def repair(
         InputError: where `path` is no run, or the task or the checkpoints are not those of the run.
         SpanError: where damaged spans could not be computed again.
     """
-    place, durable = Path(path), _durable(durability)
+    place, durable = path_of(path), _durable(durability)
     where = ClusterConfig(
         kind=cluster,
         workers=workers,
@@ -381,13 +380,14 @@ def default_out(checkpoints: Where) -> Path:
     """Return where a run goes by default: beside the checkpoints, with `.lca` added.
 
     Raises:
-        InputError: where the checkpoints are remote, which results cannot be, or in several places.
+        InputError: where the checkpoints are remote, or in several places.
     """
     places = places_of(checkpoints)
     directory = places[0].root
     if is_remote(directory):
         raise InputError(
-            f"{places[0]} is remote, and results are not: say where they go with --out RUN."
+            f"{places[0]} is remote: say with --out RUN where results go, a directory or a URL that "
+            "can be written to."
         )
     if len(places) > 1:
         raise InputError(
@@ -519,7 +519,8 @@ class _Status:
             else (f"when this is done: {self._stage}", "no span has begun")
         )
         again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
-        self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
+        with contextlib.suppress(OSError):  # of the log, where the place of the run is away
+            self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
 
     def _span_ends(self) -> str:
         on = f" on {self.workers} workers" if self.workers > 1 else ""
@@ -870,10 +871,11 @@ class _Driver:
         """Refuse losses for whose results there is too little space, by what compression leaves of
         a segment of each.
         """
-        place, free = results.free_space(self._job.path)
+        space = results.free_space(self._job.path)
         most = results.required_bytes(manifest, keep, losses)
-        if most <= free:
+        if space is None or most <= space[1]:
             return
+        place, free = space
         shares = _compressed(cluster, ready, manifest)
         about = results.estimated_bytes(manifest, keep, losses, shares, _BLOCK)
         will_need = (

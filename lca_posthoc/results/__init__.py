@@ -5,7 +5,7 @@ as labelled arrays.
 from .boundary_checks import differ, disagreement, meeting
 from .chunk_writer import ChunkWriter
 from .commits import Commits, Marker
-from .disk import free_space
+from .disk import free_space, is_object_store
 from .lock import Held, hold
 from .manifest import Identity, LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
@@ -64,6 +64,7 @@ __all__ = [
     "exists",
     "free_space",
     "hold",
+    "is_object_store",
     "last_run",
     "meeting",
     "names_of_sums",

@@ -11,10 +11,12 @@ from typing import Any, Self, TypeVar
 
 import numpy as np
 
+from ..checkpoints.paths import below
 from . import disk
 from .encoding import chunks_of, encoded
 from .files import refuse_links
 from .layout import ArrayPlan
+from .packs import LARGEST, Seal, is_packed, write_pack
 
 A = TypeVar("A")
 
@@ -25,7 +27,8 @@ _AT_A_TIME = 4  # a file system flushes several files in about the time of one
 
 class ChunkWriter:
     """Writes whole chunks of arrays in threads, each under a temporary name that is then renamed,
-    never through a link.
+    never through a link. Where a run is packed, small chunks wait, compressed, for the others of
+    their span, and are written together.
 
     Arrays wait uncopied, so nobody may change what was handed over, and at most `WAITING` bytes of
     them: what is more is awaited at once. What goes wrong in a thread is raised, as it is, by the
@@ -35,13 +38,16 @@ class ChunkWriter:
     Args:
         root: directory of the run.
         durable: whether chunks are flushed to disk.
+        packed: whether small chunks wait for the others of their span.
     """
 
-    def __init__(self, root: Path, durable: bool) -> None:
+    def __init__(self, root: Path, durable: bool, *, packed: bool) -> None:
         self._root, self._durable = root, durable
         self._threads = ThreadPoolExecutor(_AT_A_TIME, "lca-write")
         self._waiting: deque[tuple[int, list[Future[None]]]] = deque()
-        self._seals: dict[str, list[int]] = {}
+        self._seals: dict[str, Seal] = {}
+        self._packed = packed
+        self._to_pack: dict[str, bytes] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -77,19 +83,35 @@ class ChunkWriter:
         """Wait until everything that was handed over is written."""
         self._await(-1)
 
-    def sealed(self, paths: Iterable[str]) -> dict[str, list[int]]:
-        """Wait, and return size and CRC-32 of some of the chunks, by their paths below the run;
-        where durable, they and their names are on disk then.
+    def sealed(self, paths: Iterable[str], pack: Path) -> dict[str, Seal]:
+        """Wait, and return the seals of some of the chunks, by their paths below the run; where
+        durable, they and their names are on disk then.
+
+        Args:
+            paths: of the chunks.
+            pack: the file for small ones, where the run is packed.
         """
         self.wait()
+        paths = list(paths)
+        together = {path: self._to_pack.pop(path) for path in paths if path in self._to_pack}
+        if together:
+            refuse_links(self._root, pack.parent)
+            disk.ensure_directory(pack.parent)
+            self._seals |= write_pack(pack, together, self._durable)
         seals = {path: self._seals[path] for path in paths}
-        if self._durable:  # a chunk was flushed together with its name
-            above = {place for path in seals for place in Path(path).parent.parents}
+        if self._durable:  # a file was flushed together with its name
+            files = [Path(path) for path, seal in seals.items() if not is_packed(seal)]
+            if together:
+                files.append(below(pack, self._root))
+            above = {place for file in files for place in file.parent.parents}
             self._begin(lambda place: disk.flush_names(self._root / place), sorted(above), 0)
             self.wait()
         return seals
 
     def _write(self, path: str, data: bytes) -> None:
+        if self._packed and len(data) <= LARGEST:
+            self._to_pack[path] = data
+            return
         file = self._root / path
         refuse_links(self._root, file.parent)
         disk.ensure_directory(file.parent)

@@ -31,6 +31,7 @@ from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
+from .packs import Seal, read_chunk
 
 _MARKERS = 256  # that stay in memory while chunks are read
 
@@ -125,8 +126,9 @@ class CheckedStore(_LossStore):
         }
         self._markers: OrderedDict[tuple[bool, int], Marker] = OrderedDict()
         self._lock = threading.Lock()
-        for key, expected in self._known.items():
-            self._compare(key, expected)
+        if not manifest.packed:
+            for key, expected in self._known.items():
+                self._compare(key, expected)
 
     def _compare(self, key: str, expected: bytes) -> None:
         try:
@@ -148,20 +150,25 @@ class CheckedStore(_LossStore):
         about = self._commits.about_window(row) if of_totals else self._commits.about(row)
         where = f"{name_of(plan)}, {about}"
         recorded = self._recorded(key, where, of_totals, row)
+        if recorded is None:
+            raise self._damage(where, "a chunk is not the one that was committed")
         try:
-            data = disk.read(self._place / key)
+            data = read_chunk(self._place / key, recorded, self._pack(of_totals, row))
         except FileNotFoundError:
             raise self._damage(where, "a chunk is missing") from None
         except OSError as error:
             raise self._damage(where, f"a chunk cannot be read ({error.strerror})") from None
-        if recorded != [len(data), zlib.crc32(data)]:
+        if recorded[:2] != [len(data), zlib.crc32(data)]:
             raise self._damage(where, "a chunk is not the one that was committed")
         return data
 
-    def _recorded(self, key: str, where: str, of_totals: bool, row: int) -> list[int] | None:
-        """Return the size and CRC-32 of a chunk as its marker says them; `where` names the chunk in
-        messages.
-        """
+    def _pack(self, of_totals: bool, row: int) -> Path:
+        commits = self._commits
+        of_window = of_totals and commits.manifest.window > 1
+        return commits.pack(commits.window_marker(row) if of_window else commits.marker(row))
+
+    def _recorded(self, key: str, where: str, of_totals: bool, row: int) -> Seal | None:
+        """Return the seal of a chunk as its marker says it; `where` names the chunk in messages."""
         commits = self._commits
         try:
             marker = self._marker(of_totals and commits.manifest.window > 1, row)

@@ -14,6 +14,7 @@ from . import disk
 from .files import read_json
 from .layout import ArrayPlan, plan_arrays
 from .manifest import Manifest
+from .packs import PACKS, Seal
 
 DATA = "data.zarr"
 COMMITS = "commits"
@@ -29,7 +30,7 @@ class Marker(TypedDict, total=False):
         loss: its name.
         span: its number on the grid; `steps` are the training steps its segments start from.
         window: the number of the window of totals.
-        files: size and CRC-32 of each chunk file, by its path below the run.
+        files: the seal of each chunk, by its path below the run, see `packs`.
         partial: size and CRC-32 of totals that wait for their window; None where the span has none.
         ends: the loss at the first and the last checkpoint, groups averaged.
         evaluations: of the loss or its gradient; `forward_passes` of the model, `seconds` of the
@@ -46,7 +47,7 @@ class Marker(TypedDict, total=False):
     span: int
     steps: list[int]
     window: int
-    files: dict[str, list[int]]
+    files: dict[str, Seal]
     partial: list[int] | None
     ends: list[float]
     evaluations: int
@@ -101,6 +102,10 @@ class Commits:
             / self.key
             / f"window-{window:06d}-{self.manifest.length_of(window)}.json"
         )
+
+    def pack(self, marker: Path) -> Path:
+        """Return the path of the file of small chunks that a marker speaks for."""
+        return self.path / DATA / self.key / PACKS / marker.stem
 
     def partial(self, span: int, since: int | None = None) -> Path:
         """Return the path of the file in which the totals of a span wait for those of its window.
@@ -202,13 +207,23 @@ class Commits:
 
         It looks for those that wait first: another worker removes them once they are folded.
         """
-        if not _is_there(self.marker(span)):
-            return False
+        return _is_there(self.marker(span)) and self._has_totals(span)
+
+    def _has_totals(self, span: int) -> bool:
+        """Tell whether the totals of a span that has a marker wait, or are where they belong."""
+        if self.manifest.window == 1:
+            return True
         return _is_there(self.partial(span)) or not self.keeps_partial(span)
 
     def pending(self) -> list[int]:
         """Return the spans that are not committed."""
-        return [span for span in range(self.manifest.spans) if not self.is_committed(span)]
+        spans = range(self.manifest.spans)
+        sizes = disk.sizes([*map(self.marker, spans)])
+        return [
+            span
+            for span, size in zip(spans, sizes, strict=True)
+            if not size or not self._has_totals(span)
+        ]
 
     def is_complete(self) -> bool:
         """Tell whether every span is committed and every window of totals folded."""
@@ -295,25 +310,23 @@ class Commits:
                 raise ValueError(f"its commit marker is that of another {name}")
         files, partial = marker.get("files"), marker.get("partial")
         sealed = [*files.values()] if isinstance(files, dict) else [None]
-        if not all(map(_is_seal, sealed if partial is None else [*sealed, partial])):
+        whole = partial is None or _is_seal(partial, 2)
+        if not whole or not all(_is_seal(one, 2) or _is_seal(one, 3) for one in sealed):
             raise ValueError("its commit marker does not say sizes and checksums")
         return cast("Marker", marker)
 
 
-def _is_seal(value: object) -> bool:
+def _is_seal(value: object, length: int) -> bool:
     return (
         isinstance(value, list)
-        and len(value) == 2
+        and len(value) == length
         and all(type(number) is int and number >= 0 for number in value)
     )
 
 
 def _is_there(path: Path) -> bool:
     """Tell whether a file is there and not empty; a power failure can take the content of one."""
-    try:
-        return disk.state(path).size > 0
-    except FileNotFoundError:
-        return False
+    return bool(disk.sizes([path])[0])
 
 
 def damaged(run: Path, loss: str, where: str, what: str) -> str:

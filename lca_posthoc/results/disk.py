@@ -1,57 +1,122 @@
 """The files of a run, and the small files beside one: a few verbs, each with what it promises.
 
-A run lies in a directory of a POSIX file system. The other modules name its files and know what
-they hold; they open, look up, rename and remove them by these verbs alone, so that another home of
-runs is another module with the same verbs.
+A run lies in a directory of a POSIX file system (`local_files`) or in an object store
+(`object_store`); the path tells which. The other modules name the files of a run and know what they
+hold; they open, look up, rename and remove them by these verbs alone.
 
-Where `durable` is false nothing is flushed: a power failure may take what was written last, and the
-checksums show it.
+Where `durable` is false, nothing is flushed in a file system: a power failure may take what was
+written last, and the checksums show it. What an object store has accepted is durable.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-import shutil
-import stat
-import time
-import uuid
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Protocol, cast
 
-import psutil
+from ..checkpoints.paths import is_remote
+from ..errors import ResourceError
+from . import local_files
+from .home import Kind, LockFile, State
 
-from ..base.locks import lock
-from ..checkpoints.paths import nearest
 
-Kind = Literal["file", "directory", "link", "other"]
+class _Home(Protocol):
+    """A module with the verbs below, for paths of its kind."""
 
-_BLOCK = 2**22  # bytes that are read at a time
-_BLOCK_FROM_THE_END = 2**20
-_LOCK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows has neither
+    def is_object_store(self) -> bool: ...
+
+    def can_lock(self) -> bool: ...
+
+    def check_promises(self, run: Path) -> None: ...
+
+    def state(self, path: Path, *, follow_links: bool = True) -> State: ...
+
+    def sizes(self, paths: Sequence[Path]) -> list[int | None]: ...
+
+    def names(self, directory: Path) -> list[str]: ...
+
+    def free_space(self, path: Path) -> tuple[Path, int] | None: ...
+
+    def walk(self, directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]: ...
+
+    def read(self, path: Path, most: int = -1) -> bytes: ...
+
+    def read_part(self, path: Path, start: int, size: int) -> bytes: ...
+
+    def blocks(self, path: Path, *, flush: bool = False) -> Iterator[bytes]: ...
+
+    def lines_from_the_end(self, path: Path) -> Iterator[bytes]: ...
+
+    def write_blocks(
+        self,
+        path: Path,
+        data: Iterable[bytes | memoryview],
+        durable: bool,
+        *,
+        suffix: str = "tmp",
+        temporary: str | None = None,
+    ) -> None: ...
+
+    def append(self, path: Path, text: str) -> None: ...
+
+    def beat(self, path: Path) -> None: ...
+
+    def create_directory(self, path: Path) -> None: ...
+
+    def ensure_directory(self, path: Path) -> None: ...
+
+    def publish(self, building: Path, path: Path, durable: bool) -> None: ...
+
+    def flush_names(self, directory: Path) -> None: ...
+
+    def remove(self, path: Path) -> None: ...
+
+    def remove_empty(self, directory: Path) -> None: ...
+
+    def remove_tree(self, directory: Path, *, strict: bool = False) -> None: ...
+
+    def open_lock(self, path: Path, *, create: bool = False) -> LockFile: ...
+
+
+def _home(path: Path) -> _Home:
+    if is_remote(path):
+        try:
+            from . import object_store
+        except ImportError:
+            raise ResourceError(
+                f"results at {path} need obstore: pip install 'lca_posthoc[remote]'."
+            ) from None
+
+        return cast("_Home", object_store)
+    return cast("_Home", local_files)
+
+
+def is_object_store(path: Path) -> bool:
+    """Tell whether a path is in an object store.
+
+    There a file is written whole or not at all, nothing is renamed, and directories are no more
+    than what names of files have in common.
+    """
+    return is_remote(path)
+
+
+def can_lock(path: Path) -> bool:
+    """Tell whether drivers of a run at a path can be kept apart at all."""
+    return _home(path).can_lock()
+
+
+def check_promises(run: Path) -> None:
+    """Try in the place of a run what an object store must keep to; asks nothing of a file system.
+
+    Raises:
+        ResourceError: where it does not keep to it; the text names what.
+        OSError: where the store cannot be reached, or refuses to write.
+    """
+    _home(run).check_promises(run)
 
 
 # --- look -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class State:
-    """The state of a path at one moment.
-
-    Attributes:
-        kind: a file, a directory, a link (where links are not followed), or something else.
-        size: in bytes.
-        changed: when its bytes last changed or its heartbeat was last given, in seconds since 1970.
-        version: another one as soon as the file was replaced or written to.
-    """
-
-    kind: Kind
-    size: int
-    changed: float
-    version: tuple[int, ...]
 
 
 def state(path: Path, *, follow_links: bool = True) -> State:
@@ -61,21 +126,7 @@ def state(path: Path, *, follow_links: bool = True) -> State:
         FileNotFoundError, NotADirectoryError: where nothing is there.
         OSError: where this cannot be told.
     """
-    status = path.stat() if follow_links else path.lstat()
-    return State(
-        kind=_kind(status.st_mode),
-        size=status.st_size,
-        changed=status.st_mtime,
-        version=(status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size),
-    )
-
-
-def _kind(mode: int) -> Kind:
-    if stat.S_ISREG(mode):
-        return "file"
-    if stat.S_ISDIR(mode):
-        return "directory"
-    return "link" if stat.S_ISLNK(mode) else "other"
+    return _home(path).state(path, follow_links=follow_links)
 
 
 def kind(path: Path, *, follow_links: bool = False) -> Kind | None:
@@ -94,25 +145,37 @@ def kind(path: Path, *, follow_links: bool = False) -> Kind | None:
         return None
 
 
+def is_link(path: Path) -> bool:
+    """Tell whether a path is a link, of which an object store has none.
+
+    Raises:
+        OSError: where this cannot be told.
+    """
+    return not is_object_store(path) and kind(path) == "link"
+
+
 def exists(path: Path) -> bool:
     """Tell whether something is at a path; a link counts as what it leads to."""
     return kind(path, follow_links=True) is not None
+
+
+def sizes(paths: Sequence[Path]) -> list[int | None]:
+    """Return the bytes of each of some files of one home; None for one that is not there."""
+    return _home(paths[0]).sizes(paths) if paths else []
 
 
 def names(directory: Path) -> list[str]:
     """Return the names in a directory, sorted; none where it is missing or cannot be listed, for
     no result relies on a listing.
     """
-    try:
-        return sorted(os.listdir(directory))
-    except OSError:
-        return []
+    return _home(directory).names(directory)
 
 
-def free_space(path: Path) -> tuple[Path, int]:
-    """Return the nearest directory above a path that exists, and the bytes that are free there."""
-    place = nearest(path.resolve().parent)
-    return place, psutil.disk_usage(str(place)).free
+def free_space(path: Path) -> tuple[Path, int] | None:
+    """Return the nearest directory above a path that exists, and the bytes that are free there;
+    None in an object store, which tells of no bound.
+    """
+    return _home(path).free_space(path)
 
 
 def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -121,8 +184,7 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
     The caller may remove names of directories, which are then not entered.
     """
-    for place, directories, files in os.walk(directory):
-        yield Path(place), directories, files
+    return _home(directory).walk(directory)
 
 
 # --- read -----------------------------------------------------------------------------------------
@@ -134,8 +196,7 @@ def read(path: Path, most: int = -1) -> bytes:
     Raises:
         OSError: where it cannot be read.
     """
-    with path.open("rb") as file:
-        return file.read(most)
+    return _home(path).read(path, most)
 
 
 def read_part(path: Path, start: int, size: int) -> bytes:
@@ -144,9 +205,7 @@ def read_part(path: Path, start: int, size: int) -> bytes:
     Raises:
         OSError: where it cannot be read.
     """
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read(size)
+    return _home(path).read_part(path, start, size)
 
 
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
@@ -155,28 +214,17 @@ def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
     Raises:
         OSError: where it cannot be read.
     """
-    with path.open("rb") as file:
-        if flush:
-            os.fsync(file.fileno())
-        while block := file.read(_BLOCK):
-            yield block
+    return _home(path).blocks(path, flush=flush)
 
 
 def lines_from_the_end(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, the last one first, reading no more of it than is asked for.
+    """Yield the lines of a file that was written by `append`, the last one first, reading no more
+    of it than is asked for.
 
     Raises:
         OSError: where it cannot be read.
     """
-    with path.open("rb") as file:
-        end, rest = file.seek(0, os.SEEK_END), b""
-        while end:
-            start = max(0, end - _BLOCK_FROM_THE_END)
-            file.seek(start)
-            rest, *lines = (file.read(end - start) + rest).split(b"\n")
-            yield from reversed(lines)
-            end = start
-        yield rest
+    return _home(path).lines_from_the_end(path)
 
 
 # --- write ----------------------------------------------------------------------------------------
@@ -205,32 +253,15 @@ def write_blocks(
     suffix: str = "tmp",
     temporary: str | None = None,
 ) -> None:
-    """Write or replace a file as `write_whole` does, a block of bytes at a time.
-
-    The bytes are written under a temporary name beside it and renamed; where durable, they are
-    flushed before, and the directory after.
-    """
-    place = path.with_name(temporary or f".{uuid.uuid4().hex}.{suffix}")
-    try:
-        with place.open("xb") as file:
-            for block in data:
-                file.write(block)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        place.replace(path)
-    finally:
-        place.unlink(missing_ok=True)
-    if durable:
-        flush_names(path.parent)
+    """Write or replace a file as `write_whole` does, a block of bytes at a time."""
+    _home(path).write_blocks(path, data, durable, suffix=suffix, temporary=temporary)
 
 
 def append(path: Path, text: str) -> None:
     """Append text to a file, which is created where it is missing; for logs, of which a crash may
     leave half a line.
     """
-    with path.open("a") as file:
-        file.write(text)
+    _home(path).append(path, text)
 
 
 def beat(path: Path) -> None:
@@ -239,7 +270,7 @@ def beat(path: Path) -> None:
     Raises:
         OSError: where it is not there.
     """
-    os.utime(path)
+    _home(path).beat(path)
 
 
 def create_directory(path: Path) -> None:
@@ -248,7 +279,7 @@ def create_directory(path: Path) -> None:
     Raises:
         FileExistsError: where something is.
     """
-    path.mkdir()
+    _home(path).create_directory(path)
 
 
 def ensure_directory(path: Path) -> None:
@@ -257,32 +288,22 @@ def ensure_directory(path: Path) -> None:
     Raises:
         FileExistsError, NotADirectoryError: where something else is in its place.
     """
-    path.mkdir(parents=True, exist_ok=True)
+    _home(path).ensure_directory(path)
 
 
 def publish(building: Path, path: Path, durable: bool) -> None:
-    """Give a directory that was built beside it its name, at once and whole.
+    """Give a directory that was built beside it its name, at once and whole; not in an object
+    store.
 
     Raises:
         FileExistsError: where a directory that is not empty has the name.
     """
-    try:
-        building.rename(path)
-    except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-            raise
-        raise FileExistsError(error.errno, error.strerror, str(path)) from None
-    if durable:
-        flush_names(path.parent)
+    local_files.publish(building, path, durable)
 
 
 def flush_names(directory: Path) -> None:
     """Make the names in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _home(directory).flush_names(directory)
 
 
 # --- remove ---------------------------------------------------------------------------------------
@@ -290,28 +311,27 @@ def flush_names(directory: Path) -> None:
 
 def remove(path: Path) -> None:
     """Remove a file, or a link and not what it leads to; one that is gone already is no error."""
-    path.unlink(missing_ok=True)
+    _home(path).remove(path)
 
 
 def remove_empty(directory: Path) -> None:
     """Remove a directory that is empty; one that is not, or is not there, stays as it is."""
-    with contextlib.suppress(OSError):
-        directory.rmdir()
+    _home(directory).remove_empty(directory)
 
 
 def remove_tree(directory: Path, *, strict: bool = False) -> None:
     """Remove a directory with everything in it; what cannot be removed stays, and is an `OSError`
     where `strict`.
     """
-    shutil.rmtree(directory, ignore_errors=not strict)
+    _home(directory).remove_tree(directory, strict=strict)
 
 
 # --- lock -----------------------------------------------------------------------------------------
 
 
-class LockFile:
-    """A file by which drivers keep apart: the kernel's lock on it, between processes of this host,
-    and its bytes and its age, between hosts. Closed, and unlocked, at the end of its context.
+def open_lock(path: Path, *, create: bool = False) -> LockFile:
+    """Open the file by which drivers keep apart; it is closed, and unlocked, at the end of its
+    context.
 
     Args:
         path: of the file; nothing is opened through a link.
@@ -321,35 +341,4 @@ class LockFile:
         FileNotFoundError: where it is missing.
         OSError: with `ELOOP` where it is a link.
     """
-
-    def __init__(self, path: Path, *, create: bool = False) -> None:
-        access = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
-        self._descriptor = os.open(path, access | _LOCK_FLAGS, 0o666)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
-
-    def acquire(self, *, shared: bool = False) -> bool:
-        """Take the kernel's lock without waiting; return False where the file system has none.
-
-        Raises:
-            BlockingIOError: where another process has it.
-        """
-        return lock(self._descriptor, shared=shared)
-
-    def read(self, most: int) -> bytes:
-        """Return the first bytes of the file, at most so many."""
-        os.lseek(self._descriptor, 0, os.SEEK_SET)
-        return os.read(self._descriptor, most)
-
-    def write(self, data: bytes) -> None:
-        """Replace the bytes of the file, in place; others may see them half written."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, data, 0)
-
-    def age(self) -> float:
-        """Return the seconds since the bytes changed or the last heartbeat."""
-        return time.time() - os.fstat(self._descriptor).st_mtime
+    return _home(path).open_lock(path, create=create)

@@ -101,7 +101,7 @@ def refuse_links(root: Path, directory: Path) -> None:
     for place in (directory, *directory.parents):
         if place == root:
             return
-        if disk.kind(place) == "link":
+        if disk.is_link(place):
             raise LCAError(
                 f"{place} is a link, and nothing is written through links out of a run. Put the "
                 "directory itself there, or remove the link and run `lca repair`."
@@ -115,6 +115,8 @@ def refuse_links_below(run: Path) -> None:
     Raises:
         LCAError: where one is a link.
     """
+    if disk.is_object_store(run):
+        return
     for place, directories, _ in disk.walk(run):
         for name in directories:
             refuse_links(run, place / name)

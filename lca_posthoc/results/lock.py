@@ -1,4 +1,9 @@
-"""One driver for one run: the kernel's lock on this host, a heartbeat between hosts."""
+"""One driver for one run: the kernel's lock on this host, a heartbeat between hosts.
+
+In an object store, which has no kernel's lock, a driver replaces the lock's bytes only where they
+still are those it has read, so that of two drivers one is refused; whether the owner it names still
+runs is told by its process on this host, by its heartbeat elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +18,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..base.locks import can_lock
+import psutil
+
 from ..errors import LCAError, ResourceError
 from . import disk
 from .files import refuse_links_below
+from .home import LockFile
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
 _LOCK_BYTES = 4096  # bytes of a lock that are read
 _FILE = "lock"
+_HELD = set[str]()  # ids of the locks that this process has
 
 
 @dataclass
@@ -46,7 +54,8 @@ def hold(run: Path) -> Iterator[Held]:
         ResourceError: where another driver works on this run, or nothing here could keep one away.
         LCAError: where the lock or a directory of the run is a link.
     """
-    if not can_lock():
+    disk.check_promises(run)
+    if not disk.can_lock(run):
         raise ResourceError(
             "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from "
             "one run. Recording and reading results work here."
@@ -55,14 +64,21 @@ def hold(run: Path) -> Iterator[Held]:
     with _open(run, create=True) as file:
         owner = _acquire(run, file)
         identity = _identity()
-        _write(file, identity)
+        try:
+            _write(file, identity)
+        except BlockingIOError:  # another driver was faster
+            raise ResourceError(_busy(run, _owner(file))) from None
         holding = Held(bool(owner))
+        _HELD.add(str(identity["id"]))
         try:
             with _beating(run, identity, holding.lost):
                 yield holding
         finally:
-            if _owner(file) == identity:
-                _write(file, {"unclean": True} if holding.working else {})
+            _HELD.discard(str(identity["id"]))
+            # what cannot be released is taken over, as that of a driver that was killed
+            with contextlib.suppress(OSError):
+                if _owner(file) == identity:
+                    _write(file, {"unclean": True} if holding.working else {})
 
 
 def is_held(run: Path) -> bool:
@@ -75,10 +91,10 @@ def is_held(run: Path) -> bool:
         return False
     with file:
         try:
-            is_locked, owner = file.acquire(shared=True), _owner(file)
+            is_locked = file.acquire(shared=True)
         except BlockingIOError:
             return True
-        return (_is_elsewhere(owner) or (bool(owner) and not is_locked)) and _is_fresh(file)
+        return _works(file, _owner(file), is_locked)
 
 
 def is_unreleased(run: Path) -> bool:
@@ -89,9 +105,9 @@ def is_unreleased(run: Path) -> bool:
         return False
 
 
-def _open(run: Path, *, create: bool = False) -> disk.LockFile:
+def _open(run: Path, *, create: bool = False) -> LockFile:
     try:
-        return disk.LockFile(run / _FILE, create=create)
+        return disk.open_lock(run / _FILE, create=create)
     except OSError as error:
         if error.errno != errno.ELOOP:
             raise
@@ -100,7 +116,7 @@ def _open(run: Path, *, create: bool = False) -> disk.LockFile:
         ) from None
 
 
-def _acquire(run: Path, file: disk.LockFile) -> dict[str, object]:
+def _acquire(run: Path, file: LockFile) -> dict[str, object]:
     """Take the lock, and return who had it and did not release it.
 
     Raises:
@@ -110,22 +126,39 @@ def _acquire(run: Path, file: disk.LockFile) -> dict[str, object]:
         is_locked = file.acquire()
     except BlockingIOError:
         raise ResourceError(_busy(run, _owner(file))) from None
-    if not is_locked:
+    if file.is_of_kernel and not is_locked:
         raise ResourceError(
             f"the file system of {run} has no locks, which keep two drivers from one run. Write "
             "the run elsewhere with --out."
         )
     owner = _owner(file)
-    if _is_elsewhere(owner) and _is_fresh(file):
+    if _works(file, owner, is_locked):
         raise ResourceError(_busy(run, owner))
     return owner
 
 
 def _identity() -> dict[str, object]:
-    return {"host": socket.gethostname(), "pid": os.getpid(), "id": uuid.uuid4().hex}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "id": uuid.uuid4().hex,
+        "began": psutil.Process().create_time(),
+        "processes": _processes(),
+    }
 
 
-def _owner(file: disk.LockFile) -> dict[str, object]:
+def _processes() -> str:
+    """Return a name of the processes that this one can see: those of this host since it was
+    started, or those of its container.
+    """
+    try:
+        boot = disk.read(Path("/proc/sys/kernel/random/boot_id")).decode().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # not on Linux
+        return f"{uuid.getnode():x}"
+
+
+def _owner(file: LockFile) -> dict[str, object]:
     """Return who has the lock: nobody where it is empty; where it cannot be read, a driver of this
     host that was killed.
     """
@@ -136,15 +169,41 @@ def _owner(file: disk.LockFile) -> dict[str, object]:
     return owner if isinstance(owner, dict) else {"host": socket.gethostname()}
 
 
-def _is_elsewhere(owner: dict[str, object]) -> bool:
-    return owner.get("host") not in (None, socket.gethostname())
+def _works(file: LockFile, owner: dict[str, object], is_locked: bool) -> bool:
+    """Tell whether the owner that a lock names still works; the kernel has not refused the lock.
 
-
-def _is_fresh(file: disk.LockFile) -> bool:
+    Args:
+        file: of the lock.
+        owner: whom its bytes name.
+        is_locked: whether this process has the kernel's lock, which a driver of this host would
+            have kept.
+    """
+    if owner.get("host") is None:
+        return False
+    if owner["host"] == socket.gethostname() and (is_locked or _is_seen(owner)):
+        return not is_locked and _runs(owner)
     return file.age() < _STALE
 
 
-def _write(file: disk.LockFile, owner: dict[str, object]) -> None:
+def _is_seen(owner: dict[str, object]) -> bool:
+    """Tell whether an owner of this host's name is a process that this one would see."""
+    return owner.get("processes") in (None, _processes())
+
+
+def _runs(owner: dict[str, object]) -> bool:
+    """Tell whether the process of an owner runs; another one may have got its number since."""
+    pid, began = owner.get("pid"), owner.get("began")
+    if not isinstance(pid, int) or not isinstance(began, float):
+        return False
+    if pid == os.getpid():
+        return owner.get("id") in _HELD
+    try:
+        return bool(abs(psutil.Process(pid).create_time() - began) < 1)
+    except (psutil.Error, ValueError):
+        return False
+
+
+def _write(file: LockFile, owner: dict[str, object]) -> None:
     file.write(json.dumps(owner).encode() if owner else b"")
 
 
@@ -166,22 +225,24 @@ def _beat(
 ) -> None:
     while not stop.wait(_HEARTBEAT):
         with contextlib.suppress(OSError):
-            if not _names(run, identity):
+            if not _still_ours(run, identity):
                 lost.set()
                 return
-            disk.beat(run / _FILE)
 
 
-def _names(run: Path, identity: dict[str, object]) -> bool:
-    """Tell whether the lock still names this driver; it is opened afresh, so that a change by
-    another host is seen.
+def _still_ours(run: Path, identity: dict[str, object]) -> bool:
+    """Give a sign of life; return False where the lock names this driver no more. It is opened
+    afresh, so that a change by another host is seen.
     """
     try:
         file = _open(run)
     except (FileNotFoundError, LCAError):
         return False
     with file:
-        return _owner(file) == identity
+        if _owner(file) != identity:
+            return False
+        file.beat()
+    return True
 
 
 def _busy(run: Path, owner: dict[str, object]) -> str:

@@ -121,6 +121,8 @@ class Manifest:
         settings: those that decide results.
         losses: by name.
         provenance: recorded and never compared.
+        packed: True where small chunks of a span lie in one file, and Zarr's metadata are left out,
+            as in an object store.
         id: tells the run from every other one.
     """
 
@@ -134,6 +136,7 @@ class Manifest:
     settings: Settings
     losses: dict[str, LossRecord]
     provenance: dict[str, Any] = field(default_factory=dict)
+    packed: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from ..base.text import count
+from ..checkpoints.paths import path_of
 from ..errors import InputError
 from ..numerics.schema import (
     KEEP,
@@ -530,4 +531,5 @@ def open_run(path: str | Path) -> Run:
     Raises:
         LCAError: where `path` is not a run directory.
     """
-    return Run(Path(path), read_manifest(Path(path)))
+    run = path_of(path)
+    return Run(run, read_manifest(run))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections import OrderedDict
@@ -41,17 +40,20 @@ _FIELDS = (
     "drawn",
     "span",
     "window",
+    "packed",
     "settings",
     "losses",
     "provenance",
 )
 # fields of a loss that are left out where they are None
 _RARE = ("begun", "covers", "sites", "per", "rows", "texts")
+# what is there before `run.json` while a run is created in its place
+_FIRST = {"lock", "log", "data.zarr", "commits", "partial"}
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
 _SETTLED = 0.5  # seconds after which a file that is changed gets another time of change
-_cache: OrderedDict[tuple[str, tuple[int, ...]], Manifest] = OrderedDict()
+_cache: OrderedDict[tuple[str, tuple[int | str, ...]], Manifest] = OrderedDict()
 
 
 def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
@@ -75,6 +77,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         "drawn": None if manifest.sampled is None else manifest.starts,
         "span": manifest.span,
         "window": manifest.window,
+        "packed": manifest.packed,
         "settings": manifest.settings,
         "losses": {name: _written(record) for name, record in manifest.losses.items()},
         "provenance": manifest.provenance,
@@ -115,11 +118,18 @@ def refuse_other(run: Path) -> None:
         InputError: where something is there that is not a run.
     """
     # in this order: another driver may create the run just now
-    if disk.exists(run) and not exists(run):
+    if disk.exists(run) and not exists(run) and not _is_being_created(run):
         raise InputError(
             f"{run} exists and is not a run directory (it has no {FILE}). Choose another place "
             "with --out."
         )
+
+
+def _is_being_created(run: Path) -> bool:
+    """Tell whether all that is in the place of a run is what its creation writes first, in an
+    object store.
+    """
+    return disk.is_object_store(run) and {*disk.names(run)} <= _FIRST
 
 
 def read_manifest(run: Path) -> Manifest:
@@ -149,7 +159,7 @@ def load(run: Path) -> Manifest:
             f"{run} is not a run directory: it has no {FILE}. Give the directory `lca run` wrote "
             "(CKPTS.lca)."
         ) from None
-    key = (os.path.abspath(run), state.version)
+    key = (str(run.absolute()), state.version)
     cached = _cache.get(key)
     if cached is not None:
         return cached
@@ -213,6 +223,7 @@ def parse(document: dict[str, object]) -> Manifest:
         breaks=breaks,
         span=_power(document["span"], "span"),
         window=_whole(document["window"], "window", 1),
+        packed=_truth(document["packed"], "packed"),
         settings=settings,
         losses=_losses(document["losses"]),
         provenance=_provenance(document["provenance"]),
@@ -293,6 +304,11 @@ def _whole(value: object, field: str, least: int = 0) -> int:
     if type(value) is not int or not least <= value < _LARGEST_INTEGER:
         raise _wrong(field, f"a whole number from {least} on", value)
     return value
+
+
+def _truth(value: object, field: str) -> bool:
+    _check(type(value) is bool, field, "true or false", value)
+    return bool(value)
 
 
 def _power(value: object, field: str) -> int:

@@ -24,7 +24,7 @@ def shared_directory_token(run: Path) -> Iterator[tuple[Path, str]]:
     Files that killed drivers of this host left are removed first.
     """
     run = run.resolve()  # a worker may be elsewhere in the file system
-    inside = disk.kind(run / LOG, follow_links=True) == "directory"
+    inside = disk.is_object_store(run) or disk.kind(run / LOG, follow_links=True) == "directory"
     place = run / LOG if inside else run.parent
     disk.ensure_directory(place)
     begin = f".{run.name}.token-{socket.gethostname()}-"

@@ -21,6 +21,7 @@ from . import disk
 
 _HEARTBEAT = 10.0
 _STALE = 120.0  # seconds without a heartbeat, of a driver on another host
+_INSIDE = "log"  # of the run, in an object store
 _TEMPORARY = ".tmp"  # end of the name of such a file while it is written
 _LARGEST = 16384  # bytes of such a file
 
@@ -127,11 +128,11 @@ def _beginning(run: Path) -> str:
 
 
 def _place(run: Path) -> Path:
-    """Return the directory of the file: the run's own, or the nearest one above it that is there
-    already.
+    """Return the directory of the file: the one the run is in, or the nearest one above it that is
+    there already; in an object store the run's own.
     """
     try:
-        return nearest(run.absolute().parent)
+        return run / _INSIDE if disk.is_object_store(run) else nearest(run.absolute().parent)
     except OSError:  # nothing can be written there either
         return run.absolute().parent
 

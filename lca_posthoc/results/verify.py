@@ -10,16 +10,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..checkpoints.paths import path_of
 from ..errors import LCAError
 from . import disk
 from .boundary_checks import disagreement
-from .commits import DATA, PARTIAL, Commits, Marker
+from .commits import COMMITS, DATA, PARTIAL, Commits, Marker
 from .files import checksum
+from .home import Kind
 from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
+from .packs import PACKS, is_packed
 from .runfile import FILE, load
 from .shard_sums import SHARDS, names_of_sums
 
@@ -82,11 +85,13 @@ class Verification:
             yield Damage(path=FILE, what=str(error))
             return
         self._count(self.run / FILE)
-        yield from self._known(manifest, None, {f"{DATA}/{ZARR}": group_file()})
+        if not manifest.packed:
+            yield from self._known(manifest, None, {f"{DATA}/{ZARR}": group_file()})
         for loss, record in manifest.losses.items():
             place = f"{DATA}/{record.key}"
             known = {f"{place}/{path}": data for path, data in metadata_files(manifest, loss)}
-            yield from self._known(manifest, loss, known)
+            if not manifest.packed:
+                yield from self._known(manifest, loss, known)
             yield from self._spans(Commits(self.run, manifest, loss))
         yield from self._leftovers(manifest)
 
@@ -175,7 +180,7 @@ class Verification:
         try:
             marker = row.load()
         except FileNotFoundError:  # replaced meanwhile by the run that goes on
-            if disk.kind(row.place) == "link":
+            if disk.is_link(row.place):
                 yield row.damage(place, "it is a link")
             return
         except (ValueError, OSError) as error:
@@ -187,7 +192,7 @@ class Verification:
             yield row.damage(place, "its commit marker does not list the files of this span")
             return
         for file, plan in planned.items():
-            what = self._unlike(file, marker["files"][file])
+            what = self._unlike_chunk(row, file, marker["files"][file])
             if what is not None and disk.exists(row.place):
                 array = plan.path if plan.tensor is None else plan.part
                 yield row.damage(file, what, array, plan.tensor)
@@ -213,6 +218,19 @@ class Verification:
         if what is not None and not _lies(row.place):
             yield row.damage(file, what, "totals")
 
+    def _unlike_chunk(self, row: _Row, file: str, seal: list[int]) -> str | None:
+        """Say how a chunk differs from what was committed; None where it does not."""
+        if not is_packed(seal):
+            return self._unlike(file, seal)
+        try:
+            data = disk.read_part(row.commits.pack(row.place), seal[2], seal[0])
+        except FileNotFoundError:
+            return "the pack it lies in is missing"
+        except OSError as error:
+            return f"the pack it lies in cannot be read ({error.strerror})"
+        self._add(len(data))
+        return self._differs_from_seal(*checksum([data]), seal)
+
     def _unlike(self, path: str, sealed: list[int] | None) -> str | None:
         """Say how a file differs from the size and CRC-32 it should have; None where it does
         not.
@@ -227,6 +245,10 @@ class Verification:
         self._add(size)
         if sealed is None:
             return "its commit marker does not say its size and checksum"
+        return self._differs_from_seal(size, crc, sealed)
+
+    @staticmethod
+    def _differs_from_seal(size: int, crc: int, sealed: list[int]) -> str | None:
         if size != sealed[0]:
             return f"it has {size} bytes, {sealed[0]} were committed"
         return None if crc == sealed[1] else "its checksum is not the committed one"
@@ -237,7 +259,7 @@ class Verification:
         """
         try:
             for parent in PurePosixPath(path).parents:
-                if parent != PurePosixPath(".") and self._kind(parent) == "link":
+                if parent != PurePosixPath(".") and disk.is_link(self.run / parent):
                     return f"{parent} is a link"
             kind = self._kind(path)
         except (FileNotFoundError, NotADirectoryError):
@@ -248,7 +270,7 @@ class Verification:
             return "it is a link"
         return None if kind == "file" else "it is not a file"
 
-    def _kind(self, path: str | PurePosixPath) -> disk.Kind:
+    def _kind(self, path: str) -> Kind:
         return disk.state(self.run / path, follow_links=False).kind
 
     # --- leftovers --------------------------------------------------------------------------------
@@ -264,7 +286,7 @@ class Verification:
         for top in (DATA, PARTIAL):
             for place, directories, files in disk.walk(self.run / top):
                 directories.sort()
-                links = [name for name in directories if disk.kind(place / name) == "link"]
+                links = [name for name in directories if disk.is_link(place / name)]
                 for name in sorted([*files, *links]):
                     path = (place / name).relative_to(self.run).as_posix()
                     if path == f"{DATA}/{ZARR}":
@@ -348,7 +370,11 @@ class _Known:
     def __init__(self, commits: Commits) -> None:
         manifest = self._manifest = commits.manifest
         self._commits = commits
-        self._metadata = {path for path, _ in metadata_files(manifest, commits.loss)}
+        self._metadata = (
+            set()
+            if manifest.packed
+            else {path for path, _ in metadata_files(manifest, commits.loss)}
+        )
         plans = plan_arrays(manifest, manifest.keep, manifest.losses[commits.loss])
         self._plans = {plan.path: plan for plan in plans}
 
@@ -364,6 +390,8 @@ class _Known:
             return committed and self._commits.waits(below)
         if below in self._metadata:
             return True
+        if below.startswith(f"{PACKS}/"):
+            return self._is_of_a_marker(below.removeprefix(f"{PACKS}/"))
         array, _, place = below.rpartition("/c/")
         row, *inner = place.split("/")
         plan = self._plans.get(array)
@@ -373,6 +401,10 @@ class _Known:
             and plan.has(inner)
             and self._is_committed(plan, row)
         )
+
+    def _is_of_a_marker(self, name: str) -> bool:
+        """Tell whether a marker of this run speaks for a pack of this name."""
+        return _lies(self._commits.path / COMMITS / self._commits.key / f"{name}.json")
 
     def _is_committed(self, plan: ArrayPlan, written: str) -> bool:
         of_windows, row = plan.of_windows and self._manifest.window > 1, int(written)
@@ -411,4 +443,4 @@ def verify(run: str | Path) -> Verification:
     Raises:
         LCAError: when iterated over, where `run` is not a run directory, or one of another format.
     """
-    return Verification(Path(run))
+    return Verification(path_of(run))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..checkpoints.paths import path_of
 from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
 from . import disk
@@ -33,6 +34,7 @@ from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
 from .metadata import FILE as ZARR
 from .metadata import group_file, metadata_files
+from .packs import Seal
 from .partials import bytes_of_partial, read_partial, write_partial
 from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
 from .shard_sums import remove_sums
@@ -170,7 +172,8 @@ def _waiting(manifest: Manifest) -> int:
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
     """Create a run directory; it is built beside its place and renamed, so that a killed creation
-    leaves nothing in the way.
+    leaves nothing in the way. In an object store it is built in its place, under its lock, and
+    `run.json` comes last.
 
     Args:
         path: of the run.
@@ -184,6 +187,9 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
     if exists(path):
         raise ResourceError(_created_meanwhile(path))
     _make_room(path)
+    if disk.is_object_store(path):
+        _create_in_place(path, manifest, durable)
+        return RunWriter(path, manifest, durable)
     building = path.with_name(f"{_creations_of(path)}{os.getpid()}")
     try:
         _build(building, manifest, durable)
@@ -197,6 +203,18 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
     return RunWriter(path, manifest, durable)
 
 
+def _create_in_place(path: Path, manifest: Manifest, durable: bool) -> None:
+    with hold(path) as held:
+        if exists(path):
+            raise ResourceError(_created_meanwhile(path))
+        for part in (DATA, COMMITS, PARTIAL):  # of a creation that was killed
+            disk.remove_tree(path / part)
+        writer = _lay_out(path, manifest, durable)
+        if held.lost.is_set():
+            raise ResourceError(_created_meanwhile(path))
+        write_manifest(writer.manifest, path, durable)
+
+
 def _make_room(path: Path) -> None:
     """Refuse what is in the place of a run, and make the directory it will be in.
 
@@ -204,7 +222,7 @@ def _make_room(path: Path) -> None:
         InputError: where a run cannot be created there.
     """
     refuse_other(path)
-    if disk.kind(path) == "link":
+    if disk.is_link(path):
         raise InputError(
             f"{path} is a link to something that is not there. Remove it or choose another place "
             "with --out."
@@ -223,11 +241,17 @@ def _build(place: Path, manifest: Manifest, durable: bool) -> None:
     disk.create_directory(place)
     for name in (DATA, COMMITS, PARTIAL, LOG):
         disk.create_directory(place / name)
+    _lay_out(place, manifest, durable)
+    write_manifest(manifest, place, durable)
+
+
+def _lay_out(place: Path, manifest: Manifest, durable: bool) -> RunWriter:
+    """Write the metadata of a run and of its losses."""
     writer = RunWriter(place, manifest, durable)
     writer.restore_metadata()
     for name in manifest.losses:
         writer.create_loss(name)
-    write_manifest(manifest, place, durable)
+    return writer
 
 
 def _created_meanwhile(path: Path) -> str:
@@ -244,7 +268,7 @@ def remove_loss(path: str | Path, loss: str) -> None:
         InputError: where `path` is no run or holds no such loss.
         ResourceError: where a driver works on the run.
     """
-    run = Path(path)
+    run = path_of(path)
     known = read_manifest(run).losses
     if loss not in known:
         raise InputError(
@@ -256,6 +280,8 @@ def remove_loss(path: str | Path, loss: str) -> None:
 
 def _sweep_creations(path: Path) -> None:
     """Remove the directories that killed creations on this host left."""
+    if disk.is_object_store(path):
+        return
     prefix = _creations_of(path)
     for name in disk.names(path.parent):
         pid = name.removeprefix(prefix)
@@ -314,11 +340,13 @@ class RunWriter:
 
     def restore_metadata(self) -> list[str]:
         """Write Zarr's metadata and the coordinates again wherever they are not what `run.json`
-        says; no chunk is touched.
+        says; no chunk is touched. A packed run has none.
 
         Returns:
             The files that were written, below the run.
         """
+        if self.manifest.packed:
+            return []
         written = self._put({f"{DATA}/{ZARR}": group_file()})
         for loss, record in self.manifest.losses.items():
             if any(disk.exists(self.path / part / record.key) for part in (DATA, COMMITS)):
@@ -326,6 +354,8 @@ class RunWriter:
         return written
 
     def _restore(self, loss: str) -> list[str]:
+        if self.manifest.packed:
+            return []
         place = f"{DATA}/{self.manifest.losses[loss].key}"
         return self._put(
             {f"{place}/{path}": data for path, data in metadata_files(self.manifest, loss)}
@@ -452,9 +482,10 @@ class RunWriter:
         """Remove what a killed writer left, temporary files and totals that wait for nothing; call
         it only while holding the lock.
         """
-        for place, _, names in disk.walk(self.path):
-            for name in filter(_is_temporary, names):
-                disk.remove(place / name)
+        if not disk.is_object_store(self.path):  # which has no temporary names
+            for place, _, names in disk.walk(self.path):
+                for name in filter(_is_temporary, names):
+                    disk.remove(place / name)
         remove_reports(self.path)
         for loss in self.manifest.losses:
             self._remove_partials(self.commits(loss))
@@ -570,7 +601,7 @@ class RunWriter:
 
     def chunks(self) -> ChunkWriter:
         """Return what writes the chunks of one span after another, a context."""
-        return ChunkWriter(self.path, self.durable)
+        return ChunkWriter(self.path, self.durable, packed=self.manifest.packed)
 
     def write_block(self, loss: str, span: int, statistics: SpanSums, chunks: ChunkWriter) -> None:
         """Hand over the large arrays of the block of groups that `statistics` holds; `write_span`
@@ -625,7 +656,7 @@ class RunWriter:
             "span": span,
             "steps": self.manifest.steps[commits.manifest.rows(span)],
             "partial": self._write_span_totals(commits, span, statistics, chunks),
-            "files": chunks.sealed(commits.planned_files(span)),
+            "files": chunks.sealed(commits.planned_files(span), commits.pack(commits.marker(span))),
         }
         self._still_recorded(loss, span)
         self._commit(commits.marker(span), marker)
@@ -782,13 +813,13 @@ class RunWriter:
 
     def _write_joined(
         self, commits: Commits, window: int, waiting: list[Waiting]
-    ) -> dict[str, list[int]]:
-        """Write the totals of a window that waited in stretches; returns size and CRC-32 of each
-        chunk.
-        """
+    ) -> dict[str, Seal]:
+        """Write the totals of a window that waited in stretches; returns the seal of each chunk."""
         with self.chunks() as chunks:
             self._write_totals(commits.loss, window, self._joined(window, waiting), chunks)
-            return chunks.sealed(commits.planned_totals(window))
+            return chunks.sealed(
+                commits.planned_totals(window), commits.pack(commits.window_marker(window))
+            )
 
     def _joined(self, window: int, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
         """Yield each tensor's totals over the stretches of a window, whose own are in files."""

@@ -8,14 +8,17 @@ import contextlib
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import lca_posthoc
 from tests.helpers.dask_cluster import Standing, end, standing
 from tests.helpers.faults import clean_runs
+from tests.helpers.object_server import SECRETS, plain_server
 
 ADDRESSES = {
     "scheduler": "10.77.0.1",
@@ -244,3 +247,82 @@ def test_without_any_wire_left_the_run_waits_for_workers_that_are_started_again(
         out, "SpanRetried"
     )
     assert "again" in who_worked(out)
+
+
+IN_THE_CLOUD = """
+import sys
+from pathlib import Path
+from lca_posthoc.checkpoints.paths import path_of
+from lca_posthoc.results import disk
+from tests.helpers.faults.clean_runs import same_bytes
+match sys.argv[1:]:
+    case "upload", here, there:
+        for file in sorted(Path(here).iterdir()):
+            disk.write_whole(path_of(there) / file.name, file.read_bytes(), durable=True)
+    case "compare", out, clean:
+        same_bytes(path_of(out), Path(clean))
+        print(sum(1 for _ in disk.walk(path_of(out))))
+"""
+
+
+@pytest.mark.moment
+def test_without_a_shared_disk_all_goes_through_the_object_store(
+    net: Net, place: Path, tmp_path: Path
+) -> None:
+    """Neither worker sees a file of the driver: checkpoints are read from a store and results are
+    written to it.
+    """
+    address = ADDRESSES["scheduler"]
+    hidden = ("unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(place))
+    tried = subprocess.run([*hidden, "true"], capture_output=True, text=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"cannot hide a directory from a process: {tried.stderr.strip()}")
+    with plain_server(address, net.inside("scheduler")) as port:
+        environment = {
+            **NOTICED,
+            "AWS_ACCESS_KEY_ID": SECRETS[0],
+            "AWS_SECRET_ACCESS_KEY": SECRETS[1],
+            "AWS_ENDPOINT_URL": f"http://{address}:{port}",
+            "AWS_ALLOW_HTTP": "true",
+            "AWS_REGION": "us-east-1",
+            "PYTHONPATH": str(Path(lca_posthoc.__file__).parents[1]),
+        }
+
+        def in_the_cloud(*words: object) -> None:
+            command = [*net.inside("driver"), sys.executable, "-c", IN_THE_CLOUD, *map(str, words)]
+            done = subprocess.run(
+                command,
+                env={**os.environ, **environment},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+
+        bucket = f"http://{address}:{port}/lca"
+        made = subprocess.run(
+            [*net.inside("driver"), sys.executable, "-c", CREATE, bucket], check=False
+        )
+        assert made.returncode == 0
+        in_the_cloud("upload", place / "checkpoints", "s3://lca/checkpoints")
+        with standing(
+            tmp_path / "cluster", host=address, prefix=net.inside("scheduler"), **environment
+        ) as cluster:
+            for who in ("one", "other"):
+                cluster.hire(
+                    *("--name", who, "--host", ADDRESSES[who]),
+                    prefix=[*net.inside(who), *hidden],
+                    **environment,
+                )
+            command = clean_runs.command(
+                place,
+                Path("run.lca"),
+                *(*cluster.options, "--insecure", "--workers", 2),
+            )
+            command = [URLS.get(Path(word).name, word) for word in command]
+            ended(clean_runs.start([*net.inside("driver"), *command], **environment))
+        in_the_cloud("compare", URLS["run.lca"], place / "clean.lca")
+
+
+CREATE = "import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method='PUT'))"
+URLS = {"checkpoints": "s3://lca/checkpoints", "run.lca": "s3://lca/run.lca"}

@@ -366,16 +366,17 @@ def test_a_driver_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch
         open_trajectory("s3://bucket/ck")
 
 
-def test_results_are_not_written_to_remote_places(tmp_path: Path, memory: str) -> None:
+def test_results_of_remote_checkpoints_go_where_they_are_told_to(
+    tmp_path: Path, memory: str
+) -> None:
     task = write_task(tmp_path / "task.py")
-    message = "memory://ck is remote, and results are not: say where they go with --out RUN"
+    message = "memory://ck is remote: say with --out RUN where results go"
     refused(lca("run", memory, "--task", task, "--cluster", "inline"), message)
     assert lca("plan", memory, "--task", task).exit_code == 0
-    for out in ("s3://bucket/run.lca", "file:///elsewhere/run.lca"):
-        refused(
-            lca("run", memory, "--task", task, "--cluster", "inline", "--out", out),
-            f"{out} is a URL, and results are",
-        )
+    for out in ("memory://results/run.lca", f"file://{tmp_path}/run.lca"):
+        ran = lca("run", memory, "--task", task, "--cluster", "inline", "--out", out)
+        assert ran.exit_code == 0, ran.output
+        assert lca("summary", out).exit_code == 0
     refused(
         lca("import", "http://127.0.0.1/saved", tmp_path / "made"),
         "http://127.0.0.1/saved is a URL, and an import is",

@@ -667,7 +667,7 @@ def test_a_run_that_ended_says_how_and_what_to_do(stopped: Path, ended: str, wor
 def test_the_last_call_is_found_in_a_log_of_any_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(results.disk, "_BLOCK_FROM_THE_END", 64)
+    monkeypatch.setattr(results.local_files, "_BLOCK_FROM_THE_END", 64)
     (tmp_path / "log").mkdir()
     lines = [{"event": "Started"}]
     for call in range(3):

@@ -90,14 +90,16 @@ def test_chunks_are_those_of_zarr(
     )
     array[...] = values
     seals: dict[str, list[int]] = {}
-    with ChunkWriter(tmp_path, durable) as chunks:
+    with ChunkWriter(tmp_path, durable, packed=False) as chunks:
         for row in range(0, shape[0], rows):
             for group in range(0, shape[1] if block else 1, block or 1):
                 corner = (row, group) if block else (row,)
                 part: Any = (slice(row, row + rows),)
                 part += (slice(group, group + block),) if block else ()
                 chunks.write("ours", plan, values[part], corner)
-            seals |= chunks.sealed([f"ours/{file}" for file in plan.row_files(row // rows)])
+            seals |= chunks.sealed(
+                [f"ours/{file}" for file in plan.row_files(row // rows)], tmp_path / "pack"
+            )
     ours = contents(tmp_path / "ours" / plan.path / "c")
     assert ours == contents(tmp_path / "theirs" / "c")
     assert len(seals) == plan.files
@@ -143,7 +145,7 @@ def test_who_hands_over_goes_on_while_a_chunk_is_encoded(
 
     monkeypatch.setattr(chunk_writer, "encoded", encoded)
     plan = planned((4, 3), "float32", 4)
-    with ChunkWriter(tmp_path, durable=False) as chunks:
+    with ChunkWriter(tmp_path, durable=False, packed=False) as chunks:
         chunks.write("loss", plan, np.zeros((4, 3), "float32"), (0,))
         handed_over.set()
     assert [*contents(tmp_path)][-1] == "loss/part/tensor/c/0/0"
@@ -162,7 +164,7 @@ def test_what_waits_is_bounded(
     monkeypatch.setattr(chunk_writer, "encoded", encoding)
     monkeypatch.setattr(chunk_writer, "ThreadPoolExecutor", Idle)
     plan, values = planned((40, columns), "float32", 1), np.zeros((1, columns), "float32")
-    with ChunkWriter(tmp_path, durable=False) as chunks:
+    with ChunkWriter(tmp_path, durable=False, packed=False) as chunks:
         for row in range(40):
             chunks.write("loss", plan, values, (row,))
             assert (row + 1) * values.nbytes - sum(encoded) <= chunk_writer.WAITING
@@ -185,11 +187,11 @@ def test_what_goes_wrong_in_a_thread_is_raised_as_it_is(
     plan, reached = planned((2, 3), "float32", 1), list[str]()
 
     def write() -> None:
-        with ChunkWriter(tmp_path, durable=False) as chunks:
+        with ChunkWriter(tmp_path, durable=False, packed=False) as chunks:
             calls: dict[str, Callable[[], object]] = {
                 "write": lambda: chunks.write("loss", plan, np.zeros((1, 3), "float32"), (0,)),
                 "wait": chunks.wait,
-                "sealed": lambda: chunks.sealed([]),
+                "sealed": lambda: chunks.sealed([], tmp_path / "pack"),
                 "the end": lambda: None,
             }
             for name in dict.fromkeys(("write", call)):
@@ -227,7 +229,7 @@ def test_what_was_not_begun_when_a_span_is_left_is_left_out(
     plan, values = planned((9, 3), "float32", 1), np.zeros((9, 3), "float32")
 
     def interrupted() -> None:
-        with ChunkWriter(tmp_path, durable=False) as chunks:
+        with ChunkWriter(tmp_path, durable=False, packed=False) as chunks:
             chunks.write("loss", plan, values, (0,))
             assert begun.wait(LONG)
             raise KeyboardInterrupt
@@ -286,7 +288,7 @@ def test_an_error_in_a_thread_is_that_of_its_span(
 def test_chunks_leave_nothing_else_and_go_through_no_link(tmp_path: Path) -> None:
     run, plan = tmp_path / "run", planned((2, 3), "float32", 1)
     ones, twos = np.full((1, 3), 1, "float32"), np.full((1, 3), 2, "float32")
-    with ChunkWriter(run, durable=True) as chunks:
+    with ChunkWriter(run, durable=True, packed=False) as chunks:
         chunks.write("loss", plan, ones, (0,))
     place = run / "loss" / plan.path / "c"
     assert [path.name for path in (place / "0").iterdir()] == ["0"]
@@ -295,7 +297,7 @@ def test_chunks_leave_nothing_else_and_go_through_no_link(tmp_path: Path) -> Non
     place.symlink_to(tmp_path / "elsewhere")
     with (
         pytest.raises(LCAError, match="is a link"),
-        ChunkWriter(run, durable=True) as chunks,
+        ChunkWriter(run, durable=True, packed=False) as chunks,
     ):
         chunks.write("loss", plan, twos, (0,))
     assert (tmp_path / "elsewhere" / "0" / "0").read_bytes() == before

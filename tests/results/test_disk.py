@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lca_posthoc.results import disk
+from lca_posthoc.results import disk, local_files
 
 KINDS: dict[str, tuple[Callable[[Path], object], str | None, str | None]] = {
     # what is made, its kind, and the kind of what it leads to
@@ -111,8 +111,8 @@ def test_lines_from_the_end_are_the_lines_backwards(
     path = tmp_path_factory.mktemp("lines") / "log"
     path.write_bytes(data)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(disk, "_BLOCK_FROM_THE_END", block)
-        patch.setattr(disk, "_BLOCK", block)
+        patch.setattr(local_files, "_BLOCK_FROM_THE_END", block)
+        patch.setattr(local_files, "_BLOCK", block)
         assert list(disk.lines_from_the_end(path)) == data.split(b"\n")[::-1]
         assert b"".join(disk.blocks(path)) == disk.read(path) == data
     assert disk.read(path, 5) == data[:5]
@@ -121,12 +121,12 @@ def test_lines_from_the_end_are_the_lines_backwards(
 def test_a_lock_is_one_holders_and_is_never_behind_a_link(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with pytest.raises(FileNotFoundError):
-        disk.LockFile(path)
-    with disk.LockFile(path, create=True) as file:
+        disk.open_lock(path)
+    with disk.open_lock(path, create=True) as file:
         assert file.acquire()
         file.write(b"a longer owner")
         file.write(b"owner")
-        with disk.LockFile(path) as other:
+        with disk.open_lock(path) as other:
             assert other.read(100) == b"owner"
             assert other.read(3) == b"own"
             with pytest.raises(BlockingIOError):
@@ -135,10 +135,10 @@ def test_a_lock_is_one_holders_and_is_never_behind_a_link(tmp_path: Path) -> Non
         assert file.age() > 10**9
         disk.beat(path)
         assert file.age() < 10**9
-    with disk.LockFile(path) as other:
+    with disk.open_lock(path) as other:
         assert other.acquire(shared=True)
     path.rename(tmp_path / "elsewhere")
     path.symlink_to("elsewhere")
     with pytest.raises(OSError, match=r"lock") as told:
-        disk.LockFile(path, create=True)
+        disk.open_lock(path, create=True)
     assert told.value.errno == errno.ELOOP

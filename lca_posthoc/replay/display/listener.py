@@ -11,10 +11,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import resources
-from pathlib import Path
 from types import TracebackType
 
 from ...base.text import safe
+from ...checkpoints.paths import path_of
 from ...errors import LCAWarning
 from ..events import (
     Event,
@@ -120,7 +120,7 @@ class Display:
 
         reports = [
             report
-            for report in underway(Path(self._directory))
+            for report in underway(path_of(self._directory))
             if report.span not in self._open_spans_done
         ]
         state = self._progressed

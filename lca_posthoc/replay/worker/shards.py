@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...base.available_memory import peak_memory
+from ...checkpoints.paths import path_of
 from ...cluster import Spec
 from ...errors import NotFiniteError
 from ...numerics.nodes import Line, ends_of, part_of
@@ -39,7 +39,7 @@ def committed(spec: Spec) -> Spec | None:
     request = work_of(spec)
     if isinstance(request, SpanRequest):
         return committed_result(spec)
-    stored = read_sums(Path(request.run), request.file)
+    stored = read_sums(path_of(request.run), request.file)
     if stored is None:
         return None
     return to_plain(ShardAnswer(seconds=stored[0]["seconds"], peak_bytes=0))
@@ -52,7 +52,7 @@ def sum_shards(request: ShardRequest) -> ShardAnswer:
     from ..sharded_span import SumsFiles
 
     started = time.perf_counter()
-    writer = RunWriter.open(Path(request.run), durable=request.durable)
+    writer = RunWriter.open(path_of(request.run), durable=request.durable)
     manifest = writer.manifest
     objective = ready(request, writer, request.losses)
     files = SumsFiles(writer.path, manifest, request.span, request.losses, request.setup)

@@ -8,12 +8,12 @@ import os
 import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ...base.available_memory import give_back, peak_memory
+from ...checkpoints.paths import path_of
 from ...cluster import Spec
 from ...errors import SpanError
 from ..method import method_of
@@ -96,7 +96,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
     from ...results import RunWriter, SpanReport
 
     started = time.perf_counter()
-    writer = RunWriter.open(Path(request.run), durable=request.durable)
+    writer = RunWriter.open(path_of(request.run), durable=request.durable)
     losses = {name: LossSpan.of(marker) for name, marker in _markers(writer, request).items()}
     pending = [name for name in request.pending if name not in losses]
     if pending:
@@ -128,7 +128,7 @@ def committed_result(spec: Spec) -> Spec | None:
     from ...results import RunWriter
 
     request = from_plain(SpanRequest, spec)
-    writer = RunWriter.open(Path(request.run))
+    writer = RunWriter.open(path_of(request.run))
     markers = _markers(writer, request)
     if len(markers) < len(request.pending):
         return None
@@ -153,7 +153,7 @@ def losses_at(request: LossesRequest) -> LossesAnswer:
     from ...results import RunWriter
 
     losses = [name for names in request.meetings.values() for name in names]
-    objective = ready(request, RunWriter.open(Path(request.run)), losses)
+    objective = ready(request, RunWriter.open(path_of(request.run)), losses)
     values: dict[str, float] = {}
     for index, names in request.meetings.items():
         try:

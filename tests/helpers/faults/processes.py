@@ -245,20 +245,23 @@ def laid_out(
 
 def markers(out: Path) -> int:
     """How many spans of the first loss are committed."""
-    return len(list(out.glob("commits/train/0*.json")))
+    return sum(name.startswith("0") for name in results.disk.names(out / "commits" / "train"))
 
 
 def undamaged(out: Path) -> None:
     """Whatever a marker speaks for is whole, as `lca verify` sees it; a run that was never created
     is.
     """
-    if (out / "run.json").exists():
+    if results.disk.exists(out / "run.json"):
         damages = [found for found in results.verify(out) if isinstance(found, results.Damage)]
         assert damages == [], damages[:3]
 
 
 def nothing_left(out: Path) -> None:
     """No temporary file in or beside a run, and nobody holds it."""
+    if results.disk.is_object_store(out):
+        assert [name for name in results.disk.names(out / "log") if name.startswith(".")] == []
+        return
     left = [
         path for path in out.rglob("*") if ".partial" in path.name or path.name.endswith(".tmp")
     ]

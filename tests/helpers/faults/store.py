@@ -43,7 +43,7 @@ OPTIONS = ("--cluster", "inline", "--tolerance", "inf", "--loss", "all")
 Change = Callable[[Path], object]
 
 
-def _run(place: Path, out: Path, keep: str = "parameters") -> Any:
+def run_in_spans(place: Path, out: Path, keep: str = "parameters") -> Any:
     """`lca run` over every loss in this process, in spans of two segments."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "choose_span", lambda *_: SPAN)
@@ -151,7 +151,7 @@ def fail_a_call(count: int, place: Path) -> str:
         number, out = 1 + at * calls[keep] // count, place / f"{at}" / "run.lca"
         code = (errno.EIO, errno.ENOSPC)[at % 2]
         with _failing(out, number, code) as reached:
-            result = _run(place, out, keep)
+            result = run_in_spans(place, out, keep)
         if reached[0] < number:  # the first run of a process opens a few files more than later ones
             beyond += 1
             assert result.exit_code == 0, (number, result.exit_code, result.stderr)
@@ -162,7 +162,7 @@ def fail_a_call(count: int, place: Path) -> str:
         trials.append(keep)
         if out.exists():
             assert [each for each in verify(out) if isinstance(each, Damage)] == [], number
-        assert _run(place, out, keep).exit_code == 0, number
+        assert run_in_spans(place, out, keep).exit_code == 0, number
         same_bytes(out, clean)
         shutil.rmtree(out.parent)
     assert beyond <= count // 20, beyond
@@ -176,7 +176,7 @@ def fail_a_call(count: int, place: Path) -> str:
 def _calls(place: Path, clean: Path, keep: str) -> int:
     """How many calls a clean run makes."""
     with _failing(clean, None, 0) as made:
-        assert _run(place, clean, keep).exit_code == 0
+        assert run_in_spans(place, clean, keep).exit_code == 0
     near_the_oracle(place, clean)
     return made[0]
 
@@ -404,7 +404,7 @@ def lie_in_the_record(count: int, place: Path) -> str:
         if case != "a tensor of another shape":  # which other arrays do not depend on
             for command in ("summary", "status"):
                 refused(lca(command, out), str(out), *words, code=1)
-            assert _run(place, out).exit_code == 1, case
+            assert run_in_spans(place, out).exit_code == 1, case
         with pytest.raises(LCAError) as told:
             _ = open_run(out)["train"].allocation
         assert "\n" not in str(told.value)

@@ -1,0 +1,275 @@
+"""The verbs of `disk` in a directory of a POSIX file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from ..base import locks
+from ..checkpoints.paths import nearest
+from .home import Kind, State
+
+_BLOCK = 2**22  # bytes that are read at a time
+_BLOCK_FROM_THE_END = 2**20
+_LOCK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows has neither
+
+
+def can_lock() -> bool:
+    """Tell whether this machine has the kernel's locks."""
+    return locks.can_lock()
+
+
+def check_promises(run: Path) -> None:
+    """Try nothing: a file system that renames and flushes as POSIX says keeps what is promised."""
+
+
+# --- look -----------------------------------------------------------------------------------------
+
+
+def state(path: Path, *, follow_links: bool = True) -> State:
+    """Return the state of a path."""
+    status = path.stat() if follow_links else path.lstat()
+    return State(
+        kind=_kind(status.st_mode),
+        size=status.st_size,
+        changed=status.st_mtime,
+        version=(status.st_ino, status.st_mtime_ns, status.st_ctime_ns, status.st_size),
+    )
+
+
+def _kind(mode: int) -> Kind:
+    if stat.S_ISREG(mode):
+        return "file"
+    if stat.S_ISDIR(mode):
+        return "directory"
+    return "link" if stat.S_ISLNK(mode) else "other"
+
+
+def sizes(paths: Sequence[Path]) -> list[int | None]:
+    """Return the bytes of each file; None for one that is not there."""
+    return [*map(_size, paths)]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def names(directory: Path) -> list[str]:
+    """Return the names in a directory; none where it cannot be listed."""
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
+def free_space(path: Path) -> tuple[Path, int]:
+    """Return the nearest directory above a path that exists, and the bytes free there."""
+    place = nearest(path.resolve().parent)
+    return place, psutil.disk_usage(str(place)).free
+
+
+def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield every directory below one, and itself, with its directories and files."""
+    for place, directories, files in os.walk(directory):
+        yield Path(place), directories, files
+
+
+# --- read -----------------------------------------------------------------------------------------
+
+
+def read(path: Path, most: int = -1) -> bytes:
+    """Return the bytes of a file, or its first `most`."""
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+def read_part(path: Path, start: int, size: int) -> bytes:
+    """Return so many bytes of a file from a place on."""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(size)
+
+
+def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
+    """Yield the bytes of a file, a block at a time."""
+    with path.open("rb") as file:
+        if flush:
+            os.fsync(file.fileno())
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """Yield the lines of a file, the last one first."""
+    with path.open("rb") as file:
+        end, rest = file.seek(0, os.SEEK_END), b""
+        while end:
+            start = max(0, end - _BLOCK_FROM_THE_END)
+            file.seek(start)
+            rest, *lines = (file.read(end - start) + rest).split(b"\n")
+            yield from reversed(lines)
+            end = start
+        yield rest
+
+
+# --- write ----------------------------------------------------------------------------------------
+
+
+def write_blocks(
+    path: Path,
+    data: Iterable[bytes | memoryview],
+    durable: bool,
+    *,
+    suffix: str = "tmp",
+    temporary: str | None = None,
+) -> None:
+    """Write or replace a file: under a temporary name beside it, which is then renamed; where
+    durable, its bytes are flushed before, and the directory after.
+    """
+    place = path.with_name(temporary or f".{uuid.uuid4().hex}.{suffix}")
+    try:
+        with place.open("xb") as file:
+            for block in data:
+                file.write(block)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        place.replace(path)
+    finally:
+        place.unlink(missing_ok=True)
+    if durable:
+        flush_names(path.parent)
+
+
+def append(path: Path, text: str) -> None:
+    """Append text to a file."""
+    with path.open("a") as file:
+        file.write(text)
+
+
+def beat(path: Path) -> None:
+    """Set the time of change to now."""
+    os.utime(path)
+
+
+def create_directory(path: Path) -> None:
+    """Create a directory that must not be there."""
+    path.mkdir()
+
+
+def ensure_directory(path: Path) -> None:
+    """Create a directory and those above it, as far as they are missing."""
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def publish(building: Path, path: Path, durable: bool) -> None:
+    """Rename a directory that was built beside its place."""
+    try:
+        building.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise FileExistsError(error.errno, error.strerror, str(path)) from None
+    if durable:
+        flush_names(path.parent)
+
+
+def flush_names(directory: Path) -> None:
+    """Flush a directory."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- remove ---------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a link."""
+    path.unlink(missing_ok=True)
+
+
+def remove_empty(directory: Path) -> None:
+    """Remove a directory that is empty."""
+    with contextlib.suppress(OSError):
+        directory.rmdir()
+
+
+def remove_tree(directory: Path, *, strict: bool = False) -> None:
+    """Remove a directory with everything in it."""
+    shutil.rmtree(directory, ignore_errors=not strict)
+
+
+# --- lock -----------------------------------------------------------------------------------------
+
+
+class LocalLock:
+    """A file with the kernel's lock on it, which keeps apart the processes of this host; its bytes
+    and its age do between hosts.
+
+    Args:
+        path: of the file; nothing is opened through a link.
+        create: whether to create it where it is missing, and to open it for writing.
+
+    Raises:
+        FileNotFoundError: where it is missing.
+        OSError: with `ELOOP` where it is a link.
+    """
+
+    is_of_kernel = True
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        access = os.O_RDWR | os.O_CREAT if create else os.O_RDONLY
+        self._descriptor = os.open(path, access | _LOCK_FLAGS, 0o666)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def acquire(self, *, shared: bool = False) -> bool:
+        """Take the kernel's lock without waiting; return False where the file system has none.
+
+        Raises:
+            BlockingIOError: where another process has it.
+        """
+        return locks.lock(self._descriptor, shared=shared)
+
+    def read(self, most: int) -> bytes:
+        """Return the first bytes of the file, at most so many."""
+        os.lseek(self._descriptor, 0, os.SEEK_SET)
+        return os.read(self._descriptor, most)
+
+    def write(self, data: bytes) -> None:
+        """Replace the bytes of the file, in place; others may see them half written."""
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, data, 0)
+
+    def beat(self) -> None:
+        """Set the time of change to now."""
+        os.utime(self._descriptor)
+
+    def age(self) -> float:
+        """Return the seconds since the bytes changed or the last heartbeat."""
+        return time.time() - os.fstat(self._descriptor).st_mtime
+
+
+def open_lock(path: Path, *, create: bool = False) -> LocalLock:
+    """Open a file to lock."""
+    return LocalLock(path, create=create)

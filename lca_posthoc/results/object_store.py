@@ -1,0 +1,508 @@
+"""The verbs of `disk` in an object store, by obstore: Amazon's S3 and what speaks like it, Google's
+and Microsoft's stores, and a process's own memory.
+
+One put writes a file whole or not at all, so nothing is renamed, and no temporary names are left.
+Directories are not there by themselves. Drivers keep apart by conditional puts: one creates a file
+that is not there, the other replaces one that is as it was read. A request may fail after the store
+has carried it out, or arrive twice; then what is stored is compared with what was to be written.
+
+Credentials and addresses are those of the driver's own environment (`AWS_ACCESS_KEY_ID`,
+`AWS_ENDPOINT_URL`, `GOOGLE_SERVICE_ACCOUNT`, …) and of Amazon's profiles, where boto3 is installed;
+none is written anywhere.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import from_url
+
+from ..errors import ResourceError
+from .home import State
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta, UpdateVersion
+    from obstore.store import ObjectStore, RetryConfig, S3CredentialProvider
+
+_BLOCK = 2**22  # bytes that are read at a time
+_AT_A_TIME = 16  # requests, where several are asked for
+_LINES = 2**18  # bytes of a part of a log
+_ATTEMPTS = 3  # to write, where the store does not answer
+_RETRIES, _RETRY_FOR = 8, timedelta(seconds=90)  # of a request, by the driver
+_FOUND_OUT = set[str]()  # the roots of stores that keep to what they must
+
+
+def can_lock() -> bool:
+    """Tell that drivers are kept apart, which `check_promises` finds out."""
+    return True
+
+
+# --- where ----------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def _store(root: str) -> ObjectStore:
+    """Return the store with a root, such as `s3://bucket`."""
+    retries: RetryConfig = {"max_retries": _RETRIES, "retry_timeout": _RETRY_FOR}
+    try:
+        profile = _profile() if root.startswith("s3://") else None
+        if profile is not None:
+            return from_url(root, retry_config=retries, credential_provider=profile)
+        return from_url(root, retry_config=retries)
+    except Exception as error:  # obstore's own kinds, of which none is an OSError
+        raise ResourceError(f"{root}: {_said(error)}") from None
+
+
+def _profile() -> S3CredentialProvider | None:
+    """Return what gives the credentials of Amazon's own configuration, where boto3 reads it and the
+    environment names none.
+    """
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        return None
+    try:
+        from boto3 import Session
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        return None
+    session = Session()
+    return None if session.get_credentials() is None else Boto3CredentialProvider(session)
+
+
+def _place(path: Path) -> tuple[ObjectStore, str]:
+    """Return the store of a path, and its key there."""
+    url = str(path)
+    protocol, _, rest = url.partition("://")
+    if protocol == "memory":  # has no buckets
+        return _store("memory:///"), rest.strip("/")
+    bucket, _, key = rest.partition("/")
+    return _store(f"{protocol}://{bucket}"), key.strip("/")
+
+
+@contextlib.contextmanager
+def _reached(path: Path) -> Iterator[None]:
+    """Raise every error of the store as an `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # of a file that is missing
+            raise type(error)(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
+        raise
+    except Exception as error:
+        if not isinstance(error, BaseError):
+            raise
+        raise OSError(errno.EIO, _said(error), str(path)) from None
+
+
+def _said(error: Exception) -> str:
+    """Return the first line of an error, without what repeats in what it was caused by."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else ""
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _put(path: Path, data: bytes) -> None:
+    """Write or replace a file, again where the store does not answer."""
+    store, key = _place(path)
+    for attempt in range(_ATTEMPTS):
+        try:
+            with _reached(path):
+                obstore.put(store, key, data)
+        except OSError as error:
+            if error.errno != errno.EIO or attempt == _ATTEMPTS - 1:
+                raise
+        else:
+            return
+
+
+def _put_where(path: Path, data: bytes, unchanged: UpdateVersion | None) -> bool:
+    """Write a file where it still is as it was read, or still missing where `unchanged` is None;
+    return False, and change nothing, where it is otherwise.
+    """
+    store, key = _place(path)
+    try:
+        obstore.put(store, key, data, mode=unchanged or "create", use_multipart=False)
+    except (AlreadyExistsError, PreconditionError):
+        return _is(path, data)
+    except FileNotFoundError as error:
+        if unchanged is not None:
+            return False
+        raise OSError(errno.ENOENT, _said(error), str(path)) from None  # no such bucket
+    except BaseError as error:
+        if _is(path, data):
+            return True
+        raise OSError(errno.EIO, _said(error), str(path)) from None
+    return True
+
+
+def _is(path: Path, data: bytes) -> bool:
+    """Tell whether a file holds these bytes, because a request that failed was carried out."""
+    try:
+        return read(path) == data
+    except FileNotFoundError:
+        return False
+
+
+def _version(meta: ObjectMeta) -> UpdateVersion:
+    """Return what tells that a file is still as it was read: Amazon compares the ETag, Google the
+    version.
+    """
+    version: UpdateVersion = {}
+    if meta["e_tag"] is not None:
+        version["e_tag"] = meta["e_tag"]
+    if meta["version"] is not None:
+        version["version"] = meta["version"]
+    return version
+
+
+def _meta(path: Path) -> ObjectMeta:
+    store, key = _place(path)
+    with _reached(path):
+        return obstore.head(store, key)
+
+
+def _below(directory: Path) -> list[str]:
+    """Return the keys of all files below a directory, from its own on."""
+    store, key = _place(directory)
+    with _reached(directory):
+        found = obstore.list(store, key).collect()
+    return sorted(str(each["path"]).removeprefix(key).lstrip("/") for each in found)
+
+
+# --- what it must keep to -------------------------------------------------------------------------
+
+
+def check_promises(run: Path) -> None:
+    """Try conditional puts, reading after writing, and listing, once for each store."""
+    root = str(run).partition("://")[2].partition("/")[0]
+    if root in _FOUND_OUT:
+        return
+    trial = run / "log" / f".trial-{uuid.uuid4().hex}"
+    try:
+        broken = next(_broken(trial), None)
+    except OSError as error:
+        raise ResourceError(
+            f"cannot write to {run}: {error.strerror}. Say with --out where results go, or give "
+            "the driver the credentials and the address of the store."
+        ) from None
+    finally:
+        with contextlib.suppress(OSError):
+            remove(trial)
+    if broken is not None:
+        raise ResourceError(
+            f"the store of {run} {broken}, on which results rely: two drivers could write one run, "
+            "or lose what they wrote. Write the run elsewhere with --out."
+        )
+    _FOUND_OUT.add(root)
+
+
+def _broken(trial: Path) -> Iterator[str]:
+    """Yield the promises that a store breaks, in words."""
+    first, second, third = (uuid.uuid4().hex.encode() for _ in range(3))
+    try:
+        if not _put_where(trial, first, None):
+            yield "does not create a file that is not there"
+        if _put_where(trial, second, None):
+            yield "creates a file that is there (it ignores If-None-Match)"
+        if _put_where(trial, second, {**_version(_meta(trial)), "e_tag": f'"{"0" * 32}"'}):
+            yield "replaces a file that has changed (it ignores If-Match)"
+        if read(trial) != first:
+            yield "does not give back what was just written"
+        if not _put_where(trial, third, _version(_meta(trial))) or read(trial) != third:
+            yield "does not replace a file that has not changed"
+        if trial.name not in names(trial.parent):
+            yield "does not list a file that was just written"
+        remove(trial)
+        if trial.name in names(trial.parent) or sizes([trial]) != [None]:
+            yield "still has a file that was just removed"
+    except NotImplementedError:
+        yield "has no conditional puts"
+
+
+# --- look -----------------------------------------------------------------------------------------
+
+
+def state(path: Path, *, follow_links: bool = True) -> State:
+    """Return the state of a file, or of what is only the beginning of names."""
+    try:
+        meta = _meta(path)
+    except FileNotFoundError:
+        if not _below(path):
+            raise
+        return State(kind="directory", size=0, changed=0.0, version=())
+    return State(
+        kind="file",
+        size=meta["size"],
+        changed=meta["last_modified"].timestamp(),
+        version=(meta["e_tag"] or "", meta["version"] or "", meta["last_modified"].isoformat()),
+    )
+
+
+def sizes(paths: Sequence[Path]) -> list[int | None]:
+    """Return the bytes of each file, several asked for at a time; None for one that is missing."""
+    if len(paths) == 1:
+        return [_size(paths[0])]
+    with ThreadPoolExecutor(_AT_A_TIME, "lca-ask") as threads:
+        return [*threads.map(_size, paths)]
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return _meta(path)["size"]
+    except FileNotFoundError:
+        return None
+
+
+def names(directory: Path) -> list[str]:
+    """Return the names in a directory; none where it cannot be listed."""
+    try:
+        store, key = _place(directory)
+        with _reached(directory):
+            listed = obstore.list_with_delimiter(store, key)
+    except OSError:
+        return []
+    paths = [*listed["common_prefixes"], *(each["path"] for each in listed["objects"])]
+    return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+
+def free_space(path: Path) -> None:
+    """Return None: a store tells of no bound."""
+
+
+def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yield every directory below one, and itself, from one listing of all files."""
+    tree: dict[str, tuple[set[str], list[str]]] = {"": (set(), [])}
+    for key in _below(directory):
+        *above, name = key.split("/")
+        for depth, part in enumerate(above):
+            tree["/".join(above[:depth])][0].add(part)
+            tree.setdefault("/".join(above[: depth + 1]), (set(), []))
+        tree["/".join(above)][1].append(name)
+    waiting = [""]
+    while waiting:
+        place = waiting.pop()
+        directories, files = sorted(tree[place][0]), tree[place][1]
+        yield directory / place if place else directory, directories, files
+        waiting += [f"{place}/{name}".lstrip("/") for name in reversed(directories)]
+
+
+# --- read -----------------------------------------------------------------------------------------
+
+
+def read(path: Path, most: int = -1) -> bytes:
+    """Return the bytes of a file, or its first `most`."""
+    store, key = _place(path)
+    with _reached(path):
+        data = bytes(obstore.get(store, key).bytes())
+    return data if most < 0 else data[:most]
+
+
+def read_part(path: Path, start: int, size: int) -> bytes:
+    """Return so many bytes of a file from a place on."""
+    if size == 0:
+        return b""
+    store, key = _place(path)
+    try:
+        with _reached(path):
+            return bytes(obstore.get(store, key, options={"range": (start, start + size)}).bytes())
+    except FileNotFoundError:
+        raise
+    except OSError:  # a store refuses a range that begins behind the end
+        if _meta(path)["size"] > start:
+            raise
+        return b""
+
+
+def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
+    """Yield the bytes of a file, a block at a time."""
+    store, key = _place(path)
+    with _reached(path):
+        for block in obstore.get(store, key).stream(min_chunk_size=_BLOCK):
+            yield bytes(block)
+
+
+def lines_from_the_end(path: Path) -> Iterator[bytes]:
+    """Yield the lines of all parts of a log, the last one first."""
+    parts = [name for name in names(path.parent) if name.startswith(f"{path.name}-")]
+    for name in reversed(parts):
+        yield from reversed(read(path.with_name(name)).split(b"\n"))
+
+
+# --- write ----------------------------------------------------------------------------------------
+
+
+def write_blocks(
+    path: Path,
+    data: Iterable[bytes | memoryview],
+    durable: bool,
+    *,
+    suffix: str = "tmp",
+    temporary: str | None = None,
+) -> None:
+    """Write or replace a file by one put, for which the blocks are joined."""
+    _put(path, b"".join(data))
+
+
+class _Parts:
+    """The part of each log that this process writes; it is put again, whole, with every line."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, tuple[Path, bytes]] = {}
+        self._one_at_a_time = threading.Lock()
+
+    def append(self, path: Path, data: bytes) -> None:
+        with self._one_at_a_time:
+            part, before = self._parts.get(str(path), (path, b""))
+            if not before or len(before) > _LINES:
+                began = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+                part, before = path.with_name(f"{path.name}-{began}"), b""
+            _put(part, before + data)
+            self._parts[str(path)] = part, before + data
+
+
+_parts = _Parts()
+
+
+def append(path: Path, text: str) -> None:
+    """Append text to the part of a log that this process writes, a file of its own beside `path`,
+    for a store cannot append.
+    """
+    _parts.append(path, text.encode())
+
+
+def beat(path: Path) -> None:
+    """Put the same bytes again, unless they are others by now."""
+    unchanged = _version(_meta(path))
+    if not _put_where(path, read(path), unchanged):
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+
+def create_directory(path: Path) -> None:
+    """Make nothing: a directory is there as soon as a file is in it."""
+
+
+def ensure_directory(path: Path) -> None:
+    """Make nothing: a directory is there as soon as a file is in it."""
+
+
+def flush_names(directory: Path) -> None:
+    """Flush nothing: what a store has accepted is durable."""
+
+
+# --- remove ---------------------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Remove a file."""
+    _remove(path, _place(path)[1])
+
+
+def _remove(path: Path, keys: str | list[str]) -> None:
+    store, _ = _place(path)
+    with contextlib.suppress(FileNotFoundError), _reached(path):
+        obstore.delete(store, keys)
+
+
+def remove_empty(directory: Path) -> None:
+    """Remove nothing: a directory without files is not there."""
+
+
+def remove_tree(directory: Path, *, strict: bool = False) -> None:
+    """Remove all files below a directory."""
+    _, key = _place(directory)
+    try:
+        below = _below(directory)
+        if below:
+            _remove(directory, [f"{key}/{name}" for name in below])
+    except OSError:
+        if strict:
+            raise
+
+
+# --- lock -----------------------------------------------------------------------------------------
+
+
+class StoredLock:
+    """A file by which drivers keep apart: each replaces what it has read, and no other bytes.
+
+    Args:
+        path: of the file.
+        create: whether to create it where it is missing; who does may write beside it too.
+
+    Raises:
+        FileNotFoundError: where it is missing.
+    """
+
+    is_of_kernel = False
+
+    def __init__(self, path: Path, *, create: bool = False) -> None:
+        self._path, self._may_write = path, create
+        self._unchanged: UpdateVersion | None = None
+        self._data = b""
+        if not create:
+            self._changed = _meta(path)["last_modified"].timestamp()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of nothing: bytes alone keep others away."""
+
+    def acquire(self, *, shared: bool = False) -> bool:
+        """Return False: there is no kernel's lock."""
+        return False
+
+    def read(self, most: int) -> bytes:
+        """Return the first bytes of the file, none where it is missing."""
+        store, key = _place(self._path)
+        try:
+            with _reached(self._path):
+                answer = obstore.get(store, key)
+                meta, data = answer.meta, bytes(answer.bytes())
+        except FileNotFoundError:
+            self._unchanged, self._data = None, b""
+            return b""
+        self._unchanged, self._changed = _version(meta), meta["last_modified"].timestamp()
+        self._data = data
+        return data[:most]
+
+    def write(self, data: bytes) -> None:
+        """Replace the bytes that were read."""
+        if not _put_where(self._path, data, self._unchanged):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self._path))
+
+    def beat(self) -> None:
+        """Put the bytes that were read again."""
+        self.write(self._data)
+
+    def age(self) -> float:
+        """Return the seconds since the last heartbeat, by the clock of the store where a file may
+        be written to read it, which hosts need not agree on.
+        """
+        return self._now() - self._changed
+
+    def _now(self) -> float:
+        if not self._may_write:
+            return time.time()
+        trial = self._path.parent / "log" / f".now-{uuid.uuid4().hex}"
+        _put(trial, b"")
+        try:
+            return _meta(trial)["last_modified"].timestamp()
+        finally:
+            remove(trial)
+
+
+def open_lock(path: Path, *, create: bool = False) -> StoredLock:
+    """Open the file of a lock."""
+    return StoredLock(path, create=create)

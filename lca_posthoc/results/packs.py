@@ -1,0 +1,57 @@
+"""Small chunks of a span in one file, in runs that were made in an object store: a request for each
+of them would take longer than all their bytes.
+
+Chunks lie one behind the other, as they are, in the order in which their paths are sorted. The
+commit marker says, for each, its place beside its size and CRC-32. Zarr does not read packs, so such
+a run has none of Zarr's metadata either. In a file system, every chunk is a file of its own.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from . import disk
+
+PACKS = "packs"
+LARGEST = 2**20  # bytes of a chunk; a larger one is a file of its own
+
+Seal = list[int]
+"""Of a chunk: its size, its CRC-32, and its place, where it lies in a pack."""
+
+
+def is_packed(seal: Seal) -> bool:
+    """Tell whether a chunk lies in a pack."""
+    return len(seal) == 3
+
+
+def write_pack(path: Path, chunks: Mapping[str, bytes], durable: bool) -> dict[str, Seal]:
+    """Write chunks into one file; return the seal of each.
+
+    Args:
+        path: of the pack.
+        chunks: their bytes, by their paths below the run.
+        durable: whether they are on disk when this returns.
+    """
+    seals, place = dict[str, Seal](), 0
+    for chunk in sorted(chunks):
+        data = chunks[chunk]
+        seals[chunk] = [len(data), zlib.crc32(data), place]
+        place += len(data)
+    disk.write_blocks(path, (chunks[chunk] for chunk in sorted(chunks)), durable)
+    return seals
+
+
+def read_chunk(path: Path, seal: Seal, pack: Path) -> bytes:
+    """Return the bytes of a chunk, from a pack or from its own file.
+
+    Args:
+        path: of its own file.
+        seal: of it.
+        pack: of the span or window it belongs to.
+
+    Raises:
+        OSError: where it cannot be read.
+    """
+    return disk.read_part(pack, seal[2], seal[0]) if is_packed(seal) else disk.read(path)
