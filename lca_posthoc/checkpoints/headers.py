@@ -207,9 +207,9 @@ def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
     """Return a function `(offset, count) -> bytes`, which reads no more than these bytes of a local
-    file.
+    file, where the system can.
     """
-    if is_remote(path):
+    if is_remote(path) or not hasattr(os, "pread"):  # as on Windows
         return lambda offset, count: (file.seek(offset), file.read(count))[1]
     return lambda offset, count: os.pread(file.fileno(), count, offset)
 

@@ -279,7 +279,7 @@ def _write(path: Path, entry: dict[str, object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "nt":  # which has no way to flush the names in a directory
+    if not hasattr(os, "O_DIRECTORY"):  # Windows has no way to flush the names in a directory
         return
     descriptor = os.open(path.parent, os.O_RDONLY)
     try:

@@ -410,7 +410,7 @@ def _put(path: str, *parts: bytes | memoryview) -> None:
 
 def _flush(path: str) -> None:
     # which has no way to flush the names in a directory
-    if os.name == "nt" and os.path.isdir(path):
+    if not hasattr(os, "O_DIRECTORY") and os.path.isdir(path):
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:

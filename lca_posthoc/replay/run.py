@@ -584,6 +584,7 @@ class _Driver:
                 return
         else:
             results.refuse_other(job.path)
+        results.require_lock(job.path)
         status.begin("starting workers" if where.kind == "local" else "reaching the workers")
         with open_cluster(where, settings["device"], stop.event) as cluster:
             dashboard = cluster.crew().dashboard

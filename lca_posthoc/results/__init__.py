@@ -6,7 +6,7 @@ from .boundary_checks import differ, disagreement, meeting
 from .chunk_writer import ChunkWriter
 from .commits import Commits, Marker
 from .disk import free_space, is_object_store
-from .lock import Held, hold
+from .lock import Held, hold, require_lock
 from .manifest import Identity, LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
 from .runfile import exists, read_manifest, refuse_other
@@ -75,6 +75,7 @@ __all__ = [
     "remove_loss",
     "remove_reports",
     "remove_sums",
+    "require_lock",
     "required_bytes",
     "shared_directory_token",
     "starting",

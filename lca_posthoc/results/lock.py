@@ -46,6 +46,20 @@ class Held:
     working: bool = False
 
 
+def require_lock(run: Path) -> None:
+    """Check that drivers can be kept apart where a run is to be.
+
+    Raises:
+        ResourceError: where they cannot, or the place cannot be written to.
+    """
+    disk.check_promises(run)
+    if not disk.can_lock(run):
+        raise ResourceError(
+            "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from "
+            "one run. Recording and reading results work here."
+        )
+
+
 @contextlib.contextmanager
 def hold(run: Path) -> Iterator[Held]:
     """Lock a run for the length of the context.
@@ -54,12 +68,7 @@ def hold(run: Path) -> Iterator[Held]:
         ResourceError: where another driver works on this run, or nothing here could keep one away.
         LCAError: where the lock or a directory of the run is a link.
     """
-    disk.check_promises(run)
-    if not disk.can_lock(run):
-        raise ResourceError(
-            "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from "
-            "one run. Recording and reading results work here."
-        )
+    require_lock(run)
     refuse_links_below(run)
     with _open(run, create=True) as file:
         owner = _acquire(run, file)

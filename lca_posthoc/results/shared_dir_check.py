@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
+
 from ..errors import ResourceError
 from . import disk
 from .underway import LOG
@@ -30,7 +32,7 @@ def shared_directory_token(run: Path) -> Iterator[tuple[Path, str]]:
     begin = f".{run.name}.token-{socket.gethostname()}-"
     for name in disk.names(place):
         pid = name.removeprefix(begin).removesuffix(_TEMPORARY)
-        if name.startswith(begin) and pid.isdigit() and not disk.exists(Path("/proc", pid)):
+        if name.startswith(begin) and pid.isdigit() and not psutil.pid_exists(int(pid)):
             disk.remove(place / name)
     file, text = place / f"{begin}{os.getpid()}", uuid.uuid4().hex
     disk.write_whole(file, text.encode(), durable=False, temporary=f"{file.name}{_TEMPORARY}")

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 
 from ..checkpoints.paths import path_of
 from ..errors import InputError, LCAError, ResourceError, SpanError
@@ -285,7 +286,7 @@ def _sweep_creations(path: Path) -> None:
     prefix = _creations_of(path)
     for name in disk.names(path.parent):
         pid = name.removeprefix(prefix)
-        if name.startswith(prefix) and pid.isdigit() and not disk.exists(Path("/proc", pid)):
+        if name.startswith(prefix) and pid.isdigit() and not psutil.pid_exists(int(pid)):
             disk.remove_tree(path.parent / name)
 
 
