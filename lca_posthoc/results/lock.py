@@ -39,8 +39,13 @@ class Held:
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[Held]:
+def hold(run: Path, *, durable: bool = True) -> Iterator[Held]:
     """Lock a run for the length of the context.
+
+    Args:
+        run: the run.
+        durable: whether it is on disk that this process works on the run, so that what it did not
+            finish is known for that after a power failure.
 
     Raises:
         ResourceError: where another driver works on this run, or nothing here could keep one away.
@@ -55,14 +60,16 @@ def hold(run: Path) -> Iterator[Held]:
     with _open(run, create=True) as file:
         owner = _acquire(run, file)
         identity = _identity()
-        _write(file, identity)
+        _write(file, identity, durable)
+        if durable:
+            disk.flush_names(run)
         holding = Held(bool(owner))
         try:
             with _beating(run, identity, holding.lost):
                 yield holding
         finally:
             if _owner(file) == identity:
-                _write(file, {"unclean": True} if holding.working else {})
+                _write(file, {"unclean": True} if holding.working else {}, durable)
 
 
 def is_held(run: Path) -> bool:
@@ -144,8 +151,8 @@ def _is_fresh(file: disk.LockFile) -> bool:
     return file.age() < _STALE
 
 
-def _write(file: disk.LockFile, owner: dict[str, object]) -> None:
-    file.write(json.dumps(owner).encode() if owner else b"")
+def _write(file: disk.LockFile, owner: dict[str, object], durable: bool) -> None:
+    file.write(json.dumps(owner).encode() if owner else b"", durable=durable)
 
 
 @contextlib.contextmanager
