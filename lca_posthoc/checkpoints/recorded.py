@@ -62,6 +62,19 @@ def steps_there(directory: Path) -> list[int]:
     return sorted(step for name in names if (step := step_of(name)) is not None)
 
 
+def make_directory(directory: Path) -> None:
+    """Create the directory of iterates, and those above it, as far as they are missing; their names
+    are on the disk when this returns.
+
+    Raises:
+        OSError: where this cannot be done.
+    """
+    missing = [place for place in (directory, *directory.parents) if not place.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        _flush_names(place.parent)
+
+
 def files_of(directory: Path, step: int) -> tuple[Path, Path]:
     """Return the paths of an iterate's moments and of the iterate, in the order in which they are
     written and removed.
@@ -279,9 +292,14 @@ def _write(path: Path, entry: dict[str, object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no way to flush the names in a directory
+    _flush_names(path.parent)
+
+
+def _flush_names(directory: Path) -> None:
+    """Make the names in a directory durable."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows has no way to do so
         return
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -23,6 +23,7 @@ from ..checkpoints.paths import here, nearest
 from ..checkpoints.recorded import (
     SIGN,
     RecorderSign,
+    make_directory,
     segments_between,
     steps_there,
     write_sign,
@@ -518,7 +519,7 @@ def _locked(directory: Path) -> DirectoryLock:
     there.
     """
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        make_directory(directory)
     except OSError as error:
         raise ResourceError(
             f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."

@@ -277,12 +277,16 @@ class Writer:
     ) -> None:
         path = f"{self._directory}/{name_of(step)}"
         is_there = step <= self._before or os.path.exists(path)
-        if is_there and not self._is_consumed(path, step):
+        is_consumed = is_there and self._is_consumed(path, step)
+        if is_there and not is_consumed:
             self._compare(path, iterate.staging)
+            self._unflushed.append(path)  # a recorder that was killed may not have come to it
         files = []
-        if moments is not None:
+        if moments is not None and not is_consumed:
             beside = moments_path(self._directory, step)
-            if not (is_there and (beside.exists() or self._is_consumed(path, step))):
+            if is_there and _holds(beside, moments):
+                self._unflushed.append(str(beside))
+            else:
                 files.append(_File.of(beside, step, moments, {}))
         if not is_there:
             led = None if record is None else record.resolve()
@@ -374,8 +378,9 @@ class Writer:
     def _sync(self) -> None:
         """Flush the files written since, and their names, to the disk."""
         paths, self._unflushed = self._unflushed, []
-        folders = dict.fromkeys(os.path.dirname(path) for path in paths)
-        for path in [*paths, *folders]:
+        # moments may be all that was written, into a folder that is new
+        folders = {*map(os.path.dirname, paths), str(self._directory)} if paths else set()
+        for path in [*paths, *sorted(folders)]:
             try:
                 _flush(path)
             except FileNotFoundError:  # taken away meanwhile, by who uploads or thins out
@@ -385,6 +390,14 @@ class Writer:
                     f"cannot flush {path} to the disk: {error.strerror}."
                 ) from error
         self._flushed = time.monotonic()
+
+
+def _holds(path: Path, staged: Staged) -> bool:
+    """Tell whether a file is there and holds these tensors; a power failure may have spoiled it."""
+    try:
+        return same_bytes(load_file(path), staged.staging.views)
+    except (FileNotFoundError, SafetensorError):
+        return False
 
 
 def _put(path: str, *parts: bytes | memoryview) -> None:

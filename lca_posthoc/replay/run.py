@@ -359,7 +359,7 @@ def _cleaned(path: Path, durable: bool) -> tuple[list[results.Damage], int]:
     """Put a run's metadata right and remove what killed writers left; return its damage, and how
     many files were removed.
     """
-    with results.hold(path):
+    with results.hold(path, durable=durable):
         writer = RunWriter.open(path, durable)
         problems = list(results.verify(path))
         writer.restore_metadata()
@@ -755,7 +755,7 @@ class _Driver:
         """
         job = self._job
         with contextlib.ExitStack() as stack:
-            lock = stack.enter_context(results.hold(job.path))
+            lock = stack.enter_context(results.hold(job.path, durable=job.durable))
             writer = RunWriter.open(job.path, job.durable)
             if lock.unclean:
                 writer.sweep()

@@ -64,7 +64,7 @@ class _Home(Protocol):
 
     def create_directory(self, path: Path) -> None: ...
 
-    def ensure_directory(self, path: Path) -> None: ...
+    def ensure_directory(self, path: Path, *, durable: bool = False) -> None: ...
 
     def publish(self, building: Path, path: Path, durable: bool) -> None: ...
 
@@ -282,13 +282,14 @@ def create_directory(path: Path) -> None:
     _home(path).create_directory(path)
 
 
-def ensure_directory(path: Path) -> None:
-    """Create a directory and those above it, as far as they are missing.
+def ensure_directory(path: Path, *, durable: bool = False) -> None:
+    """Create a directory and those above it, as far as they are missing; where durable, their names
+    are on disk when this returns.
 
     Raises:
         FileExistsError, NotADirectoryError: where something else is in its place.
     """
-    _home(path).ensure_directory(path)
+    _home(path).ensure_directory(path, durable=durable)
 
 
 def publish(building: Path, path: Path, durable: bool) -> None:

@@ -14,7 +14,7 @@ from ..errors import LCAError
 from . import disk
 
 _LARGEST = 2**30  # bytes of a JSON file
-_AT_A_TIME = 4  # files that are flushed
+_AT_A_TIME = 4  # files that are written and flushed
 
 
 def write_json(path: Path, document: Mapping[str, object], durable: bool = True) -> None:
@@ -80,15 +80,17 @@ def checksum(blocks: Iterable[bytes]) -> tuple[int, int]:
     return size, crc
 
 
-def flush_all(paths: list[str], root: Path) -> None:
-    """Flush files below `root`, and the directories down to them.
+def write_all(files: Mapping[str, bytes], root: Path, durable: bool) -> None:
+    """Write or replace files below `root`, by their paths; where durable, they, their names and
+    those of the directories down to them are on disk when this returns.
 
     Some at a time: a file system flushes several files in about the time of one.
     """
-    with ThreadPoolExecutor(_AT_A_TIME, "lca-flush") as threads:
-        list(threads.map(lambda path: seal(root / path, durable=True), paths))
-        directories = sorted({parent for path in paths for parent in Path(path).parents})
-        list(threads.map(lambda directory: disk.flush_names(root / directory), directories))
+    with ThreadPoolExecutor(_AT_A_TIME, "lca-write") as threads:
+        list(threads.map(lambda path: disk.write_whole(root / path, files[path], durable), files))
+        if durable:
+            directories = sorted({parent for path in files for parent in Path(path).parents})
+            list(threads.map(lambda directory: disk.flush_names(root / directory), directories))
 
 
 def refuse_links(root: Path, directory: Path) -> None:

@@ -50,8 +50,8 @@ class LockFile(Protocol):
     def read(self, most: int) -> bytes:
         """Return the first bytes of the file, as they are now, at most so many."""
 
-    def write(self, data: bytes) -> None:
-        """Replace the bytes of the file.
+    def write(self, data: bytes, *, durable: bool = False) -> None:
+        """Replace the bytes of the file; where durable, they are on disk when this returns.
 
         Raises:
             BlockingIOError: where they are no longer those that `read` returned.

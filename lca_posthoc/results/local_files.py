@@ -170,9 +170,14 @@ def create_directory(path: Path) -> None:
     path.mkdir()
 
 
-def ensure_directory(path: Path) -> None:
-    """Create a directory and those above it, as far as they are missing."""
+def ensure_directory(path: Path, *, durable: bool = False) -> None:
+    """Create a directory and those above it, as far as they are missing; where durable, flush the
+    directories that got a name.
+    """
+    missing = [place for place in (path, *path.parents) if not place.exists()] if durable else []
     path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        flush_names(place.parent)
 
 
 def publish(building: Path, path: Path, durable: bool) -> None:
@@ -256,10 +261,14 @@ class LocalLock:
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         return os.read(self._descriptor, most)
 
-    def write(self, data: bytes) -> None:
-        """Replace the bytes of the file, in place; others may see them half written."""
+    def write(self, data: bytes, *, durable: bool = False) -> None:
+        """Replace the bytes of the file, in place; others may see them half written. Where durable,
+        they are on disk when this returns.
+        """
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, data, 0)
+        if durable:
+            os.fsync(self._descriptor)
 
     def beat(self) -> None:
         """Set the time of change to now."""

@@ -61,8 +61,13 @@ def require_lock(run: Path) -> None:
 
 
 @contextlib.contextmanager
-def hold(run: Path) -> Iterator[Held]:
+def hold(run: Path, *, durable: bool = True) -> Iterator[Held]:
     """Lock a run for the length of the context.
+
+    Args:
+        run: the run.
+        durable: whether it is on disk that this process works on the run, so that what it did not
+            finish is known for that after a power failure.
 
     Raises:
         ResourceError: where another driver works on this run, or nothing here could keep one away.
@@ -74,9 +79,11 @@ def hold(run: Path) -> Iterator[Held]:
         owner = _acquire(run, file)
         identity = _identity()
         try:
-            _write(file, identity)
+            _write(file, identity, durable)
         except BlockingIOError:  # another driver was faster
             raise ResourceError(_busy(run, _owner(file))) from None
+        if durable:
+            disk.flush_names(run)
         holding = Held(bool(owner))
         _HELD.add(str(identity["id"]))
         try:
@@ -87,7 +94,7 @@ def hold(run: Path) -> Iterator[Held]:
             # what cannot be released is taken over, as that of a driver that was killed
             with contextlib.suppress(OSError):
                 if _owner(file) == identity:
-                    _write(file, {"unclean": True} if holding.working else {})
+                    _write(file, {"unclean": True} if holding.working else {}, durable)
 
 
 def is_held(run: Path) -> bool:
@@ -212,8 +219,8 @@ def _runs(owner: dict[str, object]) -> bool:
         return False
 
 
-def _write(file: LockFile, owner: dict[str, object]) -> None:
-    file.write(json.dumps(owner).encode() if owner else b"")
+def _write(file: LockFile, owner: dict[str, object], durable: bool) -> None:
+    file.write(json.dumps(owner).encode() if owner else b"", durable=durable)
 
 
 @contextlib.contextmanager

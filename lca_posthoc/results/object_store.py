@@ -392,7 +392,7 @@ def create_directory(path: Path) -> None:
     """Make nothing: a directory is there as soon as a file is in it."""
 
 
-def ensure_directory(path: Path) -> None:
+def ensure_directory(path: Path, *, durable: bool = False) -> None:
     """Make nothing: a directory is there as soon as a file is in it."""
 
 
@@ -477,7 +477,7 @@ class StoredLock:
         self._data = data
         return data[:most]
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes, *, durable: bool = False) -> None:
         """Replace the bytes that were read."""
         if not _put_where(self._path, data, self._unchanged):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self._path))

@@ -29,7 +29,7 @@ from .chunk_writer import ChunkWriter
 from .chunks import CheckedStore
 from .commits import COMMITS, DATA, PARTIAL, Commits, Marker, Waiting
 from .encoding import compressed
-from .files import flush_all, refuse_links, seal, write_json
+from .files import refuse_links, seal, write_all, write_json
 from .layout import plan_arrays
 from .lock import hold
 from .manifest import Identity, LossRecord, Manifest
@@ -187,7 +187,7 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
     """
     if exists(path):
         raise ResourceError(_created_meanwhile(path))
-    _make_room(path)
+    _make_room(path, durable)
     if disk.is_object_store(path):
         _create_in_place(path, manifest, durable)
         return RunWriter(path, manifest, durable)
@@ -205,7 +205,7 @@ def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
 
 
 def _create_in_place(path: Path, manifest: Manifest, durable: bool) -> None:
-    with hold(path) as held:
+    with hold(path, durable=durable) as held:
         if exists(path):
             raise ResourceError(_created_meanwhile(path))
         for part in (DATA, COMMITS, PARTIAL):  # of a creation that was killed
@@ -216,7 +216,7 @@ def _create_in_place(path: Path, manifest: Manifest, durable: bool) -> None:
         write_manifest(writer.manifest, path, durable)
 
 
-def _make_room(path: Path) -> None:
+def _make_room(path: Path, durable: bool) -> None:
     """Refuse what is in the place of a run, and make the directory it will be in.
 
     Raises:
@@ -229,7 +229,7 @@ def _make_room(path: Path) -> None:
             "with --out."
         )
     try:
-        disk.ensure_directory(path.parent)
+        disk.ensure_directory(path.parent, durable=durable)
     except (FileExistsError, NotADirectoryError):
         raise InputError(
             f"{path.parent} is not a directory. Choose another place with --out."
@@ -375,10 +375,8 @@ class RunWriter:
             disk.ensure_directory(file.parent)
             if disk.kind(file) == "directory":
                 disk.remove_tree(file, strict=True)
-            disk.write_whole(file, data, durable=False)
             written.append(path)
-        if self.durable:
-            flush_all(written, self.path)
+        write_all({path: files[path] for path in written}, self.path, self.durable)
         return written
 
     def add_losses(self, losses: dict[str, LossRecord]) -> None:
@@ -480,16 +478,20 @@ class RunWriter:
             disk.remove(Commits(self.path, before, loss).marker(span))
 
     def sweep(self) -> None:
-        """Remove what a killed writer left, temporary files and totals that wait for nothing; call
-        it only while holding the lock.
+        """Remove what a killed writer left, temporary files and totals that wait for nothing, and
+        flush the names of markers that it may not have come to; call it only while holding the
+        lock.
         """
         if not disk.is_object_store(self.path):  # which has no temporary names
             for place, _, names in disk.walk(self.path):
                 for name in filter(_is_temporary, names):
                     disk.remove(place / name)
         remove_reports(self.path)
-        for loss in self.manifest.losses:
-            self._remove_partials(self.commits(loss))
+        for commits in map(self.commits, self.manifest.losses):
+            self._remove_partials(commits)
+            if self.durable:
+                with contextlib.suppress(FileNotFoundError):
+                    disk.flush_names(self.path / COMMITS / commits.key)
 
     def remove_leftovers(self, leftovers: Iterable[Leftover]) -> None:
         """Remove files that `verify` named as leftovers; call it only while holding the lock."""

@@ -1,5 +1,6 @@
 """A training that can be killed, and that a replay follows: it goes on where it stopped, to the same
-bits. Run as a script: `followed_training.py PLACE STEPS AT_MOST`.
+bits. Run as a script: `followed_training.py PLACE STEPS AT_MOST [DIRECTORY]`, where AT_MOST may
+be `none`.
 
 After every file it writes it looks at what its directory holds, and says in `PLACE/above` where that
 is above the bound.
@@ -64,12 +65,19 @@ def train(
     directory: str = "checkpoints",
     **options: Any,
 ) -> None:
-    """Train for some steps in all, from where an earlier call got to; record every iterate."""
+    """Train for some steps in all, from where an earlier call got to; record every iterate.
+
+    Args:
+        place: where the training keeps its own state, in which every recorded step is flushed.
+        steps: in all.
+        at_most: of the recorder, as `options`.
+        directory: of the iterates, in `place` or anywhere.
+    """
     names = task_namespace()
     torch.manual_seed(3)
     model, (inputs, targets) = names["Net"](), names["train"]
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    state, first = place / f"{directory}.pt", 0
+    state, first = place / f"{Path(directory).name}.pt", 0
     if state.exists():
         stored = torch.load(state)
         model.load_state_dict(stored["model"])
@@ -106,5 +114,9 @@ def train(
 
 
 if __name__ == "__main__":
-    bound = sys.argv[3]
-    train(Path(sys.argv[1]), int(sys.argv[2]), int(bound) if bound.isdigit() else bound)
+    bound: int | str | None = sys.argv[3]
+    if sys.argv[3].isdigit():
+        bound = int(sys.argv[3])
+    elif sys.argv[3] == "none":
+        bound = None
+    train(Path(sys.argv[1]), int(sys.argv[2]), bound, *sys.argv[4:])

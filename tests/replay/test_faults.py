@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.faults import faults
+from tests.helpers.faults import NOT_DONE, faults
 
 FAULTS = faults()
 
@@ -14,4 +14,7 @@ FAULTS = faults()
 @pytest.mark.moment
 @pytest.mark.parametrize("row", FAULTS)
 def test_a_fault_changes_no_number_or_is_named(row: str, tmp_path: Path) -> None:
-    assert FAULTS[row].inject(FAULTS[row].ci, tmp_path)
+    outcome = FAULTS[row].inject(FAULTS[row].ci, tmp_path)
+    if outcome.startswith(NOT_DONE):
+        pytest.skip(outcome)
+    assert outcome

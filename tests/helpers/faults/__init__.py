@@ -3,7 +3,7 @@
 
 A fault is a function of how often, a place to work in and a seed. It raises `AssertionError` where
 a single one of its cases changed a number or went unsaid, and returns one line that says what it
-counted.
+counted, or `NOT_DONE` with the reason why the machine cannot have it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from pathlib import Path
 from lca_posthoc.numerics.schema import KEEP
 
 Inject = Callable[[int, Path], str]
+LETTERS = "abcdef"  # at the ends of rows that are parts of one
+NOT_DONE = "not done: "
 ONE_LEVEL = "LCA_FAULTS_KEEP"  # names the level of every trial, where all are to have one
 
 
@@ -54,7 +56,7 @@ def faults() -> dict[str, Fault]:
         importlib.import_module(module)
     return {
         row: _FOUND[row]
-        for row in sorted(_FOUND, key=lambda row: (int(row[1:].rstrip("abcdef")), row))
+        for row in sorted(_FOUND, key=lambda row: (int(row[1:].rstrip(LETTERS)), row))
     }
 
 

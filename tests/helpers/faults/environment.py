@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from . import fault
+from . import NOT_DONE, fault
 from .processes import (
     Driver,
     complete,
@@ -61,7 +61,7 @@ def disk_full(count: int, _: Path) -> str:
             cluster = (INLINE, LOCAL)[number % 2]
             with _small_disk(place / f"disk-{number}") as refused:
                 if refused is not None:
-                    return f"not done: no file system of 20 MB can be mounted here ({refused})"
+                    return f"{NOT_DONE}no file system of 20 MB can be mounted here ({refused})"
                 disk = place / f"disk-{number}"
                 out, wanted = disk / "run.lca", chance.randint(0, 15)
                 driver = drive(

@@ -40,6 +40,7 @@ PRELOADED = (
     "lca_posthoc.numerics.objective",
     "lca_posthoc.replay.worker.spans",
     "tests.helpers.faults.processes",
+    "torch._dynamo",
     "zarr",
 )
 # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH: without them root is refused files like everybody
@@ -98,6 +99,11 @@ class Driver:
         """As of `subprocess`: minus the signal that ended it."""
         return self._process.exitcode
 
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that becomes readable when it ends."""
+        return self._process.sentinel
+
     def wait(self, seconds: float) -> bool:
         """Whether it ended within so many seconds."""
         self._process.join(seconds)
@@ -127,6 +133,15 @@ class Driver:
         """Kill -9 of this process and no other."""
         self._process.kill()
         self._process.join()
+
+    def session(self) -> list[psutil.Process]:
+        """Every process of its session that lives, itself among them."""
+        processes = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(process.pid) == self.pid:
+                    processes.append(process)
+        return processes
 
     def workers(self) -> list[psutil.Process]:
         """Its worker processes that live."""
@@ -268,7 +283,7 @@ def nothing_left(out: Path) -> None:
     beside = [
         path for path in out.parent.iterdir() if path.name.lstrip(".").startswith(f"{out.name}.")
     ]
-    assert [*left, *beside] == []
+    assert [*left, *beside] == [], [*left, *beside]
 
 
 def complete(
@@ -297,11 +312,12 @@ def named(text: str, *words: object) -> str:
 
 def nobody_left(*drivers: Driver) -> None:
     """Every process of these drivers' sessions ends by itself."""
-    sessions, deadline = {driver.pid for driver in drivers}, time.monotonic() + HANGS
-    for each in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getsid(each.pid) in sessions and each.pid not in sessions:
-                each.wait(max(0.1, deadline - time.monotonic()))
+    deadline = time.monotonic() + HANGS
+    for driver in drivers:
+        for process in driver.session():
+            if process.pid != driver.pid:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.wait(max(0.1, deadline - time.monotonic()))
 
 
 def signalled(driver: Driver, number: signal.Signals) -> None:
