@@ -46,14 +46,14 @@ class Bundle:
             axis, numbers = axes[name], shape.numel()
             units = 1 if axis is None else shape[axis]
             sizes += [numbers // max(1, units)] * units
-            positions = torch.arange(first, first + numbers).reshape(shape)
+            positions = torch.arange(first, first + numbers, device="cpu").reshape(shape)
             order.append((positions if axis is None else positions.movedim(axis, 0)).reshape(-1))
             first += numbers
         self._numbers, self._count = first, len(sizes) - 1
         by_unit = torch.cat(order)
-        is_in_order = bool((by_unit == torch.arange(first)).all())
+        is_in_order = bool((by_unit == torch.arange(first, device="cpu")).all())
         self._by_unit = None if is_in_order else by_unit.to(device)
-        self._ends = torch.tensor(sizes).cumsum(0).to(device)
+        self._ends = torch.tensor(sizes, device="cpu").cumsum(0).to(device)
         self._offsets: dict[int, Tensor] = {}
 
     def sums_along(self, gradients: Mapping[str, Tensor], motions: Sequence[Motion]) -> Tensor:

@@ -184,7 +184,7 @@ class Stream:
         with user_code(f"split {self.name!r} cannot be read"):
             items = iter(self.data)
         if subset is not None:
-            chosen = torch.zeros(int(subset.max()) + 1, dtype=torch.bool)
+            chosen = torch.zeros(int(subset.max()) + 1, dtype=torch.bool, device="cpu")
             chosen[subset] = True
             items = itertools.compress(items, chosen.tolist())
         position, first, digest = 0, (0, 0), hashlib.blake2b(digest_size=16)
