@@ -5,7 +5,7 @@ mode, probes.
 from .batches import Split, automatic_batch_size, power_of_two
 from .between import Between
 from .data import replicates_of
-from .device_errors import is_out_of_memory, spoils_device
+from .device_errors import is_out_of_memory, spoils_device, without_cudnn
 from .directions import (
     Along,
     Motion,
@@ -92,4 +92,5 @@ __all__ = [
     "texts_of",
     "units_of",
     "weights_of_sample",
+    "without_cudnn",
 ]
