@@ -4,6 +4,7 @@ mode, probes.
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .between import Between
+from .bundles import Bundle
 from .data import replicates_of
 from .device_errors import is_out_of_memory, spoils_device, without_cudnn
 from .directions import (
@@ -12,6 +13,7 @@ from .directions import (
     NoGradients,
     WholeGradients,
     blocks,
+    row_sums_along,
     sums_along,
     units_of,
 )
@@ -37,6 +39,7 @@ from .probe import (
 from .readings import Numbers, Reading, read
 from .recalibration import in_both_modes, statistics_of
 from .rounding import rounding_errors
+from .rows import InRows, Row, Rows, rows_of, rows_of_shapes
 from .settings import ObjectiveSettings
 from .shown import texts_of
 from .sums import Evaluation, PartialSums, joined
@@ -45,12 +48,14 @@ from .tensors import tensor_table
 __all__ = [
     "Along",
     "Between",
+    "Bundle",
     "Distances",
     "Draws",
     "ElementOrder",
     "Evaluation",
     "Identity",
     "InARow",
+    "InRows",
     "Motion",
     "NoGradients",
     "Numbers",
@@ -60,6 +65,8 @@ __all__ = [
     "OfUnits",
     "PartialSums",
     "Reading",
+    "Row",
+    "Rows",
     "Split",
     "Units",
     "WholeGradients",
@@ -85,6 +92,9 @@ __all__ = [
     "refuse_mixed",
     "replicates_of",
     "rounding_errors",
+    "row_sums_along",
+    "rows_of",
+    "rows_of_shapes",
     "spoils_device",
     "statistics_of",
     "sums_along",
