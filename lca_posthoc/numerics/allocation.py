@@ -451,14 +451,14 @@ def _sums(
     scratch = Scratch(device)
     for row in _rows(points, like, gather):
         groups = _groups(points, nodes, row)
-        taken = gather is not None and gather.takes(row.names[0])
-        cuts = gather.cuts(row) if gather is not None and taken else None
+        gathering = gather if gather is not None and gather.takes(row.names[0]) else None
+        cuts = None if gathering is None else gathering.cuts(row)
         of_row = torch.zeros(
             (2, math.prod(groups), len(row.names)), dtype=torch.float64, device=device
         )
         pieces = _added(_pieces(points, nodes, row, cuts, scratch, change), row, of_row)
-        if final and gather is not None and taken:
-            gather.take(row, start.weight, pieces)
+        if final and gathering is not None:
+            gathering.take(row, start.weight, pieces)
         for _ in pieces:  # what was not taken
             pass
         names += row.names
@@ -474,8 +474,7 @@ def _rows(points: Motion, names: Iterable[str], gather: Gathers | None) -> list[
     """
     chosen: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
     for name in names:
-        taken = gather is None or gather.takes(name)
-        chosen[taken][name] = points.start[name]
+        chosen[gather is None or gather.takes(name)][name] = points.start[name]
     return [*rows_of(chosen[True]).every, *rows_of(chosen[False]).every]
 
 

@@ -24,7 +24,7 @@ from .allocation import (
     SegmentAllocation,
     sum_of,
 )
-from .objective import Bundle, Numbers, Reading, Row, blocks, read, rows_of_shapes
+from .objective import Bundle, FromDevice, Numbers, Reading, Row, blocks, read, rows_of_shapes
 from .path import PathShift
 from .schema import (
     BINS,
@@ -452,11 +452,17 @@ class SpanSums:
         released.
         """
         self.block = block
-        self.allocation: Arrays = {}
         self.units: Arrays = {}
         for spec in self._table if holds(self._keep, "units") else ():
             units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
             self.units[spec.name] = np.zeros((self._length, *self._rows_of_block, units), "float32")
+
+    @property
+    def allocation(self) -> Arrays:
+        """Return every parameter's allocation on the segments of the block, by tensor: none of
+        sums.
+        """
+        return {}
 
     @property
     def _rows_of_block(self) -> tuple[int, ...]:
@@ -736,6 +742,7 @@ class SpanStatistics(SpanSums):
     ) -> None:
         self._device, self._scratch = device, Scratch(device)
         self._rows = _rows_of_table(table, device, self._scratch)
+        self._leaving, self._leaving_from = FromDevice(device), -1
         self._positions = {spec.name: position for position, spec in enumerate(table)}
         super().__init__(
             table, length, keep, device, groups, examples, uses, causes, directions, path
@@ -765,15 +772,22 @@ class SpanStatistics(SpanSums):
         """Allocate the large arrays of a block of groups, as `SpanSums` does."""
         super().begin(block)
         self._kept: dict[tuple[str, ...], np.ndarray[Any, Any]] = {}
+        self._allocation: Arrays = {}
         for names, of in self._rows.items() if holds(self._keep, "parameters") else ():
             groups = math.prod(self._rows_of_block)
-            kept = np.zeros((self._length, groups, of.row.numbers), "float32")
-            self._kept[names] = kept
+            whole = np.zeros((self._length, groups, of.row.numbers), "float32")
+            self._kept[names] = whole
             for spec in of.specs:
-                of_tensor = kept[..., of.row.places[spec.name]]
-                self.allocation[spec.name] = of_tensor.reshape(
+                of_tensor = whole[..., of.row.places[spec.name]]
+                self._allocation[spec.name] = of_tensor.reshape(
                     self._length, *self._rows_of_block, *spec.shape
                 )
+
+    @property
+    def allocation(self) -> Arrays:
+        """Return every parameter's allocation, once all of it is on the host."""
+        self._leaving.finish()
+        return self._allocation
 
     def cut(self, row: int) -> None:
         """Count no turns between a segment and the one before, see `SpanSums.cut`."""
@@ -809,15 +823,15 @@ class SpanStatistics(SpanSums):
         """
         names, counted = row.names, index >= self.since
         sums = self._rows[names].sums(len(self.block))
-        kept = torch.from_numpy(self._kept[names][index]) if names in self._kept else None
+        place = self._place_of(names, index)
         pooled = self._pool_of(index, row) if counted and self._groups is not None else None
         signs = 0 if pooled is None else row.numbers
         moved = torch.empty(signs, dtype=torch.int8, device=self._device)
         for piece in pieces:
             stored = self._scratch.room("stored", piece.allocation.shape, torch.float32)
             sums.add(piece, stored.copy_(piece.allocation))
-            if kept is not None:
-                kept[piece.rows, piece.columns] = stored
+            if place is not None:
+                self._leaving.begin(stored, place[piece.rows, piece.columns])
             if pooled is not None:
                 _pool(pooled, piece, weight)
                 moved[piece.columns] = piece.motion.sign_()
@@ -835,6 +849,17 @@ class SpanStatistics(SpanSums):
         if pooled is not None:
             self._of_block(self.steps["weight"], index)[:] = weight
             self._add_pooled(index, row, pooled, moved)
+
+    def _place_of(self, names: tuple[str, ...], index: int) -> Tensor | None:
+        """Return where the allocation of a row on a segment is kept, (groups, parameters) on the
+        host; None where it is not.
+        """
+        if names not in self._kept:
+            return None
+        if index != self._leaving_from:  # those of one segment at most are on their way
+            self._leaving.finish()
+            self._leaving_from = index
+        return torch.from_numpy(self._kept[names][index])
 
     def _settle(self, row: int) -> None:
         """Bring to the host what was taken in of the tensors of a segment, at once."""

@@ -42,17 +42,21 @@ from .rounding import rounding_errors
 from .rows import InRows, Row, Rows, rows_of, rows_of_shapes
 from .settings import ObjectiveSettings
 from .shown import texts_of
+from .sources import free_on
 from .sums import Evaluation, PartialSums, joined
 from .tensors import tensor_table
+from .transfers import Arriving, FromDevice, to_device
 
 __all__ = [
     "Along",
+    "Arriving",
     "Between",
     "Bundle",
     "Distances",
     "Draws",
     "ElementOrder",
     "Evaluation",
+    "FromDevice",
     "Identity",
     "InARow",
     "InRows",
@@ -77,6 +81,7 @@ __all__ = [
     "distances",
     "drop_weightless_replicates",
     "float32",
+    "free_on",
     "hidden_from_autograd",
     "identify",
     "in_both_modes",
@@ -100,6 +105,7 @@ __all__ = [
     "sums_along",
     "tensor_table",
     "texts_of",
+    "to_device",
     "units_of",
     "weights_of_sample",
     "without_cudnn",

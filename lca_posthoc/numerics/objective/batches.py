@@ -42,6 +42,7 @@ from .sources import (
     room_on,
     user_code,
 )
+from .transfers import Arriving
 
 _CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
@@ -334,7 +335,7 @@ class Split:
         try:
             while (item := self._reader.result(pending.popleft())) is not END:
                 pending.append(self._reader.submit(next, items, END))
-                yield item
+                yield _here(item)
         finally:
             for waiting in pending:
                 waiting.cancel()
@@ -353,11 +354,12 @@ class Split:
                     item = self._reader.call(next, items, END)
                 if item is END:
                     return
-                yield item
+                yield _here(item)
         finally:
             self._reader.close(items)
 
     def _carried(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
+        """Yield batches on the device, or on their way to a GPU."""
         carry = move_ahead if self._device.type == "cuda" else move
         yield from map(
             functools.partial(carry, device=self._device, dtype=self._dtype), self._read(cuts)
@@ -494,6 +496,11 @@ class Split:
                     f"examples ({shown}): the collate_fn reorders a batch, or a label depends on "
                     "the examples beside it. Give the labels of the whole split instead, as a list."
                 )
+
+
+def _here(batch: object) -> object:
+    """Return a batch, for what the device is asked to do from now on where it is on its way there."""
+    return batch.here() if isinstance(batch, Arriving) else batch
 
 
 def _same_labels(one: list[Any] | np.ndarray, other: list[Any] | np.ndarray) -> bool:
