@@ -190,7 +190,7 @@ class _Running:
     """Totals of the parameters of a row of tensors, segment by segment.
 
     Args:
-        of: the row.
+        row: of the tensors.
         length: segments at most, which decide how small counts are.
         device: where they are.
         unit: of the sums, a power of two.
@@ -203,7 +203,7 @@ class _Running:
 
     def __init__(
         self,
-        of: Row,
+        row: Row,
         length: int,
         device: torch.device,
         unit: float,
@@ -211,17 +211,17 @@ class _Running:
         like: _Running | None = None,
     ) -> None:
         small = getattr(torch, types_of_totals(length)["helping"])
-        self._row, self._unit, self._scratch = of, unit, scratch
+        self._row, self._unit, self._scratch = row, unit, scratch
         # whole numbers, in float64 as long as that holds them
         self._looks = is_looked_at(device)
         exact = torch.float64 if self._looks else torch.int64
-        self._sum = torch.zeros(of.numbers, dtype=exact, device=device)
+        self._sum = torch.zeros(row.numbers, dtype=exact, device=device)
         self._reach = 0.0  # no sum is further from 0
         # likewise, of what was added since the last look
         self.unseen = torch.zeros((), dtype=torch.float64, device=device)
-        self._helping, self._hurting = torch.zeros((2, of.numbers), dtype=small, device=device)
+        self._helping, self._hurting = torch.zeros((2, row.numbers), dtype=small, device=device)
         names = SIGNED if like is None else SIGNED[1:]
-        self._signals = _Signals(names, of.numbers, small, device)
+        self._signals = _Signals(names, row.numbers, small, device)
         self._weights: _Signals = self._signals if like is None else like._weights
 
     def add(
@@ -754,14 +754,14 @@ class SpanStatistics(SpanSums):
         }
         self._running: dict[tuple[str, ...], _Running] = {
             names: _Running(
-                of.row,
+                table_row.row,
                 length - since,
                 device,
                 unit,
                 self._scratch,
                 None if like is None else like._running[names],
             )
-            for names, of in (self._rows.items() if since < length else ())
+            for names, table_row in (self._rows.items() if since < length else ())
         }
         self._pooled: list[dict[tuple[str, ...], Tensor]] = [{} for _ in range(length)]
         # of the segment that is taken in
@@ -773,12 +773,12 @@ class SpanStatistics(SpanSums):
         super().begin(block)
         self._kept: dict[tuple[str, ...], np.ndarray[Any, Any]] = {}
         self._allocation: Arrays = {}
-        for names, of in self._rows.items() if holds(self._keep, "parameters") else ():
+        for names, table_row in self._rows.items() if holds(self._keep, "parameters") else ():
             groups = math.prod(self._rows_of_block)
-            whole = np.zeros((self._length, groups, of.row.numbers), "float32")
+            whole = np.zeros((self._length, groups, table_row.row.numbers), "float32")
             self._kept[names] = whole
-            for spec in of.specs:
-                of_tensor = whole[..., of.row.places[spec.name]]
+            for spec in table_row.specs:
+                of_tensor = whole[..., table_row.row.places[spec.name]]
                 self._allocation[spec.name] = of_tensor.reshape(
                     self._length, *self._rows_of_block, *spec.shape
                 )
@@ -812,9 +812,9 @@ class SpanStatistics(SpanSums):
     def _add_units(self, row: int, segment: SegmentAllocation) -> None:
         """Add what is kept of every parameter, and all sums that were waiting for it."""
         if not segment.gathered:
-            for of in self._rows.values():
-                pieces = segment.pieces(of.row, of.cuts, self._scratch)
-                self.take(row, of.row, segment.weight, pieces)
+            for table_row in self._rows.values():
+                pieces = segment.pieces(table_row.row, table_row.cuts, self._scratch)
+                self.take(row, table_row.row, segment.weight, pieces)
         self._settle(row)
 
     def take(self, index: int, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
@@ -880,7 +880,7 @@ class SpanStatistics(SpanSums):
             of_row.look(float(reading.numbers))
         self._bins = None
         self._add_units_in_rows(row, units.numbers)
-        specs = [spec for of in self._rows.values() for spec in of.specs]
+        specs = [spec for table_row in self._rows.values() for spec in table_row.specs]
         positions = [self._positions[spec.name] for spec in specs]
         helping, hurting = counts.numbers.transpose(1, 0, 2)
         for name, values in (
@@ -899,8 +899,8 @@ class SpanStatistics(SpanSums):
     def _add_units_in_rows(self, row: int, units: np.ndarray[Any, Any]) -> None:
         """Add what units are allocated, (groups, units), those of one row after those of another."""
         first = 0
-        for of in self._rows.values():
-            for spec in of.specs:
+        for table_row in self._rows.values():
+            for spec in table_row.specs:
                 place = self.units[spec.name]
                 last = first + place.shape[-1]
                 place[row] = units[:, first:last].reshape(place.shape[1:])
