@@ -15,6 +15,7 @@ PARTS = {  # and a line that each of them has
     "waits": r"\| tensors \| told on CUDA alone \|",
     "memory": r"\| parameters \| \d+ \|",
     "determinism": r"\| mnist-lenet \| \d+ \| 0 \|",
+    "copies": r"\| mnist-lenet \| \d+\.\d+ \| \d+\.\d+ \| [1-9]\d* \| 0 \|",
     "memory that runs out": r"told on CUDA alone",
     "speed": r"\| ours, keep tensors \| -?\d",  # a difference of two short times
     "large": r"\| 64,2,256,2 \| 124,672 \| \d",

@@ -25,13 +25,16 @@ from ..errors import SpanError
 from .objective import (
     Evaluation,
     InARow,
+    InRows,
     Motion,
     Numbers,
     OfTensors,
     OfUnits,
     Reading,
+    Row,
     blocks,
     read,
+    rows_of,
 )
 from .parts import Computed, Parts, Point, Split
 from .path import PathShift, SegmentPath
@@ -77,7 +80,7 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A piece of one tensor on a segment, float64, small enough to stay in the cache; the next one
+    """A piece of a row of tensors on a segment, float64, small enough to stay in the cache; the next one
     overwrites it, and so may who takes it.
 
     Attributes:
@@ -100,20 +103,25 @@ class Piece:
 
 class Gathers(Protocol):
     """Gathers what is kept of every parameter on one segment, from the pieces from which sums are
-    computed: one pass over a tensor serves both.
+    computed: one pass over a row of tensors serves both.
     """
 
-    def cuts(self, name: str) -> Sequence[slice] | None:
-        """Return the pieces in which a tensor is summed; None where that is all the same."""
+    def takes(self, name: str) -> bool:
+        """Tell whether a tensor is taken in."""
 
-    def take(self, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
-        """Take in one tensor.
+    def cuts(self, row: Row) -> Sequence[slice] | None:
+        """Return the pieces in which a row of tensors that are taken in is summed; None where that
+        is all the same.
+        """
+
+    def take(self, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
+        """Take in a row of tensors.
 
         Args:
-            name: of the tensor.
+            row: of the tensors.
             weight: the sum of the elements' weights at the start, of each group.
-            pieces: of the tensor, all of each group before the next; numbers that are not finite
-                are refused later.
+            pieces: of the row, all of each group before the next; numbers that are not finite are
+                refused later.
         """
 
 
@@ -191,18 +199,18 @@ class SegmentAllocation:
 
     def pieces(
         self,
-        name: str,
+        row: Row,
         columns: Sequence[slice] | None = None,
         scratch: Scratch | None = None,
     ) -> Iterator[Piece]:
-        """Yield one tensor piece by piece: all of each group before the next.
+        """Yield a row of tensors piece by piece: all of each group before the next.
 
         Args:
-            name: of the tensor.
+            row: of the tensors.
             columns: where groups are cut that do not stay in the cache; anywhere by default.
             scratch: memory for the pieces; new memory by default.
         """
-        return _pieces(self.points, self.nodes, name, columns, scratch)
+        return _pieces(self.points, self.nodes, row, columns, scratch)
 
     @property
     def motion(self) -> Mapping[str, Tensor]:
@@ -229,10 +237,10 @@ class SegmentAllocation:
         return {name: numbers[..., place] for name, place in mean.units.places.items()}
 
     def _whole(self, name: str, what: str) -> Tensor:
-        like = self.nodes[0][1][name]
+        like, start = self.nodes[0][1][name], self.points.start[name]
         whole = torch.empty(like.shape, dtype=torch.float64, device=like.device)
-        rows = whole.reshape(-1, max(1, self.points.start[name].numel()))
-        for piece in self.pieces(name):
+        rows = whole.reshape(-1, max(1, start.numel()))
+        for piece in self.pieces(Row({name: start.shape}, start.device)):
             rows[piece.rows, piece.columns] = getattr(piece, what)
         return whole
 
@@ -277,35 +285,36 @@ def sum_of(numbers: Iterable[Numbers]) -> Numbers:
 def _pieces(
     points: Motion,
     nodes: Sequence[Node],
-    name: str,
+    row: Row,
     columns: Sequence[slice] | None = None,
     scratch: Scratch | None = None,
     change: Sequence[float] = (),
 ) -> Iterator[Piece]:
-    """Yield a tensor's motion, mean gradient and allocation, see `SegmentAllocation.pieces`.
+    """Yield motion, mean gradient and allocation of a row of tensors, see
+    `SegmentAllocation.pieces`.
 
     Args:
         points: both ends of the segment.
         nodes: the gradients at the nodes, each with its weight.
-        name: of the tensor.
+        row: of the tensors.
         columns: where groups are cut.
         scratch: memory for the pieces; new memory by default.
         change: factors of the gradients in what the last refining changed of their mean; none by
             default.
     """
-    start, end = points.start[name].reshape(-1), points.end[name].reshape(-1)
-    shape = (math.prod(_groups(points, nodes, name)), start.numel())
-    gradients = [gradient[name].reshape(shape) for _, gradient in nodes]
+    (start,), (end,) = row.of(points.start), row.of(points.end)
+    groups = math.prod(_groups(points, nodes, row))
+    gradients = [row.of(gradient, groups) for _, gradient in nodes]
     factors = [[weight for weight, _ in nodes], *([change] if change else [])]
     scratch = Scratch(start.device) if scratch is None else scratch
-    for row, column in blocks(*shape, columns):
+    for rows, column in blocks(groups, row.numbers, columns):
         motion = scratch.room("motion", end[column].shape).copy_(end[column])
         motion.sub_(_exact(start[column], scratch))
-        values = [gradient[row, column] for gradient in gradients]
+        values = [gradient[rows, column] for gradient in gradients]
         mean, *changed = _combinations(values, factors, scratch)
         product = torch.mul(mean, motion, out=scratch.room("product", mean.shape))
         yield Piece(
-            rows=row,
+            rows=rows,
             columns=column,
             motion=motion,
             gradient=mean,
@@ -351,10 +360,10 @@ def _combinations(
     return totals
 
 
-def _groups(points: Motion, nodes: Sequence[Node], name: str) -> tuple[int, ...]:
+def _groups(points: Motion, nodes: Sequence[Node], row: Row) -> tuple[int, ...]:
     """Return the shape of what a tensor has one number of for each group: () without groups."""
-    like = nodes[0][1][name]
-    return tuple(like.shape[: like.dim() - points.start[name].dim()])
+    like = nodes[0][1][row.names[0]]
+    return tuple(like.shape[: like.dim() - points.start[row.names[0]].dim()])
 
 
 class Scratch:
@@ -392,12 +401,12 @@ class _Sums:
     """The sums of what every tensor of a segment is allocated, and |·| of what the last refining changed.
 
     Attributes:
-        names: of the tensors.
+        positions: of the tensors.
         total: the sums, ([groups, ]tensors), on their device until they are wanted.
         changed: Σ|·| of what the last refining changed, likewise; 0 where that is not asked for.
     """
 
-    names: tuple[str, ...]
+    positions: Mapping[str, int]
     total: Reading
     changed: Reading
 
@@ -412,9 +421,7 @@ class _Sums:
         return self._by_tensor(self.changed)
 
     def _by_tensor(self, reading: Reading) -> dict[str, Numbers]:
-        return {
-            name: reading.numbers[..., position][()] for position, name in enumerate(self.names)
-        }
+        return {name: reading.numbers[..., place][()] for name, place in self.positions.items()}
 
 
 def _sums(
@@ -438,33 +445,48 @@ def _sums(
     like = nodes[0][1]
     if isinstance(like, OfUnits):
         return _sums_of_units(nodes, change)
-    sums = []
-    scratch = Scratch(next(iter(like.values())).device)
-    for name in like:
-        groups = _groups(points, nodes, name)
-        cuts = None if gather is None else gather.cuts(name)
-        of_tensor = torch.zeros(
-            (2, math.prod(groups)), dtype=torch.float64, device=points.start[name].device
+    names: list[str] = []
+    sums: list[Tensor] = []
+    device = next(iter(points.start.values())).device
+    scratch = Scratch(device)
+    for row in _rows(points, like, gather):
+        groups = _groups(points, nodes, row)
+        gathering = gather if gather is not None and gather.takes(row.names[0]) else None
+        cuts = None if gathering is None else gathering.cuts(row)
+        of_row = torch.zeros(
+            (2, math.prod(groups), len(row.names)), dtype=torch.float64, device=device
         )
-        pieces = _added(_pieces(points, nodes, name, cuts, scratch, change), of_tensor)
-        if final and gather is not None:
-            gather.take(name, start.weight, pieces)
+        pieces = _added(_pieces(points, nodes, row, cuts, scratch, change), row, of_row)
+        if final and gathering is not None:
+            gathering.take(row, start.weight, pieces)
         for _ in pieces:  # what was not taken
             pass
-        sums.append(of_tensor.reshape(2, *groups))
-    total, changed = torch.stack(sums, -1)
-    return _Sums(tuple(like), Reading(total), Reading(changed))
+        names += row.names
+        sums.append(of_row.reshape(2, *groups, len(row.names)))
+    total, changed = torch.cat(sums, -1)
+    places = {name: place for place, name in enumerate(names)}
+    return _Sums({name: places[name] for name in like}, Reading(total), Reading(changed))
 
 
-def _added(pieces: Iterable[Piece], sums: Tensor) -> Iterator[Piece]:
-    """Yield the pieces of a tensor as their allocation, and |·| of what the last refining changed,
-    are added to sums, (2, groups).
+def _rows(points: Motion, names: Iterable[str], gather: Gathers | None) -> list[Row]:
+    """Return the rows in which tensors are computed: those that are taken in are apart from the
+    others.
+    """
+    chosen: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    for name in names:
+        chosen[gather is None or gather.takes(name)][name] = points.start[name]
+    return [*rows_of(chosen[True]).every, *rows_of(chosen[False]).every]
+
+
+def _added(pieces: Iterable[Piece], row: Row, sums: Tensor) -> Iterator[Piece]:
+    """Yield the pieces of a row of tensors as their allocation, and |·| of what the last refining
+    changed, are added to sums, (2, groups, tensors).
     """
     total, changed = sums
     for piece in pieces:
-        total[piece.rows] += piece.allocation.sum(1)
+        total[piece.rows] += row.sums(piece.allocation)
         if piece.change is not None:
-            changed[piece.rows] += piece.change.abs_().sum(1)
+            changed[piece.rows] += row.sums(piece.change.abs_())
         yield piece
 
 
@@ -477,7 +499,8 @@ def _sums_of_units(nodes: Sequence[Node], change: Sequence[float]) -> _Sums:
         if changes
         else torch.zeros_like(totals.row)
     )
-    return _Sums(tuple(total), Reading(totals.row), Reading(changed))
+    positions = {name: place for place, name in enumerate(total)}
+    return _Sums(positions, Reading(totals.row), Reading(changed))
 
 
 def _weighted(nodes: Sequence[Node], change: Sequence[float] = ()) -> list[OfUnits]:
@@ -508,6 +531,10 @@ class _NodeSum:
         if isinstance(self.gradient, InARow):
             assert isinstance(gradient, InARow), "at all nodes numbers lie in a row"
             self.gradient = self.gradient.like(self._own(self.gradient.row).add_(gradient.row))
+        elif isinstance(self.gradient, InRows):
+            assert isinstance(gradient, InRows), "at all nodes numbers lie in rows"
+            own = {name: self._own(values) for name, values in self.gradient.numbers.items()}
+            self.gradient = gradient.added_to(own)
         else:
             self.gradient = {
                 name: self._own(values).add_(gradient[name])

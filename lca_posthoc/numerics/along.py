@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .objective import Motion, Numbers, blocks, sums_along
+from .objective import Motion, Numbers, Reading, blocks, read, sums_along
 from .parts import Computed, Parts, Point, displacement
 
 
@@ -64,19 +64,25 @@ class SegmentDirections:
         Args:
             end: every tensor at the end of the segment.
         """
-        motion, along = Motion(self._start, end), np.zeros(self._count)
+        motion, sums = Motion(self._start, end), list[Tensor]()
         for name, rows in self._basis.items():
-            along += [float(sums_along(name, row, [motion], None)) for row in rows]
-        return Moved(along=along, distance=self._distance(end))
+            sums += [sums_along(name, row, [motion], None) for row in rows]
+        along, squares = Reading(torch.cat(sums)), Reading(self._squares(end))
+        read([along, squares])
+        return Moved(
+            along=sum(along.numbers.reshape(-1, self._count), np.zeros(self._count)),
+            distance=math.sqrt(math.fsum(squares.numbers)),
+        )
 
-    def _distance(self, end: Point) -> float:
+    def _squares(self, end: Point) -> Tensor:
+        """Return parts that Σ (end − start)² over parameters is made of, float64."""
         squares = []
         for name in self._parameters:
             start, after = self._start[name].reshape(1, -1), end[name].reshape(1, -1)
             for place in blocks(*start.shape):
                 difference = after[place].double() - start[place].double()
-                squares.append(float(difference.square_().sum()))
-        return math.sqrt(math.fsum(squares))
+                squares.append(difference.square_().sum())
+        return torch.stack(squares)
 
 
 def allocated_along(moved: Moved, sums: Mapping[str, Numbers]) -> Numbers:

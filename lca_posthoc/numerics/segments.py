@@ -25,6 +25,8 @@ from .objective import (
     OfUnits,
     Units,
     distances,
+    row_sums_along,
+    rows_of,
     sums_along,
     units_of,
 )
@@ -317,12 +319,15 @@ def _with_parts(evaluation: Evaluation, way: Way) -> Evaluation:
 
 def _summed(evaluation: Evaluation, directions: Sequence[Motion]) -> OfTensors:
     """Return the sums of a gradient along directions, ([groups, ]directions) of each tensor."""
-    summed = []
-    for name, values in evaluation.gradient.items():
-        rows = values if evaluation.is_grouped else values[None]
-        sums = torch.stack([sums_along(name, row, directions, None)[:, 0] for row in rows])
-        summed.append(sums if evaluation.is_grouped else sums[0])
-    return OfTensors(torch.stack(summed, -1), tuple(evaluation.gradient))
+    gradient, start = evaluation.gradient, directions[0].start
+    names, summed = list[str](), list[Tensor]()
+    for row in rows_of({name: start[name] for name in gradient}).every:
+        groups = evaluation.totals.shape[0] if evaluation.is_grouped else 1
+        of_groups = row.of(gradient, groups)[:, None]
+        summed.append(torch.stack([row_sums_along(row, group, directions) for group in of_groups]))
+        names += row.names
+    sums = torch.cat(summed, -1)
+    return OfTensors(sums if evaluation.is_grouped else sums[0], tuple(names))
 
 
 @dataclass(kw_only=True)

@@ -168,7 +168,7 @@ class ShardedSpan:
     @cached_property
     def unit_motion(self) -> Motion:
         """Ends that are 1 apart, by which sums along a motion are multiplied."""
-        like: dict[str, Tensor] = {name: torch.empty(0) for name in self.units}
+        like: dict[str, Tensor] = {name: torch.empty(0, device="cpu") for name in self.units}
         return unit_motion(like, self.units)
 
 

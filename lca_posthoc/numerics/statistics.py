@@ -24,7 +24,7 @@ from .allocation import (
     SegmentAllocation,
     sum_of,
 )
-from .objective import Numbers, Reading, blocks, read
+from .objective import Bundle, FromDevice, Numbers, Reading, Row, blocks, read, rows_of_shapes
 from .path import PathShift
 from .schema import (
     BINS,
@@ -187,10 +187,10 @@ class _Signals:
 
 
 class _Running:
-    """Totals of the parameters of one tensor, segment by segment.
+    """Totals of the parameters of a row of tensors, segment by segment.
 
     Args:
-        spec: of the tensor.
+        row: of the tensors.
         length: segments at most, which decide how small counts are.
         device: where they are.
         unit: of the sums, a power of two.
@@ -203,7 +203,7 @@ class _Running:
 
     def __init__(
         self,
-        spec: TensorSpec,
+        row: Row,
         length: int,
         device: torch.device,
         unit: float,
@@ -211,17 +211,17 @@ class _Running:
         like: _Running | None = None,
     ) -> None:
         small = getattr(torch, types_of_totals(length)["helping"])
-        self._spec, self._unit, self._scratch = spec, unit, scratch
+        self._row, self._unit, self._scratch = row, unit, scratch
         # whole numbers, in float64 as long as that holds them
         self._looks = is_looked_at(device)
         exact = torch.float64 if self._looks else torch.int64
-        self._sum = torch.zeros(spec.elements, dtype=exact, device=device)
+        self._sum = torch.zeros(row.numbers, dtype=exact, device=device)
         self._reach = 0.0  # no sum is further from 0
         # likewise, of what was added since the last look
         self.unseen = torch.zeros((), dtype=torch.float64, device=device)
-        self._helping, self._hurting = torch.zeros((2, spec.elements), dtype=small, device=device)
+        self._helping, self._hurting = torch.zeros((2, row.numbers), dtype=small, device=device)
         names = SIGNED if like is None else SIGNED[1:]
-        self._signals = _Signals(names, spec.elements, small, device)
+        self._signals = _Signals(names, row.numbers, small, device)
         self._weights: _Signals = self._signals if like is None else like._weights
 
     def add(
@@ -276,7 +276,7 @@ class _Running:
         most = _ROUNDED * (largest + _TINY) / self._unit + 1.0
         if not self._reach + most < _EXACT:
             most = float(_largest(whole))
-            self._make_room(most)
+            self._make_room(most, part, whole)
         self._sum[part] += whole if self._sum.dtype == torch.float64 else whole.to(torch.int64)
         self._reach += most
 
@@ -289,36 +289,48 @@ class _Running:
         self.unseen.zero_()
         self._reach += unseen
         if not self._reach < _LARGEST:
-            raise SpanError(f"tensor {self._spec.name!r}: {TOO_LARGE}")
+            raise self._too_large(self._sum.double())
 
-    def _make_room(self, most: float) -> None:
-        """See to it that sums can grow by so much."""
+    def _make_room(self, most: float, part: slice, added: Tensor) -> None:
+        """See to it that sums can grow by so much as numbers are added to a part of them."""
         if self._reach + most < _EXACT:
             return
         self._sum = self._integers()
         if not self._reach + most < _LARGEST:
-            self._reach = float(self._sum.double().abs().max())
+            sums = self._sum.double()
+            self._reach = float(sums.abs().max())
             if not self._reach + most < _LARGEST:
-                raise SpanError(f"tensor {self._spec.name!r}: {TOO_LARGE}")
+                sums[part] += added
+                raise self._too_large(sums)
+
+    def _too_large(self, sums: Tensor) -> SpanError:
+        """Return the error of sums, of which one may be too large: that of the largest."""
+        sizes = {name: float(_largest(sums[place])) for name, place in self._row.places.items()}
+        return SpanError(f"tensor {max(sizes, key=sizes.__getitem__)!r}: {TOO_LARGE}")
 
     def _integers(self) -> Tensor:
         """Return the sums as integers, in the memory they are in."""
         if self._sum.dtype == torch.int64:
             return self._sum
         integers = self._sum.view(torch.int64)
-        for _, part in blocks(1, self._spec.elements):
+        for _, part in blocks(1, self._row.numbers):
             integers[part] = self._sum[part].to(torch.int64)
         return integers
 
-    def arrays(self) -> Arrays:
-        """Return the totals by field, in the shape of the tensor."""
+    def arrays(self) -> dict[str, Arrays]:
+        """Return the totals by tensor and field, in the shape of the tensor."""
         self._sum = self._integers()
         totals = {"allocated": self._sum, "helping": self._helping, "hurting": self._hurting}
         totals |= self._weights.arrays("weight")
         for name in SIGNED[1:]:
             totals |= self._signals.arrays(name)
+        on_host = {field: values.cpu().numpy() for field, values in totals.items()}
         return {
-            name: values.reshape(self._spec.shape).cpu().numpy() for name, values in totals.items()
+            name: {
+                field: values[self._row.places[name]].reshape(shape)
+                for field, values in on_host.items()
+            }
+            for name, shape in self._row.shapes.items()
         }
 
 
@@ -440,14 +452,20 @@ class SpanSums:
         released.
         """
         self.block = block
-        self.allocation: Arrays = {}
         self.units: Arrays = {}
         for spec in self._table if holds(self._keep, "units") else ():
             units = 1 if spec.unit_axis is None else spec.shape[spec.unit_axis]
-            self.units[spec.name] = np.zeros((self._length, *self._rows, units), "float32")
+            self.units[spec.name] = np.zeros((self._length, *self._rows_of_block, units), "float32")
 
     @property
-    def _rows(self) -> tuple[int, ...]:
+    def allocation(self) -> Arrays:
+        """Return every parameter's allocation on the segments of the block, by tensor: none of
+        sums.
+        """
+        return {}
+
+    @property
+    def _rows_of_block(self) -> tuple[int, ...]:
         return () if self._groups is None else (len(self.block),)
 
     def _of_block(self, column: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
@@ -547,17 +565,147 @@ class SpanSums:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """Numbers of one tensor on a segment, on their device until those of all tensors are there.
+    """Numbers of a row of tensors on a segment, on their device until those of all rows are there.
 
     Attributes:
         units: what units are allocated, (groups, units) float64.
-        counts: of parameters that help and that hurt, (groups, 2) int64.
-        slopes: Σ|gradient|, (groups,) float64.
+        counts: of parameters that help and that hurt, (groups, 2, tensors) float64.
+        slopes: Σ|gradient|, (groups, tensors) float64.
     """
 
     units: Tensor
     counts: Tensor
     slopes: Tensor
+
+
+class _OfTensor:
+    """Sums over one tensor on a segment, from its pieces.
+
+    Args:
+        spec: of the tensor.
+        groups: their number.
+        device: where they are.
+        scratch: memory to compute in.
+    """
+
+    def __init__(
+        self, spec: TensorSpec, groups: int, device: torch.device, scratch: Scratch
+    ) -> None:
+        self._is_parameter, self._scratch = spec.kind == "parameter", scratch
+        self._units = UnitSums(groups, spec.shape, spec.unit_axis, device)
+        self._slopes = torch.zeros((groups, 1), dtype=torch.float64, device=device)
+        self._bins = torch.zeros((groups, BINS), dtype=torch.int64, device=device)
+
+    def add(self, piece: Piece, stored: Tensor) -> None:
+        """Add a piece; `stored` is its allocation in float32."""
+        sizes = self._scratch.room("sizes", piece.gradient.shape)
+        self._bins[piece.rows] += histogram(stored, self._scratch)
+        self._slopes[piece.rows, 0] += torch.abs(piece.gradient, out=sizes).sum(1)
+        self._units.add(piece.rows, piece.columns, piece.allocation)
+
+    @property
+    def bins(self) -> Tensor | None:
+        """Return the histogram, (groups, BINS) int64; None of a buffer."""
+        return self._bins if self._is_parameter else None
+
+    def waiting(self) -> _Waiting:
+        """Return the other sums."""
+        counts = self._bins.reshape(len(self._bins), 2, BINS // 2).sum(-1, keepdim=True)
+        return _Waiting(self._units.total, counts.double(), self._slopes)
+
+
+class _OfTensors:
+    """The same of small tensors in a row, all of which is one piece of each group.
+
+    Args:
+        bundle: of the tensors.
+        parameters: how many numbers, from the first on, are no buffers'.
+        groups: their number.
+        device: where they are.
+        scratch: memory to compute in.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        parameters: int,
+        groups: int,
+        device: torch.device,
+        scratch: Scratch,
+    ) -> None:
+        self._bundle, self._parameters, self._scratch = bundle, parameters, scratch
+        shape, tensors = (groups, bundle.units), len(bundle.names)
+        self._units = torch.empty(shape, dtype=torch.float64, device=device)
+        self._counts = torch.empty((groups, 2, tensors), dtype=torch.float64, device=device)
+        self._slopes = torch.empty((groups, tensors), dtype=torch.float64, device=device)
+        self._bins = torch.empty((groups, BINS), dtype=torch.int64, device=device)
+
+    def add(self, piece: Piece, stored: Tensor) -> None:
+        """Add a piece; `stored` is its allocation in float32."""
+        rows, bundle = piece.rows, self._bundle
+        sizes = self._scratch.room("sizes", piece.gradient.shape)
+        self._bins[rows] = histogram(stored[:, : self._parameters], self._scratch)
+        self._slopes[rows] = bundle.sums(torch.abs(piece.gradient, out=sizes))
+        self._units[rows] = bundle.unit_sums(piece.allocation)
+        signs = torch.stack([stored < 0, stored > 0], 1)
+        self._counts[rows] = bundle.sums(signs.reshape(-1, bundle.numbers)).reshape(
+            len(stored), 2, -1
+        )
+
+    @property
+    def bins(self) -> Tensor | None:
+        """Return the histogram, (groups, BINS) int64; None of buffers alone."""
+        return self._bins if self._parameters else None
+
+    def waiting(self) -> _Waiting:
+        """Return the other sums."""
+        return _Waiting(self._units, self._counts, self._slopes)
+
+
+class _TableRow:
+    """A row of tensors of a table, of whose parameters something is kept.
+
+    Args:
+        row: of the tensors.
+        specs: of each.
+        device: where they are.
+        scratch: memory to compute in.
+
+    Attributes:
+        cuts: the pieces in which it is taken in; None for all of it at once.
+    """
+
+    def __init__(
+        self, row: Row, specs: Sequence[TensorSpec], device: torch.device, scratch: Scratch
+    ) -> None:
+        self.row, self.specs, self._device, self._scratch = row, specs, device, scratch
+        self._bundle: Bundle | None = None
+        self.cuts: Sequence[slice] | None = None
+        if len(specs) > 1:
+            self._bundle = Bundle(row.shapes, {spec.name: spec.unit_axis for spec in specs}, device)
+        else:
+            self.cuts = UnitSums(0, specs[0].shape, specs[0].unit_axis, device).cuts
+        kinds = [spec.kind == "parameter" for spec in specs]
+        assert kinds == sorted(kinds, reverse=True), "in a table, buffers come last"
+        self._parameters = sum(spec.elements for spec in specs if spec.kind == "parameter")
+
+    def sums(self, groups: int) -> _OfTensor | _OfTensors:
+        """Return sums of a segment, to which pieces are added."""
+        if self._bundle is None:
+            return _OfTensor(self.specs[0], groups, self._device, self._scratch)
+        return _OfTensors(self._bundle, self._parameters, groups, self._device, self._scratch)
+
+
+def _rows_of_table(
+    table: Sequence[TensorSpec], device: torch.device, scratch: Scratch
+) -> dict[tuple[str, ...], _TableRow]:
+    """Return the rows in which the tensors of a table are taken in, by their names."""
+    shapes = tuple((spec.name, torch.Size(spec.shape)) for spec in table)
+    specs = {spec.name: spec for spec in table}
+    return {
+        row.names: _TableRow(row, [specs[name] for name in row.names], device, scratch)
+        for row in rows_of_shapes(shapes, device).every
+    }
 
 
 class SpanStatistics(SpanSums):
@@ -592,39 +740,54 @@ class SpanStatistics(SpanSums):
         since: int = 0,
         like: SpanStatistics | None = None,
     ) -> None:
+        self._device, self._scratch = device, Scratch(device)
+        self._rows = _rows_of_table(table, device, self._scratch)
+        self._leaving, self._leaving_from = FromDevice(device), -1
+        self._positions = {spec.name: position for position, spec in enumerate(table)}
         super().__init__(
             table, length, keep, device, groups, examples, uses, causes, directions, path
         )
-        self.since, self._scratch, self._device = since, Scratch(device), device
-        self._positions = {spec.name: position for position, spec in enumerate(table)}
-        self._cuts = {
-            spec.name: UnitSums(0, spec.shape, spec.unit_axis, device).cuts for spec in table
-        }
+        self.since = since
         self.histogram = {
             "count": np.zeros((length, *self._axis(), BINS), "int64"),
             "zero": np.zeros((length, *self._axis()), "int64"),
         }
-        self._running: dict[str, _Running] = {
-            spec.name: _Running(
-                spec,
+        self._running: dict[tuple[str, ...], _Running] = {
+            names: _Running(
+                table_row.row,
                 length - since,
                 device,
                 unit,
                 self._scratch,
-                None if like is None else like._running[spec.name],
+                None if like is None else like._running[names],
             )
-            for spec in (table if since < length else ())
+            for names, table_row in (self._rows.items() if since < length else ())
         }
-        self._pooled: list[dict[str, Tensor]] = [{} for _ in range(length)]
-        self._waiting: dict[str, _Waiting] = {}  # of the segment that is taken in
+        self._pooled: list[dict[tuple[str, ...], Tensor]] = [{} for _ in range(length)]
+        # of the segment that is taken in
+        self._waiting: dict[tuple[str, ...], _Waiting] = {}
         self._bins: Tensor | None = None  # of its parameters
 
     def begin(self, block: range) -> None:
         """Allocate the large arrays of a block of groups, as `SpanSums` does."""
         super().begin(block)
-        for spec in self._table if holds(self._keep, "parameters") else ():
-            shape = (self._length, *self._rows, *spec.shape)
-            self.allocation[spec.name] = np.zeros(shape, "float32")
+        self._kept: dict[tuple[str, ...], np.ndarray[Any, Any]] = {}
+        self._allocation: Arrays = {}
+        for names, table_row in self._rows.items() if holds(self._keep, "parameters") else ():
+            groups = math.prod(self._rows_of_block)
+            whole = np.zeros((self._length, groups, table_row.row.numbers), "float32")
+            self._kept[names] = whole
+            for spec in table_row.specs:
+                of_tensor = whole[..., table_row.row.places[spec.name]]
+                self._allocation[spec.name] = of_tensor.reshape(
+                    self._length, *self._rows_of_block, *spec.shape
+                )
+
+    @property
+    def allocation(self) -> Arrays:
+        """Return every parameter's allocation, once all of it is on the host."""
+        self._leaving.finish()
+        return self._allocation
 
     def cut(self, row: int) -> None:
         """Count no turns between a segment and the one before, see `SpanSums.cut`."""
@@ -638,114 +801,131 @@ class SpanStatistics(SpanSums):
         """
         return _Segment(self, row)
 
-    def cuts(self, name: str) -> Sequence[slice] | None:
-        """Return the pieces in which a tensor is taken in; None for one that is not stored."""
-        return self._cuts.get(name)
+    def takes(self, name: str) -> bool:
+        """Tell whether a tensor is stored."""
+        return name in self._positions
+
+    def cuts(self, row: Row) -> Sequence[slice] | None:
+        """Return the pieces in which a row of stored tensors is taken in, see `Gathers.cuts`."""
+        return self._rows[row.names].cuts
 
     def _add_units(self, row: int, segment: SegmentAllocation) -> None:
         """Add what is kept of every parameter, and all sums that were waiting for it."""
         if not segment.gathered:
-            for spec in self._table:
-                pieces = segment.pieces(spec.name, self._cuts[spec.name], self._scratch)
-                self.take(row, spec.name, segment.weight, pieces)
+            for table_row in self._rows.values():
+                pieces = segment.pieces(table_row.row, table_row.cuts, self._scratch)
+                self.take(row, table_row.row, segment.weight, pieces)
         self._settle(row)
 
-    def take(self, index: int, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
-        """Take in a tensor on the segment at position `index` of the span, see `Gathers.take`."""
-        position = self._positions[name]
-        spec, device, groups = self._table[position], self._device, len(self.block)
-        slopes = torch.zeros(groups, dtype=torch.float64, device=device)
-        bins = torch.zeros((groups, BINS), dtype=torch.int64, device=device)
-        units = UnitSums(groups, spec.shape, spec.unit_axis, device)
-        kept = self._kept(index, spec)
-        counted = index >= self.since
-        pooled = self._pool_of(index, spec) if counted and self._groups is not None else None
-        moved = torch.empty(0 if pooled is None else spec.elements, dtype=torch.int8, device=device)
-        room = self._scratch.room
+    def take(self, index: int, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
+        """Take in a row of stored tensors on the segment at position `index` of the span, see
+        `Gathers.take`.
+        """
+        names, counted = row.names, index >= self.since
+        sums = self._rows[names].sums(len(self.block))
+        place = self._place_of(names, index)
+        pooled = self._pool_of(index, row) if counted and self._groups is not None else None
+        signs = 0 if pooled is None else row.numbers
+        moved = torch.empty(signs, dtype=torch.int8, device=self._device)
         for piece in pieces:
-            shape = piece.allocation.shape
-            stored = room("stored", shape, torch.float32).copy_(piece.allocation)
-            bins[piece.rows] += histogram(stored, self._scratch)
-            slopes[piece.rows] += torch.abs(piece.gradient, out=room("sizes", shape)).sum(1)
-            units.add(piece.rows, piece.columns, piece.allocation)
-            if kept is not None:
-                kept[piece.rows, piece.columns] = stored
+            stored = self._scratch.room("stored", piece.allocation.shape, torch.float32)
+            sums.add(piece, stored.copy_(piece.allocation))
+            if place is not None:
+                self._leaving.begin(stored, place[piece.rows, piece.columns])
             if pooled is not None:
                 _pool(pooled, piece, weight)
                 moved[piece.columns] = piece.motion.sign_()
             elif counted:
-                self._running[name].add(
+                self._running[names].add(
                     piece.columns,
                     piece.motion,
                     piece.gradient[0],
                     piece.allocation[0],
                     stored[0],
                 )
-        counts = bins.reshape(groups, 2, BINS // 2).sum(-1)
-        self._waiting[name] = _Waiting(units.total, counts, slopes)
-        if spec.kind == "parameter":
-            self._bins = bins if self._bins is None else self._bins.add_(bins)
+        self._waiting[names] = sums.waiting()
+        if sums.bins is not None:
+            self._bins = sums.bins if self._bins is None else self._bins.add_(sums.bins)
         if pooled is not None:
             self._of_block(self.steps["weight"], index)[:] = weight
-            self._add_pooled(index, spec, pooled, moved)
+            self._add_pooled(index, row, pooled, moved)
 
-    def _kept(self, index: int, spec: TensorSpec) -> Tensor | None:
-        """Return where a tensor's allocation on a segment is kept, (groups, parameters)."""
-        if spec.name not in self.allocation:
+    def _place_of(self, names: tuple[str, ...], index: int) -> Tensor | None:
+        """Return where the allocation of a row on a segment is kept, (groups, parameters) on the
+        host; None where it is not.
+        """
+        if names not in self._kept:
             return None
-        shape = (self._length, len(self.block), spec.elements)
-        return torch.from_numpy(self.allocation[spec.name].reshape(shape)[index])
+        if index != self._leaving_from:  # those of one segment at most are on their way
+            self._leaving.finish()
+            self._leaving_from = index
+        return torch.from_numpy(self._kept[names][index])
 
     def _settle(self, row: int) -> None:
         """Bring to the host what was taken in of the tensors of a segment, at once."""
-        waiting = [self._waiting.pop(spec.name) for spec in self._table]
-        units = Reading(torch.cat([of_tensor.units for of_tensor in waiting], -1))
-        counts = Reading(torch.stack([of_tensor.counts for of_tensor in waiting], -1).double())
-        slopes = Reading(torch.stack([of_tensor.slopes for of_tensor in waiting], -1))
+        waiting = [self._waiting.pop(names) for names in self._rows]
+        units, counts, slopes = (
+            Reading(torch.cat(of_rows, -1))
+            for of_rows in (
+                [of_row.units for of_row in waiting],
+                [of_row.counts for of_row in waiting],
+                [of_row.slopes for of_row in waiting],
+            )
+        )
         bins = [] if self._bins is None else [Reading(self._bins.double())]
         running = [] if is_looked_at(self._device) else list(self._running.values())
-        unseen = [Reading(of_tensor.unseen) for of_tensor in running]
+        unseen = [Reading(of_row.unseen) for of_row in running]
         read([units, counts, slopes, *bins, *unseen])
-        for of_tensor, reading in zip(running, unseen, strict=True):
-            of_tensor.look(float(reading.numbers))
+        for of_row, reading in zip(running, unseen, strict=True):
+            of_row.look(float(reading.numbers))
         self._bins = None
-        first = 0
-        for spec, of_units in zip(self._table, waiting, strict=True):
-            place = self.units[spec.name]
-            last = first + of_units.units.shape[-1]
-            place[row] = units.numbers[:, first:last].reshape(place.shape[1:])
-            first = last
+        self._add_units_in_rows(row, units.numbers)
+        specs = [spec for table_row in self._rows.values() for spec in table_row.specs]
+        positions = [self._positions[spec.name] for spec in specs]
         helping, hurting = counts.numbers.transpose(1, 0, 2)
-        for name, values in (("helping", helping), ("hurting", hurting)):
-            self._of_block(self.tensors[name], row)[:] = values
-        self._of_block(self.tensors["gradient"], row)[:] = slopes.numbers
-        trained = np.array([spec.kind == "parameter" for spec in self._table])
-        elements = np.array([spec.elements for spec in self._table])
+        for name, values in (
+            ("helping", helping),
+            ("hurting", hurting),
+            ("gradient", slopes.numbers),
+        ):
+            self._of_block(self.tensors[name], row)[:, positions] = values
+        trained = np.array([spec.kind == "parameter" for spec in specs])
+        elements = np.array([spec.elements for spec in specs])
         for of_bins in bins:
             self._of_block(self.histogram["count"], row)[:] += of_bins.numbers.astype("int64")
             zeros = (elements - helping - hurting)[:, trained].sum(1)
             self._of_block(self.histogram["zero"], row)[:] += zeros.astype("int64")
 
-    def _pool_of(self, index: int, spec: TensorSpec) -> Tensor:
-        """Return the gradient and the allocation of each parameter of a tensor, multiplied by the
+    def _add_units_in_rows(self, row: int, units: np.ndarray[Any, Any]) -> None:
+        """Add what units are allocated, (groups, units), those of one row after those of another."""
+        first = 0
+        for table_row in self._rows.values():
+            for spec in table_row.specs:
+                place = self.units[spec.name]
+                last = first + place.shape[-1]
+                place[row] = units[:, first:last].reshape(place.shape[1:])
+                first = last
+
+    def _pool_of(self, index: int, row: Row) -> Tensor:
+        """Return the gradient and the allocation of each parameter of a row, multiplied by the
         weights of groups and added up over the blocks before: (2, parameters), float64.
         """
-        before = self._pooled[index].pop(spec.name, None)
+        before = self._pooled[index].pop(row.names, None)
         if before is not None:
             return before
-        return torch.zeros((2, spec.elements), dtype=torch.float64, device=self._device)
+        return torch.zeros((2, row.numbers), dtype=torch.float64, device=self._device)
 
-    def _add_pooled(self, index: int, spec: TensorSpec, pooled: Tensor, moved: Tensor) -> None:
+    def _add_pooled(self, index: int, row: Row, pooled: Tensor, moved: Tensor) -> None:
         """Add the weighted mean over the groups to the totals after the last block of them; `moved`
         are the signs of the motion.
         """
         assert self._groups is not None
         if self.block.stop < self._groups:
-            self._pooled[index][spec.name] = pooled
+            self._pooled[index][row.names] = pooled
             return
         gradient, exact = pooled.div_(float(self.steps["weight"][index].sum()))
-        for _, part in blocks(1, spec.elements):
-            self._running[spec.name].add(
+        for _, part in blocks(1, row.numbers):
+            self._running[row.names].add(
                 part, moved[part], gradient[part], exact[part], exact[part].float()
             )
 
@@ -753,7 +933,12 @@ class SpanStatistics(SpanSums):
         """Return the per-parameter totals over the span from `since` on, by tensor; none where
         nothing is left of it.
         """
-        return {name: running.arrays() for name, running in self._running.items()}
+        totals = {
+            name: arrays
+            for running in self._running.values()
+            for name, arrays in running.arrays().items()
+        }
+        return {spec.name: totals[spec.name] for spec in self._table if totals}
 
 
 def _pool(pooled: Tensor, piece: Piece, weight: Numbers) -> None:
@@ -774,11 +959,14 @@ class _Segment:
     def __init__(self, statistics: SpanStatistics, row: int) -> None:
         self._statistics, self._row = statistics, row
 
-    def cuts(self, name: str) -> Sequence[slice] | None:
-        """Return the pieces in which a tensor is taken in; None for one that is not stored."""
-        return self._statistics.cuts(name)
+    def takes(self, name: str) -> bool:
+        """Tell whether a tensor is stored."""
+        return self._statistics.takes(name)
 
-    def take(self, name: str, weight: Numbers, pieces: Iterable[Piece]) -> None:
-        """Take in a tensor; one that is not stored is left out."""
-        if self._statistics.cuts(name) is not None:
-            self._statistics.take(self._row, name, weight, pieces)
+    def cuts(self, row: Row) -> Sequence[slice] | None:
+        """Return the pieces in which a row is taken in, see `Gathers.cuts`."""
+        return self._statistics.cuts(row)
+
+    def take(self, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
+        """Take in a row, see `Gathers.take`."""
+        self._statistics.take(self._row, row, weight, pieces)

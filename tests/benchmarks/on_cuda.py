@@ -49,6 +49,7 @@ from workloads import WORKLOADS as TRAININGS  # noqa: E402
 from workloads import train  # noqa: E402
 
 import lca_posthoc  # noqa: E402
+from lca_posthoc.numerics.objective import batches, transfers  # noqa: E402
 from lca_posthoc.replay.events import Note, Planned, SpanDone  # noqa: E402
 from tests.helpers import large_transformer  # noqa: E402
 
@@ -265,14 +266,62 @@ def replay_workload(
 
 def stored(given: Given, name: str) -> dict[str, int]:
     """Replay three segments; return the checksum of every chunk, by its path."""
+    return {
+        path: seal[1]
+        for marker in markers_of(given, name)
+        for path, seal in marker["files"].items()
+    }
+
+
+def markers_of(given: Given, name: str, **options: Any) -> list[dict[str, Any]]:
+    """Replay three segments; return what is recorded of each span."""
     workload = TRAININGS[name]
     batch = workload.batch[given.device] if workload.norm_stats == "batch" else None
     subset = ["0:200"] if given.small else []
     with tempfile.TemporaryDirectory(dir=given.work) as folder:
         out = Path(folder) / "run.lca"
-        replay_workload(given, name, out, 3, batch_size=batch, subset=subset)
-        markers = [json.loads(file.read_text()) for file in (out / "commits").rglob("*.json")]
-    return {path: seal[1] for marker in markers for path, seal in marker["files"].items()}
+        replay_workload(given, name, out, 3, batch_size=batch, subset=subset, **options)
+        return [json.loads(file.read_text()) for file in (out / "commits").rglob("*.json")]
+
+
+# --- copies beside what is computed ---------------------------------------------------------------
+
+
+def copies(given: Given) -> None:
+    """Replay from data and checkpoints that are on their way while others are computed, and from
+    such that are waited for; compare bytes and times.
+    """
+    head("copies", "beside, s a segment", "awaited, s a segment", "chunks", "that differ")
+    for name in ("mnist-lenet",) if given.small else ("mnist-fc", "resnet20"):
+        beside, awaited = (alone("copied", given, name, how) for how in ("beside", "awaited"))
+        differ = [path for path, crc in beside["files"].items() if awaited["files"][path] != crc]
+        times = [f"{figures['seconds']:.3f}" for figures in (beside, awaited)]
+        say(name, *times, len(beside["files"]), len(differ))
+
+
+def copied(given: Given, name: str, how: str) -> dict[str, Any]:
+    """Replay data that does not stay on the device, with every parameter's allocation; return
+    seconds of a segment and the checksum of every chunk.
+    """
+    batches.room_on = lambda device: 0.0  # type: ignore[assignment]
+    if how == "awaited":
+        transfers.ToDevice.begin = _waited_for  # type: ignore[method-assign, assignment]
+        transfers.FromDevice.begin = _left_at_once  # type: ignore[method-assign]
+    markers = markers_of(given, name, keep="parameters")
+    files = {path: seal[1] for marker in markers for path, seal in marker["files"].items()}
+    return {"seconds": sum(marker.get("seconds", 0.0) for marker in markers) / 3, "files": files}
+
+
+def _waited_for(
+    self: transfers.ToDevice, load: Callable[[transfers.Copy], Any]
+) -> transfers.Arriving[Any]:
+    made = load(lambda tensor: tensor.to(self._device))
+    torch.cuda.synchronize(self._device)
+    return transfers.Arriving(made, [], torch.cuda.Event())
+
+
+def _left_at_once(self: transfers.FromDevice, values: torch.Tensor, place: torch.Tensor) -> None:
+    place.copy_(values)
 
 
 def memory_runs_out(given: Given) -> None:
@@ -404,17 +453,19 @@ PARTS = {
     "peak": Part(peak, 20),
     "waits": Part(waits, 40),
     "memory": Part(memory, 60),
-    "determinism": Part(determinism, 70),
+    "determinism": Part(determinism, 60),
+    "copies": Part(copies, 40),
     "memory that runs out": Part(memory_runs_out, 30),
-    "speed": Part(speed, 170),
+    "speed": Part(speed, 150),
     "large": Part(large, 80),
-    "recorder": Part(recorder, 60),
+    "recorder": Part(recorder, 50),
     "numerics": Part(numerics, 480),
 }
 HELPERS: dict[str, Callable[..., dict[str, Any]]] = {
     "one replay": one_replay,
     "one loop": one_loop,
     "stored": stored,
+    "copied": copied,
 }
 
 

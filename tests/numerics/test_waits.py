@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,11 +28,15 @@ from lca_posthoc.numerics.objective import (
     Objective,
     ObjectiveSettings,
     build_objective,
+    recalled,
+    recorded,
 )
+from lca_posthoc.numerics.path import Course, OtherPaths, SegmentPath
 from lca_posthoc.numerics.quadrature import COMPOSITE
+from lca_posthoc.numerics.schema import KEEP
 from lca_posthoc.numerics.statistics import SpanStatistics, SpanSums, unit_axes
 
-WIDTH, EXAMPLES, SEGMENTS = 12, 40, 4
+WIDTH, EXAMPLES, SEGMENTS, STEPS = 12, 40, 4, 8  # training steps of a segment
 TENSORS = {2: 6, 25: 53, 68: 139}  # of so many hidden layers
 ASKS = (
     "__bool__",
@@ -119,8 +124,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
         yield calls
 
 
-def objective_of(depth: int) -> tuple[Objective, list[tuple[int, dict[str, Tensor]]]]:
-    """Return the objective of a model of so many hidden layers, and points of a random walk."""
+def objective_of(
+    depth: int, per: str | None = None
+) -> tuple[Objective, list[tuple[int, dict[str, Tensor]]]]:
+    """Return the objective of a model of so many hidden layers, and points of a random walk; with
+    `per`, of a loss that tells its examples apart.
+    """
     torch.manual_seed(0)
     draw = torch.Generator().manual_seed(depth)
     inputs = torch.randn(EXAMPLES, WIDTH, generator=draw)
@@ -128,7 +137,7 @@ def objective_of(depth: int) -> tuple[Objective, list[tuple[int, dict[str, Tenso
     task = Task(
         model=lambda: Layers(depth),
         data={"train": (inputs, labels)},
-        losses={"train": Loss(F.cross_entropy, on="train")},
+        losses={"train": Loss(F.cross_entropy, on="train", per=per)},
     )
     settings = ObjectiveSettings(
         device=torch.device("cpu"), precision="float32", norm_stats="running", batch_size=None
@@ -143,6 +152,9 @@ def objective_of(depth: int) -> tuple[Objective, list[tuple[int, dict[str, Tenso
             for name, tensor in point.items()
         }
     objective.settle_batch_sizes(points[0][1])
+    if per is not None:
+        objective.place(points[0][1])
+        objective.example_axes["train"] = recalled(recorded(objective.find_examples("train").axes))
     return objective, points
 
 
@@ -177,20 +189,42 @@ def test_inside_an_evaluation_nothing_waits(
     assert float(evaluation["train"].loss) > 0
 
 
-def replayed(keep: str, depth: int) -> tuple[Iterator[object], SpanSums, Objective]:
-    """Return an iterator whose next item is the next segment replayed."""
-    objective, points = objective_of(depth)
+def replayed(
+    keep: str, depth: int, per: str | None = None, *, paths: bool = False
+) -> tuple[Iterator[object], SpanSums, Objective]:
+    """Return an iterator whose next item is the next segment replayed, of several steps each; with
+    `paths`, another path is told.
+    """
+    objective, points = objective_of(depth, per)
     axes = unit_axes(objective.allocated, objective.allocated, keep)
-    of_span = objective.allocated, SEGMENTS, keep, objective.device
-    sums = SpanSums(*of_span) if axes is not None else SpanStatistics(*of_span, unit=2.0**-50)
+    examples = None if per is None else np.zeros(EXAMPLES, "int32")
+    of_span = objective.allocated, SEGMENTS, keep, objective.device, None, examples, {}
+    sums = (
+        SpanSums(*of_span, path=paths)
+        if axes is not None
+        else SpanStatistics(*of_span, path=paths, unit=2.0**-50)
+    )
+    method = Method(
+        rule=COMPOSITE.rules[1], per_example=frozenset() if per is None else frozenset(["train"])
+    )
 
     def gathering(row: int) -> dict[str, Gathers]:
         return {"train": sums.gathering(row)} if isinstance(sums, SpanStatistics) else {}
 
+    def path(row: int) -> SegmentPath:
+        around = (STEPS if row else None, STEPS, STEPS if row + 1 < SEGMENTS else None)
+        course = Course(lambda index: points[index][1], lambda index: STEPS * index)
+        return SegmentPath(OtherPaths(row, around, lambda index: True), course)
+
     def segments() -> Iterator[None]:
-        method = Method(rule=COMPOSITE.rules[1])
         allocated = allocate_span(
-            iter(points), objective, ["train"], method, axes=axes, gathering=gathering
+            iter(points),
+            objective,
+            ["train"],
+            method,
+            axes=axes,
+            gathering=gathering,
+            paths=path if paths else None,
         )
         for row, done in enumerate(allocated):
             sums.add(row, done["train"])
@@ -199,43 +233,69 @@ def replayed(keep: str, depth: int) -> tuple[Iterator[object], SpanSums, Objecti
     return segments(), sums, objective
 
 
-@pytest.mark.parametrize("keep", ["tensors", "units"])
-def test_a_segment_waits_and_begins_operators_however_many_tensors_there_are(
-    keep: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    beside = {}
-    for depth in TENSORS:
-        segments, sums, objective = replayed(keep, depth)
+def third_segment(
+    monkeypatch: pytest.MonkeyPatch, keep: str, depth: int, per: str | None = None, **told: bool
+) -> tuple[Counter[str], Operators, Objective]:
+    """Return what asks for numbers on a segment once both kinds of ends are known, and the operators
+    begun on it.
+    """
+    segments, sums, objective = replayed(keep, depth, per, **told)
+    next(segments)
+    next(segments)
+    with asked(monkeypatch) as calls, Operators() as operators:
         next(segments)
-        next(segments)  # both kinds of ends are known now
-        with asked(monkeypatch) as calls, Operators() as operators:
-            next(segments)
-        assert calls.total() <= 3, calls
-        assert operators.waited == {}
+    assert abs(sums.steps["residual"][:3]).max() < 1e-3
+    return calls, operators, objective
+
+
+@pytest.mark.parametrize(
+    ("keep", "looks"),
+    [*((keep, False) for keep in KEEP), ("statistics", True), ("parameters", True)],
+)
+def test_a_segment_waits_and_begins_operators_however_many_tensors_there_are(
+    keep: str, looks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device other than a CPU, and where looking at numbers costs nothing."""
+    monkeypatch.setattr(statistics, "is_looked_at", lambda device: looks)
+    beside, waits = {}, {}
+    for depth in TENSORS:
+        calls, operators, objective = third_segment(monkeypatch, keep, depth)
+        if not looks:
+            assert calls.total() <= 3, calls
+            assert operators.waited == {}
         point = {name: tensor.detach().clone() for name, tensor in objective.point.items()}
         beside[depth] = operators.begun.total() - 2 * own_operators(objective, point)
-        assert abs(sums.steps["residual"][:3]).max() < 1e-3
-    few, many = beside[min(TENSORS)], beside[max(TENSORS)]
-    assert many == few, beside
+        waits[depth] = calls.total()
+    assert len(set(beside.values())) == 1, beside
+    assert len(set(waits.values())) == 1, waits
+
+
+@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize(
+    ("per", "paths", "most"), [(None, True, 7), ("example", False, 3), ("example", True, 8)]
+)
+def test_paths_and_examples_wait_a_fixed_number_of_times_more(
+    keep: str, per: str | None, paths: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(statistics, "is_looked_at", lambda device: False)
+    waits = {}
+    for depth in TENSORS:
+        calls, operators, _ = third_segment(monkeypatch, keep, depth, per, paths=paths)
+        assert operators.waited == {}
+        waits[depth] = calls.total()
+    assert len(set(waits.values())) == 1, waits
+    assert max(waits.values()) <= most, waits
 
 
 @pytest.mark.parametrize("keep", ["statistics", "parameters"])
-def test_what_is_kept_of_parameters_waits_no_more_where_looking_waits(
+def test_totals_have_the_same_bits_where_looking_waits(
     keep: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a device other than a CPU, whose totals are the same bits."""
     every = {}
     for looks in (True, False):
         monkeypatch.setattr(statistics, "is_looked_at", lambda device, looks=looks: looks)
         segments, sums, _ = replayed(keep, 25)
-        next(segments)
-        next(segments)
-        with asked(monkeypatch) as calls, Operators() as operators:
-            next(segments)
-        if not looks:
-            assert calls.total() <= 3, calls
-            assert operators.waited == {}
-        next(segments)
+        assert len(list(segments)) == SEGMENTS
         every[looks] = sums.totals(), sums.histogram, sums.units
     (looked, *others), (not_looked, *same) = every[True], every[False]
     assert looked.keys() == not_looked.keys()

@@ -17,8 +17,10 @@ from lca_posthoc.replay.events import Note
 from lca_posthoc.replay.levels import MemoryOfLevels, highest_that_fits
 from lca_posthoc.replay.plan import plan
 from lca_posthoc.replay.requests import LevelMemory
+from lca_posthoc.replay.worker.memory_estimate import free_memory_each
 from lca_posthoc.results import open_run, read_manifest, required_bytes, verify
 from tests.helpers.cli import document, lca, record, refused, run_lca, write_task
+from tests.helpers.late_device import CUDA, install
 
 # bytes of memory and of disk a replay takes in the tests of the rule
 NEEDS = {"tensors": 16e9, "units": 17e9, "statistics": 80e9, "parameters": 90e9}
@@ -112,6 +114,13 @@ def test_a_lack_of_memory_names_what_helps(
 @pytest.mark.parametrize("keep", KEEP)
 def test_nothing_is_lacking_where_it_fits_to_the_byte(keep: str) -> None:
     assert memory(NEEDS[keep]).short_of(keep, lower=()) is None
+
+
+def test_on_a_gpu_its_own_memory_counts_with_what_torch_keeps_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch)
+    assert free_memory_each(4, CUDA) == 2**30 + 2 * 2**20
 
 
 # --- a run ----------------------------------------------------------------------------------------

@@ -21,13 +21,14 @@ from lca_posthoc.checkpoints import reading
 from lca_posthoc.checkpoints.trajectory import Checkpoint, open_trajectory
 from lca_posthoc.errors import LCAWarning, SpanError
 from lca_posthoc.numerics import allocation
-from lca_posthoc.numerics.objective import Objective
+from lca_posthoc.numerics.objective import Objective, to_device
 from lca_posthoc.numerics.schema import KEEP
 from lca_posthoc.replay.requests import StoredPoints
 from lca_posthoc.replay.worker import read_ahead
 from lca_posthoc.replay.worker.read_ahead import PointsAhead
 from tests.helpers.cli import STEPS, contents, iterates, says, step_file
 
+from ..helpers.late_device import install
 from ..helpers.wrong_input import Place, spans_of
 
 LONG = 60.0  # seconds after which a thread is taken to wait for ever, on a busy machine too
@@ -67,11 +68,11 @@ def points(place: Place) -> StoredPoints:
     )
 
 
-def an_objective(recalibration: object = None) -> Objective:
+def an_objective(recalibration: object = None, device: str = "cpu") -> Objective:
     return cast(
         "Objective",
         SimpleNamespace(
-            device=torch.device("cpu"),
+            device=torch.device(device),
             dtype=torch.float32,
             recalibration=recalibration,
             parameter_bytes=1000,
@@ -95,6 +96,20 @@ def test_every_checkpoint_comes_in_turn_whether_it_was_read_ahead_or_not(
             assert all(torch.equal(point[name], iterates()[index][name]) for name in point)
         walk.begin_next()
         assert list(walk) == []
+
+
+def test_checkpoints_are_on_their_way_to_a_gpu_before_they_are_asked_for(
+    points: StoredPoints, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = install(monkeypatch)
+    to_device.cache_clear()
+    with PointsAhead(points, slice(0, 3), an_objective(device="cuda")) as walk:
+        for index in range(4):
+            walk.begin_next()
+            _, point = next(walk)
+            assert all(torch.equal(point[name], iterates()[index][name]) for name in point)
+    to_device.cache_clear()
+    assert len(late.streams) == len(late.pinned) == 4 * len(iterates()[0])
 
 
 def test_the_model_is_evaluated_by_the_thread_that_asks(points: StoredPoints) -> None:

@@ -22,6 +22,7 @@ from lca_posthoc import Loss, Task
 from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import LCAError, SpanError
 from lca_posthoc.numerics.allocation import Scratch
+from lca_posthoc.numerics.objective import Row
 from lca_posthoc.numerics.schema import (
     BYTES_OF_TOTALS,
     TOTAL_FIELDS,
@@ -58,13 +59,14 @@ def series(segments: int, scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 def totals_of(motion: np.ndarray, gradient: np.ndarray, unit: float) -> Totals:
     device = torch.device("cpu")
-    running = _Running(SPEC, len(motion), device, unit, Scratch(device))
+    row = Row({SPEC.name: torch.Size(SPEC.shape)}, device)
+    running = _Running(row, len(motion), device, unit, Scratch(device))
     for moved, slope in zip(motion, gradient, strict=True):
         moved, slope = torch.tensor(moved).reshape(-1), torch.tensor(slope).reshape(-1)
         for part in (slice(0, 2), slice(2, 6)):
             exact = moved[part] * slope[part]
             running.add(part, moved[part], slope[part], exact, exact.float())
-    return running.arrays()
+    return running.arrays()[SPEC.name]
 
 
 # --- whole numbers --------------------------------------------------------------------------------

@@ -4,14 +4,16 @@ mode, probes.
 
 from .batches import Split, automatic_batch_size, power_of_two
 from .between import Between
+from .bundles import Bundle
 from .data import replicates_of
-from .device_errors import is_out_of_memory, spoils_device
+from .device_errors import is_out_of_memory, spoils_device, without_cudnn
 from .directions import (
     Along,
     Motion,
     NoGradients,
     WholeGradients,
     blocks,
+    row_sums_along,
     sums_along,
     units_of,
 )
@@ -37,20 +39,27 @@ from .probe import (
 from .readings import Numbers, Reading, read
 from .recalibration import in_both_modes, statistics_of
 from .rounding import rounding_errors
+from .rows import InRows, Row, Rows, rows_of, rows_of_shapes
 from .settings import ObjectiveSettings
 from .shown import texts_of
+from .sources import free_on
 from .sums import Evaluation, PartialSums, joined
 from .tensors import tensor_table
+from .transfers import Arriving, FromDevice, to_device
 
 __all__ = [
     "Along",
+    "Arriving",
     "Between",
+    "Bundle",
     "Distances",
     "Draws",
     "ElementOrder",
     "Evaluation",
+    "FromDevice",
     "Identity",
     "InARow",
+    "InRows",
     "Motion",
     "NoGradients",
     "Numbers",
@@ -60,6 +69,8 @@ __all__ = [
     "OfUnits",
     "PartialSums",
     "Reading",
+    "Row",
+    "Rows",
     "Split",
     "Units",
     "WholeGradients",
@@ -70,6 +81,7 @@ __all__ = [
     "distances",
     "drop_weightless_replicates",
     "float32",
+    "free_on",
     "hidden_from_autograd",
     "identify",
     "in_both_modes",
@@ -85,11 +97,16 @@ __all__ = [
     "refuse_mixed",
     "replicates_of",
     "rounding_errors",
+    "row_sums_along",
+    "rows_of",
+    "rows_of_shapes",
     "spoils_device",
     "statistics_of",
     "sums_along",
     "tensor_table",
     "texts_of",
+    "to_device",
     "units_of",
     "weights_of_sample",
+    "without_cudnn",
 ]

@@ -42,6 +42,7 @@ from .sources import (
     room_on,
     user_code,
 )
+from .transfers import Arriving
 
 _CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
@@ -80,19 +81,18 @@ def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
     if match := re.fullmatch(r"(\d*):(\d*)", subset):
         start, stop = int(match[1] or 0), int(match[2] or total)
         if start < stop <= total:
-            return torch.arange(start, stop)
+            return torch.arange(start, stop, device="cpu")
         problem = f"is empty or goes beyond the {total} examples"
     elif re.fullmatch(r"\d+(,\d+)+", subset):
         positions = [int(part) for part in subset.split(",")]
         if len(set(positions)) == len(positions) and max(positions) < total:
-            return torch.tensor(positions)
+            return torch.tensor(positions, device="cpu")
         problem = f"repeats a position or goes beyond the {total} examples"
     elif match := re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)@(\d{1,18})", subset):
         count = round(float(match[1]) * total)
         if 0 < float(match[1]) < 1 and count:
-            return torch.randperm(total, generator=torch.Generator().manual_seed(int(match[2])))[
-                :count
-            ]
+            drawn = torch.Generator().manual_seed(int(match[2]))
+            return torch.randperm(total, generator=drawn, device="cpu")[:count]
         problem = f"is not a fraction between 0 and 1 that gives at least one of {total} examples"
     raise InputError(
         f"--subset {subset!r} {problem}. Give positions A:B (from A up to, not including, B; "
@@ -121,7 +121,7 @@ class Order:
     @property
     def codes(self) -> Tensor:
         """Return the position of its group for each example, (examples,) int64."""
-        codes = torch.zeros(sum(self.counts), dtype=torch.int64)
+        codes = torch.zeros(sum(self.counts), dtype=torch.int64, device="cpu")
         for code, positions in enumerate(self.members):
             codes[positions] = code
         return codes
@@ -229,7 +229,7 @@ class Split:
         if isinstance(self._source, Stream):
             return None
         count = min(count, self.examples)
-        return torch.arange(count) * (self.examples - 1) // max(1, count - 1)
+        return torch.arange(count, device="cpu") * (self.examples - 1) // max(1, count - 1)
 
     def at(self, positions: Positions) -> object:
         """Return the examples at some positions as one batch on the device.
@@ -335,7 +335,7 @@ class Split:
         try:
             while (item := self._reader.result(pending.popleft())) is not END:
                 pending.append(self._reader.submit(next, items, END))
-                yield item
+                yield _here(item)
         finally:
             for waiting in pending:
                 waiting.cancel()
@@ -354,11 +354,12 @@ class Split:
                     item = self._reader.call(next, items, END)
                 if item is END:
                     return
-                yield item
+                yield _here(item)
         finally:
             self._reader.close(items)
 
     def _carried(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
+        """Yield batches on the device, or on their way to a GPU."""
         carry = move_ahead if self._device.type == "cuda" else move
         yield from map(
             functools.partial(carry, device=self._device, dtype=self._dtype), self._read(cuts)
@@ -401,7 +402,8 @@ class Split:
         members: dict[Any, list[int]] = {}
         for position, label in enumerate(labels):
             members.setdefault(label if isinstance(label, str) else int(label), []).append(position)
-        return Order(sorted(members), [torch.tensor(members[label]) for label in sorted(members)])
+        ascending = sorted(members)
+        return Order(ascending, [torch.tensor(members[label], device="cpu") for label in ascending])
 
     def _all_of(
         self, kind: type[_Labels], parts: Iterable[list[Any] | np.ndarray]
@@ -494,6 +496,11 @@ class Split:
                     f"examples ({shown}): the collate_fn reorders a batch, or a label depends on "
                     "the examples beside it. Give the labels of the whole split instead, as a list."
                 )
+
+
+def _here(batch: object) -> object:
+    """Return a batch, for what the device is asked to do from now on where it is on its way there."""
+    return batch.here() if isinstance(batch, Arriving) else batch
 
 
 def _same_labels(one: list[Any] | np.ndarray, other: list[Any] | np.ndarray) -> bool:

@@ -68,7 +68,9 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     if tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
         return [
             tensor.int_repr(),
-            torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64),
+            torch.tensor(
+                [tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64, device="cpu"
+            ),
         ]
     return [tensor.int_repr(), tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()]
 

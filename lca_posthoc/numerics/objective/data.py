@@ -219,7 +219,7 @@ class LossData:
 
 def _replicates(split: Split) -> Order:
     """Return the parts of a random subset, of which each is a random subset too."""
-    parts = torch.arange(split.examples).tensor_split(min(REPLICATES, split.examples))
+    parts = torch.arange(split.examples, device="cpu").tensor_split(min(REPLICATES, split.examples))
     return Order(list(range(len(parts))), list(parts))
 
 

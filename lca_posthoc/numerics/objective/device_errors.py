@@ -25,3 +25,16 @@ def spoils_device(error: BaseException | None) -> bool:
             return True
         error = error.__cause__
     return False
+
+
+def without_cudnn(error: BaseException) -> str:
+    """Return how to compute without cuDNN where an error says that it refuses what it was asked
+    for; nothing for other errors.
+    """
+    said = str(error)
+    if not isinstance(error, RuntimeError) or "cudnn" not in said.lower():
+        return ""
+    return (
+        f"{'' if said.endswith('.') else '.'} To evaluate losses without cuDNN, set "
+        "torch.backends.cudnn.enabled = False in the task file, and run again."
+    )

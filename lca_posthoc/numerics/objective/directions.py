@@ -16,8 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .bundles import Bundle, plan_of
+from .bundles import plan_of
 from .in_a_row import OfUnits
+from .rows import InRows, Row, rows_of
 
 EVERY = "every unit"  # the key of what is taken in of all tensors at once
 _BLOCK = 2**17  # numbers that stay in the cache
@@ -56,15 +57,14 @@ class Motion:
 
     start: Point
     end: Point
-    _differences: dict[Bundle, Tensor] = field(default_factory=dict, repr=False)
+    _differences: dict[Row, Tensor] = field(default_factory=dict, repr=False)
 
     @torch.no_grad()
-    def differences(self, bundle: Bundle) -> Tensor:
-        """Return end − start of some small tensors, in a row."""
-        if bundle not in self._differences:
-            start, end = bundle.rows(self)
-            self._differences[bundle] = end - start
-        return self._differences[bundle]
+    def differences(self, row: Row) -> Tensor:
+        """Return end − start of some small tensors in a row, (1, numbers)."""
+        if row not in self._differences:
+            self._differences[row] = row.of(self.end) - row.of(self.start)
+        return self._differences[row]
 
 
 @dataclass(frozen=True)
@@ -133,17 +133,6 @@ class _Backward:
         self.names: Collection[str] = tensors.keys()
         self.shapes: Mapping[str, tuple[int, ...]] = {}
 
-    def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
-        """Run a backward pass from `total`; call `take(name, values)` for each tensor."""
-        reached: list[str] = []
-
-        def complete(name: str, gradient: Tensor) -> None:
-            reached.append(name)
-            take(name, self._taken(name, gradient))
-
-        self._run(total, retain_graph, complete)
-        return reached
-
     def _run(
         self,
         total: Tensor,
@@ -178,17 +167,14 @@ class _Backward:
             if tensor.grad is not None:
                 watch(name)(tensor)
 
-    def _taken(self, name: str, gradient: Tensor) -> Tensor:
-        """Return what is taken in of a tensor's gradient."""
-        raise NotImplementedError
-
     def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
         """Return what was taken in of each tensor."""
         return by_key
 
 
 class WholeGradients(_Backward):
-    """Takes in the gradients of some tensors as they are; their mean has the type of the tensors.
+    """Takes in the gradients of some tensors as they are, those of small ones in rows; their mean
+    has the type of the tensors.
 
     Args:
         tensors: leaves of autograd's, by name.
@@ -199,10 +185,34 @@ class WholeGradients(_Backward):
         super().__init__(tensors)
         self.dtype = dtype
         self.mean_dtype = next((tensor.dtype for tensor in tensors.values()), dtype)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._rows = rows_of(tensors)
+        self._together = [row for row in self._rows.every if len(row.names) > 1]
+        self.shapes = {row.names[0]: (row.numbers,) for row in self._rows.every}
 
-    def _taken(self, name: str, gradient: Tensor) -> Tensor:
-        return gradient
+    def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
+        """Run a backward pass from `total`; call `take` for each tensor that is alone, and once it
+        is done for each row of others, by the name of its first tensor.
+        """
+        reached: list[str] = []
+        waiting: dict[str, Tensor] = {}
+        late = dict.fromkeys(name for row in self._together for name in row.names)
+
+        def complete(name: str, gradient: Tensor) -> None:
+            reached.append(name)
+            if name in late:
+                waiting[name] = gradient
+            else:
+                take(name, gradient.reshape(-1))
+
+        self._run(total, retain_graph, complete, late.keys())
+        for row in self._together:
+            if not waiting.keys().isdisjoint(row.names):
+                take(row.names[0], row.of_some(waiting)[0])
+        return reached
+
+    def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the gradient of each tensor."""
+        return InRows(self._rows, by_key)
 
 
 class SquaredNorms(_Backward):
@@ -216,10 +226,16 @@ class SquaredNorms(_Backward):
         super().__init__(tensors)
         self.shapes = dict.fromkeys(tensors, ())
 
-    def _taken(self, name: str, gradient: Tensor) -> Tensor:
-        flat = gradient.reshape(1, -1)
-        parts = [flat[place].double().square_().sum() for place in blocks(*flat.shape)]
-        return torch.stack(parts).sum() if parts else flat.new_zeros((), dtype=torch.float64)
+    def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
+        """Run a backward pass from `total`; call `take(name, square)` for each tensor."""
+        reached: list[str] = []
+
+        def complete(name: str, gradient: Tensor) -> None:
+            reached.append(name)
+            take(name, _square(gradient))
+
+        self._run(total, retain_graph, complete)
+        return reached
 
 
 class SumsAlong(_Backward):
@@ -267,7 +283,8 @@ class SumsAlong(_Backward):
         self._run(total, retain_graph, complete, plan.bundled)
         for bundle in plan.bundles:
             if not waiting.keys().isdisjoint(bundle.names):
-                sums[:, bundle.place] = bundle.sums_along(waiting, motions)
+                products = _products(bundle, bundle.of_some(waiting), motions)
+                sums[:, plan.place(bundle)] = bundle.unit_sums(products)
         if reached:
             take(EVERY, sums)
         return reached
@@ -290,9 +307,34 @@ class SumsAlong(_Backward):
         return OfUnits(by_key[EVERY], self.units) if by_key else {}
 
 
+def _square(gradient: Tensor) -> Tensor:
+    """Return Σ g², float64."""
+    flat = gradient.reshape(1, -1)
+    parts = [flat[place].double().square_().sum() for place in blocks(*flat.shape)]
+    return torch.stack(parts).sum() if parts else flat.new_zeros((), dtype=torch.float64)
+
+
 def units_of(tensor: Tensor, axis: int | None) -> int:
     """Return the number of a tensor's units: its extent along their axis; 1 without one."""
     return 1 if axis is None else tensor.shape[axis]
+
+
+@torch.no_grad()
+def row_sums_along(row: Row, gradient: Tensor, motions: Sequence[Motion]) -> Tensor:
+    """Return the sums over each tensor of a row of its gradient, (1, numbers), along directions,
+    (directions, tensors) float64.
+    """
+    if len(row.names) > 1:
+        return row.sums(_products(row, gradient, motions))
+    ((name, shape),) = row.shapes.items()
+    return sums_along(name, gradient.reshape(shape), motions, None)
+
+
+def _products(row: Row, gradient: Tensor, motions: Sequence[Motion]) -> Tensor:
+    """Return gradient · motion of some small tensors in a row, (motions, numbers); differences and
+    products are of the gradient's type.
+    """
+    return torch.cat([gradient * motion.differences(row).to(gradient.dtype) for motion in motions])
 
 
 def sums_along(name: str, gradient: Tensor, motions: Iterable[Motion], axis: int | None) -> Tensor:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .bundles import is_small, plan_of
 from .directions import Motion, blocks
 from .readings import Reading
+from .rows import is_small, rows_of
 
 
 class Distances(Mapping[str, float]):
@@ -70,10 +70,7 @@ def distances(motion: Motion, names: Iterable[str]) -> Distances:
             for rows, columns in blocks(*start.shape)
         ]
         parts.append(((name,), Reading(torch.stack(pieces)[None])))
-    for bundle in plan_of(starts, dict.fromkeys(starts)).bundles:
-        before, after = (
-            row.to(torch.float64, copy=True) for row in bundle.rows(Motion(starts, ends))
-        )
-        sums = bundle.sums(after.sub_(before).abs_(), 1)
-        parts.append((bundle.names, Reading(sums.T)))
+    for row in rows_of(starts).every:
+        before, after = (row.of(point).to(torch.float64, copy=True) for point in (starts, ends))
+        parts.append((row.names, Reading(row.sums(after.sub_(before).abs_()).T)))
     return Distances(parts)

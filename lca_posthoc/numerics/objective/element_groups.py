@@ -37,7 +37,7 @@ class ElementOrder:
     @property
     def counts(self) -> list[int]:
         """Return the number of examples that hold an element of each group."""
-        counts = torch.zeros(len(self.labels), dtype=torch.int64)
+        counts = torch.zeros(len(self.labels), dtype=torch.int64, device="cpu")
         for codes in self.codes:
             counts[torch.unique(codes).long()] += 1
         return counts.tolist()

@@ -310,7 +310,7 @@ def _single_elements(shares: ElementShares) -> Iterator[Tensor]:
 def _signs(values: Tensor) -> Tensor:
     """Return a sign for every element, (elements,), the same in every process."""
     generator = torch.Generator().manual_seed(0)
-    signs = torch.randint(0, 2, (values.numel(),), generator=generator) * 2 - 1
+    signs = torch.randint(0, 2, (values.numel(),), generator=generator, device="cpu") * 2 - 1
     return signs.to(values.device, torch.float64)
 
 

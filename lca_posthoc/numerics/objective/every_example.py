@@ -104,7 +104,8 @@ class EveryExample:
         if order is None:
             totals, shares = map(sum_of_rows, rows)
         else:
-            members, sizes = torch.cat(list(order.members)), torch.tensor(order.counts)
+            members = torch.cat(list(order.members))
+            sizes = torch.tensor(order.counts, device="cpu")
             totals, shares = (_sums_of_groups(values, members, sizes) for values in rows)
         units = Units(dict.fromkeys(self._shares, 1))
         of_tensors = OfUnits(self._shares.units.totals(shares), units)

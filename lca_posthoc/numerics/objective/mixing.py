@@ -64,7 +64,7 @@ def _sums(objective: Objective, name: str, data: object) -> Tensor:
         values, weights = objective.values(name, fresh(data))
     count = values.numel() if weights is None else weights.double().sum()
     total = float(values.detach().double().sum())
-    return torch.tensor([total, float(count)], dtype=torch.float64)
+    return torch.tensor([total, float(count)], dtype=torch.float64, device="cpu")
 
 
 def _first_that_differs(

@@ -16,9 +16,8 @@ from ...checkpoints.trajectory import TensorSpec
 from ...errors import InputError, few
 from ...tasks.task import Task, every_name
 from .between import Between
-from .bundles import Plan, is_small, plan_of
 from .containers import dense_parts, digest_of
-from .directions import Motion
+from .rows import InRows, Rows, is_small, rows_of
 from .settings import ObjectiveSettings
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
@@ -87,12 +86,11 @@ class ModelTensors:
         return [name for name in self._by_name if name not in self._small]
 
     @cached_property
-    def _plan(self) -> Plan:
+    def _rows(self) -> Rows:
         """Return which small tensors are interpolated together."""
-        floating = {
-            name: tensor for name, tensor in self._small.items() if tensor.is_floating_point()
-        }
-        return plan_of(floating, dict.fromkeys(floating))
+        return rows_of(
+            {name: tensor for name, tensor in self._small.items() if tensor.is_floating_point()}
+        )
 
     @property
     def allocated(self) -> list[TensorSpec]:
@@ -167,11 +165,15 @@ class ModelTensors:
         with torch.no_grad():
             for name in self._large:
                 self._by_name[name].copy_(point[name])
-            between: dict[str, Tensor] = {}
+            between: Mapping[str, Tensor] = {}
             if isinstance(point, Between):
-                motion = Motion(point.start, point.end)
-                for bundle in self._plan.bundles:
-                    between |= bundle.between(motion, point.x)
+                between = InRows(
+                    self._rows,
+                    {
+                        row.names[0]: torch.lerp(row.of(point.start), row.of(point.end), point.x)[0]
+                        for row in self._rows.every
+                    },
+                )
             values = [between[name] if name in between else point[name] for name in self._small]
             if values:
                 torch._foreach_copy_(list(self._small.values()), values)

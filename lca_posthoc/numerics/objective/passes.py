@@ -198,7 +198,7 @@ def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> B
         batch_size: examples of a batch.
         order: the groups; None where every example is one.
     """
-    own = torch.arange(split.examples) if order is None else order.codes
+    own = torch.arange(split.examples, device="cpu") if order is None else order.codes
     codes = torch.split(own, batch_size)
     with contextlib.closing(split.batches(batch_size, None, None)) as batches:
         for index, (_, batch) in enumerate(batches):
@@ -212,7 +212,7 @@ def one_batch(batch: object, examples: int) -> Batches:
         batch: the data.
         examples: their number.
     """
-    yield OfExamples(torch.arange(examples)), batch
+    yield OfExamples(torch.arange(examples, device="cpu")), batch
 
 
 def run_pass(

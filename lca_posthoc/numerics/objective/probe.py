@@ -263,7 +263,7 @@ def _weightless_elements(
     """Return the position of the first group of elements that weigh nothing, wherever they are;
     None where there is none.
     """
-    weighs = torch.zeros(len(order.labels), dtype=torch.bool)
+    weighs = torch.zeros(len(order.labels), dtype=torch.bool, device="cpu")
     size = objective.batch_sizes[split.name]
     with contextlib.closing(split.batches(size)) as batches:
         for codes, (_, batch) in zip(order.batches(size), batches, strict=False):
@@ -853,7 +853,7 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
     split = objective.splits[objective.losses[name].on]
     if objective.order(name) is None:
         return
-    reverse = Order([0], [torch.tensor(examples).flip(0)])
+    reverse = Order([0], [torch.tensor(examples, device="cpu").flip(0)])
     results: list[Tensor] = []
 
     def values(batch: object) -> tuple[Tensor, None]:

@@ -43,7 +43,7 @@ class _Pool:
 
     def __init__(self) -> None:
         self.count = 0
-        self.mean = self.squares = torch.zeros((), dtype=torch.float64)
+        self.mean = self.squares = torch.zeros((), dtype=torch.float64, device="cpu")
 
     def add(self, count: int, mean: Tensor, variance: Tensor, between: bool) -> None:
         mean, variance, whole = mean.double(), variance.double(), self.count + count

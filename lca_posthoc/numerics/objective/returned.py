@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...errors import InputError, few
 from ...tasks.task import Loss
+from .device_errors import without_cudnn
 
 
 def inputs_and_targets(batch: object) -> tuple[Any, Any]:
@@ -149,6 +150,9 @@ def way_out(loss: Loss, error: Exception, called: Mapping[str, object]) -> str:
         called: what was handed over so far: the inputs to the model, then outputs and targets to
             the function.
     """
+    advice = without_cudnn(error)
+    if advice:
+        return advice
     if "outputs" in called:
         name = getattr(loss.fn, "__name__", type(loss.fn).__name__)
         name = "fn" if name in ("partial", "<lambda>") else name

@@ -81,7 +81,7 @@ def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
         return
     count = sampled_examples(split.examples)
     positions = split.spread(count)
-    whole = torch.arange(count) if positions is None else positions
+    whole = torch.arange(count, device="cpu") if positions is None else positions
     most = max(1, size // 2)  # in the higher precision, a batch takes twice the memory
     parts = torch.split(whole, most)
     try:

@@ -29,6 +29,7 @@ from ...errors import InputError
 from .containers import change_tensors, digest_of, feed, rows, size_of
 from .device_errors import is_out_of_memory
 from .draws import Draws
+from .transfers import Arriving, Copy, to_device
 
 _RESIDENT_SHARE = 0.25
 DIGESTED = 256
@@ -54,20 +55,20 @@ def move(batch: object, device: torch.device, dtype: torch.dtype) -> object:
         return change_tensors(batch, moved, _to(device))
 
 
-def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> object:
-    """Return a batch on a GPU as `move` does, from pinned memory, so that neither side waits for
-    the copy.
-    """
+def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> Arriving[object]:
+    """Begin to move a batch to a GPU as `move` does; neither side waits for the copies."""
 
-    def moved(tensor: Tensor) -> Tensor:
-        tensor = converted(tensor, dtype)
-        plain = tensor.layout == torch.strided and not tensor.is_nested and type(tensor) is Tensor
-        if tensor.device.type != "cpu" or not plain:
-            return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
+    def load(copy: Copy) -> object:
+        def moved(tensor: Tensor) -> Tensor:
+            tensor = converted(tensor, dtype)
+            plain = tensor.layout == torch.strided and not tensor.is_nested
+            is_ours = tensor.device.type == "cpu" and plain and type(tensor) is Tensor
+            return copy(tensor) if is_ours else tensor.to(device)
+
+        return change_tensors(batch, moved, _to(device))
 
     with _moving(device, dtype), torch.cuda.device(device):
-        return change_tensors(batch, moved, _to(device))
+        return to_device(device, "batches").begin(load)
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,9 +122,15 @@ def room_on(device: torch.device) -> float:
     """Return the bytes a split may occupy, a share of the free memory; it decides speed, never a
     result.
     """
-    if device.type == "cuda":
-        return _RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
-    return _RESIDENT_SHARE * free_memory()
+    return _RESIDENT_SHARE * (free_on(device) if device.type == "cuda" else free_memory())
+
+
+def free_on(device: torch.device) -> float:
+    """Return the bytes that are free on a GPU, with those that torch keeps there and does not
+    use.
+    """
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 @contextlib.contextmanager
@@ -184,7 +191,7 @@ class Stream:
         with user_code(f"split {self.name!r} cannot be read"):
             items = iter(self.data)
         if subset is not None:
-            chosen = torch.zeros(int(subset.max()) + 1, dtype=torch.bool)
+            chosen = torch.zeros(int(subset.max()) + 1, dtype=torch.bool, device="cpu")
             chosen[subset] = True
             items = itertools.compress(items, chosen.tolist())
         position, first, digest = 0, (0, 0), hashlib.blake2b(digest_size=16)

@@ -137,7 +137,8 @@ def joined(
         return Evaluation.known(loss / weight, weight, {})
     units = Units({name: shape[-1] for name, shape in shapes.items()})
     directions = next(iter(shapes.values()))[0]
-    sums = OfUnits(torch.zeros((directions, units.count), dtype=torch.float64), units)
+    zeros = torch.zeros((directions, units.count), dtype=torch.float64, device="cpu")
+    sums = OfUnits(zeros, units)
     for part in parts:
         for name, of_tensor in part.gradient.items():
             sums[name].add_(of_tensor)

@@ -96,7 +96,7 @@ class Drawn(Mapping[str, Tensor]):
         if not tensor.is_floating_point():
             return tensor
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        drawn = torch.randn(tensor.shape, generator=generator).to(tensor)
+        drawn = torch.randn(tensor.shape, generator=generator, device="cpu").to(tensor)
         size = float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
         return tensor + drawn * (size or 1.0)
 

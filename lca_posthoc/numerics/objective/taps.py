@@ -184,7 +184,8 @@ class _Batch:
         if output._is_view():
             output = output.clone()
         if not output.requires_grad:
-            output = _Anchor.apply(output, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
+            anchor = torch.zeros((), device=output.device, requires_grad=True)
+            output = _Anchor.apply(output, anchor)  # type: ignore[no-untyped-call]
         casts = torch.is_autocast_enabled(output.device.type)
         if call.function in ADDITIONS:
             call = call.with_operands({place: None for place in call.operands if place not in made})

@@ -70,10 +70,10 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str, keep:
 
 def free_memory_each(workers: int, device: torch.device) -> float:
     """Return the bytes that are free for one of the workers of a host, or on the GPU."""
-    import torch
+    from ...numerics.objective import free_on
 
     if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
+        return free_on(device)
     return available_memory.free_memory() / workers
 
 

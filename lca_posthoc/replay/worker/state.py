@@ -182,7 +182,7 @@ def _as_ours(error: Exception, request: object) -> LCAError:
     """Return an error of ours that says what another one says, and what to do where that is
     known.
     """
-    from ...numerics.objective import is_out_of_memory
+    from ...numerics.objective import is_out_of_memory, without_cudnn
 
     if isinstance(error, OSError):
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -194,7 +194,7 @@ def _as_ours(error: Exception, request: object) -> LCAError:
         size = request.setup.settings.batch_size if isinstance(request, TaskRequest) else None
         hint = "Give a smaller --batch-size" + ("" if size is None else f" than {size}")
         return ResourceError(f"out of memory ({str(error)[:200]}). {hint}.")
-    return SpanError(f"{type(error).__name__}: {error}")
+    return SpanError(f"{type(error).__name__}: {error}{without_cudnn(error)}")
 
 
 def checkpoint_at(points: StoredPoints, index: int) -> Checkpoint:
