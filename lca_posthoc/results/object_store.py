@@ -17,6 +17,7 @@ import contextlib
 import errno
 import functools
 import os
+import socket
 import threading
 import time
 import uuid
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import obstore
+import psutil
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import from_url
 
@@ -42,6 +44,7 @@ _AT_A_TIME = 16  # requests, where several are asked for
 _LINES = 2**18  # bytes of a part of a log
 _ATTEMPTS = 3  # to write, where the store does not answer
 _RETRIES, _RETRY_FOR = 8, timedelta(seconds=90)  # of a request, by the driver
+_TRIAL, _OLD = ".trial-", 3600.0  # beginning of a name; seconds after which nobody needs the file
 _FOUND_OUT = set[str]()  # the roots of stores that keep to what they must
 
 
@@ -186,9 +189,10 @@ def _below(directory: Path) -> list[str]:
 def check_promises(run: Path) -> None:
     """Try conditional puts, reading after writing, and listing, once for each store."""
     root = str(run).partition("://")[2].partition("/")[0]
+    _sweep_trials(run / "log")
     if root in _FOUND_OUT:
         return
-    trial = run / "log" / f".trial-{uuid.uuid4().hex}"
+    trial = run / "log" / _trial_name()
     try:
         broken = next(_broken(trial), None)
     except OSError as error:
@@ -205,6 +209,25 @@ def check_promises(run: Path) -> None:
             "or lose what they wrote. Write the run elsewhere with --out."
         )
     _FOUND_OUT.add(root)
+
+
+def _trial_name() -> str:
+    """Return a name for a file that is there for a moment, which tells whose it is."""
+    return f"{_TRIAL}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+
+
+def _sweep_trials(directory: Path) -> None:
+    """Remove such files of processes that were killed: of this host by their number, of others by
+    their age.
+    """
+    for name in names(directory):
+        if name.startswith(_TRIAL):
+            host, pid, _ = name.removeprefix(_TRIAL).rsplit("-", 2)
+            here = host == socket.gethostname()
+            with contextlib.suppress(OSError):
+                changed = _meta(directory / name)["last_modified"].timestamp()
+                if not psutil.pid_exists(int(pid)) if here else time.time() - changed > _OLD:
+                    remove(directory / name)
 
 
 def _broken(trial: Path) -> Iterator[str]:
@@ -495,7 +518,7 @@ class StoredLock:
     def _now(self) -> float:
         if not self._may_write:
             return time.time()
-        trial = self._path.parent / "log" / f".now-{uuid.uuid4().hex}"
+        trial = self._path.parent / "log" / _trial_name()
         _put(trial, b"")
         try:
             return _meta(trial)["last_modified"].timestamp()

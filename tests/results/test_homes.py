@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -253,6 +254,21 @@ def test_a_store_that_breaks_a_promise_is_refused_with_the_reason(
     with pytest.raises(ResourceError, match=reason):
         hold(place).__enter__()
     assert disk.names(place) == disk.names(place / "log") == []
+
+
+def test_what_a_killed_driver_tried_is_removed_by_the_next(
+    object_store: ObjectServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = object_store.place() / "run.lca"
+    host, dead = socket.gethostname(), 2**22 + 1
+    for name in (f"{host}-{dead}-a", f"{host}-{os.getpid()}-b", "another-host-1-c"):
+        disk.write_whole(place / "log" / f".trial-{name}", b"", durable=False)
+    with hold(place):
+        left = disk.names(place / "log")
+    assert sorted(left) == sorted([".trial-another-host-1-c", f".trial-{host}-{os.getpid()}-b"])
+    monkeypatch.setattr(stores, "_OLD", -60.0)
+    with hold(place):
+        assert disk.names(place / "log") == [f".trial-{host}-{os.getpid()}-b"]
 
 
 def test_a_store_that_refuses_to_write_is_said_to(
