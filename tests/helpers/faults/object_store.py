@@ -8,6 +8,7 @@ import contextlib
 import itertools
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,17 +54,19 @@ def _server() -> Iterator[ObjectServer]:
 @fault("R24", "kill -9 of the driver of a run in an object store (as R1)", ci=2, full=40)
 def driver_killed(count: int, _: Path) -> str:
     chance, levels, kills, again, trials = random.Random(24), drawn_levels(24), 0, 0, list[str]()
-    took = 2.0
+    took = list[float]()
     with _server() as server:
         while kills < count:
             trials.append(keep := next(levels))
             with laid_out(keep=keep) as (place, clean):
+                took = took or [_measured(server, place, cluster) for cluster in (INLINE, LOCAL)]
                 out, log, of_this_run = server.place() / "run.lca", place / "log", 0
                 environment, drivers = counting(log) | server.environment, []
-                while kills < count:
-                    cluster = (INLINE, LOCAL)[kills % 2]
+                while kills < count and of_this_run < 5:
+                    at = kills % 2
+                    cluster = (INLINE, LOCAL)[at]
                     drivers.append(drive(place, out, *cluster, environment=environment, keep=keep))
-                    if drivers[-1].wait(chance.uniform(0, took)):
+                    if drivers[-1].wait(chance.uniform(0, took[at])):
                         assert drivers[-1].returncode == 0, drivers[-1].said
                         break
                     drivers[-1].kill()
@@ -77,6 +80,14 @@ def driver_killed(count: int, _: Path) -> str:
         f"{kills} kills in {len(trials)} runs ({by_level(trials)}), {again} extra executions, "
         "bytes equal"
     )
+
+
+def _measured(server: ObjectServer, place: Path, cluster: tuple[object, ...]) -> float:
+    """Seconds of an undisturbed driver."""
+    started = time.monotonic()
+    driver = drive(place, server.place() / "run.lca", *cluster, environment=server.environment)
+    assert driver.finished() == 0, driver.said
+    return time.monotonic() - started
 
 
 @fault("R25", "two drivers on one run in an object store (as R9)", ci=2, full=20)
