@@ -246,7 +246,7 @@ def test_a_store_that_breaks_a_promise_is_refused_with_the_reason(
     case: str, object_store: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ignored, reason = BROKEN[case]
-    monkeypatch.setattr(stores, "_FOUND_OUT", set())
+    monkeypatch.setattr(stores, "_FOUND_OUT", [])
     monkeypatch.setattr(
         object_store, "fate", lambda request: "unconditional" if ignored(request) else "through"
     )
