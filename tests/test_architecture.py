@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -308,3 +310,15 @@ def test_what_touches_no_file_is_not_noticed(line: str) -> None:
 def test_every_name_of_a_file_of_a_run_is_noticed(line: str, number: int) -> None:
     """The test above can fail."""
     assert sum(bool(RUN_FILES.search(text)) for _, text in texts(ast.parse(line))) == number
+
+
+def test_what_replays_and_writes_does_not_load_what_only_readers_need() -> None:
+    """Xarray takes 80 MB with what it imports, in every worker."""
+    script = (
+        "import sys, lca_posthoc.replay.run, lca_posthoc.replay.worker.spans\n"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
+    )
+    command = [sys.executable, "-c", script]
+    loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert {"torch", "lca_posthoc"} <= {*loaded}
+    assert {"xarray", "pandas", "scipy", "matplotlib", "bokeh"} & {*loaded} == set()

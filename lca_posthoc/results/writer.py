@@ -39,7 +39,6 @@ from .packs import Seal
 from .partials import bytes_of_partial, read_partial, write_partial
 from .runfile import exists, manifest_bytes, read_manifest, refuse_other, write_manifest
 from .shard_sums import remove_sums
-from .totals import StoredTotals
 from .underway import LOG, remove_reports
 
 if TYPE_CHECKING:
@@ -441,6 +440,8 @@ class RunWriter:
             window
         ):
             return record
+        from .totals import StoredTotals  # with xarray, which takes 80 MB
+
         store = CheckedStore(self.path, manifest, then.loss, tuple(TOTAL_FIELDS))
         totals = (
             StoredTotals(store, tensor.key).read(window, (slice(None),) * len(tensor.spec.shape))
