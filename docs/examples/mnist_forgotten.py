@@ -5,8 +5,9 @@ LCA_DATA=DIR python docs/examples/mnist_forgotten.py OUT [ITERATES]
 ```
 
 DIR holds `mnist.safetensors`. Trains for 220 iterates by default, as `mnist_fc.py` does, keeps the
-loss of each of the first 2,000 training images, and draws `OUT/forgotten.png`: the images that
-ended furthest above their lowest loss, and what each layer added since then.
+loss of each of the first 2,000 training images, and draws `OUT/forgotten.png`: of the images whose
+loss had come down, those that ended furthest above their lowest loss, and what each layer added
+since then.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def main(out: Path, iterates: int = mnist_fc.ITERATES) -> None:
     )
     probe = run["probe"]
     found = lca.findings.examples(probe)
-    worst = np.argsort(-found["forgotten"].values, kind="stable")[:SHOWN]
+    forgotten = found["story_example"].values[found["story_kind"].values == "most forgotten"]
+    worst = found.indexes["example"].get_indexer(forgotten[:SHOWN])
     layers = [str(layer) for layer in found["layer"].values]
     print(f"{'image':>7} {'digit':>6} {'lowest':>7} {'end':>7}  since then, by layer")
     for position in worst:

@@ -18,6 +18,7 @@ _HALVES = r"\ud800-\udfff"  # of a pair of surrogates: no encoding has them
 _TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _LINE_ENDS = r"\u2028\u2029"
 _UNSAFE = re.compile(f"[{_CONTROLS}{_HALVES}{_TURNS}{_LINE_ENDS}]")
+_LINE_END = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 _UNSTORABLE = re.compile(f"[{_CONTROLS}{_HALVES}]")
 
 
@@ -32,23 +33,23 @@ def safe(text: str) -> str:
 
 
 def safe_in_page(text: str) -> str:
-    """Return a text with the sign U+FFFD in place of each unsafe one; its mark-up must still be
-    escaped.
+    """Return a text with an arrow for each new line and the sign U+FFFD in place of every other
+    unsafe one; its mark-up must still be escaped.
 
-    >>> safe_in_page("a\\x1b[31mb")
-    'a\N{REPLACEMENT CHARACTER}[31mb'
+    >>> safe_in_page("a\\x1b[31mb\\n")
+    'a\N{REPLACEMENT CHARACTER}[31mb↵'
     """
-    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text)
+    return _UNSAFE.sub("\N{REPLACEMENT CHARACTER}", text.replace("\n", _LINE_END))
 
 
 def safe_in_figure(text: str) -> str:
     r"""Return a text as matplotlib draws it letter by letter: without mathematics, never hidden
-    from a legend.
+    from a legend; a new line is an arrow.
 
-    >>> safe_in_figure("a$b$\x1b")
-    'a\\$b\\$?'
+    >>> safe_in_figure("a$b$\x1b\n")
+    'a\\$b\\$?↵'
     """
-    text = _UNSAFE.sub("?", text).replace("$", r"\$")
+    text = _UNSAFE.sub("?", text.replace("\n", _LINE_END)).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
 

@@ -127,8 +127,8 @@ def clusters(
     left_out = unfinished(results)
     if len(data.positions) < reader.count:
         left_out.append(
-            f"Clusters are of {len(data.positions):,} of {count(reader.count, reader.per)}, evenly "
-            "spaced, of those whose weight is not 0."
+            f"Clusters are of {len(data.positions):,} of {count(reader.count, reader.per)}: "
+            "evenly spaced ones among those whose weight is not 0."
         )
     if space.distinct == 1:
         left_out.append("All were learned alike: there is nothing to tell clusters by.")

@@ -84,7 +84,9 @@ def examples(
     its losses at the start of training and at the end of every segment.
 
     *Forgotten* is how far the loss ended above its lowest value: the measure of Chaudhry et al.
-    (2018), which takes accuracies of a task, for the loss of an example. *Events* are
+    (2018), which takes accuracies of a task, for the loss of an example. Among the most forgotten
+    are only examples whose loss had come down by `least` below its start: what training only ever
+    made worse was hurt, and had nothing to forget. *Events* are
     counted in analogy to Toneva et al. (2019), who count how often an example goes from classified
     rightly to wrongly. A loss has no such border, so it is drawn for each example where it is as far
     from what it came down from as from what it came down to. An example is learned when its loss
@@ -141,7 +143,7 @@ def examples(
     picked = [_position(reader, name) for name in named]
     mean, silent = _mean_at_start(reader)
     threshold = _LEAST * abs(mean) if least is None else least
-    tallies = _Tallies(reader, extremes)
+    tallies = _Tallies(reader, extremes, threshold)
     shown, rows = reader.spread(most), _Rows()
     for part in reader.blocks():
         course = _course(reader, part, threshold)
@@ -229,14 +231,14 @@ def _course(reader: ExampleReader, part: Part, least: float) -> _Course:
 class _Tallies:
     """Sums, counts and extremes over all examples."""
 
-    def __init__(self, reader: ExampleReader, extremes: int) -> None:
+    def __init__(self, reader: ExampleReader, extremes: int, least: float) -> None:
         shape = (reader.segments, len(reader.layers))
         self.signed, self.absolute = np.zeros(shape), np.zeros(shape)
         self.total, self.total_absolute = np.zeros(shape[1]), np.zeros(shape[1])
         self.weight, self.weights = 0.0, np.zeros((shape[0], 1))
         self.most = {name: np.zeros(shape[1], dtype=int) for name in ("helped", "hurt", "forgot")}
         self.fates = np.zeros(len(FATES), dtype=int)
-        self._extremes = extremes
+        self._extremes, self._least = extremes, least
         self._best: dict[str, list[tuple[float, int]]] = {
             "most helped": [],
             "most hurt": [],
@@ -280,10 +282,11 @@ class _Tallies:
     def _keep(self, start: int, course: _Course, weights: Numbers) -> None:
         """Keep the extremes among those of earlier blocks and of this one."""
         change = course.end - course.start
+        came_down = course.start - course.lowest >= self._least
         for kind, values in (
             ("most helped", -change),
             ("most hurt", change),
-            ("most forgotten", course.end - course.lowest),
+            ("most forgotten", np.where(came_down, course.end - course.lowest, 0.0)),
         ):
             values = np.where((weights > 0) & np.isfinite(values), values, 0.0)
             entries = [

@@ -99,11 +99,11 @@ def _cluster(
     own = finding.isel(cluster_number=cluster)
     if "central_text" in own.coords and str(own["central_text"].item()):
         text = str(own["central_text"].item())
-        title += f": {safe_in_figure(text if len(text) <= _TEXT else f'{text[: _TEXT - 1]}…')}"
-    tidy(ax, x="training step", title=title)
+        title += f"\n{safe_in_figure(text if len(text) <= _TEXT else f'{text[: _TEXT - 1]}…')}"
+    tidy(ax, x="training step")
+    ax.set_title(title, loc="left", fontsize=SMALL)
     if start:
         ax.set_ylabel("change since the start\n(units of loss)", fontsize=SMALL, color=INK)
-    ax.title.set_fontsize(SMALL)
     ax.margins(x=0.01)
 
 

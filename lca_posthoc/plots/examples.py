@@ -127,7 +127,8 @@ def _story(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, position: int) -> 
     title = f"{finding.attrs['per']} {story_name(finding, position)}"
     if "story_group" in one.coords:
         title += f", group {safe_in_figure(str(one['story_group'].item()))}"
-    title += f": {one['story_kind'].item()}, by {labels([one['story_layer'].item()], 22)[0]}"
+    kind, (layer,) = str(one["story_kind"].item()), labels([one["story_layer"].item()], 22)
+    title += f": mostly by {layer}" if kind == "named" else f": {kind}, mostly by {layer}"
     if "story_text" in one.coords and str(one["story_text"].item()):
         title += f"\n{safe_in_figure(_start(str(one['story_text'].item())))}"
     tidy(ax, x="training step", y="change since the start\n(units of loss)", title=title)

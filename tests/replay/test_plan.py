@@ -222,6 +222,40 @@ def test_timing_evaluates_a_split_no_more_than_a_few_times(
     assert [stage.split()[0] for stage in stages] == ["reading", "building", "timing"]
 
 
+@pytest.mark.parametrize(
+    ("of_a_pass", "of_an_example", "counts"),
+    [
+        (0.25, 0.0, [1, 4, 16, 64, 100]),
+        (0.25, 0.125, [1, 4, 16]),
+        (0.0, 60.0, [1]),
+    ],
+)
+def test_elements_are_timed_on_a_whole_batch_or_until_it_takes_long(
+    monkeypatch: pytest.MonkeyPatch, of_a_pass: float, of_an_example: float, counts: list[int]
+) -> None:
+    """Most of a small model's pass takes the same time for any number of examples."""
+    examples, batch, clock, timed = 1000, 100, [0.0], list[int]()
+
+    def tell_elements(name: str, motions: object, batches: list[range], elements: int) -> None:
+        (told,) = batches
+        assert elements == 7 * len(told)
+        timed.append(len(told))
+        clock[0] += of_a_pass + of_an_example * len(told)
+
+    objective: Any = SimpleNamespace(
+        losses={"tokens": SimpleNamespace(split="train")},
+        splits={"train": SimpleNamespace(name="train", examples=examples, sample=range)},
+        batch_sizes={"train": batch},
+        point={},
+        elements_of=lambda name: 7,
+        tell_elements=tell_elements,
+    )
+    monkeypatch.setattr(costs, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    seconds = costs._seconds_of_elements(objective, "tokens")
+    assert timed == counts
+    assert seconds == (of_a_pass / counts[-1] + of_an_example) * examples
+
+
 def test_a_plan_evaluates_one_large_batch_about_three_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,7 +32,7 @@ _PART = (
     # part's gradient
     8
 )
-_FEW_FOR_ELEMENTS = 4  # examples on which the elements of a loss are timed
+_GROWTH = 4  # from one batch on which the elements of a loss are timed to the next
 _SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
 
 
@@ -138,18 +138,21 @@ def _seconds_of_examples(objective: Objective, name: str) -> float:
 
 
 def _seconds_of_elements(objective: Objective, name: str) -> float:
-    """Return the seconds of telling every element of a split apart along two motions, from a few
-    examples.
+    """Return the seconds of telling every element of a split apart along two motions, from more and
+    more examples, up to a batch: of few ones, most of the time is what a pass takes for any number.
     """
     from ...numerics.objective import Motion
 
     split, here = objective.splits[str(objective.losses[name].split)], objective.point
-    few = min(_FEW_FOR_ELEMENTS, split.examples)
     motions = [Motion(here, {tensor: values + 1 for tensor, values in here.items()})] * 2
-    start = time.perf_counter()
-    batch, elements = split.sample(0, few), few * objective.elements_of(name)
-    objective.tell_elements(name, motions, [batch], elements)
-    return (time.perf_counter() - start) / few * split.examples
+    most, count, seconds = min(objective.batch_sizes[split.name], split.examples), 0, 0.0
+    while count < most and seconds < _TIMED_SECONDS:
+        count = min(_GROWTH * count or 1, most)
+        batch, elements = split.sample(0, count), count * objective.elements_of(name)
+        start = time.perf_counter()
+        objective.tell_elements(name, motions, [batch], elements)
+        seconds = time.perf_counter() - start
+    return seconds / count * split.examples
 
 
 def _recalibrating(objective: Objective) -> float:

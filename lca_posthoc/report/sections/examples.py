@@ -211,8 +211,9 @@ def _extremes(finding: xr.Dataset) -> Table:
         title="Most helped, most hurt, most forgotten",
         columns=columns,
         rows=rows,
-        note="Forgotten is the loss at the end above its lowest, in units of loss; mostly by is the "
-        "layer that did most of it, since then.",
+        note="Forgotten is the loss at the end above its lowest, in units of loss; the most "
+        "forgotten are of examples whose loss had come down before. Mostly by is the layer that did "
+        "most of the change, of forgotten ones since the loss was lowest.",
         open=True,
     )
 
