@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -637,6 +638,26 @@ def test_a_training_that_is_resumed_has_the_moments_it_begins_with(
     assert moments_path(tmp_path, 1).stat().st_mtime_ns == before
     stated = record(tmp_path, 2)
     assert (stated.since, stated.groups[0].steps, stated.groups[0].has_memory) == (1, 2, True)
+
+
+@pytest.mark.parametrize("how", ["empty", "half", "zeros at the end"])
+def test_moments_that_a_power_cut_spoiled_are_written_again(
+    tmp_path: Path, model: nn.Module, how: str
+) -> None:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    with Recorder(tmp_path, model).attach(optimizer, save="moments"):
+        gradients(model, 1)
+        optimizer.step()
+    path = moments_path(tmp_path, 1)
+    whole = path.read_bytes()
+    size = {"empty": 0, "half": len(whole) // 2, "zeros at the end": len(whole) - 8}[how]
+    os.truncate(path, size)
+    if how == "zeros at the end":
+        os.truncate(path, len(whole))
+    assert path.read_bytes() != whole
+    with Recorder(tmp_path, model).attach(optimizer, step=1, save="moments"):
+        pass
+    assert path.read_bytes() == whole
 
 
 def test_space_for_moments_is_asked_for_before_there_are_any(

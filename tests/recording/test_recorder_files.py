@@ -216,21 +216,40 @@ def test_a_disk_slower_than_training_slows_it_down_and_nothing_is_left_out(
     assert len(made) == writer.FEWEST
 
 
-def test_flush_has_every_file_and_its_name_on_the_disk(
-    tmp_path: Path, linear: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flushed: list[str] = []
-    sync = os.fsync
+@pytest.fixture
+def flushed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The paths of what is flushed."""
+    paths, sync = list[str](), os.fsync
     monkeypatch.setattr(
         writer.os,
         "fsync",
-        lambda number: (flushed.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))[1],
+        lambda number: (paths.append(os.readlink(f"/proc/self/fd/{number}")), sync(number))[1],
     )
-    with Recorder(tmp_path, linear) as recorder:
+    return paths
+
+
+def test_flush_has_every_file_and_its_name_on_the_disk(
+    tmp_path: Path, linear: nn.Module, flushed: list[str]
+) -> None:
+    directory = tmp_path / "new" / "checkpoints"
+    with Recorder(directory, linear) as recorder:
         for step in range(3):
             recorder.save(step)
         recorder.flush()
-        assert steps_in(tmp_path) == [0, 1, 2]
+        assert steps_in(directory) == [0, 1, 2]
+        named = {str(place) for place in (tmp_path, tmp_path / "new", directory)}
+        assert {*map(str, names(directory)), *named} <= set(flushed)
+
+
+def test_flush_has_what_a_killed_recorder_left_on_the_disk_too(
+    tmp_path: Path, linear: nn.Module, flushed: list[str]
+) -> None:
+    with Recorder(tmp_path, linear) as recorder:
+        recorder.save(0)
+    flushed.clear()
+    with Recorder(tmp_path, linear) as recorder:
+        recorder.save(0)
+        recorder.flush()
         assert {*map(str, names(tmp_path)), str(tmp_path)} <= set(flushed)
 
 

@@ -508,6 +508,25 @@ def test_nothing_is_flushed_without_durability(
         }
 
 
+def test_a_power_cut_takes_neither_the_place_of_a_run_nor_the_word_that_it_was_at_work(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(
+        os, "fsync", lambda number: flushed.append(os.readlink(f"/proc/self/fd/{number}"))
+    )
+    path = tmp_path / "new" / "durable.lca"
+    results.create(path, read_manifest(run))
+    assert {str(tmp_path), str(path.parent)} <= {*flushed}
+    flushed.clear()
+    with lock.hold(path):
+        assert flushed == [str(path / "lock"), str(path)]
+    flushed.clear()
+    with lock.hold(path, durable=False):
+        pass
+    assert flushed == []
+
+
 def test_many_readers_at_once_read_the_same(run: Path) -> None:
     allocation = open_run(run)["validation"].allocation["hidden.weight"]
     expected, different = allocation.values, list[int]()

@@ -27,6 +27,7 @@ from .processes import MEMORY, Driver, named, undamaged, whole
 from .store import ARRAYS, DAMAGES
 
 SEGMENTS, FEW = 40, 16  # of a run, and where there is little time
+LEVELS = 19  # seed of the levels, for all rows: they share clean runs
 INLINE = ("--cluster", "inline")
 LOCAL = ("--cluster", "local", "--workers", 2)
 REMOVE = """\
@@ -138,7 +139,7 @@ def succeed(session: Session, driver: Driver) -> None:
 # --- flushed --------------------------------------------------------------------------------------
 
 
-@fault("R19a", "power cuts of a run, and of one that goes on", ci=3, full=50)
+@fault("R19a", "power cuts of a run, and of one that goes on", ci=2, full=50)
 def runs_cut(count: int, _: Path) -> str:
     if reason := why_not():
         return NOT_DONE + reason
@@ -148,7 +149,7 @@ def runs_cut(count: int, _: Path) -> str:
 
 def cut_runs(disk: Powered, count: int) -> str:
     """Cut the power of runs so often; nothing that was said to be committed is lost."""
-    trials, levels, most, committed = list[str](), drawn_levels(19), dict[str, int](), 0
+    trials, levels, most, committed = list[str](), drawn_levels(LEVELS), dict[str, int](), 0
     while disk.total < count:
         trials.append(keep := next(levels))
         cluster = LOCAL if len(trials) % 5 == 4 else INLINE
@@ -181,12 +182,12 @@ def _changes(disk: Powered, run: Case, start: Callable[..., Driver], *options: o
     return changes
 
 
-@fault("R19b", "power cuts of a repair", ci=2, full=20)
+@fault("R19b", "power cuts of a repair", ci=1, full=20)
 def repairs_cut(count: int, _: Path) -> str:
     """Some chunks of a finished run are damaged; what was whole stays so."""
     if reason := why_not():
         return NOT_DONE + reason
-    trials, levels, most, repaired = list[str](), drawn_levels(20), dict[str, int](), 0
+    trials, levels, most, repaired = list[str](), drawn_levels(LEVELS), dict[str, int](), 0
     with powered(20) as disk:
         while disk.total < count:
             trials.append(keep := next(levels))
@@ -250,7 +251,7 @@ def _nothing_else_damaged(run: Case, damaged: set[str]) -> None:
 # --- not flushed ----------------------------------------------------------------------------------
 
 
-@fault("R19e", "power cuts of a run with `--durability none`", ci=2, full=50)
+@fault("R19e", "power cuts of a run with `--durability none`", ci=1, full=50)
 def unflushed_runs_cut(count: int, _: Path) -> str:
     if reason := why_not():
         return NOT_DONE + reason
@@ -270,7 +271,7 @@ def _cut_unflushed(disk: Powered, count: int, prepare_run: Callable[[Case], obje
     """Cut the power so often of runs that flush nothing: what is lost is absent or named, and what
     can be read is right.
     """
-    trials, levels, most, left = list[str](), drawn_levels(23), dict[str, int](), Counter[str]()
+    trials, levels, most, left = list[str](), drawn_levels(LEVELS), dict[str, int](), Counter[str]()
     while disk.total < count:
         trials.append(keep := next(levels))
         with case(keep, count, disk) as run:

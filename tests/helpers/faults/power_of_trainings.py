@@ -133,7 +133,7 @@ def _recorded(steps: int) -> tempfile.TemporaryDirectory[str]:
     return made
 
 
-@fault("R19c", "power cuts of a training that records", ci=3, full=20)
+@fault("R19c", "power cuts of a training that records", ci=2, full=20)
 def recorders_cut(count: int, _: Path) -> str:
     if reason := why_not():
         return NOT_DONE + reason
@@ -193,13 +193,13 @@ def _replayed(steps: int) -> tempfile.TemporaryDirectory[str]:
 
 
 @fault(
-    "R19d", "power cuts of a replay that follows and removes, and of its training", ci=2, full=10
+    "R19d", "power cuts of a replay that follows and removes, and of its training", ci=1, full=20
 )
 def followers_cut(count: int, _: Path) -> str:
     """Both stop at once; what was computed from iterates that are gone is never lost."""
     if reason := why_not():
         return NOT_DONE + reason
-    steps = STEPS if count >= 10 else FEW
+    steps = STEPS if count >= 20 else FEW
     refusals, trainings, most = Counter[str](), 0, 0
     with powered(22) as disk:
         while disk.total < count:
