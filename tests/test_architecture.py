@@ -316,6 +316,7 @@ def test_what_replays_and_writes_does_not_load_what_only_readers_need() -> None:
     """Xarray takes 80 MB with what it imports, in every worker."""
     script = (
         "import sys, lca_posthoc.replay.run, lca_posthoc.replay.worker.spans\n"
+        "import lca_posthoc.numerics.objective, lca_posthoc.results.writer\n"
         "print(*sorted({name.partition('.')[0] for name in sys.modules}))\n"
     )
     command = [sys.executable, "-c", script]
