@@ -146,7 +146,8 @@ def reached(path: Path) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300] if str(error) else type(error).__name__
+    text = " ".join(str(error).partition("Debug source:")[0].split())  # which obstore adds
+    return f"{type(error).__name__}: {text}"[:300] if text else type(error).__name__
 
 
 def read(path: Path, key: int) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,7 @@ from .protocol import Cluster
 if TYPE_CHECKING:
     from distributed import Client, SpecCluster, Worker, WorkerPlugin
 
+_SILENT = logging.CRITICAL + 1  # Dask calls a client that has left critical, with a traceback
 _SETTINGS = {
     "distributed.scheduler.worker-ttl": "30 minutes",
     "distributed.scheduler.work-stealing": False,
@@ -82,7 +84,7 @@ def _worker_specs(device: str, count: int) -> dict[int, dict[str, object]]:
                 "dashboard_address": None,
                 "resources": {"GPU": 1} if device == "cuda" else {},
                 "env": environments[index % len(environments)],
-                "silence_logs": "CRITICAL",
+                "silence_logs": _SILENT,
             },
         }
         for index in range(count)
@@ -111,7 +113,7 @@ def _start(
     scheduler = _scheduler_spec(dashboard=dashboard)
     try:
         cluster = stack.enter_context(
-            SpecCluster(workers=specs, scheduler=scheduler, silence_logs="CRITICAL")
+            SpecCluster(workers=specs, scheduler=scheduler, silence_logs=_SILENT)
         )
         return cluster, stack.enter_context(Client(cluster, timeout=ANSWER_SECONDS))
     except (RuntimeError, OSError) as error:

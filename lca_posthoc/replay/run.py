@@ -359,11 +359,12 @@ def _cleaned(path: Path, durable: bool) -> tuple[list[results.Damage], int]:
     """Put a run's metadata right and remove what killed writers left; return its damage, and how
     many files were removed.
     """
-    with results.hold(path, durable=durable):
+    with results.hold(path, durable=durable) as lock:
         writer = RunWriter.open(path, durable)
         problems = list(results.verify(path))
         writer.restore_metadata()
         writer.sweep()
+        lock.unclean = False
         leftovers = [problem for problem in problems if isinstance(problem, results.Leftover)]
         writer.remove_leftovers(leftovers)
     damage = [problem for problem in problems if isinstance(problem, results.Damage)]
@@ -759,6 +760,7 @@ class _Driver:
             writer = RunWriter.open(job.path, job.durable)
             if lock.unclean:
                 writer.sweep()
+                lock.unclean = False
             if strangers:  # who comes late is asked about the run directory itself
                 token = stack.enter_context(results.shared_directory_token(job.path))
                 check_workers(cluster, trajectory, cluster.crew().device, token)
@@ -1081,7 +1083,7 @@ class _Spans:
         if not pending and self._follows:
             return
         self._plan(pending, cluster.crew().workers)
-        lock.working = True  # until its end, workers may leave temporary files
+        lock.unclean = True  # until the end, workers may leave temporary files
         with contextlib.closing(self._outcomes(cluster, pending)) as outcomes:
             for outcome in outcomes:
                 self._hear(outcome)
@@ -1091,10 +1093,10 @@ class _Spans:
                         "minutes. What was committed is kept."
                     )
         self._fold()
-        lock.working = False
         results.remove_reports(path)
         if self._left_partials:  # of a worker that died while it wrote, temporary files stay
             self._writer.sweep()
+        lock.unclean = False
         self._status.note(self._notes())
 
     # --- before

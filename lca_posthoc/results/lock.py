@@ -36,14 +36,14 @@ _HELD = set[str]()  # ids of the locks that this process has
 class Held:
     """The lock of a run, while this process has it.
 
-    `unclean` is true where its last owner did not release it: it was killed, or stopped while it
-    was `working`, or the power went. `lost` is set where this process was suspended for so long
-    that a driver on another host took the run over.
+    `unclean` is true while temporary files may lie in the run: the last owner was killed, or the
+    power went, or workers write. Whoever sweeps the run, or lets workers write, sets it; what is
+    unclean when this process releases the lock is unclean for the next one. `lost` is set where
+    this process was suspended for so long that a driver on another host took the run over.
     """
 
     unclean: bool
     lost: threading.Event = field(default_factory=threading.Event)
-    working: bool = False
 
 
 def require_lock(run: Path) -> None:
@@ -94,7 +94,7 @@ def hold(run: Path, *, durable: bool = True) -> Iterator[Held]:
             # what cannot be released is taken over, as that of a driver that was killed
             with contextlib.suppress(OSError):
                 if _owner(file) == identity:
-                    _write(file, {"unclean": True} if holding.working else {}, durable)
+                    _write(file, {"unclean": True} if holding.unclean else {}, durable)
 
 
 def is_held(run: Path) -> bool:

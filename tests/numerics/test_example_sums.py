@@ -120,8 +120,8 @@ def test_groups_have_the_sums_of_batches_of_their_own(
     for loss, evaluation in wanted.items():
         same(found[loss], evaluation, bound)
     values = objective.evaluate(motion.start, list(objective.losses), gradient=False)
-    for loss, evaluation in values.items():
-        assert (found[loss].loss == evaluation.loss).all()
+    for loss, evaluation in values.items():  # without sums, every group has batches of its own
+        assert found[loss].loss == pytest.approx(evaluation.loss, rel=bound, abs=0)
 
 
 def class_weights(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,11 +226,14 @@ def replay(lab: Lab, task: Task, name: str, **settings: Any) -> Run:
 @pytest.mark.parametrize("name", ["conv_bn", "transformer"])
 def test_numerics_10_groups_whose_examples_are_told_apart(lab: Lab, name: str) -> None:
     """They are those of every parameter, and the same to the bit for any span length; at other
-    levels nothing is told apart.
+    levels nothing is told apart. In float64, as a group of few examples is rounded in float32 by
+    more than the sums may differ where its batches are others.
     """
     task = grouped_task(name)
-    whole = replay(lab, task, name, keep="parameters")
-    one, several = (replay(lab, task, name, keep="tensors", span=span) for span in (1, 4))
+    whole = replay(lab, task, name, keep="parameters", precision="float64")
+    one, several = (
+        replay(lab, task, name, keep="tensors", precision="float64", span=span) for span in (1, 4)
+    )
     for loss in ("plain", "grouped"):
         assert whole[loss].record.sites is None
         assert one[loss].record.sites
@@ -238,7 +241,9 @@ def test_numerics_10_groups_whose_examples_are_told_apart(lab: Lab, name: str) -
         assert_same_bits(one[loss], several[loss])
         marker(several.path, loss, 0).unlink()
     before = contents(several.path / "data.zarr")
-    again = replay(lab, task, name, keep="tensors", span=None, out=several.path)
+    again = replay(
+        lab, task, name, keep="tensors", precision="float64", span=None, out=several.path
+    )
     assert again.manifest.losses == one.manifest.losses
     assert contents(again.path / "data.zarr") == before
 

@@ -176,7 +176,7 @@ import os, signal, sys
 from lca_posthoc.checkpoints.paths import path_of
 from lca_posthoc.results import hold
 with hold(path_of(sys.argv[1])) as held:
-    held.working = True
+    held.unclean = True
     os.kill(os.getpid(), signal.SIGKILL)
 """
 

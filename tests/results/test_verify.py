@@ -457,6 +457,9 @@ def test_a_driver_that_was_killed_leaves_the_lock_unclean(run: Path) -> None:
     with results.hold(run) as held:
         assert held.unclean
     with results.hold(run) as held:
+        assert held.unclean  # nobody has swept it
+        held.unclean = False
+    with results.hold(run) as held:
         assert not held.unclean
 
 
