@@ -1,5 +1,5 @@
-"""The errors of sums over training, each apart: of quadrature, of the path between checkpoints, and
-of the examples that were drawn; and what is held back on segments of more than one training step.
+"""Errors of sums over training by the path between checkpoints and by the examples that were drawn;
+and what is held back on segments of more than one training step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from ..results import LossResults
 from .common import Numbers, scale_of
 
 Members = Sequence[Sequence[int]]  # positions of the tensors that are added up, of each sum
-ERRORS = ("quadrature", "path", "examples")
 
 
 def long_segments(table: xr.Dataset) -> Numbers:
@@ -161,21 +160,6 @@ def _halves(results: LossResults, table: xr.Dataset) -> Numbers:
 def _summed(column: xr.DataArray, members: Members) -> Numbers:
     values = column.transpose("step", ..., "tensor").values
     return np.stack([values[..., list(some)].sum(-1) for some in members], axis=-1)
-
-
-def quadrature_errors(results: LossResults, members: Members) -> Numbers:
-    """Return what quadrature misses of sums over training, ([group, ]sums), in units of loss: of
-    each segment the part of `error_bound` that goes by |A| to the sum; NaN of fixed rules, which
-    have none.
-    """
-    table = results.tensors
-    sizes = _summed(abs(table["allocated"]), members)
-    whole = np.abs(table["allocated"].transpose("step", ..., "tensor").values).sum(-1)
-    bound = results.steps["error_bound"].values
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(whole[..., None] > 0, sizes / whole[..., None], 0.0)
-    errors: Numbers = scale_of(results, len(bound)) * (bound[..., None] * share).sum(0)
-    return errors
 
 
 def example_errors(results: LossResults, members: Members) -> Numbers | None:

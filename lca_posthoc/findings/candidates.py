@@ -26,6 +26,7 @@ from .common import (
     refuse_part,
     unfinished,
 )
+from .errors import KINDS, is_told, not_known, over_groups
 from .layers import layers
 
 FINDING = Finding(
@@ -44,7 +45,8 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     parameter did on this path, not what the others would have done without it (Lan et al. 2019,
     section 4.2, freeze a layer that hurts and end lower).
 
-    Layers are ordered by their sums, the one that hurt most first; tensors by the share of their
+    Layers are ordered by their sums, the one that hurt most first; one whose sum is within its error
+    is no candidate to freeze. Tensors are ordered by the share of their
     parameters that never helped or never had an effect. Buffers, such as running statistics, are
     not trained and no candidates.
 
@@ -55,8 +57,9 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         most: how many units and parameters to name.
 
     Returns:
-        By layer `total`, `mean` (loss), `helping` (share, from `--keep statistics` on) and `freeze`
-        (whether its total is above zero), of all groups together (of `helping`, the mean of their
+        By layer `total`, `mean` (loss), the errors of `total` with `error` and `verdict` as of
+        `layers`, `helping` (share, from `--keep statistics` on) and `freeze` (whether its total is
+        above zero by more than its error), of all groups together (of `helping`, the mean of their
         shares); by tensor counts of
         parameters `never_helped` (they hurt on some segment and helped on none) and `silent`
         (exactly zero throughout), of `tensor_elements`, and of `units` and `dead_units` (all
@@ -69,21 +72,24 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     """
     refuse_part(results, "candidates")
     by_layer = layers(results, by=by)
-    total = by_layer["total"]
-    if "group" in by_layer.dims:
-        weight = results.steps["weight"]
-        total = (by_layer["allocated"] * weight / weight.sum("group")).sum(("step", "group"))
+    sums = over_groups(results, by_layer)
+    total = sums["total"]
     trained = by_layer["role"].values != "buffer"
-    left_out = unfinished(results)
+    errors = [name for name in KINDS if name in sums.data_vars]
+    left_out = [*unfinished(results), *not_known(results, dict.fromkeys(errors), each_group=False)]
     if (~trained).any():
         apart = float(total.values[~trained].sum())
         left_out.append(
             f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}."
         )
     order = [position for position in np.argsort(-total.values, kind="stable") if trained[position]]
-    by_layer, total = by_layer.isel(layer=order), total.isel(layer=order)
+    by_layer, sums = by_layer.isel(layer=order), sums.isel(layer=order)
+    total = sums["total"]
     variables: dict[str, Variable] = {
-        "total": described(total, "loss", "Σ allocation over training"),
+        **{
+            name: (("layer",), sums[name].values, sums[name].attrs)
+            for name in ("total", *errors, "error", "verdict")
+        },
         "mean": described(
             total / np.maximum(1, by_layer["elements"]),
             "loss",
@@ -96,8 +102,10 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
         variables["helping"] = described(
             share, "share", "share of parameters × segments that helped"
         )
-    hurt = total.values > 0
-    variables["freeze"] = described((("layer",), hurt), "", "its total is above zero: it hurt")
+    hurt = (total.values > 0) & is_told(sums)
+    variables["freeze"] = described(
+        (("layer",), hurt), "", "its total is above zero by more than its error: it hurt"
+    )
     coords: dict[str, object] = {name: by_layer[name] for name in ("layer", "elements", "role")}
     beyond = beyond_keep(results, "statistics", "Units and parameters")
     on_lines = [] if beyond else held_back(results.tensors, "units and parameters that never help")

@@ -19,11 +19,12 @@ from .common import (
     moving_buffers,
     over_training,
     part_of,
-    segments_error,
     so_far,
     tables,
     unfinished,
 )
+from .errors import HURTS, described_errors, errors_of_sums, not_known
+from .layers import layers
 from .names import shorten
 
 FINDING = Finding(
@@ -61,9 +62,13 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
         raised the loss most of a layer whose sum is above 0, "" of others; `rest_share`
         (layer[, group]) and `rest_overall` ([group]); `rest_size` and `size` (step[, group]), Σ|A_rest|
         and Σ|A| over parameters. A share of nothing is 0. Of a run of a random part of the segments,
-        `--segments`, `cumulative`, `total` and `layer_total` are estimates, and `segments`
-        (layer, cause[, group]) is the standard error of `total`. Coordinates of `layer`: `elements` and
-        `kind`, "buffer" or "parameter". `attrs["signal"]` names the training loss.
+        `--segments`, `cumulative`, `total` and `layer_total` are estimates. Coordinates of `layer`:
+        `elements` and `kind`, "buffer" or "parameter". `attrs["signal"]` names the training loss.
+
+        The errors of `total`, each (layer, cause[, group]) and in units of loss: `quadrature`,
+        `precision` and `segments`, as of `layers`, those that are known; `error`, all of them
+        together, and `verdict`, what it leaves to say. `layer_error` and `layer_verdict`
+        (layer[, group]) are those of `layer_total`, of all kinds that `layers` has.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -74,7 +79,11 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
     groups = [dim for dim in data["allocated"].dims if dim == "group"]
     by_tensor = data["allocated"].transpose("step", *groups, "tensor", "cause")
     allocated = _summed(by_tensor, members)
-    left_out = [*unfinished(results), *estimated(results)]
+    total = over_training(results, allocated).transpose("layer", "cause", *groups)
+    errors = errors_of_sums(results, allocated, _summed(abs(by_tensor), members))
+    missing = not_known(results, errors, each_group=True)
+    whole = layers(results, by=by).sel(layer=list(members)).transpose("layer", *groups, ...)
+    left_out = [*unfinished(results), *estimated(results), *missing]
     if results.manifest.settings["tensors"]:
         left_out.append(
             "The run keeps some tensors alone; the remainder of `steps`, what the others did, is not "
@@ -106,7 +115,20 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
     }
     return xr.Dataset(
         {
-            **_sums(results, allocated, groups),
+            **_sums(results, allocated, total),
+            **described_errors(
+                total,
+                {name: error.transpose(*total.dims) for name, error in errors.items()},
+                all_known=not missing,
+            ),
+            "layer_error": described(
+                (("layer", *groups), whole["error"].values), "loss", "error of the layer's total"
+            ),
+            "layer_verdict": described(
+                (("layer", *groups), whole["verdict"].values),
+                "",
+                "what may be said of the layer's total",
+            ),
             **_rest(by_tensor, members, kinds == "parameter", groups),
         },
         coords=coords,
@@ -136,17 +158,10 @@ def _summed(by_tensor: xr.DataArray, members: dict[str, list[int]]) -> xr.DataAr
     return xr.DataArray(np.stack(sums, axis=-2), dims=dims)
 
 
-def _sums(results: LossResults, allocated: xr.DataArray, groups: list[str]) -> dict[str, Variable]:
+def _sums(
+    results: LossResults, allocated: xr.DataArray, total: xr.DataArray
+) -> dict[str, Variable]:
     """Return the sums over time of each layer and cause, and the cause by which a layer hurts."""
-    total = over_training(results, allocated).transpose("layer", "cause", *groups)
-    error = segments_error(results, allocated)
-    errors = {}
-    if error is not None:
-        errors["segments"] = described(
-            error.transpose(*total.dims),
-            "loss",
-            "standard error of the total by the segments drawn",
-        )
     layer_total = total.sum("cause")
     largest = np.array([*CAUSES], dtype=object)[total.argmax("cause").values]
     hurts = np.where(layer_total.values > 0, largest, "").astype(object)
@@ -156,7 +171,6 @@ def _sums(results: LossResults, allocated: xr.DataArray, groups: list[str]) -> d
         "total": described(total, "loss", "Σ allocation over training"),
         "layer_total": described(layer_total, "loss", "Σ allocation over training, all causes"),
         "hurts": described((layer_total.dims, hurts), "", "cause by which the layer hurt most"),
-        **errors,
     }
 
 
@@ -275,10 +289,11 @@ def amount(value: float) -> str:
 
 def culprits(finding: xr.Dataset, most: int = _NAMED) -> str:
     """Say by which cause the layers that hurt do so, the worst first; of one group."""
-    total = finding["layer_total"].values
-    order = [position for position in np.argsort(-total, kind="stable") if total[position] > 0]
+    total, verdict = finding["layer_total"].values, finding["layer_verdict"].values
+    raised = [position for position in np.argsort(-total, kind="stable") if total[position] > 0]
+    order = [position for position in raised if str(verdict[position]).startswith(HURTS)]
     if not order:
-        return "No layer hurt."
+        return "No layer hurt by more than its error." if raised else "No layer hurt."
     parts = []
     for name, position in zip(_names(finding, order[:most]), order, strict=False):
         cause = str(finding["hurts"].values[position])

@@ -15,6 +15,8 @@ from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
 from .common import Numbers, Variable, about, described, largest, stretches, unfinished
+from .errors import KINDS, not_known, over_groups
+from .layers import layers
 from .per_example import ExampleReader, Part, course, name_of_example, open_examples
 
 FINDING = Finding(
@@ -116,7 +118,8 @@ def examples(
     Returns:
         By `layer`: `interference` (step, layer) of each segment, and `absolute`, the mean of |a|, in
         units of loss; `interference_mean` of all segments, weighted by Σ W|a|, and `interference_total` of the sums over training; `total`,
-        the mean over examples of these sums; `helped_most`, `hurt_most` and `forgot_most`, how many
+        the mean over examples of these sums, with its `error` and `verdict` as of `layers`;
+        `helped_most`, `hurt_most` and `forgot_most`, how many
         examples it was the layer for that helped or hurt them most, or raised the loss of forgotten
         ones most since it was lowest. NaN is the interference of a layer that did nothing.
 
@@ -149,7 +152,10 @@ def examples(
         course = _course(reader, part, threshold)
         share = tallies.add(reader, part, course)
         rows.add(part, shown, reader.weights(part), course, share)
-    left_out = unfinished(results)
+    by_layer = layers(results, by=by)
+    sums = over_groups(results, by_layer).sel(layer=list(reader.layers))
+    known = [name for name in KINDS if name in sums.data_vars]
+    left_out = [*unfinished(results), *not_known(results, dict.fromkeys(known), each_group=False)]
     if len(shown) < reader.count:
         left_out.append(
             f"{len(shown):,} of {count(reader.count, reader.per)}, evenly spaced, are in the table; "
@@ -167,7 +173,15 @@ def examples(
     }
     stories, of_stories = _stories(reader, chosen, frames)
     return xr.Dataset(
-        {**tallies.variables(), **rows.variables(reader), **stories},
+        {
+            **tallies.variables(),
+            **rows.variables(reader),
+            **stories,
+            **{
+                name: (("layer",), sums[name].values, sums[name].attrs)
+                for name in ("error", "verdict")
+            },
+        },
         coords={**coords, **of_stories},
         attrs={
             **about(results, "examples", left_out),

@@ -13,7 +13,6 @@ from .bands import (
     held_back,
     long_segments,
     other_paths,
-    quadrature_errors,
     straight_lines,
 )
 from .common import (
@@ -28,11 +27,11 @@ from .common import (
     moving_buffers,
     over_training,
     roles,
-    segments_error,
     so_far,
     tables,
     unfinished,
 )
+from .errors import described_errors, errors_of_sums, not_known
 
 FINDING = Finding(
     question="Which layers learned? Sums and means by module, tensor or depth; kernels, biases, "
@@ -84,12 +83,14 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         all segments give. Coordinates of `layer`: `elements` and `role`.
 
         The errors of `total`, each apart, in units of loss: `quadrature` (layer[, group]), the
-        layer's part of `error_bound`; `path` (layer[, group]), what other paths through the same
-        checkpoints would change, where segments are longer than one training step, see
-        `bands.path_bands`, and beside it, with their signs, `curve` and `doubling` (layer[, group]),
-        what each of the two would change; `examples` (layer), the standard error by the examples
-        that were drawn, of a loss over a part of them; `segments` (layer[, group]), that by the
-        segments drawn. Those that are not known are left out.
+        layer's part of `error_bound`; `precision` (layer[, group]), the measured error of the
+        precision; `path` (layer[, group]), what other paths through the same checkpoints would
+        change, where segments are longer than one training step, see `bands.path_bands`, and beside
+        it, with their signs, `curve` and `doubling` (layer[, group]), what each of the two would
+        change; `examples` (layer), the standard error by the examples that were drawn, of a loss
+        over a part of them; `segments` (layer[, group]), that by the segments drawn. Those that are
+        not known are left out. `error` (layer[, group]) is all of them together and `verdict`
+        (layer[, group]) what it leaves to say, see `errors.described_errors`.
 
     Raises:
         LCAError: where no segment is there yet, or stored numbers are damaged.
@@ -122,8 +123,16 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         for name, column in table.coords.items()
         if name in ("step", "step_end", "group", "examples")
     }
+    variables = _variables(results, table, members_of, elements)
+    total = xr.DataArray(variables["total"][1], dims=variables["total"][0])
+    shifts = other_paths(results, list(members_of.values()))
+    errors = _errors(results, table, members_of, shifts, total)
+    missing = not_known(results, errors, each_group=True)
+    left_out += missing
     return xr.Dataset(
-        _variables(results, table, members_of, elements) | _errors(results, table, members_of),
+        variables
+        | _along_other_paths(shifts, total)
+        | described_errors(total, errors, all_known=not missing),
         coords={**shared, **coords},
         attrs=about(results, "layers", left_out),
     )
@@ -165,11 +174,6 @@ def _variables(
             "allocation per parameter over training",
         ),
     }
-    error = segments_error(results, allocated)
-    if error is not None:
-        variables["segments"] = described(
-            error.transpose(*by_layer), "loss", "standard error of the total by the segments drawn"
-        )
     single = ~long_segments(table)
     if "helping" in table and single.any():
         counted = _sums(table["helping"].isel(step=single), members_of).sum("step")
@@ -182,33 +186,45 @@ def _variables(
 
 
 def _errors(
-    results: LossResults, table: xr.Dataset, members_of: dict[str, list[int]]
+    results: LossResults,
+    table: xr.Dataset,
+    members_of: dict[str, list[int]],
+    shifts: tuple[Numbers, Numbers] | None,
+    total: xr.DataArray,
+) -> dict[str, xr.DataArray]:
+    """Return the errors of the sums over training, those that are known, by kind."""
+    column = table["allocated"]
+    errors = errors_of_sums(results, _sums(column, members_of), _sums(abs(column), members_of))
+    examples = example_errors(results, list(members_of.values()))
+    if shifts is not None:
+        errors["path"] = _by_layer(bands_of_shifts(results, shifts), total)
+    if examples is not None:
+        errors["examples"] = xr.DataArray(examples, dims="layer")
+    return {
+        name: error.transpose(*(dim for dim in total.dims if dim in error.dims))
+        for name, error in errors.items()
+    }
+
+
+def _along_other_paths(
+    shifts: tuple[Numbers, Numbers] | None, total: xr.DataArray
 ) -> dict[str, Variable]:
-    """Return the errors of the sums over training, those that are known."""
-    members, groups = list(members_of.values()), [name for name in table.dims if name == "group"]
-    shifts = other_paths(results, members)
-    curve, doubling = shifts or (None, None)
-    known = {
-        "curve": (_over_training(curve), "Σ shift by the curve"),
-        "doubling": (_over_training(doubling), "Σ shift by leaving every second checkpoint out"),
-        "quadrature": (quadrature_errors(results, members), "missed by quadrature"),
-        "path": (
-            None if shifts is None else bands_of_shifts(results, shifts),
-            "changed by another path",
-        ),
-        "examples": (example_errors(results, members), "standard error by the examples drawn"),
+    """Return what two other paths would change, with its sign."""
+    if shifts is None:
+        return {}
+    words = {
+        "curve": "Σ shift by the curve",
+        "doubling": "Σ shift by leaving every second checkpoint out",
     }
     return {
-        name: described(
-            (("layer", *groups) if np.ndim(error) > 1 else ("layer",), error.T), "loss", text
-        )
-        for name, (error, text) in known.items()
-        if error is not None and not np.isnan(error).all()
+        name: described(_by_layer(shift.sum(0), total), "loss", text)
+        for (name, text), shift in zip(words.items(), shifts, strict=True)
     }
 
 
-def _over_training(shifts: Numbers | None) -> Numbers | None:
-    return None if shifts is None else shifts.sum(0)
+def _by_layer(values: Numbers, total: xr.DataArray) -> xr.DataArray:
+    """Return numbers of ([group, ]layer) with the axes of the totals."""
+    return xr.DataArray(values.T, dims=total.dims)
 
 
 def _rank(role: dict[str, str], name: str, by_role: bool) -> int:

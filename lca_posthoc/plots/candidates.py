@@ -11,6 +11,7 @@ import xarray as xr
 from ..base.colours import HELPING, HURTING, MUTED
 from .style import (
     SMALL,
+    error_lines,
     expect,
     fresh_figure,
     heading,
@@ -20,6 +21,7 @@ from .style import (
     powers,
     refuse_groups,
     rows_of_names,
+    sums_as_bars,
     tidy,
     word,
     zero_line,
@@ -30,6 +32,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_ROWS = 15  # layers, and tensors
+_ABOUT_ERRORS = (
+    "Lines over the sums of layers: all known errors together. Pale bars are within them, so they "
+    "are not told from zero."
+)
 _LETTERS = 18  # of a name: two panels share the width
 
 
@@ -85,7 +91,7 @@ def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         if _idle(found) or not found.sizes.get("tensor")
         else "Every parameter helped on some segment."
     )
-    note(figure, found, active)
+    note(figure, found, active, _ABOUT_ERRORS)
     return figure
 
 
@@ -133,17 +139,19 @@ def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
         ax.set_ylim(shown + 0.6, -0.6)
 
 
-def _bars(
-    ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], label: str, title: str
-) -> None:
+def _bars(ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], title: str) -> None:
     ax.barh(
         range(len(names)),
         values,
         height=0.72,
         color=[HELPING if value < 0 else HURTING for value in values],
     )
+    _about_bars(ax, names, title)
+
+
+def _about_bars(ax: Axes, names: Sequence[str], title: str) -> None:
     zero_line(ax, vertical=True)
-    tidy(ax, x=label, title=title)
+    tidy(ax, x="Σ allocation (units of loss)", title=title)
     rows_of_names(ax, names, most=40, letters=_LETTERS)
     powers(ax, "x", most=3)
 
@@ -152,7 +160,9 @@ def _layers(ax: Axes, finding: xr.Dataset) -> None:
     whole, finding = finding.sizes["layer"], _largest(ax, finding, "layer", finding["total"].values)
     names = [str(name) for name in finding["layer"].values]
     values = finding["total"].values
-    _bars(ax, names, values, "Σ allocation (units of loss)", f"layers: {heading(finding)}")
+    sums_as_bars(ax, finding)
+    error_lines(ax, values, finding["error"].values)
+    _about_bars(ax, names, f"layers: {heading(finding)}")
     _room_for_more(ax, len(names), whole)
     if finding["freeze"].any():
         low, high = ax.get_xlim()
@@ -212,13 +222,7 @@ def _tensors(ax: Axes, finding: xr.Dataset) -> None:
 
 def _units(ax: Axes, finding: xr.Dataset) -> None:
     names = [str(name) for name in finding["unit_name"].values]
-    _bars(
-        ax,
-        names,
-        finding["unit_total"].values,
-        "Σ allocation (units of loss)",
-        "units that hurt most",
-    )
+    _bars(ax, names, finding["unit_total"].values, "units that hurt most")
     ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))
 
 
@@ -232,11 +236,5 @@ def _letters(ax: Axes) -> int:
 
 def _parameters(ax: Axes, finding: xr.Dataset) -> None:
     names = [str(name) for name in finding["parameter_name"].values]
-    _bars(
-        ax,
-        names,
-        finding["parameter_allocated"].values,
-        "Σ allocation (units of loss)",
-        "parameters that hurt most",
-    )
+    _bars(ax, names, finding["parameter_allocated"].values, "parameters that hurt most")
     ax.set_yticks(range(len(names)), parameter_labels(names, _letters(ax)))

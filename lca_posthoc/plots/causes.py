@@ -14,6 +14,7 @@ from ..findings.common import Numbers
 from .layers import helped_hurt
 from .style import (
     SMALL,
+    error_lines,
     expect,
     fresh_figure,
     heading,
@@ -42,7 +43,7 @@ def causes(found: xr.Dataset, *, figure: Figure | None = None, top: int | None =
     """Draw what each cause did to the loss by layer, in total and over training.
 
     On the left stand the sums over training: causes that lowered the loss to the left of zero,
-    those that raised it to the right, and the layer's sum as a mark. On the right the causes of
+    those that raised it to the right, and the layer's sum as a mark with its error. On the right the causes of
     those layers grow over training for which they did most. How large rest is stands at the foot
     and beside each name.
 
@@ -83,7 +84,8 @@ def causes(found: xr.Dataset, *, figure: Figure | None = None, top: int | None =
             frameon=False,
             fontsize=SMALL,
         )
-    note(figure, found, size_of_rest(found), culprits(found), rest)
+    marks = "Marks: the sums of layers, with lines as long as all their known errors together."
+    note(figure, found, size_of_rest(found), culprits(found), rest, marks)
     return figure
 
 
@@ -97,6 +99,7 @@ def _bars(ax: Axes, finding: xr.Dataset) -> None:
             ax.barh(
                 range(len(total)), sized[:, cause], left=starts[:, cause], height=0.72, color=hue
             )
+    error_lines(ax, finding["layer_total"].values, finding["layer_error"].values)
     ax.plot(
         finding["layer_total"].values,
         range(len(total)),

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from ..base.colours import FAINT, INK
 from ..base.text import safe_in_figure
 from ..findings.common import Numbers
+from ..findings.errors import untold_sentence
 from ..findings.examples import (
     default_story,
     fates,
@@ -63,7 +64,8 @@ def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
         The figure.
     """
     expect(found, "examples")
-    figure = fresh_figure(figure, 8.6, 4.9)
+    untold = untold_sentence(found)
+    figure = fresh_figure(figure, 8.6, 5.2 if untold else 4.9)
     panels = figure.add_gridspec(2, 2, width_ratios=(1, 1.25))
     sizes = found["absolute"].sum("step").values
     strong, _ = strongest(found, "layer", sizes, _LINES)
@@ -75,7 +77,7 @@ def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     else:
         _story(story, found, strong, position)
     _interference(figure.add_subplot(panels[1, 1]), found, strong)
-    note(figure, found, fates(found), rest)
+    note(figure, found, fates(found), rest, untold)
     return figure
 
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..base.colours import FAINT, HELPING, HURTING, INK, LAYERS
+from ..base.colours import FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
+from ..findings.errors import UNTOLD, untold_sentence
 from .style import (
     DIVERGE,
     SMALL,
@@ -25,6 +26,7 @@ from .style import (
     powers,
     rows_of_names,
     strongest,
+    sums_as_bars,
     symmetric,
     tidy,
     word,
@@ -42,6 +44,7 @@ _ROWS = 40
 _ERRORS = {
     "path": (0.0, 1.0, 3.0, 0.35),
     "quadrature": (0.16, 1.0, 0.8, 1.0),
+    "precision": (0.28, 1.0, 0.8, 0.6),
     "examples": (-0.16, 2.0, 0.8, 0.6),
     "segments": (0.0, 2.0, 1.2, 1.0),
 }
@@ -50,6 +53,7 @@ _SEEN = 0.005  # of the largest sum, that an error must have to be drawn
 _ABOUT_ERRORS = {
     "path": "Broad lines: what other paths through the same checkpoints would change",
     "quadrature": "thin lines below: quadrature",
+    "precision": "faint lines at the bottom: precision",
     "examples": "thin lines above: two standard errors of the examples drawn",
     "segments": "lines in the middle: two standard errors of the segments drawn",
 }
@@ -116,19 +120,26 @@ def layers(
     if groups:
         ax = fresh_axes(ax, 1.8 + 0.32 * found.sizes["group"], 1.2 + 0.24 * len(names))
         _by_group(ax, found, names, quantity, label)
+        untold = "Dots: sums within their error, not told from zero." if _untold(found) else ""
     elif lines:
         longest = max((len(name) for name in labels(strong["layer"].values.tolist())), default=0)
         ax = fresh_axes(ax, 4.1 + 0.055 * longest, max(2.7, 0.8 + 0.14 * strong.sizes["layer"]))
         _lines(ax, found, strong, label)
         rest = f"{rest.replace('Not shown', 'In grey')} {about_ends(found)}".strip()
+        untold = untold_sentence(strong)
     else:
         about = about_errors(found)
         # room for what is written of errors, and of segments that have them
         ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names) + (0.8 if about else 0.0))
         _bars(ax, found, names, quantity, label)
         rest = f"{rest} {about}".strip()
-    note(ax.figure, found, rest)
+        untold = "Pale bars are within their error: not told from zero." if _untold(found) else ""
+    note(ax.figure, found, rest, untold)
     return ax
+
+
+def _untold(finding: xr.Dataset) -> bool:
+    return bool((finding["verdict"] == UNTOLD).any())
 
 
 def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> None:
@@ -176,13 +187,7 @@ def _line(finding: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
 
 
 def _bars(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label: str) -> None:
-    values = finding[quantity].values
-    ax.barh(
-        range(len(names)),
-        values,
-        height=0.72,
-        color=[HELPING if value < 0 else HURTING for value in values],
-    )
+    sums_as_bars(ax, finding, quantity)
     _errors(ax, finding, quantity)
     zero_line(ax, vertical=True)
     tidy(ax, x=label.replace(" (", "\n(") if quantity == "mean" else label, title=heading(finding))
@@ -265,6 +270,8 @@ def _by_group(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, la
     shown = ax.imshow(
         values, cmap=DIVERGE, norm=symmetric(scale=float(np.nanmax(np.abs(values)))), aspect="auto"
     )
+    rows, columns = np.nonzero(finding["verdict"].transpose("layer", "group").values == UNTOLD)
+    ax.plot(columns, rows, ".", color=MUTED, markersize=2.5)
     tidy(ax, x="group", title=heading(finding))
     every = -(-len(groups) // 20)
     words = labels(groups, 10)[::every]

@@ -18,6 +18,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from ..base.colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..base.text import count, safe_in_figure
 from ..errors import InputError
+from ..findings.common import Numbers
+from ..findings.errors import UNTOLD
 from ..findings.names import shorten
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ SMALL = 7.5  # points; figures are made at the size they are printed at
 DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(
     bad=FAINT
 )
+PALE = 0.35  # opacity of a bar that cannot be told from zero
 _MORE = 8  # letters a name may have more, so that it can be cut on one side alone
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
@@ -127,6 +130,28 @@ def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tupl
         else "all of zero."
     )
     return finding.isel({dim: np.sort(order[:top])}), rest_text
+
+
+def sums_as_bars(ax: Axes, finding: xr.Dataset, quantity: str = "total") -> None:
+    """Draw a bar for each layer, in the colour of what helped or hurt; pale where its total cannot be
+    told from zero.
+    """
+    values = finding[quantity].values
+    ax.barh(
+        range(len(values)),
+        values,
+        height=0.72,
+        color=[
+            (HELPING if value < 0 else HURTING, PALE if verdict == UNTOLD else 1.0)
+            for value, verdict in zip(values, finding["verdict"].values, strict=True)
+        ],
+    )
+
+
+def error_lines(ax: Axes, values: Numbers, errors: Numbers) -> None:
+    """Draw a line over each bar, as far as the error of its sum."""
+    rows = np.arange(len(values))
+    ax.hlines(rows, values - errors, values + errors, INK, linewidth=1.0, zorder=3)
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:

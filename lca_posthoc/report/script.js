@@ -61,6 +61,11 @@
     const text = size >= 1e-3 && size < 1e4 ? value.toFixed(decimals) : value.toExponential(3).replace("e+", "e");
     return (value > 0 ? "+" : "") + minus(text);
   }
+  function shown(value, kind) {
+    if (typeof value === "string") return value;
+    if (kind === "share" && value !== null) return `${(100 * value).toFixed(1)} %`;
+    return kind === "plain" ? number(value).replace("+", "") : number(value);
+  }
   function live() {
     for (const table of document.querySelectorAll(`table[data-live][data-panel="${state.panel}"]`)) {
       const columns = page.views[`@${table.dataset.live}`]?.[state.panel]?.[`${state.group}|`];
@@ -75,7 +80,7 @@
             cell.querySelector(".number").textContent = number(value);
             bar.className = value > 0 ? "hurting" : "helping";
             bar.style.setProperty("--w", `${(100 * Math.abs(value)) / widest}%`);
-          } else cell.textContent = cell.className === "share" && value !== null ? `${(100 * value).toFixed(1)} %` : number(value);
+          } else cell.textContent = shown(value, cell.className);
         });
       }
     }

@@ -192,7 +192,10 @@ def test_layers_that_hurt_are_said_with_their_cause_the_worst_first(plain: Run) 
     assert said.startswith(f"Layers that hurt: {found['layer'].values[worst]} (+")
     assert f"by {found['hurts'].values[worst]} (+" in said
     calm = found.assign(layer_total=-abs(found["layer_total"]))
+    calm["layer_verdict"] = calm["layer_verdict"].where(False, "helps, clearly")
     assert culprits(calm) == "No layer hurt."
+    found["layer_verdict"] = found["layer_verdict"].where(False, "cannot be told from zero")
+    assert culprits(found) == "No layer hurt by more than its error."
 
 
 def test_a_run_without_causes_says_the_way_out_and_shows_none(plain: Run, tmp_path: Path) -> None:
@@ -257,8 +260,10 @@ def test_its_report_has_the_numbers_and_says_rest_first(recorded: Path, tmp_path
     assert set(views) == {f"{group}|{layer}" for group in ("", "0", "1") for layer in range(3)}
     assert views["1|0"]["causes"]["name"] == [*CAUSES, "all causes"]
     cells = data["views"]["@causes"][panel]["1|"]
-    close(cells["2"], found["total"].sel(group=1, cause="signal"))
-    close(cells["7"], found["rest_share"].sel(group=1))
+    close(cells["2"], found["layer_error"].sel(group=1))
+    assert cells["3"] == found["layer_verdict"].sel(group=1).values.tolist()
+    close(cells["4"], found["total"].sel(group=1, cause="signal"))
+    close(cells["9"], found["rest_share"].sel(group=1))
     assert "Rest of the causes" in text
     assert "of Σ|A| over parameters" in text
     assert "<b>" not in text.partition("Provenance")[0].partition("<main")[2]

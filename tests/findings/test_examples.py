@@ -264,8 +264,14 @@ class Long(OtherExamples):
 
     @property
     def tensors(self) -> xr.Dataset:
+        return self._repeated(super().tensors)
+
+    @property
+    def steps(self) -> xr.Dataset:
+        return self._repeated(super().steps)
+
+    def _repeated(self, table: xr.Dataset) -> xr.Dataset:
         steps = self.examples.sizes["step"]
-        table = super().tensors
         table = table.isel(step=np.arange(steps) % table.sizes["step"])
         return table.assign_coords(step=np.arange(steps), step_end=("step", np.arange(steps) + 1))
 

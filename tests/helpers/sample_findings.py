@@ -19,6 +19,7 @@ import xarray as xr
 from lca_posthoc import Run, findings
 from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.errors import LCAWarning
+from lca_posthoc.findings.errors import verdicts
 from lca_posthoc.findings.examples import FATES
 from lca_posthoc.numerics.schema import CAUSES
 
@@ -38,6 +39,14 @@ def made(finding: str, variables: dict[str, Any], gap: bool = False, **coords: A
         coords |= {"step": start, "step_end": ("step", start + 5)}
     about = {"finding": finding, "run": "a.lca", "loss": "tr$ain", "split": "train", "left_out": ""}
     return xr.Dataset(variables, coords=coords, attrs=about)
+
+
+def errors(dims: tuple[str, ...], total: Any, before: str = "") -> dict[str, Any]:
+    """Return an error of each sum and its verdict; that of the last layer is larger than the sum."""
+    size = 0.2 * abs(np.asarray(total, float))
+    size[-1] *= 10
+    words = verdicts(np.asarray(total, float), size, all_known=True)
+    return {f"{before}error": (dims, size), f"{before}verdict": (dims, words)}
 
 
 def curve(groups: bool = False, gap: bool = False) -> xr.Dataset:
@@ -177,6 +186,7 @@ def layers(groups: bool = False, names: tuple[str, ...] = LAYERS, gap: bool = Fa
         "allocated": (dims, allocated),
         "cumulative": (dims, np.cumsum(allocated, axis=0)),
         "total": (last, total),
+        **errors(last, total),
         "mean": (last, (total.T / elements).T),
         "helping": (last, np.full(total.shape, 0.5)),
     }
@@ -260,6 +270,7 @@ def candidates(units: bool = True) -> xr.Dataset:
     total = np.array([-1.0, -0.3, 0.1])
     variables: dict[str, Any] = {
         "total": ("layer", total),
+        **errors(("layer",), total),
         "helping": ("layer", [0.5, 0.5, 0.5]),
         "mean": ("layer", total / 50),
         "freeze": ("layer", total > 0),
@@ -319,6 +330,8 @@ def causes(groups: bool = False, gap: bool = False) -> xr.Dataset:
         "cumulative": (("step", *group, "layer", "cause"), np.cumsum(allocated, axis=0)),
         "total": (("layer", "cause", *group), total),
         "layer_total": (("layer", *group), layer_total),
+        **errors(("layer", "cause", *group), total),
+        **errors(("layer", *group), layer_total, before="layer_"),
         "hurts": (("layer", *group), np.where(layer_total > 0, "noise", "").astype(object)),
         "rest_share": (("layer", *group), abs(noise(3, *extent))),
         "rest_overall": (group, np.full(extent, 0.12)),
@@ -375,6 +388,7 @@ def examples() -> xr.Dataset:
         "interference_mean": (layer, [0.4, 0.6, 0.7]),
         "interference_total": (layer, [0.2, 0.1, 0.9]),
         "total": (layer, [-1.0, -0.3, 0.1]),
+        **errors(layer, [-1.0, -0.3, 0.1]),
         "helped_most": (layer, [5, 3, 0]),
         "hurt_most": (layer, [0, 1, 2]),
         "forgot_most": (layer, [0, 0, 1]),

@@ -43,7 +43,7 @@ def block(panel: Panel, room: Room) -> Block:
         return Block(notes=[left_out])
     notes = [left_out] if left_out else []
     total = panel.of_group(finding["total"], None).values if "total" in finding else np.empty(0)
-    freeze = [position for position in range(len(total)) if total[position] > 0]
+    freeze = np.flatnonzero(finding["freeze"].values).tolist() if "freeze" in finding else []
     names = finding["layer"].values
     grouped = panel.groups is not None
     shares = [] if grouped or "helping" not in finding else [finding["helping"].values]
@@ -51,6 +51,7 @@ def block(panel: Panel, room: Room) -> Block:
         [
             str(names[position]),
             float(total[position]),
+            float(finding["error"].values[position]),
             *(float(share[position]) for share in shares),
         ]
         for position in sorted(freeze, key=lambda position: -total[position])
@@ -58,6 +59,7 @@ def block(panel: Panel, room: Room) -> Block:
     columns = [
         Column("layer", "name"),
         Column("Σ allocation", "bar"),
+        Column("±", "plain"),
         *(Column("helping", "share") for _ in shares),
     ]
     tables = [
@@ -79,7 +81,7 @@ def block(panel: Panel, room: Room) -> Block:
     to_freeze = (
         listed([clean(names[position], 60) for position in freeze])
         if freeze
-        else "none, no sum of parameters is above zero"
+        else "none, no sum of parameters is above zero by more than its error"
     )
     sentence = f"Layers to try freezing: {to_freeze}."
     if "dead_name" in finding.coords:

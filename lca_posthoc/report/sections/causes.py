@@ -101,10 +101,17 @@ def _views(panel: Panel, finding: xr.Dataset, shown: list[int], room: Room) -> d
 
 
 def _columns(panel: Panel, finding: xr.Dataset, group: int | None) -> list[Numbers]:
-    """Return the numbers of the table, each (layer,)."""
+    """Return the columns of the table, each (layer,); errors and shares of the mean over groups are
+    not known.
+    """
     total = panel.of_group(finding["total"], group).transpose("cause", "layer").values
     rest = panel.share_of_group(finding["rest_share"], group).values
-    return [total.sum(0), *total, rest]
+    if group is None and panel.groups is not None:
+        error, verdict = np.full(len(rest), np.nan), np.full(len(rest), "–")
+    else:
+        one = finding if group is None else finding.isel(group=group)
+        error, verdict = one["layer_error"].values, one["layer_verdict"].values
+    return [total.sum(0), error, verdict, *total, rest]
 
 
 def _cells(panel: Panel, finding: xr.Dataset, listed: list[int]) -> dict[str, View]:
@@ -121,18 +128,22 @@ def _cells(panel: Panel, finding: xr.Dataset, listed: list[int]) -> dict[str, Vi
 def _table(panel: Panel, finding: xr.Dataset, names: list[str], listed: list[int]) -> Table:
     columns = _columns(panel, finding, None)
     rows: list[list[Cell]] = [
-        [names[position], *(float(column[position]) for column in columns)] for position in listed
+        [names[position], *(column.tolist()[position] for column in columns)] for position in listed
     ]
     return Table(
         title="Causes by layer, over training",
         columns=[
             Column("layer", "name"),
             Column("Σ allocation", "bar"),
+            Column("±", "plain"),
+            Column("verdict", "text"),
             *(Column(cause, "bar") for cause in CAUSES),
             Column("rest of Σ|A|", "share"),
         ],
         rows=rows,
-        note="" if panel.groups is None else "The share of rest is of one group: pick a group.",
+        note=""
+        if panel.groups is None
+        else "Errors and the share of rest are of one group: pick a group.",
         open=True,
         live="causes",
         shared=True,

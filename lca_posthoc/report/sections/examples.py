@@ -222,12 +222,12 @@ def _layers(finding: xr.Dataset, names: list[str], shown: list[int], notes: list
     """Return what is said of each layer."""
     if len(shown) < len(names):
         notes.append(f"{count(len(names) - len(shown), 'layer')} that did less are not listed.")
-    columns = ("total", "interference_mean", "interference_total")
+    columns = ("total", "error", "verdict", "interference_mean", "interference_total")
     counts = ("helped_most", "hurt_most", "forgot_most")
     rows: list[list[Cell]] = [
         [
             names[layer],
-            *(float(finding[name].values[layer]) for name in columns),
+            *(finding[name].values.tolist()[layer] for name in columns),
             *(int(finding[name].values[layer]) for name in counts),
         ]
         for layer in shown
@@ -237,6 +237,8 @@ def _layers(finding: xr.Dataset, names: list[str], shown: list[int], notes: list
         columns=[
             Column("layer", "name"),
             Column("Σ allocation, mean", "bar"),
+            Column("±", "plain"),
+            Column("verdict", "text"),
             Column("interference, a segment", "plain"),
             Column("over training", "plain"),
             Column("helped most", "count"),

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from ...findings.errors import HELPS, HURTS, UNTOLD, over_groups
 from ..content import (
     MOST_ROWS,
     Block,
@@ -66,7 +67,11 @@ def block(panel: Panel, room: Room) -> Block:
             "kept."
         )
     return Block(
-        captions={"layers": sentence(names, total[shown])},
+        captions={
+            "layers": sentence(
+                names, total[shown], over_groups(panel.results, finding)["verdict"].values[shown]
+            )
+        },
         views=_views(panel, finding, shown, names, most),
         tables=[_table(panel, finding, shown, names)],
         notes=notes,
@@ -79,11 +84,9 @@ def _views(
     """Return the running sums and the cells of the table, for each group that can be picked."""
     steps, ends = finding["step"].values, finding["step_end"].values
     views: dict[str, dict[str, View]] = {"layers": {}, "@layers": {}}
-    for key, _, position in panel.choices:
+    for key, _, group in panel.choices:
         sums = (
-            panel.of_group(finding["cumulative"], position)
-            .transpose("step", "layer")
-            .values[:, shown]
+            panel.of_group(finding["cumulative"], group).transpose("step", "layer").values[:, shown]
         )
         x, ys = over_steps(
             steps, ends, np.concatenate([np.zeros((1, len(shown))), sums[:-1]]).T, sums.T
@@ -92,32 +95,40 @@ def _views(
         views["layers"][f"{key}|"] = {
             "layers": {"xs": xs, "ys": packed, "name": names, "colour": "@palette"}
         }
-        columns = [
-            panel.of_group(finding[name], position).values[shown] for name in ("total", "mean")
-        ]
-        if "path" in finding:
-            columns.insert(1, panel.of_group(finding["path"], position).values[shown])
-        if "helping" in finding:
-            columns.append(panel.share_of_group(finding["helping"], position).values[shown])
         views["@layers"][f"{key}|"] = {
-            str(place): column.tolist() for place, column in enumerate(columns, 1)
+            str(place): [values[position] for position in shown]
+            for place, values in enumerate(_values(panel, finding, group), 1)
         }
     return views
 
 
+def _values(panel: Panel, finding: xr.Dataset, group: int | None) -> list[list[Cell]]:
+    """Return the columns of the table that depend on the group, each over layers."""
+    sums = finding if group is None else finding.isel(group=group)
+    if group is None:
+        sums = over_groups(panel.results, finding)
+    columns = [
+        panel.of_group(finding["total"], group),
+        sums["error"],
+        sums["verdict"],
+        panel.of_group(finding["mean"], group),
+    ]
+    if "path" in finding:
+        columns.insert(3, panel.of_group(finding["path"], group))
+    if "helping" in finding:
+        columns.append(panel.share_of_group(finding["helping"], group))
+    return [column.values.tolist() for column in columns]
+
+
 def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]) -> Table:
-    total, mean = (panel.of_group(finding[name], None).values for name in ("total", "mean"))
-    counted = "helping" in finding
-    helping = panel.share_of_group(finding["helping"], None).values if counted else None
-    path = panel.of_group(finding["path"], None).values if "path" in finding else None
+    counted, bent = "helping" in finding, "path" in finding
+    total = panel.of_group(finding["total"], None).values
     ticked = set(largest(total[shown], _DRAWN))
+    values = _values(panel, finding, None)
     rows: list[list[Cell]] = [
         [
             name,
-            float(total[position]),
-            *([] if path is None else [float(path[position])]),
-            float(mean[position]),
-            *([] if helping is None else [float(helping[position])]),
+            *(column[position] for column in values),
             int(finding["elements"].values[position]),
         ]
         for name, position in zip(names, shown, strict=True)
@@ -125,7 +136,9 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
     columns = [
         Column("layer", "name"),  # what a phone shows without scrolling comes first
         Column("Σ allocation", "bar"),
-        *([] if path is None else [Column("± path", "plain")]),
+        Column("±", "plain"),
+        Column("verdict", "text"),
+        *([Column("± path", "plain")] if bent else []),
         Column("mean", "number"),
         *([Column("helping", "share")] if counted else []),
         Column("parameters", "count"),
@@ -134,7 +147,7 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
         title="Layers, in the model's order: tick the ones to draw",
         columns=columns,
         rows=rows,
-        note=" ".join(_notes(path is not None, panel.groups is not None and counted)),
+        note=" ".join(_notes(bent, panel.groups is not None and counted)),
         open=True,
         live="layers",
         pick=[position in ticked for position in range(len(rows))],
@@ -142,6 +155,10 @@ def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]
 
 
 def _notes(bent: bool, grouped: bool) -> Iterator[str]:
+    yield (
+        "±: all errors of the sum that are known together, bounds once and standard errors twice. A "
+        "sum that is no larger cannot be told from zero."
+    )
     if bent:
         yield (
             "± path: what other paths through the same checkpoints would change; no part of the "
@@ -151,25 +168,27 @@ def _notes(bent: bool, grouped: bool) -> Iterator[str]:
         yield "Helping is a share of parameters in one group: pick a group."
 
 
-def sentence(names: list[str], total: np.ndarray[Any, Any]) -> str:
-    """Say which layers helped most, and which hurt."""
+def sentence(names: list[str], total: np.ndarray[Any, Any], verdict: np.ndarray[Any, Any]) -> str:
+    """Say which layers helped most, which hurt, and which cannot be told from zero."""
     order = np.argsort(total, kind="stable")
-    helped = [
-        f"{names[position]} ({signed(float(total[position]))})"
-        for position in order[:3]
-        if total[position] < 0
-    ]
-    hurt = [
-        f"{names[position]} ({signed(float(total[position]))})"
-        for position in order[::-1]
-        if total[position] > 0
-    ]
-    best = (
-        f"Most of the loss was taken out by {listed(helped)}."
-        if helped
-        else "No layer lowered the loss."
-    )
-    return f"{best} {f'Layers that hurt: {listed(hurt, 4)}.' if hurt else 'No layer hurt.'}"
+    told = [position for position in order if str(verdict[position]).startswith((HELPS, HURTS))]
+    helped = [_named(names, total, position) for position in told if total[position] < 0][:3]
+    hurt = [_named(names, total, position) for position in told[::-1] if total[position] > 0]
+    best, worst = "No layer lowered the loss", "No layer hurt"
+    if helped:
+        best = f"Most of the loss was taken out by {listed(helped)}"
+    elif (total < 0).any():
+        best += " by more than its error"
+    if hurt:
+        worst = f"Layers that hurt: {listed(hurt, 4)}"
+    elif (total > 0).any():
+        worst += " by more than its error"
+    untold = [names[position] for position in order if verdict[position] == UNTOLD]
+    return f"{best}. {worst}.{f' Not told from zero: {listed(untold, 4)}.' if untold else ''}"
+
+
+def _named(names: list[str], total: np.ndarray[Any, Any], position: int) -> str:
+    return f"{names[position]} ({signed(float(total[position]))})"
 
 
 def largest(values: np.ndarray[Any, Any], most: int) -> list[int]:

@@ -1,0 +1,225 @@
+"""The errors of sums over training: each kind apart, all of them together, and what they leave to say
+of a sum: whether it helped, hurt, or cannot be told from zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from ..numerics.precisions import PRECISIONS
+from ..results import LossResults
+from .bands import long_segments
+from .common import Numbers, Variable, described, over_training, scale_of, segments_error
+from .names import shorten
+
+HELPS, HURTS, NOTHING, UNTOLD = "helps", "hurts", "did nothing", "cannot be told from zero"
+_CLEARLY = ", clearly"
+_LETTERS = 40  # of names in a sentence
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of error: what it says, and how much of it a sum's whole error has: a bound once, a
+    standard error twice.
+    """
+
+    text: str
+    times: float = 1.0
+
+
+KINDS = {
+    "quadrature": _Kind("missed by quadrature"),
+    "precision": _Kind("lost to the precision of the gradients"),
+    "path": _Kind("changed by another path"),
+    "examples": _Kind("standard error by the examples drawn", 2.0),
+    "segments": _Kind("standard error of the total by the segments drawn", 2.0),
+}
+
+
+def errors_of_sums(
+    results: LossResults, allocated: xr.DataArray, sizes: xr.DataArray
+) -> dict[str, xr.DataArray]:
+    """Return the errors of sums over training that every run tells, by kind and in units of loss:
+    `quadrature`, but of fixed rules, which have no bound; `precision`, where it was measured; and
+    `segments`, of a random part of them.
+
+    Quadrature and precision are bounds. Of each segment, a sum has the part of `error_bound` that
+    goes by its size; the precision's measured error, Σ|A − A*| / Σ|A*|, is taken of its size.
+
+    Args:
+        results: one loss of a run.
+        allocated: sums of each segment, (step[, group], …).
+        sizes: Σ|A| of each over tensors, with the same axes.
+    """
+    table, steps = results.tensors, results.steps
+    larger = scale_of(results, table.sizes["step"])
+    errors = dict[str, xr.DataArray]()
+    bound = _plain(steps["error_bound"])
+    if not bound.isnull().any():
+        whole = _plain(abs(table["allocated"]).sum("tensor"))
+        share = (bound / whole.where(whole > 0)).fillna(0.0)
+        errors["quadrature"] = larger * (sizes * share).sum("step")
+    relative = _precision(results)
+    if relative is not None:
+        errors["precision"] = larger * relative * sizes.sum("step")
+    drawn = segments_error(results, allocated)
+    if drawn is not None:
+        errors["segments"] = drawn
+    dims = [dim for dim in allocated.dims if dim != "step"]
+    return {name: error.transpose(*dims) for name, error in errors.items()}
+
+
+def _plain(column: xr.DataArray) -> xr.DataArray:
+    """Return an array without its coordinates, which sums of layers do not have."""
+    return xr.DataArray(column.values, dims=column.dims)
+
+
+def _precision(results: LossResults) -> float | None:
+    """Return the mean relative error of the precision, 0 of the highest; None where it was not
+    measured.
+    """
+    measured = results.steps["precision_error"].values
+    measured = measured[~np.isnan(measured)]
+    if len(measured):
+        return float(measured.mean())
+    return 0.0 if PRECISIONS[results.precision].reference is None else None
+
+
+def described_errors(
+    total: xr.DataArray, errors: Mapping[str, xr.DataArray], *, all_known: bool
+) -> dict[str, Variable]:
+    """Return the errors of sums over training as variables: each kind; `error`, all kinds together;
+    and `verdict`.
+
+    Bounds are added; standard errors are independent, so that of all of them is the root of the sum
+    of their squares, and it counts twice. A sum that is no larger than its error "cannot be told from
+    zero"; a larger one "helps, clearly" or "hurts, clearly", or only "helps" or "hurts" where some
+    kind of error is not known; one that is exactly zero "did nothing".
+
+    Args:
+        total: the sums over training.
+        errors: by kind, see `errors_of_sums`, `path` and `examples` where they are known too; each
+            has the axes of `total`, or those but for the groups.
+        all_known: whether no kind that the run has is missing, see `not_known`.
+    """
+    bounds, squares = xr.zeros_like(total), xr.zeros_like(total)
+    for name, error in errors.items():
+        if KINDS[name].times == 1:
+            bounds = bounds + error
+        else:
+            squares = squares + (KINDS[name].times * error) ** 2
+    error = (bounds + np.sqrt(squares)).transpose(*total.dims)
+    return {
+        **{
+            name: described(error_of_kind, "loss", KINDS[name].text)
+            for name, error_of_kind in errors.items()
+        },
+        "error": described(error, "loss", "error of the total, all kinds that are known together"),
+        "verdict": described(
+            (total.dims, verdicts(total.values, error.values, all_known=all_known)),
+            "",
+            "what may be said of the total",
+        ),
+    }
+
+
+def verdicts(total: Numbers, error: Numbers, *, all_known: bool) -> Numbers:
+    """Return what may be said of sums with errors, see `described_errors`.
+
+    >>> verdicts(np.array([-3.0, 3.0, 0.5, 0.0]), np.array([1.0, 1.0, 1.0, 0.0]), all_known=True)
+    array(['helps, clearly', 'hurts, clearly', 'cannot be told from zero',
+           'did nothing'], dtype=object)
+    """
+    surely = _CLEARLY if all_known else ""
+    words = np.where(total < 0, HELPS + surely, HURTS + surely).astype(object)
+    words[np.abs(total) <= error] = UNTOLD
+    words[(total == 0) & (error == 0)] = NOTHING
+    return words
+
+
+def is_told(finding: xr.Dataset) -> Numbers:
+    """Return which sums of a finding are told from zero, with the axes of its `verdict`."""
+    verdict = finding["verdict"].values
+    told: Numbers = (verdict != UNTOLD) & (verdict != NOTHING)
+    return told
+
+
+def untold_sentence(finding: xr.Dataset, most: int = 4) -> str:
+    """Name the layers whose sums cannot be told from zero; "" where there are none, and of several
+    groups.
+    """
+    if finding["verdict"].ndim != 1:
+        return ""
+    names = finding["layer"].values[finding["verdict"].values == UNTOLD]
+    if not len(names):
+        return ""
+    shown = shorten([str(name) for name in names[:most]], _LETTERS)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"Within its error, so not told from zero: {', '.join(shown)}{more}."
+
+
+def not_known(results: LossResults, errors: Mapping[str, object], *, each_group: bool) -> list[str]:
+    """Say which kinds of error sums over training have and the run does not tell; nothing where there
+    are none.
+
+    Args:
+        results: one loss of a run.
+        errors: those that are known.
+        each_group: whether the sums are of each group of the loss.
+    """
+    missing = list(_missing(results, errors, each_group))
+    return [f"Not known of the error of sums: {', '.join(missing)}."] if missing else []
+
+
+def _missing(results: LossResults, errors: Mapping[str, object], each_group: bool) -> Iterator[str]:
+    settings = results.manifest.settings
+    if "quadrature" not in errors:
+        yield f"quadrature (the rule {settings['rule']} has no bound)"
+    if "precision" not in errors:
+        yield "precision (it was not measured)"
+    if "path" not in errors and long_segments(results.tensors).any():
+        yield "what another path would change"
+    if results.record.examples < results.record.total and (
+        "examples" not in errors or (each_group and results.record.groups is not None)
+    ):
+        yield "the examples drawn"
+    if results.manifest.sampled is not None and "segments" not in errors:
+        yield "the segments drawn"
+
+
+def over_groups(results: LossResults, by_layer: xr.Dataset) -> xr.Dataset:
+    """Return `total`, its errors and its verdict, of all groups of a loss together, (layer,).
+
+    A bound of the weighted mean over groups is that mean of the bounds; of standard errors too,
+    whatever the errors of groups have in common.
+
+    Args:
+        results: one loss of a run.
+        by_layer: of `layers`.
+    """
+    names = ["total", *(name for name in KINDS if name in by_layer.data_vars)]
+    if "group" not in by_layer.dims:
+        return by_layer[[*names, "error", "verdict"]]
+    weight = results.steps["weight"]
+    share = weight / weight.sum("group")
+    total = over_training(results, (by_layer["allocated"] * share).sum("group"))
+    mean = share.mean("step")
+    errors = {
+        name: (by_layer[name] * mean).sum("group")
+        if "group" in by_layer[name].dims
+        else by_layer[name]
+        for name in names[1:]
+    }
+    return xr.Dataset(
+        {
+            "total": described(total, "loss", "Σ allocation over training"),
+            **described_errors(
+                total, errors, all_known=not not_known(results, errors, each_group=False)
+            ),
+        },
+        coords={"layer": by_layer["layer"]},
+    )
