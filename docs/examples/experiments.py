@@ -3,13 +3,15 @@ training is changed.
 
 ```sh
 LCA_DATA=DIR python docs/examples/experiments.py experiments freeze --seeds 10
-LCA_DATA=DIR python docs/examples/experiments.py experiments momentum \
-    --model resnet20 --images 10000 --iterates 1000
+LCA_DATA=DIR python docs/examples/experiments.py resnet freeze --seeds 3 --causes \
+    --model resnet20 --images 10000 --iterates 1000 --segments 0.1@7 --subset 0.1@1
 ```
 
 Every setting is trained from the same seeds, replayed, and written to `OUT/NAME/SETTING/seedK.lca`;
-its checkpoints are deleted then. What is finished is not done again. The second line is one nearer
-to the paper's size: hours on a GPU, days on a CPU. DIR holds `mnist.safetensors` and, for ResNets,
+its checkpoints are deleted then. What is finished is not done again, so a seed more is the same
+command with a larger number. The second line is nearer to the paper's size: it replays a random
+tenth of the segments on a random tenth of the images, whose errors the table has, and says which
+cause moved the first and the last layer. DIR holds `mnist.safetensors` and, for ResNets,
 `cifar10.safetensors`.
 """
 
@@ -26,9 +28,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from scipy import stats
 from torch import Tensor, nn
 
 import cifar10_resnet20
@@ -51,6 +55,7 @@ class Model:
 
     net: Callable[[], nn.Module]
     data: Callable[[], tuple[Tensor, Tensor]]
+    rate: float = 0.05
     replay: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -59,9 +64,9 @@ MODELS = {
     "fc": Model(mnist_fc.Net, mnist_fc.data),
     "lenet": Model(mnist_lenet.Net, mnist_fc.data),
     "resnet8": Model(
-        partial(cifar10_resnet20.Net, (8, 16, 32), 1), cifar10_resnet20.data, BATCH_STATISTICS
+        partial(cifar10_resnet20.Net, (8, 16, 32), 1), cifar10_resnet20.data, 0.1, BATCH_STATISTICS
     ),
-    "resnet20": Model(cifar10_resnet20.Net, cifar10_resnet20.data, BATCH_STATISTICS),
+    "resnet20": Model(cifar10_resnet20.Net, cifar10_resnet20.data, 0.1, BATCH_STATISTICS),
 }
 
 
@@ -69,13 +74,14 @@ MODELS = {
 class Setting:
     """How one network is trained.
 
-    `frozen` is the layer that stays as it was initialised, "first" or "last". `delay` gives the
-    last layer a momentum m of its own, m/(1 − m) = delay iterations; its learning rate is scaled to
-    keep rate/(1 − m), so that its steps come later, not smaller.
+    `rate` is the learning rate, where it is not the model's own. `frozen` is the layer that stays as
+    it was initialised, "first" or "last". `delay` gives the last layer a momentum m of its own,
+    m/(1 − m) = delay iterations; its learning rate is scaled to keep rate/(1 − m), so that its steps
+    come later, not smaller.
     """
 
     optimizer: str = "momentum"
-    rate: float = 0.05
+    rate: float | None = None
     batch: int = 250
     frozen: str | None = None
     delay: int | None = None
@@ -97,27 +103,35 @@ EXPERIMENTS: dict[str, dict[str, Setting]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and measured: the same for every run of an experiment."""
+    """How much is trained and measured: the same for every run of an experiment.
+
+    `segments` and `subset` are random parts, as of `lca run`; `causes` tells what moved the weights.
+    """
 
     model: str = "fc"
     images: int = 2500
     iterates: int = 110
+    segments: str | None = None
+    subset: str | None = None
+    causes: bool = False
 
 
-def optimizer(net: nn.Module, setting: Setting) -> torch.optim.Optimizer:
+def optimizer(net: nn.Module, setting: Setting, rate: float) -> torch.optim.Optimizer:
+    """Return the optimiser of a setting, with the learning rate `rate` where it has none."""
+    rate = rate if setting.rate is None else setting.rate
     layers = [each for each in net.modules() if isinstance(each, nn.Linear | nn.Conv2d)]
     first, last = layers[0], layers[-1]
     if setting.frozen:
         {"first": first, "last": last}[setting.frozen].requires_grad_(False)
     make = OPTIMIZERS[setting.optimizer]
     if setting.delay is None:
-        return make([each for each in net.parameters() if each.requires_grad], lr=setting.rate)
+        return make([each for each in net.parameters() if each.requires_grad], lr=rate)
     own = list(last.parameters())
     others = [each for each in net.parameters() if all(each is not mine for mine in own)]
     momentum = setting.delay / (1 + setting.delay)
-    rate = setting.rate * (1 - momentum) / (1 - MOMENTUM)
+    own_rate = rate * (1 - momentum) / (1 - MOMENTUM)
     return make(
-        [{"params": others}, {"params": own, "momentum": momentum, "lr": rate}], lr=setting.rate
+        [{"params": others}, {"params": own, "momentum": momentum, "lr": own_rate}], lr=rate
     )
 
 
@@ -135,7 +149,12 @@ def one(
         net = model.net()
         with contextlib.redirect_stdout(io.StringIO()):
             mnist_fc.record(
-                half, net, optimizer(net, setting), examples, size.iterates, setting.batch
+                half,
+                net,
+                optimizer(net, setting, model.rate),
+                examples,
+                size.iterates,
+                setting.batch,
             )
         half.rename(checkpoints)
     task = lca.Task(
@@ -143,7 +162,16 @@ def one(
     )
     # a power cut costs one short run
     where = {"out": out, "cluster": "inline", "durability": "none"}
-    run = lca.run(checkpoints, task, keep="statistics", **where, **model.replay)
+    run = lca.run(
+        checkpoints,
+        task,
+        keep="statistics" if size.segments is None else "tensors",
+        segments=size.segments,
+        subset=[] if size.subset is None else [f"train={size.subset}"],
+        causes=size.causes,
+        **where,
+        **model.replay,
+    )
     shutil.rmtree(checkpoints)
     return run
 
@@ -187,10 +215,8 @@ def table(found: xr.Dataset) -> str:
     rows = [f"{'':14}runs   {'helping':>7}   {'final loss':28}   p against {first}"]
     for label in found.label.values:
         each = found.sel(label=label)
-        row = (
-            f"{label:14}{int(each.runs):4}   {float(each.helping):7.2%}   "
-            f"{interval(each, 'loss_end')}"
-        )
+        helping = f"{float(each.helping):7.2%}" if "helping" in each else "–"
+        row = f"{label:14}{int(each.runs):4}   {helping:>7}   {interval(each, 'loss_end')}"
         rows.append(f"{row}   {probability(each.p_loss_end)}")
     rows += ["", f"{'layer':14}{'':14}{'allocated':28}   p against 0   p against {first}"]
     for layer in found.layer.values:
@@ -198,6 +224,34 @@ def table(found: xr.Dataset) -> str:
             each = found.sel(label=label, layer=layer)
             tests = f"{probability(each.p_holm):11}   {probability(each.p_difference_holm)}"
             rows.append(f"{layer:14}{label:14}{interval(each, 'mean')}   {tests}")
+    return "\n".join(rows)
+
+
+def table_of_causes(runs: Mapping[str, list[Any]]) -> str:
+    """A line for each setting, of the first and of the last layer, and each cause: the mean over
+    seeds, half the 95 % interval of Student's t, and in brackets each seed's own error.
+    """
+    rows = [f"{'layer':14}{'':14}{'cause':10}{'mean':>9} ± interval  (errors)"]
+    for label, results in runs.items():
+        found = [lca.findings.causes(each) for each in results]
+        trained = [name for name in found[0].layer.values if not str(name).endswith("buffer")]
+        for layer in (trained[0], trained[-1]):
+            for cause in [*found[0].cause.values, "all"]:
+                sums, errors = [], []
+                for each in found:
+                    one = each.sel(layer=layer)
+                    of_all = cause == "all"
+                    sums.append(float(one.layer_total if of_all else one.total.sel(cause=cause)))
+                    errors.append(float(one.layer_error if of_all else one.error.sel(cause=cause)))
+                half = (
+                    stats.t.ppf(0.975, len(sums) - 1) * np.std(sums, ddof=1) / len(sums) ** 0.5
+                    if len(sums) > 1
+                    else float("nan")
+                )
+                own = ", ".join(f"{error:.3f}" for error in errors)
+                rows.append(
+                    f"{layer:14}{label:14}{cause:10}{np.mean(sums):+9.4f} ± {half:.4f}    ({own})"
+                )
     return "\n".join(rows)
 
 
@@ -220,11 +274,17 @@ def main() -> None:
     asked.add_argument("--model", choices=MODELS, default=Size.model)
     asked.add_argument("--images", type=int, default=Size.images)
     asked.add_argument("--iterates", type=int, default=Size.iterates)
+    asked.add_argument("--segments", metavar="SHARE@SEED", help="a random part of the segments")
+    asked.add_argument("--subset", metavar="SHARE@SEED", help="a random part of the images")
+    asked.add_argument("--causes", action="store_true", help="what moved the weights")
     given = asked.parse_args()
-    runs = experiment(
-        given.out, given.name, Size(given.model, given.images, given.iterates), given.seeds
+    size = Size(
+        given.model, given.images, given.iterates, given.segments, given.subset, given.causes
     )
+    runs = experiment(given.out, given.name, size, given.seeds)
     print(table(lca.findings.compare(runs)))
+    if size.causes:
+        print("", table_of_causes(runs), sep="\n")
 
 
 if __name__ == "__main__":

@@ -532,7 +532,8 @@ def test_what_the_run_does_not_keep_is_left_out_with_a_word(plain: Path, tmp_pat
     needs = "candidates: Units and parameters need --keep statistics; this run keeps tensors."
     assert result.stderr.count(needs) == result.stderr.count("candidates") == 1
     columns = pd.read_csv(tmp_path / "out" / "train" / "candidates.csv").columns
-    assert list(columns) == ["layer", "elements", "role", "total", "mean", "freeze"]
+    errors = ["quadrature", "precision", "error", "verdict"]
+    assert list(columns) == ["layer", "elements", "role", "total", *errors, "mean", "freeze"]
 
 
 def test_events_of_sums_have_curves_and_layers_alone(plain: Path, tmp_path: Path) -> None:

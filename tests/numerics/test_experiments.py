@@ -87,7 +87,7 @@ def test_a_delay_moves_the_last_layers_steps_in_time_alone(
     """
     experiments = example("experiments")
     net = experiments.mnist_fc.Net()
-    optimizer = experiments.optimizer(net, experiments.Setting(delay=delay))
+    optimizer = experiments.optimizer(net, experiments.Setting(delay=delay), 0.05)
     others, last = optimizer.param_groups
     assert (others["momentum"], others["lr"]) == (0.9, 0.05)
     assert (last["momentum"], last["lr"]) == (pytest.approx(momentum), pytest.approx(rate))
