@@ -508,12 +508,12 @@ def _weighted(nodes: Sequence[Node], change: Sequence[float] = ()) -> list[OfUni
     where its factors are given.
     """
     rows: list[Tensor] = []
+    like = nodes[0][1]
+    assert isinstance(like, OfUnits), "at all nodes there are sums over units"
     for _, gradient in nodes:
         assert isinstance(gradient, OfUnits), "at all nodes there are sums over units"
-        rows.append(gradient.row)
+        rows.append(gradient.in_order_of(like))
     factors = [[weight for weight, _ in nodes], *([change] if change else [])]
-    like = nodes[0][1]
-    assert isinstance(like, OfUnits)
     combined = _combinations(rows, factors, Scratch(rows[0].device))
     return [like.like(row) for row in combined]
 
@@ -530,7 +530,8 @@ class _NodeSum:
         """Add another one; sums are float64, a gradient alone is as it came."""
         if isinstance(self.gradient, InARow):
             assert isinstance(gradient, InARow), "at all nodes numbers lie in a row"
-            self.gradient = self.gradient.like(self._own(self.gradient.row).add_(gradient.row))
+            own_row, other = self._own(self.gradient.row), gradient.in_order_of(self.gradient)
+            self.gradient = self.gradient.like(own_row.add_(other))
         elif isinstance(self.gradient, InRows):
             assert isinstance(gradient, InRows), "at all nodes numbers lie in rows"
             own = {name: self._own(values) for name, values in self.gradient.numbers.items()}
@@ -703,12 +704,14 @@ def _of_parts(evaluation: Evaluation) -> Evaluation:
 
 def _weighted_sum(nodes: Iterable[Node]) -> dict[str, Numbers]:
     """Return Σ weight · numbers of each tensor, float64."""
-    weighted = []
+    like: OfTensors | None = None
+    rows: list[Tensor] = []
     for weight, of_node in nodes:
         assert isinstance(of_node, OfTensors), "parts have one number of each tensor"
-        weighted.append(of_node.like(weight * of_node.row))
-    total = functools.reduce(operator.add, (of_node.row for of_node in weighted))
-    return weighted[0].like(total).numbers()
+        like = of_node if like is None else like
+        rows.append(weight * of_node.in_order_of(like))
+    assert like is not None, "a rule has nodes"
+    return like.like(functools.reduce(operator.add, rows)).numbers()
 
 
 def calibrate(

@@ -72,6 +72,18 @@ class InARow(Mapping[str, Tensor]):
         """Return other numbers of the same tensors."""
         raise NotImplementedError
 
+    def in_order_of(self, other: InARow) -> Tensor:
+        """Return the row with the tensors in the order in which another row has them: what was summed
+        in other ways may lie in another one.
+        """
+        if [*self] == [*other]:
+            return self.row
+        return torch.cat([self._numbers_of(name) for name in other], -1)
+
+    def _numbers_of(self, name: str) -> Tensor:
+        """Return the numbers of a tensor with the axis in which they lie in the row."""
+        raise NotImplementedError
+
 
 class OfUnits(InARow):
     """Numbers of the units of some tensors, (..., units) of each.
@@ -96,6 +108,9 @@ class OfUnits(InARow):
     def like(self, row: Tensor) -> OfUnits:
         """Return other numbers of the same units."""
         return OfUnits(row, self.units)
+
+    def _numbers_of(self, name: str) -> Tensor:
+        return self[name]
 
     def totals(self) -> OfTensors:
         """Return sums over the units of each tensor."""
@@ -125,6 +140,9 @@ class OfTensors(InARow):
     def like(self, row: Tensor) -> OfTensors:
         """Return other numbers of the same tensors."""
         return OfTensors(row, tuple(self._positions))
+
+    def _numbers_of(self, name: str) -> Tensor:
+        return self[name].unsqueeze(-1)
 
     def numbers(self) -> dict[str, Numbers]:
         """Return them on the host, copied at once."""
