@@ -195,7 +195,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(
     shown(Stage("building and probing the task"))
     until(130)
     assert [at for at, _ in lines] == [60, 120]
-    assert lines[0][1] == "lca: building and probing the task, for 60 s now"
+    assert lines[0][1] == "lca: building and probing the task, for 1 min now"
     lines.clear()
     shown(Planned(300, 400, 30, 2, "/nowhere"))
     until(175)
