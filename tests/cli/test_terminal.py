@@ -153,6 +153,11 @@ def test_a_terminal_of_any_width_shows_the_numbers_of_a_pipe(
         says(through, *(f"die größte Klasse von allen, Nummer {at}" for at in range(4)))
 
 
+def test_a_dumb_terminal_shows_nothing_that_moves(place: Path) -> None:
+    call = reading("verify", place)
+    assert on_terminal(call, TERM="dumb") == (0, piped(call).stdout.decode())
+
+
 def test_a_dumb_terminal_shows_the_same(place: Path, in_a_pipe: Callable[[str], str]) -> None:
     code, shown = on_terminal(reading("summary", place), TERM="dumb")
     assert code == 0

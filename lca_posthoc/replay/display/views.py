@@ -47,6 +47,11 @@ class View(Protocol):
         """Remove what moves from the screen."""
 
 
+def _can_move(console: Console) -> bool:
+    """Tell whether a terminal shows it that can erase what it showed."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
 def _bar_of(console: Console) -> tuple[BarColumn, ...]:
     """Return the bar that a console has room for beside words; none on a narrow one."""
     if console.width < _NARROW:
@@ -67,7 +72,7 @@ def _line(console: Console) -> Progress:
         _words("description", ratio=1),
         console=console,
         expand=True,
-        disable=not console.file.isatty(),
+        disable=not _can_move(console),
         transient=True,
         redirect_stdout=_shows_prints(),
     )
@@ -91,7 +96,7 @@ def bar(of: str = "") -> Iterator[Callable[[str, int, int], None]]:
     console = stderr()
     columns = (_words("description"), *_bar_of(console), _words("fields[counted]"), _Elapsed())
     with Progress(
-        *columns, console=console, disable=not console.file.isatty(), transient=True
+        *columns, console=console, disable=not _can_move(console), transient=True
     ) as shown:
         task = shown.add_task("", total=None, counted="")
 
@@ -268,6 +273,6 @@ def view_for(console: Console, now: float, stages: bool = False) -> View:
     if hasattr(shell, "kernel"):
         with contextlib.suppress(ImportError):
             return Notebook(importlib.import_module("IPython.display"))
-    if console.file.isatty() and not console.is_dumb_terminal:
+    if _can_move(console):
         return Bar(console)
     return Lines(console, now, stages)
