@@ -1,12 +1,14 @@
-"""Words as people read them: numbers of things, names cut in the middle, texts made safe to
-show.
+"""Words as people read them: numbers of things, times, near words, names cut in the middle, texts
+made safe to show.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 from rich.cells import cell_len
 
@@ -53,6 +55,15 @@ def safe_in_figure(text: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
+def quoted(argument: object) -> str:
+    """Return an argument of a command that a person copies into a shell, safe to show.
+
+    >>> quoted("my runs/a.lca"), quoted("a.lca")
+    ("'my runs/a.lca'", 'a.lca')
+    """
+    return safe(shlex.quote(str(argument)))
+
+
 def is_storable(text: str) -> bool:
     """Tell whether every file format for text holds a text as it is: without control characters and
     halves of surrogate pairs.
@@ -71,6 +82,56 @@ def count(value: float, one: str = "", more: str = "") -> str:
     """
     shown = f"{int(value):,}"
     return f"{shown} {one if int(value) == 1 else more or one + 's'}" if one else shown
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it, in at most two units.
+
+    >>> [duration(seconds) for seconds in (0.0123, 3.21, 48.4, 125, 4800, 200_000)]
+    ['12 ms', '3.2 s', '48 s', '2 min 5 s', '1 h 20 min', '2 d 8 h']
+    """
+    for unit, size in (("µs", 1e-6), ("ms", 1e-3), ("s", 1.0)):
+        number = seconds / size
+        if number < (59.5 if unit == "s" else 999.5) and seconds > 0:
+            return f"{number:.2g} {unit}" if number < 9.95 else f"{number:.0f} {unit}"
+    rest = _rounded(seconds)
+    words = []
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        amount, rest = divmod(rest, size)
+        if amount:
+            words.append(f"{amount} {unit}")
+    return " ".join(words) or "0 s"
+
+
+def _rounded(seconds: float) -> int:
+    """Return whole seconds: from ten minutes on those of whole minutes, from a day on those of
+    whole hours.
+    """
+    for below, step in ((600, 1), (86_400, 60)):
+        if (rounded := round(seconds / step) * step) < below:
+            return rounded
+    return round(seconds / 3600) * 3600
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return a question for the nearest of the known words, behind a blank; "" where none is near.
+
+    >>> did_you_mean("layrs", ["layers", "units"]), did_you_mean("nothing", ["layers", "units"])
+    (" Did you mean 'layers'?", '')
+    """
+    near = get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def no_loss(place: object, loss: str, known: Iterable[str]) -> str:
+    """Return the refusal of a loss that a run, or what else has losses, does not have.
+
+    >>> no_loss("a.lca", "trian", ["train"])
+    "a.lca has no loss 'trian'; it has 'train'. Did you mean 'train'?"
+    """
+    names = list(known)
+    listed = ", ".join(map(repr, names)) or "none"
+    return f"{place} has no loss {loss!r}; it has {listed}.{did_you_mean(loss, names)}"
 
 
 def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:

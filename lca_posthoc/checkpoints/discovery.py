@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..base.text import quoted
 from ..errors import InputError, few
 from .headers import Header, joined, read_header
 from .layouts import (
@@ -82,8 +82,8 @@ def _importable(root: Path) -> str:
     files = [path for path in root.iterdir() if path.suffix in IMPORTED]
     kinds = ", ".join(sorted({path.suffix for path in files}))
     return (
-        f" It holds {len(files)} files of {kinds}: `lca import {root} DIR` makes a directory of "
-        "them that does."
+        f" It holds {len(files)} files of {kinds}: `lca import {quoted(root)} DIR` makes a "
+        "directory of them that does."
         if files
         else ""
     )
@@ -112,7 +112,7 @@ def _in_folders(root: Path) -> str:
             step = _NUMBERS.sub(STEP, folder.name)
             inside = chosen.relative_to(folder).as_posix()
             number = _NUMBERS.findall(folder.name)[0]
-            place = shlex.quote(str(root / step / inside.replace(number, STEP)))
+            place = quoted(root / step / inside.replace(number, STEP))
             command = "lca run" if chosen.suffix in (".safetensors", ".json") else "lca import"
             return f" Where every step has a folder, name the files in them: {command} {place} …"
     return ""

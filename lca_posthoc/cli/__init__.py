@@ -14,7 +14,7 @@ from typing import IO, Any
 import click
 
 from .. import __version__
-from ..base.text import safe
+from ..base.text import did_you_mean, safe
 from ..errors import InputError, Interrupted, LCAError
 from ..replay.display import Stream, open_standard_descriptors, showable, stderr, wrapped
 
@@ -52,6 +52,21 @@ class _Failure(click.ClickException):
         print(wrapped(text, stderr()), file=Stream(sys.stderr, matters=False), flush=True)
 
 
+def _refusal(error: click.UsageError) -> _Failure:
+    """Return a wrong call in one line, with the nearest option where one is mistyped."""
+    text, called = error.format_message(), error.ctx
+    if isinstance(error, click.NoSuchOption) and called is not None:
+        options = [
+            option
+            for parameter in called.command.get_params(called)
+            for option in (*parameter.opts, *parameter.secondary_opts)
+            if isinstance(parameter, click.Option)
+        ]
+        name = error.option_name
+        text = f"No such option {name!r}.{did_you_mean(name, options)}"
+    return _Failure(InputError(f"{text} See {called.command_path if called else 'lca'} --help."))
+
+
 class _Context(click.Context):
     """A context that shows its help in signs that the terminal has."""
 
@@ -78,6 +93,14 @@ class _Group(click.Group):
         command.context_class = _Context
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {name!r}.{did_you_mean(name, COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -87,7 +110,7 @@ class _Group(click.Group):
         try:
             return super().make_context(*args, **options)
         except click.UsageError as error:
-            raise _Failure(InputError(f"{error.format_message()} See lca --help.")) from None
+            raise _refusal(error) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -102,8 +125,7 @@ class _Group(click.Group):
             )
             raise _Failure(known) from None
         except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx else "lca"
-            raise _Failure(InputError(f"{error.format_message()} See {where} --help.")) from None
+            raise _refusal(error) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:

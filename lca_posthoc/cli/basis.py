@@ -9,7 +9,7 @@ import click
 from ..base.text import count, safe
 from ..errors import amount, few
 from .options import json_option, trajectory_options
-from .show import Table, bar, print_json, say, share, stdout, table
+from .show import Table, bar, print_json, print_words, say, share, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -133,10 +133,11 @@ def _shown(part: Part) -> list[int]:
 def print_basis(basis: Basis, console: Console) -> None:
     """Print singular values and shares of the motion, what is left out, and where the file is."""
     parameters = sum(part.parameters for part in basis.parts)
-    console.print(
+    print_words(
         f"{count(basis.segments, 'segment')}, steps {basis.steps[0]} to {basis.steps[-1]}; "
         f"directions over {count(parameters, 'parameter')} in "
-        f"{count(len(basis.tensors), 'tensor')}; Σ‖Δθ‖² is {basis.motion:.6g}"
+        f"{count(len(basis.tensors), 'tensor')}; Σ‖Δθ‖² is {basis.motion:.6g}",
+        console,
     )
     first = basis.parts[0]
     if first.name is not None:
@@ -148,9 +149,11 @@ def print_basis(basis: Basis, console: Console) -> None:
         shares = ", ".join(
             f"{number}: {100 * first.share(number):.3g} %" for number in _shown(first)
         )
-        console.print(f"share of Σ‖Δθ‖² that the first directions {on_average}capture: {shares}")
+        print_words(
+            f"share of Σ‖Δθ‖² that the first directions {on_average}capture: {shares}", console
+        )
     for some in basis.left_out:
-        console.print(f"left out ({some.reason}): {few([*map(safe, some.names)], 6)}")
+        print_words(f"left out ({some.reason}): {few([*map(safe, some.names)], 6)}", console)
     console.print(
         f"wrote {count(basis.directions, 'direction')}, {amount(basis.size)}, to {safe(str(basis.path))}"
     )

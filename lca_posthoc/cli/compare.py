@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from ..base.text import count, safe
-from .options import json_option
-from .show import Table, print_json, say, share, stdout, table, units_of_loss
+from ..base.text import count, no_loss, safe
+from .completion import complete_loss, complete_path
+from .options import Choice, json_option
+from .show import Table, print_json, print_words, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -44,9 +45,14 @@ _LABEL = (
 
 
 @click.command()
-@click.argument("runs", nargs=-1, required=True, metavar="[LABEL=]RUN…")
+@click.argument(
+    "runs", nargs=-1, required=True, metavar="[LABEL=]RUN…", shell_complete=complete_path
+)
 @click.option(
-    "--loss", metavar="NAME", help="The loss, in every run.  [default: the first of the first run]"
+    "--loss",
+    metavar="NAME",
+    shell_complete=complete_loss,
+    help="The loss, in every run.  [default: the first of the first run]",
 )
 @click.option(
     "--by",
@@ -71,7 +77,7 @@ _LABEL = (
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(("netcdf", "csv", "parquet")),
+    type=Choice(("netcdf", "csv", "parquet")),
     help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
 )
 @json_option
@@ -167,14 +173,8 @@ def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, li
             run = open_run(path)
             loss = loss if loss is not None else next(iter(run), None)
             if loss is None or loss not in run:
-                offer = (
-                    "no losses"
-                    if loss is None
-                    else f"no loss {loss!r}; it has {', '.join(map(repr, run)) or 'none'}"
-                )
-                raise InputError(
-                    f"{path} has {offer}. Name one that all the runs have with --loss."
-                )
+                refusal = f"{path} has no losses." if loss is None else no_loss(path, loss, run)
+                raise InputError(f"{refusal} Name one that all the runs have with --loss.")
             opened.setdefault(label, []).append(run[loss])
     return opened
 
@@ -214,15 +214,15 @@ def print_comparison(comparison: xr.Dataset) -> None:
     console.print(_headline(comparison, labels, repeats))
     for line in comparison.attrs["notes"].split("\n"):
         if line:
-            console.print(safe(line), markup=False)
+            print_words(safe(line), console)
     console.print()
     console.print(_layers(comparison, labels, repeats))
     if repeats:
-        console.print(
+        print_words(
             f"\n[low, high]: {100 * comparison.attrs['confidence']:g} % t interval of the mean. p "
             f"of a layer: t-test against 0; of its difference to {labels[0]}: "
             f"{_tests(comparison)}; both corrected by Holm over layers and labels.",
-            markup=False,
+            console,
         )
 
 

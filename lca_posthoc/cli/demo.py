@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ..base.text import quoted
 from ..replay.display import Display
 from .show import stdout
 from .summary import print_summary
@@ -31,14 +32,13 @@ def command(directory: Path) -> None:
     print_summary({name: summary(opened[name]) for name in opened}, opened.path)
     console = stdout()
     console.print("\nTry next:")
-    console.print(f"  lca plot {opened.path} microscope -o {directory / 'film.gif'}", markup=False)
-    console.print(
-        f"  lca export {opened.path} -o {directory / 'tables'} --format csv", markup=False
-    )
-    console.print(
-        f"  lca run {directory / 'checkpoints'} --task lca_posthoc.demo:task --rule trapezoid "
-        f"--out {directory / 'quick.lca'}",
-        markup=False,
-    )
+    run = quoted(opened.path)
+    for line in (
+        f"lca plot {run} microscope -o {quoted(directory / 'film.gif')}",
+        f"lca export {run} -o {quoted(directory / 'tables')} --format csv",
+        f"lca run {quoted(directory / 'checkpoints')} --task lca_posthoc.demo:task --rule trapezoid "
+        f"--out {quoted(directory / 'quick.lca')}",
+    ):
+        console.print(f"  {line}", markup=False)
     console.print(f"results in {opened.path}", markup=False)
     console.print(f"wrote {directory / REPORT}: open it in a browser", markup=False)

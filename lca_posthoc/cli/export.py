@@ -5,6 +5,8 @@ from __future__ import annotations
 import click
 
 from ..base.text import count
+from .completion import complete_finding, complete_loss
+from .options import Choice
 from .show import say, stdout
 
 
@@ -21,7 +23,7 @@ from .show import say, stdout
 @click.option(
     "--format",
     "format_",
-    type=click.Choice(("netcdf", "csv", "parquet", "tensorboard")),
+    type=Choice(("netcdf", "csv", "parquet", "tensorboard")),
     help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
 )
 @click.option(
@@ -29,6 +31,7 @@ from .show import say, stdout
     "losses",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_loss,
     help="A loss of the run (repeatable).  [default: all]",
 )
 @click.option(
@@ -36,6 +39,7 @@ from .show import say, stdout
     "findings",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_finding,
     help="A finding, such as layers (repeatable).  [default: all that the run allows but "
     "microscope]",
 )

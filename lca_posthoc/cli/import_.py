@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ..base.text import count
+from .completion import complete_path
 from .show import bar, prints_to_stderr, say, stdout
 
 
@@ -38,6 +39,7 @@ from .show import bar, prints_to_stderr, say, stdout
 @click.option(
     "--task",
     metavar="FILE[:FUNCTION]",
+    shell_complete=complete_path,
     help="Of an HDF5 file: the task whose model says the order and the shapes of the parameters.",
 )
 def command(source: str, directory: str, **options: Any) -> None:
@@ -64,7 +66,7 @@ def command(source: str, directory: str, **options: Any) -> None:
     from ..convert import convert
     from ..errors import amount
 
-    with prints_to_stderr(), bar("checkpoints ·") as progress:
+    with prints_to_stderr(), bar("checkpoints") as progress:
         done = convert(source, directory, say=say, progress=progress, **options)
     before = f"; {done.present:,} were there" if done.present else ""
     stdout().print(

@@ -10,13 +10,11 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import click
-from rich.text import Text
 
 from ..base.text import count, safe
 from ..errors import amount
-from ..replay.display import wrapped
 from .options import json_option, trajectory_options
-from .show import Table, bar, print_json, say, share, stdout, table
+from .show import Table, bar, print_json, print_words, say, share, stdout, table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -85,22 +83,23 @@ def document(inspection: Inspection) -> dict[str, object]:
 def print_inspection(inspection: Inspection, console: Console) -> None:
     """Print what was seen, the worst first, the distances, and a verdict."""
     dtypes = ", ".join(inspection.dtypes)
-    console.print(
+    print_words(
         f"{count(len(inspection.steps), 'checkpoint')}, steps {inspection.steps[0]} to "
         f"{inspection.steps[-1]}; {count(inspection.weights, 'weight')} ({dtypes}), "
-        f"{amount(inspection.size)} in all"
+        f"{amount(inspection.size)} in all",
+        console,
     )
     console.print()
     for observation in inspection.observations:
-        console.print(f"{observation.grade}: {safe(observation.text)}.")
+        print_words(f"{observation.grade}: {safe(observation.text)}.", console)
     if inspection.observations:
         console.print()
     if about_gaps := _gaps(inspection):
-        console.print(Text(wrapped(about_gaps, console)))
+        print_words(about_gaps, console)
         console.print()
     console.print(_distances(inspection))
     console.print()
-    console.print(_verdict(inspection))
+    print_words(_verdict(inspection), console)
 
 
 def _verdict(inspection: Inspection) -> str:

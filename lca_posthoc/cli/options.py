@@ -1,4 +1,4 @@
-"""Options several commands share, written once."""
+"""Options several commands share, written once, and words to choose from."""
 
 from __future__ import annotations
 
@@ -7,9 +7,24 @@ from typing import Any, TypeVar
 
 import click
 
+from ..base.text import did_you_mean
 from ..numerics.settings import SETTINGS, Setting, option_of
+from .completion import complete_path
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Choice(click.Choice[str]):
+    """Words to choose from; the refusal of another names the nearest one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return the word that was given."""
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            near = did_you_mean(str(value), self.choices)
+            text = f"{error.message.removesuffix('.')}.{near}" if near else error.message
+            raise click.BadParameter(text, ctx, param) from None
 
 
 def _chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
@@ -27,7 +42,7 @@ def _option_of_setting(name: str, setting: Setting) -> Callable[[F], F]:
     shown = f"  [default: {setting.shown_default}]" if setting.shown_default else ""
     return click.option(
         option_of(name),
-        type=click.Choice(choices) if choices else setting.type,
+        type=Choice(choices) if choices else setting.type,
         multiple=setting.repeatable,
         metavar=setting.metavar,
         help=setting.help + shown,
@@ -45,6 +60,7 @@ replay_options = _chain(
         "--task",
         required=True,
         metavar="FILE[:FUNCTION]",
+        shell_complete=complete_path,
         help="Task file, FILE:FUNCTION, or pkg.module:FUNCTION.",
     ),
     click.option(
@@ -104,7 +120,7 @@ cluster_options = _chain(
     ),
     click.option(
         "--durability",
-        type=click.Choice(("full", "none")),
+        type=Choice(("full", "none")),
         default="full",
         show_default=True,
         help="full: flushed to disk before it counts; none: for scratch disks, survives kills but "

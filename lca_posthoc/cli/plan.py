@@ -13,7 +13,7 @@ from ..errors import InputError, amount
 from ..replay.display import Display
 from ..replay.events import Stage
 from .options import json_option, replay_options, workers_option
-from .show import Table, duration, print_json, say, stdout, table
+from .show import Table, duration, print_json, print_words, say, stdout, table
 
 if TYPE_CHECKING:
     from ..replay.plan import Plan, RecordingPlan
@@ -74,26 +74,30 @@ def _print(planned: Plan, *, asked: bool) -> None:
         asked: whether a level is asked for.
     """
     console = stdout()
-    console.print(
+    print_words(
         f"{planned.segments:,} segments of {planned.parameters:,} parameters on {planned.device}, "
-        "without refinement:"
+        "without refinement:",
+        console,
     )
     console.print(_losses(planned))
     console.print()
     console.print(_levels(planned, asked=asked))
-    console.print(
+    print_words(
         f"free: {amount(planned.free_memory)} of memory for each worker, beside what it holds now, "
-        f"and {_space(planned.free)}"
+        f"and {_space(planned.free)}",
+        console,
     )
-    console.print(
+    print_words(
         "Memory and disk are estimates, disk after compression. Time is that of evaluations alone, "
         f"of all losses together, on one {'GPU' if planned.device == 'cuda' else 'CPU core'}; "
-        "start-up, reading, bookkeeping and storing come on top and are not timed here."
+        "start-up, reading, bookkeeping and storing come on top and are not timed here.",
+        console,
     )
-    console.print(
+    print_words(
         "An evaluation is one gradient over all examples: at the ends of segments, between them as "
         "the rule has it, and for other paths where segments are long; each is the time of one, "
-        "alone that of the loss without the others, stored what it takes at the level taken."
+        "alone that of the loss without the others, stored what it takes at the level taken.",
+        console,
     )
 
 
@@ -110,7 +114,7 @@ def _levels(planned: Plan, *, asked: bool) -> Table:
             keep,
             amount(planned.memory[keep]),
             amount(planned.bytes[keep]),
-            _whole(seconds, planned.device),
+            duration(seconds),
             *([duration(seconds / planned.workers)] if several else []),
             ("asked for" if asked else "auto takes this") if keep == planned.keep else "",
         )
@@ -135,11 +139,6 @@ def _losses(planned: Plan) -> Table:
     return rows
 
 
-def _whole(seconds: float, device: str) -> str:
-    """Return what evaluating all losses takes on one worker."""
-    return f"{seconds / 3600:.3g} device-hours" if device == "cuda" else duration(seconds)
-
-
 def _of_recording(directory: str, count: int, as_json: bool, task: str, **others: Any) -> None:
     from ..replay.plan import plan_recording
 
@@ -162,17 +161,18 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
 def _print_recording(planned: RecordingPlan) -> None:
     """Print what saving every iterate takes."""
     console = stdout()
-    console.print(
+    print_words(
         f"{planned.iterates:,} iterates of {planned.parameters:,} parameters ({planned.tensors:,} "
         f"tensors, buffers included), {amount(planned.bytes_each)} each: {amount(planned.bytes)}; "
         f"free: {amount(planned.free)}",
-        markup=False,
+        console,
     )
-    console.print(
+    print_words(
         f"writing one took {duration(planned.seconds_each)} here, flushing included: faster steps "
-        "would wait"
+        "would wait",
+        console,
     )
     if not planned.every:
-        console.print("not even two iterates fit: record elsewhere")
+        print_words("not even two iterates fit: record elsewhere", console)
     elif planned.every > 1:
-        console.print(f"they fit with Recorder(..., every={planned.every}), or elsewhere")
+        print_words(f"they fit with Recorder(..., every={planned.every}), or elsewhere", console)

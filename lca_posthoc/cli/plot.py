@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import click
 
 from ..base.declarations import Option, declared_findings
-from ..base.text import safe_in_figure
+from ..base.text import did_you_mean, no_loss, quoted, safe_in_figure
 from .compare import labelled, open_labelled
+from .completion import complete_loss, complete_run_or_finding
+from .options import Choice
 from .show import say, stdout
 
 if TYPE_CHECKING:
@@ -102,14 +104,14 @@ def _takes_declared_options(function: Callback) -> Callback:
 def _type_of(option: Option) -> click.ParamType[Any] | type:
     """Return the type of an option's values as click knows it."""
     if isinstance(option.kind, tuple):
-        return click.Choice(option.kind)
+        return Choice(option.kind)
     if option.kind == "count":
         return click.IntRange(min=1)
     return click.Path() if option.kind == "path" else option.kind
 
 
 @click.command(help=_help())
-@click.argument("runs", nargs=-1, metavar="[LABEL=]RUN…")
+@click.argument("runs", nargs=-1, metavar="[LABEL=]RUN…", shell_complete=complete_run_or_finding)
 @click.argument("finding", metavar="FINDING")
 @click.option(
     "-o",
@@ -123,6 +125,7 @@ def _type_of(option: Option) -> click.ParamType[Any] | type:
     "losses",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_loss,
     help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the "
     "first over either split]",
 )
@@ -171,16 +174,18 @@ def _check_finding(runs: tuple[str, ...], finding: str) -> None:
     """Refuse an unknown finding, and one of no run."""
     from ..errors import InputError
 
-    known = ", ".join(findings_drawn())
+    known, near = ", ".join(findings_drawn()), did_you_mean(finding, findings_drawn())
+    is_run = not near or Path(finding).exists()
     if not runs and finding in declared_findings():
         raise InputError(f"which run? Write lca plot RUN {finding}.")
-    if not runs:
+    if not runs and is_run:
         raise InputError(
-            f"which finding of {finding}? There are {known}. Write lca plot {finding} FINDING."
+            f"which finding of {finding}? There are {known}. Write lca plot {quoted(finding)} "
+            "FINDING."
         )
     if finding not in declared_findings():
         raise InputError(
-            f"there is no finding {finding!r}; there are {known}. Write lca plot RUN FINDING."
+            f"there is no finding {finding!r}; there are {known}.{near} Write lca plot RUN FINDING."
         )
 
 
@@ -292,7 +297,7 @@ def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResul
     names = losses or pair or tuple(first[:1])
     for name in names:
         if name not in run:
-            raise InputError(f"{path} has no loss {name!r}; it has {', '.join(map(repr, run))}.")
+            raise InputError(no_loss(path, name, run))
     if len(names) != number:
         how = (
             "two losses over two splits: --loss NAME --loss NAME"

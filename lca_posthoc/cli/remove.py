@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import click
 
+from .completion import complete_loss
 from .show import stdout
 
 
 @click.command()
 @click.argument("run", type=click.Path())
 @click.option(
-    "--loss", required=True, metavar="NAME", help="The loss to drop, with everything stored for it."
+    "--loss",
+    required=True,
+    metavar="NAME",
+    shell_complete=complete_loss,
+    help="The loss to drop, with everything stored for it.",
 )
 def command(run: str, loss: str) -> None:
     """Drop a loss from RUN; what is stored for the others is not touched.

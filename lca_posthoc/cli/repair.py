@@ -8,6 +8,7 @@ import click
 
 from ..base.text import count
 from ..replay.display import Display
+from .completion import complete_path
 from .options import cluster_options
 from .show import prints_to_stderr, stdout
 
@@ -18,6 +19,7 @@ from .show import prints_to_stderr, stdout
     "--task",
     required=True,
     metavar="FILE[:FUNCTION]",
+    shell_complete=complete_path,
     help="The task the run was made with; its path is not recorded.",
 )
 @click.option(

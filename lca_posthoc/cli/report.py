@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from .compare import labelled
+from .completion import complete_loss
 from .show import stdout
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     "losses",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_loss,
     help="Show this loss (repeatable); the first of a run made with --keep parameters goes under "
     "the microscope.  [default: all that fit]",
 )

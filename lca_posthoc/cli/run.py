@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..base.text import count
+from ..base.text import count, quoted
 from ..replay.display import Display
 from .options import cluster_options, json_option, replay_options
-from .show import print_json, prints_to_stderr, say, stdout
+from .show import print_json, print_words, prints_to_stderr, say, stdout
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..findings.summary import Summary
 
 
@@ -83,7 +85,17 @@ def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None
     print_causes(opened, summaries)
     print_directions(opened, summaries)
     print_examples(opened, summaries)
-    stdout().print(f"\nresults in {opened.path}", markup=False)
+    _print_ways_on(opened.path)
+
+
+def _print_ways_on(run: Path) -> None:
+    """Print how to look at a run, in commands to copy, and where it is."""
+    console = stdout()
+    ways = "To write all there is to see into one page, report.html, or print this again:"
+    print_words(f"\n{ways}", console)
+    for name in ("report", "summary"):
+        console.print(f"  lca {name} {quoted(run)}")
+    console.print(f"results in {run}")
 
 
 def _say_unconverged(summaries: dict[str, Summary]) -> None:

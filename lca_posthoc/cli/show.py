@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
+from ..base.text import duration as duration
 from ..base.text import shorten
-from ..replay.display import Stream, showable
-from ..replay.display import duration as duration
+from ..replay.display import Stream, showable, wrapped
+from ..replay.display import bar as bar
 from ..replay.display import say as say
 from ..replay.display import stderr as stderr
 from ..replay.display import waiting as waiting
@@ -36,6 +37,11 @@ def stdout() -> Console:
     )
 
 
+def print_words(text: str, console: Console) -> None:
+    """Print sentences: on a terminal in lines of its width, elsewhere as they are."""
+    console.print(Text(wrapped(text, console)))
+
+
 @contextlib.contextmanager
 def prints_to_stderr() -> Iterator[None]:
     """Send to stderr what the user's own code prints, so that stdout holds results alone."""
@@ -56,34 +62,6 @@ def _finite(value: object) -> object:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and value - value != 0 else value
-
-
-@contextlib.contextmanager
-def bar(of: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """Show on a terminal how far something is; yields `progress(what, done, total)`.
-
-    Args:
-        of: what is counted; a percentage is shown where nothing is said.
-    """
-    from rich.progress import (  # here, because commands that only look need not load it
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    console = stderr()
-    counted = (MofNCompleteColumn(), TextColumn(of)) if of else (TaskProgressColumn(),)
-    columns = (TextColumn("{task.description}"), BarColumn(), *counted, TimeElapsedColumn())
-    with Progress(
-        *columns, console=console, disable=not console.file.isatty(), transient=True
-    ) as shown:
-        task = shown.add_task("", total=None)
-        yield lambda what, done, total: shown.update(
-            task, description=what, completed=done, total=total
-        )
 
 
 def share(value: float) -> str:

@@ -12,9 +12,8 @@ from rich.text import Text
 
 from ..base.text import count, safe
 from ..errors import few
-from ..replay.display import wrapped
 from .options import json_option
-from .show import Table, duration, print_json, stdout, table
+from .show import Table, duration, print_json, print_words, stdout, table
 
 if TYPE_CHECKING:
     from ..results import LastRun, Run, Starting
@@ -49,7 +48,7 @@ def command(run: str, as_json: bool) -> None:
         if as_json:
             print_json({"schema": 1, "losses": {}, **more})
         else:
-            stdout().print(f"{safe(run)} is not there yet: {_preparing(preparing)}")
+            print_words(f"{safe(run)} is not there yet: {_preparing(preparing)}", stdout())
         return
     last = last_run(opened.path)
     by_loss = _status(opened, last)
@@ -71,19 +70,17 @@ def _print(
     stopped = _stopped_following(by_loss, last)
     console.print(_table(by_loss, follows=following is not None, stopped=stopped))
     if following is not None:
-        console.print(Text(wrapped(_follows(following), console)))
+        print_words(_follows(following), console)
     if preparing is not None:
-        console.print(
-            Text(wrapped(f"a driver is about to go on with it: {_preparing(preparing)}", console))
-        )
+        print_words(f"a driver is about to go on with it: {_preparing(preparing)}", console)
     elif following is not None and following.waits_after is not None:
         return
     elif last is not None and _stopped_following(by_loss, last):
-        console.print(Text(wrapped(_after_following(opened), console)))
+        print_words(_after_following(opened), console)
     elif last is not None and any(status.progress["running"] for status in by_loss.values()):
-        console.print(Text(wrapped(_pace(by_loss, last), console)))
+        print_words(_pace(by_loss, last), console)
     elif last is not None and not all(status.progress["complete"] for status in by_loss.values()):
-        console.print(Text(wrapped(_ending(last), console)))
+        print_words(_ending(last), console)
 
 
 def _following(by_loss: dict[str, _Status], last: LastRun | None) -> LastRun | None:

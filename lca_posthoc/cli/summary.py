@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast, get_args
@@ -11,11 +10,11 @@ from typing import TYPE_CHECKING, Literal, cast, get_args
 import click
 from rich.text import Text
 
-from ..base.text import count, safe
+from ..base.text import count, no_loss, quoted, safe
 from ..numerics.precisions import PRECISIONS
-from ..replay.display import wrapped
+from .completion import complete_loss
 from .options import json_option
-from .show import print_json, say, share, stdout, table, units_of_loss
+from .show import print_json, print_words, say, share, stdout, table, units_of_loss
 
 if TYPE_CHECKING:
     from ..findings.summary import Figures, Part, Summary
@@ -37,6 +36,7 @@ _OVERALL: tuple[_Overall, ...] = get_args(_Overall)
     "losses",
     multiple=True,
     metavar="NAME",
+    shell_complete=complete_loss,
     help="A loss of the run (repeatable).  [default: all]",
 )
 @click.option(
@@ -73,7 +73,7 @@ def command(
     opened = open_run(run)
     for name in losses:
         if name not in opened:
-            raise InputError(f"{run} has no loss {name!r}; it has {', '.join(map(repr, opened))}.")
+            raise InputError(no_loss(run, name, opened))
     summaries = {name: summary(opened[name]) for name in losses or opened}
     for name, figures in summaries.items():
         _say_what_is_missing(opened[name], figures)
@@ -130,8 +130,8 @@ def print_summary(
         console.print("no losses")
     if len(summaries) > _LOSSES and top is None and not everything:
         _print_losses(summaries)
-        way = f"`lca summary {_quoted(run)} --loss NAME` shows what the modules did to a loss"
-        console.print(Text(wrapped(f"\n{way}", console)))
+        way = f"`lca summary {quoted(run)} --loss NAME` shows what the modules did to a loss"
+        print_words(f"\n{way}", console)
         return
     plain = {name: of_loss for name, of_loss in summaries.items() if is_plain(of_loss)}
     _print_plain(plain)
@@ -139,14 +139,14 @@ def print_summary(
     for position, (name, figures) in enumerate(summaries.items()):
         if plain or position:
             console.print()
-        console.print(Text(wrapped(_caption(name, figures), console)))
+        print_words(_caption(name, figures), console)
         if is_grouped(figures):
             unshown.add(_print_groups(figures, top or _BESIDE, everything))
         elif is_plain(figures):
             unshown.add(_print_parts(figures, top or TOP, everything))
     unshown -= {0}
     if not everything and (unshown or _have_more_tensors(summaries)):
-        console.print(Text(wrapped(f"\n{_the_rest(unshown, run)}", console)))
+        print_words(f"\n{_the_rest(unshown, run)}", console)
 
 
 def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
@@ -178,7 +178,7 @@ def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
             f"{'is' if figures['long_segments'] == 1 else 'are'} longer than one training step: "
             f"sums are the straight line's share, {about_band}{about_shares}"
         )
-        console.print(Text(wrapped(line, console)))
+        print_words(line, console)
 
 
 def print_examples(run: Run, losses: Iterable[str]) -> None:
@@ -189,9 +189,9 @@ def print_examples(run: Run, losses: Iterable[str]) -> None:
         if record.per is not None:
             line = (
                 f"{count(record.rows or 0, record.per)} of {name!r} told apart: `lca plot "
-                f"{_quoted(run.path)} examples --loss {safe(shlex.quote(name))}`"
+                f"{quoted(run.path)} examples --loss {quoted(name)}`"
             )
-            console.print(Text(wrapped(line, console)))
+            print_words(line, console)
 
 
 def print_causes(run: Run, summaries: Mapping[str, Summary]) -> None:
@@ -213,10 +213,10 @@ def print_causes(run: Run, summaries: Mapping[str, Summary]) -> None:
         ]
         line = (
             f"causes of {safe(name)!r}: rest is {percent(share)} of Σ|A|{within}{large}"
-            f"{'; ' if sums else ''}{', '.join(sums)}: `lca plot {_quoted(run.path)} causes --loss "
-            f"{safe(shlex.quote(name))}`"
+            f"{'; ' if sums else ''}{', '.join(sums)}: `lca plot {quoted(run.path)} causes --loss "
+            f"{quoted(name)}`"
         )
-        console.print(Text(wrapped(line, console)))
+        print_words(line, console)
 
 
 def print_directions(run: Run, summaries: Mapping[str, Summary]) -> None:
@@ -236,10 +236,10 @@ def print_directions(run: Run, summaries: Mapping[str, Summary]) -> None:
             told["outside"],
         )
         line = (
-            f"directions of {safe(name)!r}: {'; '.join(parts)}. `lca plot {_quoted(run.path)} "
-            f"directions --loss {safe(shlex.quote(name))}`"
+            f"directions of {safe(name)!r}: {'; '.join(parts)}. `lca plot {quoted(run.path)} "
+            f"directions --loss {quoted(name)}`"
         )
-        console.print(Text(wrapped(line, console)))
+        print_words(line, console)
 
 
 def _have_more_tensors(summaries: dict[str, Summary]) -> bool:
@@ -254,11 +254,7 @@ def _the_rest(unshown: set[int], run: Path) -> str:
     more = " and ".join(f"{number:,}" for number in sorted(unshown))
     which = f"{more} more module{'' if unshown == {1} else 's'}: " if unshown else ""
     strongest = ", --top N the N strongest modules" if unshown else ""
-    return f"{which}`lca summary {_quoted(run)} --all` shows every tensor{strongest}"
-
-
-def _quoted(run: Path) -> str:
-    return safe(shlex.quote(str(run)))
+    return f"{which}`lca summary {quoted(run)} --all` shows every tensor{strongest}"
 
 
 def _print_losses(summaries: Mapping[str, Summary]) -> None:

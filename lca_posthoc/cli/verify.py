@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.text import Text
 
-from ..base.text import count, safe
+from ..base.text import count, quoted, safe
 from .options import json_option
 from .show import print_json, say, stderr, stdout, table, waiting
 
@@ -62,18 +62,13 @@ def _checked(checked: Verification) -> tuple[list[Damage], list[str]]:
     from ..results import Damage
 
     damages, leftovers = list[Damage](), list[str]()
-    with waiting(stderr()) as shown:
+    with waiting(stderr()) as show:
         for entry in checked:
             if isinstance(entry, Damage):
                 damages.append(entry)
             else:
                 leftovers.append(entry.path)
-            shown.update(
-                Text(
-                    f"{count(checked.files, 'file')}, {amount(checked.bytes)}, {len(damages)} "
-                    "damaged"
-                )
-            )
+            show(f"{count(checked.files, 'file')}, {amount(checked.bytes)}, {len(damages)} damaged")
     return damages, leftovers
 
 
@@ -81,7 +76,7 @@ def _way(run: str, damages: list[Damage]) -> str:
     """Return what puts damage right."""
     if damages[0].is_of_the_record:
         return "Restore it from a copy"
-    return f"Run `lca repair {run} --task FILE`"
+    return f"Run `lca repair {quoted(run)} --task FILE`"
 
 
 def _print(damages: list[Damage]) -> None:

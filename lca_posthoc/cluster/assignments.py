@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from ..base.text import duration
 from .protocol import Done, Lost, Outcome, Refused, Retried, Spec, Waiting
 
 WINDOW = 2  # specs of a worker: the one it works on, and one that waits there
@@ -33,8 +34,8 @@ QUIET_SECONDS = 10.0  # of them, in which a nanny starts a new one
 LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
 SILENT = (
-    f"did not answer within {ANSWER_SECONDS:.0f} s: it is busy with other work, stuck, or without "
-    "lca_posthoc"
+    f"did not answer within {duration(ANSWER_SECONDS)}: it is busy with other work, stuck, or "
+    "without lca_posthoc"
 )
 DIED = "its worker died or cannot be reached"
 LEFT = "its worker left before it was done"

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..base.text import duration
 from ..errors import ResourceError
 from .assignments import ANSWER_SECONDS
 from .config import ClusterConfig
@@ -134,7 +135,7 @@ def _wait_for(client: Client, count: int) -> None:
     except (DaskTimeoutError, TimeoutError, OSError) as error:
         raise ResourceError(
             f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up "
-            f"within {ANSWER_SECONDS} s ({error}). Ask for fewer with --workers, or run in this "
+            f"within {duration(ANSWER_SECONDS)} ({error}). Ask for fewer with --workers, or run in this "
             "process with --cluster inline."
         ) from None
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..base.text import duration
 from ..errors import ResourceError
 from . import assignments
 from .assignments import Abandoned, Action, Ask, Assignments, Cancel, Overdue, Submit
@@ -370,6 +371,6 @@ def _answers(addresses: Iterable[str], ask: Callable[[str], Future]) -> dict[str
 
 def _nobody_left(seconds: float) -> ResourceError:
     return ResourceError(
-        f"no worker is left, and none came within {seconds:.0f} s. What was committed is kept; "
+        f"no worker is left, and none came within {duration(seconds)}. What was committed is kept; "
         "start workers and run the same command again."
     )

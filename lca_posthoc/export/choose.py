@@ -8,6 +8,7 @@ import xarray as xr
 
 from .. import findings
 from ..base.declarations import declared_findings
+from ..base.text import did_you_mean, no_loss
 from ..errors import InputError
 from ..findings.bands import needs_single_steps
 from ..findings.common import (
@@ -82,13 +83,12 @@ def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> N
     """Refuse a loss that the run does not have, and an unknown finding."""
     for loss in losses:
         if loss not in run:
-            raise InputError(
-                f"{run.path} has no loss {loss!r}; it has {', '.join(map(repr, run))}."
-            )
+            raise InputError(no_loss(run.path, loss, run))
     for name in requested:
         if name not in known():
             raise InputError(
                 f"there is no finding {name!r} to export; there are {', '.join(known())}."
+                f"{did_you_mean(name, known())}"
             )
 
 

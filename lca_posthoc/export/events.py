@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from ..base.declarations import declared_findings
-from ..base.text import count
+from ..base.text import count, no_loss
 from ..errors import InputError, optional_package
 from ..findings import curve, helping, layers
 from ..numerics.schema import holds
@@ -51,9 +51,7 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
     """
     for name in losses:
         if name not in run:
-            raise InputError(
-                f"{run.path} has no loss {name!r}; it has {', '.join(map(repr, run))}."
-            )
+            raise InputError(no_loss(run.path, name, run))
     for name in requested:
         if name not in _FINDINGS:
             raise InputError(

@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from ..base.declarations import GROUPS, Finding, Option
+from ..base.text import no_loss
 from ..errors import InputError
 from ..results import LossResults, open_run
 from .causes import amount, percent
@@ -161,8 +162,7 @@ def _null(results: LossResults, null: LossResults | str | Path) -> LossResults:
     run = open_run(null)
     if results.name not in run:
         raise InputError(
-            f"{null} has no loss {results.name!r}; it has {', '.join(map(repr, run))}. The null is "
-            "the same loss along random directions."
+            f"{no_loss(null, results.name, run)} The null is the same loss along random directions."
         )
     return run[results.name]
 

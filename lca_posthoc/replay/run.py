@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .. import results
-from ..base.text import count
+from ..base.text import count, duration, quoted
 from ..checkpoints.paths import is_remote, path_of
 from ..checkpoints.places import Where, common_root, found_again, places_of
 from ..checkpoints.trajectory import NOTHING_CONSUMED, Trajectory, open_trajectory
@@ -56,7 +56,7 @@ from .consume import (
     refuse_other_files,
     refuse_others,
 )
-from .display import duration, listening
+from .display import listening
 from .events import (
     Following,
     Listener,
@@ -1190,7 +1190,7 @@ class _Spans:
             )
         elif isinstance(outcome, Waiting):
             self._status.note(
-                [f"no worker is left; waiting {outcome.seconds:.0f} s for one to join"]
+                [f"no worker is left; waiting {duration(outcome.seconds)} for one to join"]
             )
         elif isinstance(outcome, Done):
             if outcome.result is not None:
@@ -1292,10 +1292,11 @@ class _Spans:
         for later in (span, span + 1):
             what = results.disagreement(self._writer.commits(loss), later, reported)
             if what is not None:
+                run = quoted(self._writer.path)
                 raise LCAError(
                     f"{what}: not both are of the data and the model that are meant, or a machine "
-                    f"erred. `lca verify {self._writer.path}` lists where, `lca repair "
-                    f"{self._writer.path} --task FILE` computes it again."
+                    f"erred. `lca verify {run}` lists where, `lca repair {run} --task FILE` "
+                    "computes it again."
                 )
 
     # --- afterwards

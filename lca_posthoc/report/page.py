@@ -23,6 +23,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..base import colours
 from ..base.declarations import declared_findings
+from ..base.text import did_you_mean
 from ..errors import InputError, LCAError, amount
 from ..findings.common import about_part, findings_beyond
 from ..results import Run
@@ -77,6 +78,7 @@ def write_report(
             known = dict.fromkeys(loss for run in runs for loss in run)
             raise InputError(
                 f"no run has a loss {name!r}; there are {', '.join(map(repr, known))}."
+                f"{did_you_mean(name, known)}"
             )
     panels, left_out = choose(runs, losses, labelled)
     if not panels:

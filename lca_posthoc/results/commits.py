@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, cast
 
+from ..base.text import quoted
 from ..errors import LCAError
 from . import disk
 from .files import read_json
@@ -332,6 +333,6 @@ def _is_there(path: Path) -> bool:
 def damaged(run: Path, loss: str, where: str, what: str) -> str:
     """Return the message for a stored number that is not what was committed."""
     return (
-        f"loss {loss!r} in {run} is damaged: {where}: {what}. `lca verify {run}` lists all damage, "
-        f"`lca repair {run} --task FILE` computes it again."
+        f"loss {loss!r} in {run} is damaged: {where}: {what}. `lca verify {quoted(run)}` lists all "
+        f"damage, `lca repair {quoted(run)} --task FILE` computes it again."
     )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
-from ..base.text import count
+from ..base.text import count, no_loss
 from ..checkpoints.paths import path_of
 from ..errors import InputError
 from ..numerics.schema import (
@@ -500,10 +500,7 @@ class Run(Mapping[str, LossResults]):
 
     def __getitem__(self, loss: str) -> LossResults:
         if loss not in self.manifest.losses:
-            raise KeyError(
-                f"{self.path} has no loss {loss!r}; it has "
-                f"{', '.join(map(repr, self.manifest.losses))}"
-            )
+            raise KeyError(no_loss(self.path, loss, self.manifest.losses))
         return LossResults(self.path, self.manifest, loss)
 
     def __iter__(self) -> Iterator[str]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import psutil
 
+from ..base.text import no_loss
 from ..checkpoints.paths import path_of
 from ..errors import InputError, LCAError, ResourceError, SpanError
 from ..numerics.schema import BINS, TOTAL_FIELDS, Totals, join_all
@@ -271,9 +272,7 @@ def remove_loss(path: str | Path, loss: str) -> None:
     run = path_of(path)
     known = read_manifest(run).losses
     if loss not in known:
-        raise InputError(
-            f"{run} has no loss {loss!r}; it has {', '.join(map(repr, known)) or 'none'}."
-        )
+        raise InputError(no_loss(run, loss, known))
     with hold(run):
         RunWriter.open(run).remove_loss(loss)
 

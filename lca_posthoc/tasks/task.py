@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Required, TypedDict
 
 import cloudpickle
 
+from ..base.text import did_you_mean
 from ..errors import InputError
 from . import task_bundle
 
@@ -476,8 +477,8 @@ class Task:
         for name in names:
             if self.stated(name) is None:
                 raise InputError(
-                    f"there is no loss {name!r} in the task; it has {_names(self.losses)}. Use "
-                    "--loss NAME or --loss all."
+                    f"there is no loss {name!r} in the task; it has {_names(self.losses)}."
+                    f"{did_you_mean(name, self.losses)} Use --loss NAME or --loss all."
                 )
         return list(dict.fromkeys(names))
 

@@ -1,5 +1,5 @@
 """Texts made safe to show: the same signs are taken out wherever a text goes, and no other is
-touched.
+touched; and times in words.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from lca_posthoc.base.text import is_storable, safe, safe_in_figure, safe_in_page
+from lca_posthoc.base.text import duration, is_storable, safe, safe_in_figure, safe_in_page
 from lca_posthoc.report.content import clean
 from tests.helpers.cli import UNSAFE, steering
 
@@ -70,3 +70,43 @@ def test_what_no_file_holds_as_it_is(sign: str) -> None:
 @pytest.mark.parametrize("word", [*WORDS, "\u202eevil", "\u200fright", "two\u2028lines"])
 def test_what_a_file_holds_as_it_is(word: str) -> None:
     assert is_storable(word)
+
+
+# --- times ----------------------------------------------------------------------------------------
+
+SECONDS = {"µs": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0 s"),
+        (7.3e-5, "73 µs"),
+        (0.0999, "100 ms"),
+        (0.9996, "1 s"),
+        (3.2, "3.2 s"),
+        (9.96, "10 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min"),
+        (62, "1 min 2 s"),
+        (754, "13 min"),
+        (3599, "1 h"),
+        (4800, "1 h 20 min"),
+        (86_399, "1 d"),
+        (90_000, "1 d 1 h"),
+        (8_640_000, "100 d"),
+    ],
+)
+def test_a_time_is_in_units_people_use(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+@pytest.mark.parametrize("exponent", range(-60, 80))
+def test_a_time_is_shown_within_a_twentieth_in_at_most_two_units(exponent: int) -> None:
+    seconds = 10 ** (exponent / 10)
+    words = duration(seconds).split()
+    parts = [
+        float(number) * SECONDS[unit] for number, unit in zip(words[::2], words[1::2], strict=True)
+    ]
+    assert len(parts) <= 2
+    assert sum(parts) == pytest.approx(seconds, rel=0.05)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,69 @@ def test_what_a_task_prints_does_not_mix_with_the_document(place: Path) -> None:
     write_task(place / "task.py", "def task():", "def task():\n    print('loading')")
     found = run_lca(place / "ck", place / "task.py", place / "out.lca", "--json")
     assert set(document(found)) == {"schema", "losses"}
+
+
+def test_commands_that_a_run_prints_can_be_copied(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run_lca(made / "ck", made / "task.py", tmp_path / "it's my run.lca")
+    printed = [line for line in result.stdout.splitlines() if line.startswith("  lca ")]
+    commands = [shlex.split(line)[1:] for line in printed]
+    assert [command for command, *_ in commands] == ["report", "summary"]
+    assert [lca(*command).exit_code for command in commands] == [0, 0]
+    assert (tmp_path / "report.html").is_file()
+    says(result.stdout, "report.html")
+
+
+# --- words that are mistyped ----------------------------------------------------------------------
+
+RUN = "{place}/ck.lca"
+REPLAY = ["{place}/ck", "--task", "{place}/task.py"]
+MISTYPED = {
+    "command": (["sumary", RUN], "summary"),
+    "option": (["summary", "--lose", "train", RUN], "--loss"),
+    "option of lca": (["--debgu", "summary", RUN], "--debug"),
+    "option of a pair": (["compare", RUN, "--unpared"], "--unpaired"),
+    "--keep": (["run", *REPLAY, "--keep", "parameter"], "parameters"),
+    "--rule": (["plan", *REPLAY, "--rule", "trapez"], "trapezoid"),
+    "--durability": (["run", *REPLAY, "--durability", "ful"], "full"),
+    "--format": (["export", RUN, "-o", "{place}/tables", "--format", "ntecdf"], "netcdf"),
+    "--quantity": (["plot", RUN, "layers", "--quantity", "totl"], "total"),
+    "finding": (["plot", RUN, "layrs"], "layers"),
+    "finding without a run": (["plot", "layrs"], "layers"),
+    "finding to export": (["export", RUN, "-o", "{place}/tables", "--finding", "curv"], "curve"),
+    **{
+        f"loss of lca {' '.join(before)}": ([*before, RUN, *after, "--loss", "trian"], "train")
+        for before, after in (
+            (["summary"], []),
+            (["plot"], ["layers"]),
+            (["compare"], []),
+            (["report"], []),
+            (["export"], ["-o", "{place}/tables"]),
+            (["export", "--format", "tensorboard"], ["-o", "{place}/events"]),
+            (["remove"], []),
+        )
+    },
+    "loss of a task": (["run", *REPLAY, "--loss", "valdation"], "validation"),
+    "loss of a task to plan": (["plan", *REPLAY, "--loss", "valdation"], "validation"),
+}
+
+
+@pytest.mark.parametrize("what", MISTYPED)
+def test_a_mistyped_word_is_refused_with_the_nearest_one(made: Path, what: str) -> None:
+    words, near = MISTYPED[what]
+    line = refused(lca(*(word.format(place=made) for word in words)))
+    assert re.findall(r"Did you mean ([^?]*)\?", line) == [repr(near)], line
+
+
+@pytest.mark.parametrize("what", MISTYPED)
+def test_a_word_that_is_near_nothing_is_refused_without_a_guess(made: Path, what: str) -> None:
+    words, near = MISTYPED[what]
+    (wrong,) = [word for word in words if get_close_matches(word, [near])]
+    far = "--qqqqqq" if wrong.startswith("-") else "qqqqqq"
+    again = [far if word == wrong else word for word in words]
+    assert "Did you mean" not in refused(lca(*(word.format(place=made) for word in again)))
 
 
 # --- JSON -----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
 import lca_posthoc
 from lca_posthoc import results
@@ -119,6 +122,41 @@ def test_the_command_shows_stages_and_a_bar_on_a_terminal(place: Path, out: Path
     )
 
 
+# rich erases the lines it showed from the last one to the first
+SECOND_LINE = "\x1b[2K\x1b[1A"
+CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 120])
+@pytest.mark.parametrize("command", ["run", "plan", "inspect", "verify", "import"])
+def test_what_moves_stays_in_one_line_of_any_terminal(
+    place: Path, out: Path, command: str, columns: int
+) -> None:
+    task = ["--task", place / "task.py"]
+    call: list[object] = {
+        "run": ["run", place / "ck", *task, "--out", out / "s.lca", "--cluster", "inline"],
+        "plan": ["plan", place / "ck", *task],
+        "inspect": ["inspect", place / "ck"],
+        "verify": ["verify", place / "r.lca"],
+        "import": ["import", out / "saved", out / "imported"],
+    }[command]
+    code, shown = on_terminal([*LCA, *call], columns)
+    assert code == 0, shown
+    assert "\x1b[2K" in shown  # something moved
+    assert SECOND_LINE not in shown
+    for line in re.split(r"[\r\n]", CONTROL.sub("", shown)):
+        if "imported" not in line and "s.lca" not in line:  # a path is never cut
+            assert cell_len(line) <= columns, line
+
+
+def test_a_second_line_is_seen() -> None:
+    """The test above can fail."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=40)
+    with console.status("word " * 20):
+        pass
+    assert SECOND_LINE in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 NOTEBOOK = """\
 import sys
 import types
@@ -195,7 +233,7 @@ def test_without_a_terminal_there_is_a_line_a_minute_and_an_early_one(
     shown(Stage("building and probing the task"))
     until(130)
     assert [at for at, _ in lines] == [60, 120]
-    assert lines[0][1] == "lca: building and probing the task, for 60 s now"
+    assert lines[0][1] == "lca: building and probing the task, for 1 min now"
     lines.clear()
     shown(Planned(300, 400, 30, 2, "/nowhere"))
     until(175)

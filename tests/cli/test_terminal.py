@@ -153,11 +153,37 @@ def test_a_terminal_of_any_width_shows_the_numbers_of_a_pipe(
         says(through, *(f"die größte Klasse von allen, Nummer {at}" for at in range(4)))
 
 
+def test_a_dumb_terminal_shows_nothing_that_moves(place: Path) -> None:
+    call = reading("verify", place)
+    assert on_terminal(call, TERM="dumb") == (0, piped(call).stdout.decode())
+
+
 def test_a_dumb_terminal_shows_the_same(place: Path, in_a_pipe: Callable[[str], str]) -> None:
     code, shown = on_terminal(reading("summary", place), TERM="dumb")
     assert code == 0
     assert "\x1b" not in shown
     assert set(numbers(in_a_pipe("summary"))) <= set(numbers(shown))
+
+
+COLOUR = re.compile(r"\x1b\[(?:[0-9]+;)*(?:[34][0-8]|9[0-7]|10[0-7])(?=[;m])")
+COLOURED = ("run", "verify", "inspect", "summary")
+
+
+@pytest.mark.parametrize("command", [*COLOURED, "--help", "a refusal", "a traceback"])
+def test_no_colour_means_no_colour(place: Path, out: Path, command: str) -> None:
+    others = {
+        "--help": ["run", "--help"],
+        "a refusal": ["summary", place / "r.lca", "--loss", "none"],
+        "a traceback": ["--debug", "summary", place / "r.lca", "--loss", "none"],
+    }
+    arguments = [*LCA, *{**calls(place, out), **others}[command]]
+    _, shown = on_terminal(arguments, NO_COLOR="1")
+    assert COLOUR.findall(shown) == []
+
+
+def test_without_it_there_are_colours(place: Path, out: Path) -> None:
+    """The test above can fail."""
+    assert COLOUR.search(on_terminal([*LCA, *calls(place, out)["run"]])[1])
 
 
 # --- streams that cannot show or take everything --------------------------------------------------
@@ -212,6 +238,7 @@ def test_no_command_fails_for_signs_its_terminal_lacks(
     done = piped([*LCA, *calls(place, out)[command]], **ASCII)
     assert done.returncode == 0, done.stderr
     assert b"Error" not in done.stderr
+    assert b"\x1b" not in done.stdout + done.stderr
     done.stdout.decode("ascii")
 
 

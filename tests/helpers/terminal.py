@@ -24,7 +24,7 @@ def environment(**more: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("COLUMNS", "LINES", "TERM", "NO_COLOR")
+        if name not in ("COLUMNS", "LINES", "TERM", "NO_COLOR", "FORCE_COLOR")
     }
     return {**kept, "PYTHONPATH": PACKAGE, "TERM": "xterm", **more}
 

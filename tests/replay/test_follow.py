@@ -35,6 +35,7 @@ from lca_posthoc.replay.shards import is_cut
 from tests.helpers.cli import contents, lca, says, task_namespace, write_task
 from tests.helpers.faults import clean_runs
 from tests.helpers.followed_training import train
+from tests.helpers.json_schemas import faults
 from tests.helpers.numbered_training import become, network
 
 STEPS, SPAN = 7, 2
@@ -486,6 +487,7 @@ def test_status_says_that_a_run_follows_and_where_it_waits(series: Place) -> Non
     assert "complete so far; follows" in words
     assert f"up to step {STEPS - 1} they are replayed, and it waits for more" in words
     assert json.loads(document)["following"] == {"waits_after": STEPS - 1}
+    assert faults("status", json.loads(document)) == []
     assert "following" not in json.loads(lca("status", series.out, "--json").stdout)
 
 

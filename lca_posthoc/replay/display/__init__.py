@@ -6,17 +6,16 @@ show how far a replay is, and `listener` turns events into them.
 """
 
 from .listener import Display, WarningDisplay, listening
-from .progressed import Progressed, duration
+from .progressed import Progressed
 from .streams import (
     Stream,
     open_standard_descriptors,
     say,
     showable,
     stderr,
-    waiting,
     wrapped,
 )
-from .views import Lines
+from .views import Lines, bar, waiting
 
 __all__ = [
     "Display",
@@ -24,7 +23,7 @@ __all__ = [
     "Progressed",
     "Stream",
     "WarningDisplay",
-    "duration",
+    "bar",
     "listening",
     "open_standard_descriptors",
     "say",

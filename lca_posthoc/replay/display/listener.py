@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from importlib import resources
 from types import TracebackType
 
-from ...base.text import safe
+from ...base.text import duration, safe
 from ...checkpoints.paths import path_of
 from ...errors import LCAWarning
 from ..events import (
@@ -29,7 +29,7 @@ from ..events import (
     Stopping,
     silent,
 )
-from .progressed import Progressed, duration
+from .progressed import Progressed
 from .streams import say, stderr
 from .views import view_for
 

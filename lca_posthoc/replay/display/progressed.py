@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ...base.text import count
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people read them."""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+from ...base.text import count, duration
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,6 @@ from typing import TextIO
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.status import Status
 from rich.text import Text
 
 from ...base.text import safe
@@ -31,6 +30,7 @@ _PLAIN = {
     "–": "-",
     "—": "-",
     "…": "...",
+    "µ": "u",
     "Σ": "sum",
     "Δ": "d",
     "θ": "theta",
@@ -173,13 +173,6 @@ def stderr() -> Console:
         soft_wrap=True,
         force_jupyter=False,
     )
-
-
-def waiting(console: Console) -> Status:
-    """Return a status line in signs the console can show; it starts as a context manager, or with
-    `start`.
-    """
-    return console.status("", spinner=spinner_of(console))
 
 
 def spinner_of(console: Console) -> str:

@@ -6,33 +6,32 @@ import contextlib
 import importlib
 import sys
 import time
-from datetime import timedelta
+from collections.abc import Callable, Iterator
 from html import escape
 from types import ModuleType
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.live import Live
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     Task,
     TaskID,
     TextColumn,
 )
-from rich.spinner import Spinner
 from rich.table import Column
 from rich.text import Text
 
-from ...base.text import count
-from .progressed import Progressed, duration
-from .streams import spinner_of
+from ...base.text import count, duration
+from .progressed import Progressed
+from .streams import spinner_of, stderr
 
 # seconds after work began, once there are figures, until the first line where there is no terminal
 FIRST = 20.0
 MINUTE = 60.0  # seconds between two lines
+_WIDE, _NARROW = 120, 60  # cells of a terminal: room for a long bar; none for any
 
 
 class View(Protocol):
@@ -48,26 +47,90 @@ class View(Protocol):
         """Remove what moves from the screen."""
 
 
+def _can_move(console: Console) -> bool:
+    """Tell whether a terminal shows it that can erase what it showed."""
+    return console.file.isatty() and not console.is_dumb_terminal
+
+
+def _bar_of(console: Console) -> tuple[BarColumn, ...]:
+    """Return the bar that a console has room for beside words; none on a narrow one."""
+    if console.width < _NARROW:
+        return ()
+    return (BarColumn(bar_width=40 if console.width >= _WIDE else 16),)
+
+
+def _words(field: str, *, ratio: int | None = None) -> TextColumn:
+    """Return a column of words that are cut where the line ends."""
+    column = Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
+    return TextColumn(f"{{task.{field}}}", markup=False, table_column=column)
+
+
+def _line(console: Console) -> Progress:
+    """Return a spinner with words behind it, of one line that is gone when it is over."""
+    return Progress(
+        SpinnerColumn(spinner_of(console)),
+        _words("description", ratio=1),
+        console=console,
+        expand=True,
+        disable=not _can_move(console),
+        transient=True,
+        redirect_stdout=_shows_prints(),
+    )
+
+
+@contextlib.contextmanager
+def waiting(console: Console) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is waited for, in signs the console can show; yields `show(text)`."""
+    with _line(console) as line:
+        task = line.add_task("")
+        yield lambda text: line.update(task, description=text)
+
+
+@contextlib.contextmanager
+def bar(of: str = "") -> Iterator[Callable[[str, int, int], None]]:
+    """Show on a terminal how far something is; yields `progress(what, done, total)`.
+
+    Args:
+        of: what is counted; a percentage is shown where nothing is said.
+    """
+    console = stderr()
+    columns = (_words("description"), *_bar_of(console), _words("fields[counted]"), _Elapsed())
+    with Progress(
+        *columns, console=console, disable=not _can_move(console), transient=True
+    ) as shown:
+        task = shown.add_task("", total=None, counted="")
+
+        def progress(what: str, done: int, total: int) -> None:
+            counted = f"{done:,}/{total:,} {of}" if of else f"{100 * done / max(1, total):.0f} %"
+            shown.update(task, description=what, completed=done, total=total, counted=counted)
+
+        yield progress
+
+
+class _Elapsed(ProgressColumn):
+    """The time since it began."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"· {duration(int(task.elapsed or 0))}", style="progress.elapsed")
+
+
 class Bar:
     """A bar on a terminal, gone when it is over."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live: Live | None = None
+        self._stage: Progress | None = None
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
     def stage(self, text: str, began: float, now: float) -> None:
         """See `View.stage`."""
-        shown = Text(f"{text} ({duration(int(now - began))})" if now - began >= 2 else text)
-        if self._live is None:
-            self._live = Live(
-                console=self._console, transient=True, redirect_stdout=_shows_prints()
-            )
-            self._live.start()
-        self._live.update(
-            Spinner(spinner_of(self._console), shown, style="status.spinner"), refresh=True
-        )
+        if self._stage is None:
+            self._stage = _line(self._console)
+            self._stage.add_task("")
+            self._stage.start()
+        shown = f"{text} ({duration(int(now - began))})" if now - began >= 2 else text
+        self._stage.update(self._stage.task_ids[0], description=shown, refresh=True)
 
     def show(self, progressed: Progressed, now: float) -> None:
         """See `View.show`."""
@@ -92,19 +155,10 @@ class Bar:
         )
 
     def _started(self) -> Progress:
-        columns = (
-            BarColumn(bar_width=40 if self._console.width >= 120 else 16),
-            MofNCompleteColumn(),
-            TextColumn("segments, left"),
-            _Left(),
-            # what there is room for, the most important first
-            TextColumn(
-                "{task.fields[more]}",
-                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
-            ),
-        )
         progress = Progress(
-            *columns,
+            *_bar_of(self._console),
+            _Left(table_column=Column(no_wrap=True, overflow="ellipsis")),
+            _words("fields[more]", ratio=1),  # what there is room for, the most important first
             console=self._console,
             transient=True,
             expand=True,
@@ -116,11 +170,11 @@ class Bar:
 
     def close(self) -> None:
         """See `View.close`."""
-        if self._live is not None:
-            self._live.stop()
+        if self._stage is not None:
+            self._stage.stop()
         if self._progress is not None:
             self._progress.stop()
-        self._live = None
+        self._stage = None
 
 
 def _shows_prints() -> bool:
@@ -131,16 +185,17 @@ def _shows_prints() -> bool:
 
 
 class _Left(ProgressColumn):
-    """The time left at the rate since work began."""
+    """The segments done, and the time left at the rate since work began."""
 
     def render(self, task: Task) -> Text:
-        due = task.fields["due"]
-        text = (
-            "-:--:--"
-            if due is None
-            else str(timedelta(seconds=int(max(0.0, due - time.monotonic()))))
-        )
-        return Text(text, style="progress.remaining")
+        due, text = task.fields["due"], Text()
+        if task.total is not None:
+            done = f"{task.completed:,.0f}/{task.total:,.0f} segments"
+            text.append(done, style="progress.download")
+        if due is not None:
+            seconds = int(max(0.0, due - time.monotonic()))
+            text.append(f", {duration(seconds)} left", style="progress.remaining")
+        return text
 
 
 class Lines:
@@ -218,6 +273,6 @@ def view_for(console: Console, now: float, stages: bool = False) -> View:
     if hasattr(shell, "kernel"):
         with contextlib.suppress(ImportError):
             return Notebook(importlib.import_module("IPython.display"))
-    if console.file.isatty() and not console.is_dumb_terminal:
+    if _can_move(console):
         return Bar(console)
     return Lines(console, now, stages)
