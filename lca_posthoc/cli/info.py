@@ -54,7 +54,7 @@ def _as_it_is(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Described:
-    """What is known of a run, and the last lines of its log."""
+    """A run as it is printed: what is known of it, and the last lines of its log."""
 
     rows: dict[str, str]
     events: list[str]
