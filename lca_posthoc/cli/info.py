@@ -43,7 +43,7 @@ def command(run: str | None, paths: bool) -> None:
     shown = _as_it_is if paths else without_places
     of_run = None if run is None else _describe(path_of(run))
     also = ", ".join(" ".join(item) for item in additions().items())
-    _print({**package(), **system(), **dependencies(), **devices(), "also": also}, shown)
+    _print({**package(), **system(), **dependencies(), **devices(), "also": also or "none"}, shown)
     if of_run is not None:
         _print_run(of_run, shown)
 
