@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .tasks.task import Loss as Loss
     from .tasks.task import Task as Task
 
-__version__ = "0.1.0"
+    __version__: str
 
 _HOMES = {
     "Draws": ".numerics.objective",
@@ -51,6 +51,10 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that `import lca_posthoc` and `lca --help` load neither torch nor zarr.
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     if name in ("findings", "plots"):
         return importlib.import_module(f".{name}", __name__)
     if name in _HOMES:

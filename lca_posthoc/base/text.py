@@ -22,6 +22,11 @@ _LINE_ENDS = r"\u2028\u2029"
 _UNSAFE = re.compile(f"[{_CONTROLS}{_HALVES}{_TURNS}{_LINE_ENDS}]")
 _LINE_END = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 _UNSTORABLE = re.compile(f"[{_CONTROLS}{_HALVES}]")
+_ADDRESS = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s'\"<>]*")
+# those of a path from the root of a file system, or of a Windows drive
+_DIRECTORIES = re.compile(
+    r"(?:(?<![\w.…/:~-])(?:~[\w.-]*)?/|\b[A-Za-z]:\\)(?:[^\s/\\'\"<>]+[/\\])*(?=[^\s/])"
+)
 
 
 def safe(text: str) -> str:
@@ -62,6 +67,16 @@ def quoted(argument: object) -> str:
     ("'my runs/a.lca'", 'a.lca')
     """
     return safe(shlex.quote(str(argument)))
+
+
+def without_places(text: str) -> str:
+    """Return a text that names neither directories, such as that of a user, nor addresses, which
+    may hold passwords: of a path its last name stays, of an address what it begins with.
+
+    >>> without_places("/home/ada/ck/step_1.pt: see https://ada:word@host/x?key=1, or runs/a.lca")
+    '…/step_1.pt: see https://… or runs/a.lca'
+    """
+    return _DIRECTORIES.sub("…/", _ADDRESS.sub(r"\1://…", text))
 
 
 def is_storable(text: str) -> bool:

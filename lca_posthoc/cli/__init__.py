@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import click
 
-from .. import __version__
 from ..base.text import did_you_mean, safe
 from ..errors import InputError, Interrupted, LCAError
 from ..replay.display import Stream, open_standard_descriptors, showable, stderr, wrapped
@@ -24,6 +23,7 @@ COMMANDS = {
     "demo": "Train, record and replay a small real model: the first minute.",
     "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",
     "import": "Make checkpoints in other formats into safetensors files.",
+    "info": "Print what a report of a bug needs.",
     "inspect": "Say whether checkpoints are those of one training.",
     "plan": "Say what a run would cost, and probe the task.",
     "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
@@ -133,7 +133,7 @@ class _Group(click.Group):
                 traceback.print_exc(file=sys.stderr)
             text = (
                 f"unexpected {type(error).__name__}: {error}. See where with `lca --debug …`, and "
-                "please report it."
+                "please report it with what `lca info` prints."
             )
             raise _Failure(LCAError(text)) from None
 
@@ -146,7 +146,7 @@ class _Group(click.Group):
     subcommand_metavar="COMMAND [ARGS]...",
 )
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
-@click.version_option(__version__, prog_name="lca")
+@click.version_option(package_name="lca_posthoc", prog_name="lca")
 @click.pass_context
 def cli(ctx: click.Context, debug: bool) -> None:
     """Loss Change Allocation after training: which weights did the learning.

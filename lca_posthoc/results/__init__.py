@@ -6,7 +6,7 @@ from .boundary_checks import differ, disagreement, meeting
 from .chunk_writer import ChunkWriter
 from .commits import Commits, Marker
 from .disk import free_space, is_object_store
-from .lock import Held, hold, require_lock
+from .lock import Held, has_kernel_lock, hold, require_lock
 from .manifest import Identity, LossRecord, Manifest, StoredTensor
 from .run import LossResults, Run, open_run
 from .runfile import exists, read_manifest, refuse_other
@@ -19,6 +19,7 @@ from .underway import (
     SpanReport,
     Underway,
     append_events,
+    last_events,
     last_run,
     remove_reports,
     underway,
@@ -63,8 +64,10 @@ __all__ = [
     "estimated_bytes",
     "exists",
     "free_space",
+    "has_kernel_lock",
     "hold",
     "is_object_store",
+    "last_events",
     "last_run",
     "meeting",
     "names_of_sums",

@@ -113,6 +113,21 @@ def is_held(run: Path) -> bool:
         return _works(file, _owner(file), is_locked)
 
 
+def has_kernel_lock(run: Path) -> bool:
+    """Tell whether the kernel keeps two drivers on this host from a run that is there; elsewhere
+    only its bytes do.
+    """
+    try:
+        file = _open(run)
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            return file.acquire(shared=True)
+        except BlockingIOError:
+            return True
+
+
 def is_unreleased(run: Path) -> bool:
     """Tell whether a driver works on the run, or was killed while it did."""
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import calendar
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -214,6 +215,12 @@ def last_run(run: Path) -> LastRun | None:
                     waits_after=waits_after,
                 )
     return None
+
+
+def last_events(run: Path, most: int) -> list[str]:
+    """Return the last lines of the log of a run, the last one last; none where there is no log."""
+    lines = itertools.islice(filter(None, _lines_from_the_end(run / EVENTS)), most)
+    return [line.decode("utf-8", "replace") for line in lines][::-1]
 
 
 def _seconds(stamp: str) -> float:

@@ -9,7 +9,14 @@ from collections.abc import Callable
 
 import pytest
 
-from lca_posthoc.base.text import duration, is_storable, safe, safe_in_figure, safe_in_page
+from lca_posthoc.base.text import (
+    duration,
+    is_storable,
+    safe,
+    safe_in_figure,
+    safe_in_page,
+    without_places,
+)
 from lca_posthoc.report.content import clean
 from tests.helpers.cli import UNSAFE, steering
 
@@ -70,6 +77,25 @@ def test_what_no_file_holds_as_it_is(sign: str) -> None:
 @pytest.mark.parametrize("word", [*WORDS, "\u202eevil", "\u200fright", "two\u2028lines"])
 def test_what_a_file_holds_as_it_is(word: str) -> None:
     assert is_storable(word)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/home/ada/run.lca", "…/run.lca"),
+        ("'~/ck/a b'", "'…/a b'"),
+        ("~ada/ck", "…/ck"),
+        (r"C:\Users\Ada\ck: missing", "…/ck: missing"),
+        ("s3://key:word@bucket/run.lca", "s3://…"),
+        ("0 (tcp://127.0.0.1:44903), 2", "0 (tcp://… 2"),
+        ("/data/x", "…/x"),
+        # what names no place
+        ("3 / 10 segments/s, runs/a.lca, ../b", "3 / 10 segments/s, runs/a.lca, ../b"),
+        (r"step_(?P<step>\d+)\.pt", r"step_(?P<step>\d+)\.pt"),
+    ],
+)
+def test_places_are_left_out_of_a_text(text: str, shown: str) -> None:
+    assert without_places(text) == shown
 
 
 # --- times ----------------------------------------------------------------------------------------
