@@ -1,10 +1,11 @@
 r"""Tables and figures of all results that are there.
 
 ```sh
-python docs/examples/validation/report.py PLACE OUT
+python docs/examples/validation/report.py PLACE docs
 ```
 
-Reads `PLACE/EXPERIMENT/NETWORK/seedK.json` and writes `OUT/tables.md` and three figures.
+Reads `PLACE/EXPERIMENT/NETWORK/seedK.json` and writes `docs/validation-tables.md` and three figures
+in `docs/images`.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from agreement import Estimate, mean_over_seeds, rank_correlation, ratio_over_seeds
 from measures import IN_LOSS, LCA
 from networks import NETWORKS
 
+PANELS = 3  # beside each other
 EXPERIMENTS = ("undo", "freeze", "prune", "batches")
 TITLES = {
     "mnist_fc": "MNIST-FC",
@@ -36,6 +39,16 @@ COLOURS = (
     *("#222222", "#56b4e9", "#9e9e9e", "#ddaa33", "#8c2f5f"),
     *("#0072b2", "#5f4418", "#3b2c85", "#d9572b"),
 )
+
+ABOUT = """# All tables of the validation
+
+Written by `docs/examples/validation/report.py`; [Validation](validation.md) says what was done and
+what follows from it. Rank correlations are Spearman's between what was predicted of the items of one
+comparison and what came of them, as means over comparisons and seeds; slopes are those of what came
+of it against what was predicted, through the origin. Intervals of both are of 95 %, by bootstrap over
+seeds. ▲ is surely above the rank correlation of LCA, ▼ surely below it: the interval of the
+difference, taken seed by seed, does not hold 0. Ways to choose are compared by the rise of the loss:
+the lower, the better; ± is half an interval of 95 % by Student's t."""
 
 Stored = dict[str, Any]  # one result file
 Seeds = list[list[Stored]]  # of every seed, its comparisons
@@ -262,17 +275,18 @@ def summary_table(every: Sequence[Results]) -> str:
 
 
 def tables(every: Sequence[Results]) -> str:
-    """Return all tables, under headings of Markdown."""
-    parts = ["## What was run", summary_table(every)]
+    """Return the page of all tables."""
+    parts = [ABOUT, "## What was run", summary_table(every)]
     for results in every:
+        parts.append(f"## {results.experiment}")
         for question in results.questions("comparisons"):
             parts += [
-                f"## {results.experiment}: {question}",
+                f"### {question[0].upper()}{question[1:]}",
                 correlation_table(results, question),
                 slope_table(results, question),
             ]
         for question in results.questions("choices"):
-            parts += [f"## {results.experiment}: {question}", choice_table(results, question)]
+            parts += [f"### Chosen: {question}", choice_table(results, question)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -286,33 +300,45 @@ def draw_correlations(every: Sequence[Results], path: Path) -> None:
     asked = [
         (results, question) for results in every for question in results.questions("comparisons")
     ]
-    rows = -(-len(asked) // 2)
+    rows = -(-len(asked) // PANELS)
     figure, axes = plt.subplots(
-        rows, 2, figsize=(9, 1.9 * rows), sharey=True, squeeze=False, layout="constrained"
+        rows,
+        PANELS,
+        figsize=(10, 1.7 * rows + 0.5),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     names = unique(name for results, question in asked for name in predictors(results, question))
-    for axis, (results, question) in zip(axes.flat, asked, strict=False):
-        own = predictors(results, question)
-        for place, network in enumerate(results.files):
-            for order, name in enumerate(own):
-                estimate = mean_correlation(results.comparisons(network, question), name)
-                across = place + 0.8 * (order / len(own) - 0.5)
-                axis.vlines(across, estimate.low, estimate.high, color=COLOURS[names.index(name)])
-                axis.plot(
-                    across, estimate.value, "o", markersize=4, color=COLOURS[names.index(name)]
-                )
-        axis.set_title(question, fontsize=8)
-        axis.set_xticks(range(len(results.files)), [TITLES[network] for network in results.files])
-        axis.tick_params(labelsize=7)
-        axis.axhline(0, color="black", linewidth=0.5)
-    for axis in list(axes.flat)[len(asked) :]:
+    colours = dict(zip(names, COLOURS, strict=False))
+    for axis in axes.flat:
         axis.axis("off")
-    for name, colour in zip(names, COLOURS, strict=False):
-        axes.flat[0].plot([], [], "o", markersize=4, color=colour, label=name)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=7, frameon=False)
+    for axis, (results, question) in zip(axes.flat, asked, strict=False):
+        axis.axis("on")
+        draw_question(axis, results, question, colours)
+    handles = [
+        Line2D([], [], marker="o", markersize=4, linewidth=0, color=colour, label=name)
+        for name, colour in colours.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=7, frameon=False)
     figure.supylabel("rank correlation", fontsize=8)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_question(axis: plt.Axes, results: Results, question: str, colours: dict[str, str]) -> None:
+    """Draw the rank correlations of one question."""
+    names = predictors(results, question)
+    for position, network in enumerate(results.files):
+        for order, name in enumerate(names):
+            estimate = mean_correlation(results.comparisons(network, question), name)
+            across = position + 0.8 * (order / len(names) - 0.5)
+            axis.vlines(across, estimate.low, estimate.high, color=colours[name])
+            axis.plot(across, estimate.value, "o", markersize=3, color=colours[name])
+    axis.set_title(question, fontsize=7)
+    axis.set_xticks(range(len(results.files)), [TITLES[network] for network in results.files])
+    axis.tick_params(labelsize=6)
+    axis.axhline(0, color="black", linewidth=0.5)
 
 
 def draw_pairs(results: Results, question: str, path: Path) -> None:
@@ -375,15 +401,16 @@ def draw_choices(results: Results, chosen: Callable[[str], bool], path: Path) ->
 def report(place: Path, out: Path) -> None:
     """Write tables and figures of what there is."""
     every = [results for name in EXPERIMENTS if (results := read(place, name)).files]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "tables.md").write_text(tables(every))
-    draw_correlations(every, out / "validation_correlations.png")
+    images = out / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    (out / "validation-tables.md").write_text(tables(every))
+    draw_correlations(every, images / "validation_correlations.png")
     for results in every:
         if results.experiment == "undo":
-            draw_pairs(results, "a layer undone over a third", out / "validation_undo.png")
+            draw_pairs(results, "a layer over a third, undone", images / "validation_undo.png")
         if results.experiment == "prune":
             draw_choices(
-                results, lambda question: question.endswith("zero"), out / "validation_prune.png"
+                results, lambda question: question.endswith("zero"), images / "validation_prune.png"
             )
 
 

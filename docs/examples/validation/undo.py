@@ -26,10 +26,10 @@ UNITS = 12
 
 
 def stretches(steps: int) -> list[tuple[str, int, int]]:
-    """Return the kind of each stretch, "short" or "third", and the steps it runs from and to."""
+    """Return what each stretch is, and the steps it runs from and to."""
     starts = [steps * third // 3 for third in range(3)]
     long = [("a third", start, steps * (third + 1) // 3) for third, start in enumerate(starts)]
-    return [("short", start, min(start + SHORT, end)) for _, start, end in long] + long
+    return [(f"{SHORT} steps", start, min(start + SHORT, end)) for _, start, end in long] + long
 
 
 def undone(training: Recorded, start: int, end: int, kind: str, seed: int) -> list[Comparison]:
@@ -48,8 +48,8 @@ def undone(training: Recorded, start: int, end: int, kind: str, seed: int) -> li
     some_units = drawn(units(training.replay, after), UNITS, 1000 * seed + start)
     condition = f"steps {start} to {end}"
     return [
-        compared(f"{what} {done} over {kind}", condition, parts, act, predicted)
-        for done, act in (("undone", rise), ("undone and done alone, mean,", mean_of_both))
+        compared(f"{what} over {kind}, {done}", condition, parts, act, predicted)
+        for done, act in (("undone", rise), ("mean of undone and alone", mean_of_both))
         for what, parts in (("a layer", layers(after)), ("a unit", some_units))
     ]
 
