@@ -27,6 +27,7 @@ SCRIPTS = EXAMPLES / "validation"
 MODULES = tuple(path.stem for path in SCRIPTS.glob("*.py"))
 RATE, MOMENTUM = 0.1, 0.5
 STEPS, EXAMPLES_OF_BOWL, BATCH, MEASURED = 8, 12, 4, 9
+AGAIN = "done with other batches"
 
 
 class Bowl(nn.Module):
@@ -97,19 +98,27 @@ def points(place: Path) -> list[dict[str, np.ndarray]]:
     ]
 
 
+def orders(seed: int) -> list[Tensor]:
+    """The batches of the bowl with a seed: it decides the initial weights, and then the order."""
+    torch.manual_seed(seed)
+    Bowl()
+    epochs = -(-STEPS * BATCH // EXAMPLES_OF_BOWL)
+    return [rows for _ in range(epochs) for rows in torch.randperm(EXAMPLES_OF_BOWL).split(BATCH)][
+        :STEPS
+    ]
+
+
 def trained(
-    network: Any, rates: dict[str, Callable[[int], float]], without: frozenset[int] = frozenset()
+    rates: dict[str, Callable[[int], float]],
+    without: frozenset[int] = frozenset(),
+    batches: list[Tensor] | None = None,
 ) -> dict[str, np.ndarray]:
     """The bowl's weights after a training written anew: SGD with momentum by hand."""
     torch.manual_seed(0)
     weights = {name: value.detach().double() for name, value in Bowl().named_parameters()}
-    orders = [
-        torch.randperm(EXAMPLES_OF_BOWL) for _ in range(-(-STEPS * BATCH // EXAMPLES_OF_BOWL))
-    ]
-    batches = [rows for order in orders for rows in order.split(BATCH)]
     images = bowl_examples()["images"].double()
     buffers = {name: torch.zeros_like(value) for name, value in weights.items()}
-    for step, rows in enumerate(batches[:STEPS]):
+    for step, rows in enumerate(batches or orders(0)):
         if step not in without:
             means = images[rows].mean(0)
             gradients = {
@@ -183,19 +192,40 @@ def test_a_frozen_layer_does_not_move_and_a_doubled_rate_is_one_of_the_optimizer
     scripts: Any, bowl: Any, tmp_path: Path
 ) -> None:
     told = result(scripts, tmp_path, "freeze", bowl, scripts("freeze").freeze)
-    unchanged = trained(bowl, EVERYWHERE)
+    middle = STEPS // 2
+    others = orders(0)[:middle] + orders(scripts("networks").OTHER)[middle:]
     rows = {row["question"]: row for row in told["comparisons"]}
+
+    def rise(layer: str, factor: int, batches: list[Tensor] | None) -> float:
+        late = {f"{layer}.weight": lambda step: RATE * (factor if step >= middle else 1)}
+        changed = trained({**EVERYWHERE, **late}, batches=batches)
+        return rise_of_bowl(changed, trained(EVERYWHERE, batches=batches))
+
     for action, factor in (("freeze a layer", 0), ("double a layer's rate", 2)):
-        for layer, came in zip(
-            ("left", "right"), rows[f"{action}, hindsight"]["actual"], strict=True
-        ):
-            late = {f"{layer}.weight": lambda step: RATE * (factor if step >= STEPS // 2 else 1)}  # noqa: B023
-            changed = trained(bowl, {**EVERYWHERE, **late})
-            assert came == pytest.approx(rise_of_bowl(changed, unchanged), rel=1e-3, abs=2e-6)
-        assert rows[f"{action}, foresight"]["actual"] == rows[f"{action}, hindsight"]["actual"]
+        row = rows[f"{action}, hindsight"]
+        for batches, came in ((None, row["actual"]), (others, row["predicted"][AGAIN])):
+            expected = [rise(layer, factor, batches) for layer in ("left", "right")]
+            assert came == pytest.approx(expected, rel=1e-3, abs=2e-6)
+        assert rows[f"{action}, foresight"]["actual"] == row["actual"]
     # what a layer did after the middle is what is missing where it was frozen there
     frozen = rows["freeze a layer, hindsight"]
     assert frozen["predicted"]["LCA"] == pytest.approx(frozen["actual"], rel=1e-3, abs=2e-6)
+
+
+def test_frozen_units_stay_and_others_move_as_they_did(
+    scripts: Any, bowl: Any, tmp_path: Path
+) -> None:
+    networks, measures = scripts("networks"), scripts("measures")
+    training = measures.recorded_training(tmp_path, "bowl", bowl, 0)
+    initial, last = training.points[0], training.points[-1]
+    parts = {part.name: part for part in measures.units(training.replay, last)}
+    chosen = [parts["left[1]"], parts["left[3]"], parts["right[0]"]]
+    factors = measures.joined(chosen, last)
+    weights = networks.Training(bowl, 0).run(STEPS, factors).weights()
+    for name, still in (("left.weight", [1, 3]), ("right.weight", [0])):
+        moving = [row for row in range(len(last[name])) if row not in still]
+        assert torch.equal(weights[name][still], initial[name][still])
+        assert torch.equal(weights[name][moving], last[name][moving])
 
 
 def test_choices_of_layers_are_those_of_candidates(scripts: Any, bowl: Any, tmp_path: Path) -> None:
@@ -226,11 +256,11 @@ def test_a_step_that_is_left_out_is_a_training_without_it(
         model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
         return float(bowl_values(model, {"images": images})[0].mean())
 
-    assert told["loss_end"] == pytest.approx(loss(trained(bowl, EVERYWHERE)), rel=1e-5)
-    unchanged = loss(trained(bowl, EVERYWHERE))
+    assert told["loss_end"] == pytest.approx(loss(trained(EVERYWHERE)), rel=1e-5)
+    unchanged = loss(trained(EVERYWHERE))
     assert row["items"] == [f"step {step}" for step in range(STEPS)]
     for step, came in enumerate(row["actual"]):
-        without = loss(trained(bowl, EVERYWHERE, frozenset({step})))
+        without = loss(trained(EVERYWHERE, frozenset({step})))
         assert came == pytest.approx(without - unchanged, rel=1e-3, abs=2e-6)
     path = points(tmp_path)
     falls = [loss(path[step]) - loss(path[step + 1]) for step in range(STEPS)]

@@ -10,13 +10,15 @@ Every layer is frozen in turn, and every layer's rate is doubled in turn; traini
 same iterate with the same batches. What is compared is the final loss beside that of the training
 where nothing was changed. It is predicted twice: in hindsight, from what the layer did in that
 training after the middle, and in foresight, from what it did over a quarter of training before, for
-as many steps as there are left.
+as many steps as there are left. How much of what comes of it is the order of the batches is seen by
+doing the same again, from the same iterate with other batches: no predictor can be expected to do
+better than that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import mean
@@ -39,6 +41,7 @@ from measures import (
 from networks import Network, Training, Weights, replayed
 from seeds import Choice, Comparison, Outcome, compared, main
 
+AGAIN = "done with other batches"
 DRAWS = 3
 CANDIDATES = 20
 SHARE_OF_UNITS = 10  # at most one unit in so many is frozen
@@ -60,16 +63,26 @@ class Branches:
     def trained(self) -> Training:
         return Training(self.network, self.seed).run(self.middle)
 
-    def final_loss(self, factors: Mapping[str, torch.Tensor]) -> float:
-        branch = self.trained.copy().run(self.network.size.steps, factors)
-        return self.recorded.loss.value(branch.weights())
-
     @cached_property
     def unchanged(self) -> float:
-        return self.final_loss({})
+        return self._final_loss(self.trained, {})
+
+    @cached_property
+    def other_unchanged(self) -> float:
+        return self._final_loss(self.trained.with_other_batches(), {})
 
     def rise(self, factors: Mapping[str, torch.Tensor]) -> float:
-        return self.final_loss(factors) - self.unchanged
+        """Return by how much the final loss is above that of the training that went on unchanged."""
+        return self._final_loss(self.trained, factors) - self.unchanged
+
+    def other_rise(self, factors: Mapping[str, torch.Tensor]) -> float:
+        """Return the same where both go on with other batches."""
+        other = self.trained.with_other_batches()
+        return self._final_loss(other, factors) - self.other_unchanged
+
+    def _final_loss(self, training: Training, factors: Mapping[str, torch.Tensor]) -> float:
+        branch = training.copy().run(self.network.size.steps, factors)
+        return self.recorded.loss.value(branch.weights())
 
 
 def rise_if_doubled(undone: Mapping[str, Weights]) -> dict[str, Weights]:
@@ -103,10 +116,16 @@ def compared_layers(
     """
     weights = branches.recorded.points[0]
     parts = layers(weights)
-    rises = {part.name: branches.rise(part.factors(weights, factor)) for part in parts}
-    return [
+    factors = {part.name: part.factors(weights, factor) for part in parts}
+    rises = {name: branches.rise(multipliers) for name, multipliers in factors.items()}
+    again = [branches.other_rise(multipliers) for multipliers in factors.values()]
+    comparisons = [
         compared(f"{action}, {sight}", "", parts, lambda part: rises[part.name], says)
         for sight, says in predicted.items()
+    ]
+    return [
+        replace(comparison, predicted={**comparison.predicted, AGAIN: again})
+        for comparison in comparisons
     ]
 
 

@@ -27,6 +27,7 @@ import lca_posthoc as lca
 Batch = dict[str, Tensor]  # its entry "kind" says of what class, or by whom, each example is
 Weights = dict[str, Tensor]
 CHARACTERS = 32
+OTHER = 10_000  # added to a seed where another order of batches is asked for
 
 sys.path.append(str(Path(__file__).parent.parent))  # the other examples
 
@@ -202,6 +203,13 @@ class Training:
         branch = copy.copy(self)
         branch.model, branch.optimizer = copy.deepcopy((self.model, self.optimizer))
         return branch
+
+    def with_other_batches(self) -> Training:
+        """Return a copy that goes on with other batches, and leaves out other elements."""
+        other = self.copy()
+        other.seed += OTHER
+        other.batches = Training(self.network, other.seed).batches
+        return other
 
     def weights(self) -> Weights:
         return {name: value.detach().clone() for name, value in self.model.named_parameters()}

@@ -37,7 +37,7 @@ TITLES = {
 }
 COLOURS = (
     *("#222222", "#56b4e9", "#9e9e9e", "#ddaa33", "#8c2f5f"),
-    *("#0072b2", "#5f4418", "#3b2c85", "#d9572b"),
+    *("#0072b2", "#7fb77e", "#5f4418", "#3b2c85", "#d9572b"),
 )
 
 ABOUT = """# All tables of the validation
