@@ -155,13 +155,20 @@ def slope(seeds: Seeds, predictor: str) -> Estimate:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def shown(estimate: Estimate, digits: int = 2) -> str:
+def shown(estimate: Estimate) -> str:
     """Return a number with its interval, as in "0.93 (0.90 to 0.95)"."""
-    number, low, high = (
-        f"{value:.{digits}f}".replace("-", "−")
-        for value in (estimate.value, estimate.low, estimate.high)
-    )
+    number, low, high = map(rounded, (estimate.value, estimate.low, estimate.high))
     return number if isnan(estimate.low) else f"{number} ({low} to {high})"
+
+
+def rounded(value: float) -> str:
+    """Return a number to two digits behind the point, none where it is large.
+
+    >>> rounded(-0.001), rounded(-1234.5), rounded(0.126)
+    ('0.00', '−1,234', '0.13')
+    """
+    text = f"{value:,.0f}" if abs(value) >= 100 else f"{round(value, 2) + 0.0:.2f}"
+    return text.replace("-", "−")
 
 
 def significant(estimate: Estimate) -> str:
@@ -341,20 +348,28 @@ def draw_question(axis: plt.Axes, results: Results, question: str, colours: dict
     axis.axhline(0, color="black", linewidth=0.5)
 
 
-def draw_pairs(results: Results, question: str, path: Path) -> None:
-    """Draw what came of it against what the allocation said, for every item of every seed."""
+def draw_pairs(results: Results, questions: Sequence[str], path: Path) -> None:
+    """Draw what came of it against what the allocation said, for every item of every seed: a row
+    for a question, a panel for a network.
+    """
     figure, axes = plt.subplots(
-        1, len(results.files), figsize=(9, 2.6), squeeze=False, layout="constrained"
+        len(questions),
+        len(results.files),
+        figsize=(9, 2.2 * len(questions) + 0.3),
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, network in zip(axes[0], results.files, strict=True):
-        for comparisons in results.comparisons(network, question):
-            said = np.concatenate([row["predicted"][LCA] for row in comparisons])
-            came = np.concatenate([row["actual"] for row in comparisons])
-            axis.plot(said, came, ".", markersize=3, color="#0f8b8d", alpha=0.6)
-        ends = np.array(axis.get_xlim())
-        axis.plot(ends, ends, color="black", linewidth=0.5)
-        axis.set_title(TITLES[network], fontsize=8)
-        axis.tick_params(labelsize=7)
+    for row, question in zip(axes, questions, strict=True):
+        row[0].set_ylabel(question.rpartition(", ")[2], fontsize=7)
+        for axis, network in zip(row, results.files, strict=True):
+            for comparisons in results.comparisons(network, question):
+                said = np.concatenate([pairs["predicted"][LCA] for pairs in comparisons])
+                came = np.concatenate([pairs["actual"] for pairs in comparisons])
+                axis.plot(said, came, ".", markersize=3, color="#0f8b8d", alpha=0.6)
+            ends = np.array(axis.get_xlim())
+            axis.plot(ends, ends, color="black", linewidth=0.5)
+            axis.set_title(TITLES[network], fontsize=8)
+            axis.tick_params(labelsize=7)
     figure.supxlabel("said by the allocation: rise of the loss", fontsize=8)
     figure.supylabel("came of it", fontsize=8)
     figure.savefig(path, dpi=110)
@@ -407,7 +422,12 @@ def report(place: Path, out: Path) -> None:
     draw_correlations(every, images / "validation_correlations.png")
     for results in every:
         if results.experiment == "undo":
-            draw_pairs(results, "a layer over a third, undone", images / "validation_undo.png")
+            of_layers = [
+                question
+                for question in results.questions("comparisons")
+                if question.startswith("a layer over a third")
+            ]
+            draw_pairs(results, of_layers, images / "validation_undo.png")
         if results.experiment == "prune":
             draw_choices(
                 results, lambda question: question.endswith("zero"), images / "validation_prune.png"
