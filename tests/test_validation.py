@@ -389,9 +389,11 @@ def test_tables_say_what_result_files_hold(scripts: Any, tmp_path: Path) -> None
     )
     assert f"| LCA | {said @ came / (said @ said):.2f} (" in rows.partition("| slope")[2]
     half = stats.t.ppf(0.975, 1) * 0.25
-    assert f"| magnitude | +0.5 ± {half:.1g} ▼ |" in text  # below random by 1 with either seed
+    assert (
+        f"| magnitude | +0.5 ± {half:.1g} ▼ (2/2) |" in text
+    )  # below random by 1 with either seed
     assert f"| random | +1.5 ± {half:.1g} |" in text
-    assert "| motion | +1.5 ± 0 |" in text  # below with one seed, above with the other
+    assert "| motion | +1.5 ± 0 (1/2) |" in text  # below with one seed, above with the other
     assert "| undo | LeNet | 2 | 4, 10 of 1,200; 100 | 2.00 → 1.50 | 4 s | 9 s |" in text
     pictures = {
         path.name: path.stat().st_size for path in (tmp_path / "out" / "images").glob("*.png")

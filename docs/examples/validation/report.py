@@ -49,7 +49,7 @@ of it against what was predicted, through the origin. Intervals of both are of 9
 seeds. ▲ is surely above the rank correlation of LCA, ▼ surely below it: the interval of the
 difference, taken seed by seed, does not hold 0. Ways to choose are compared by the rise of the loss:
 the lower, the better; ± is half an interval of 95 % by Student's t. There ▲ is surely above random
-choices, and ▼ surely below, seed by seed."""
+choices, and ▼ surely below, seed by seed; in brackets, with how many of the seeds it is below."""
 
 Stored = dict[str, Any]  # one result file
 Seeds = list[list[Stored]]  # of every seed, its comparisons
@@ -241,8 +241,11 @@ def choice_table(results: Results, question: str) -> str:
         rises = results.rises(network, question, way)
         at_random = results.rises(network, question, "random")
         beyond = [rise - other for rise, other in zip(rises, at_random, strict=True)]
-        mark = "" if way == "random" else sign(mean_over_seeds(beyond))
-        return significant(mean_over_seeds(rises)) + mark
+        told = significant(mean_over_seeds(rises))
+        if way == "random":
+            return told
+        below = sum(difference < 0 for difference in beyond)
+        return f"{told}{sign(mean_over_seeds(beyond))} ({below}/{len(beyond)})"
 
     return table(
         ["rise of the loss", *(TITLES[network] for network in results.files)],
