@@ -49,7 +49,7 @@ def _measured(
     return took
 
 
-@fault("R1", "kill -9 of the driver at random moments", ci=5, full=100)
+@fault("R1", "kill -9 of the driver at random moments", ci=4, full=100)
 def driver_killed(count: int, _: Path) -> str:
     chance, levels, again, kills = random.Random(1), drawn_levels(1), 0, 0
     clusters, took, trials = (INLINE, LOCAL), list[float](), list[str]()
@@ -176,7 +176,7 @@ def killed_in_shards(count: int, _: Path) -> str:
     )
 
 
-@fault("R9", "two drivers on one directory at once", ci=4, full=20)
+@fault("R9", "two drivers on one directory at once", ci=2, full=20)
 def two_drivers(count: int, _: Path) -> str:
     chance, refused, late = random.Random(9), 0, 0
     with laid_out() as (place, clean):
