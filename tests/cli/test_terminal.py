@@ -207,6 +207,7 @@ def calls(place: Path, out: Path) -> dict[str, list[object]]:
         "demo": ["demo", out / "démo"],
         "export": ["export", run, "-o", out / "größe", "--format", "csv"],
         "import": ["import", out / "saved", out / "importé"],
+        "info": ["info", run],
         "inspect": ["inspect", place / "ck"],
         "plan": ["plan", place / "ck", "--task", task],
         "plot": ["plot", run, "layers", "--loss", "per_class", "-o", out / "größe.svg"],
