@@ -51,7 +51,7 @@ def _server() -> Iterator[ObjectServer]:
         yield server
 
 
-@fault("R24", "kill -9 of the driver of a run in an object store (as R1)", ci=2, full=40)
+@fault("R24", "kill -9 of the driver of a run in an object store (as R1)", ci=1, full=40)
 def driver_killed(count: int, _: Path) -> str:
     chance, levels, kills, again, trials = random.Random(24), drawn_levels(24), 0, 0, list[str]()
     took = list[float]()
@@ -90,7 +90,7 @@ def _measured(server: ObjectServer, place: Path, cluster: tuple[object, ...]) ->
     return time.monotonic() - started
 
 
-@fault("R25", "two drivers on one run in an object store (as R9)", ci=2, full=20)
+@fault("R25", "two drivers on one run in an object store (as R9)", ci=1, full=20)
 def two_drivers(count: int, _: Path) -> str:
     chance, refused, late = random.Random(25), 0, 0
     with _server() as server, laid_out() as (place, clean):
