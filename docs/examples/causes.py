@@ -84,7 +84,7 @@ def train(place: Path, model: Model, setting: Setting, size: Size, seed: int) ->
             mnist_fc.record(
                 half,
                 net,
-                optimizer(net, setting),
+                optimizer(net, setting, model.rate),
                 examples(model, size),
                 size.iterates,
                 size.batch,
@@ -149,15 +149,13 @@ def hurting(out: Path, seeds: int, size: Size) -> Iterator[str]:
     of_seeds = []
     for seed in range(seeds):
         checkpoints = train(out / f"seed{seed}", model, setting, size, seed)
-        of_seeds.append(shares_hurting(checkpoints, model, size, setting))
+        of_seeds.append(shares_hurting(checkpoints, model, size))
     yield "of all parameters that are not exactly 0, every tenth iteration, these hurt:"
     for name in of_seeds[0]:
         yield f"{name:40}{shown([shares[name] for shares in of_seeds], 1, '%')}"
 
 
-def shares_hurting(
-    checkpoints: Path, model: Model, size: Size, setting: Setting
-) -> dict[str, float]:
+def shares_hurting(checkpoints: Path, model: Model, size: Size) -> dict[str, float]:
     """Return the shares of parameters that hurt with the whole motion and with parts of it, in per
     cent; float64.
 
@@ -169,9 +167,9 @@ def shares_hurting(
     counts: dict[str, list[float]] = {}
     for index in range(1, len(files) - 1, EVERY):
         before, start, end = (flat(load_file(file)) for file in files[index - 1 : index + 2])
-        signal = -setting.rate * gradient(start)
+        signal = -model.rate * gradient(start)
         middle, last = (gradient(start + x * (end - start)) for x in (0.5, 1.0))
-        mean = (signal / -setting.rate + 4 * middle + last) / 6
+        mean = (signal / -model.rate + 4 * middle + last) / 6
         memory = 0.9 * (start - before)
         noise = end - start - memory - signal
         parts = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import xarray as xr
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from lca_posthoc import Loss, Recorder, Task, findings, open_run, plots, run
@@ -183,7 +184,8 @@ def test_a_layer_within_its_error_is_no_candidate_and_is_drawn_pale(folder: Path
         error=("layer", np.full(candidates.sizes["layer"], 0.6)),
         verdict=("layer", np.full(candidates.sizes["layer"], "cannot be told from zero", object)),
     )
-    bars = plots.candidates(wide).axes[0].patches
+    figure = plots.candidates(wide, figure=Figure(layout="constrained"))
+    bars = figure.axes[0].patches
     assert {round(bar.get_facecolor()[3], 2) for bar in bars} == {0.35}
     assert "Within its error, so not told from zero" in untold_sentence(wide)
     hurt = np.abs(candidates["total"].values) > candidates["error"].values
