@@ -39,7 +39,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty directory to draw in, with the runs beside it."""
+    """An empty directory to draw in, with the runs beside it; no figure of an earlier test is open."""
+    plt.close("all")
     monkeypatch.chdir(tmp_path)
     return made
 
