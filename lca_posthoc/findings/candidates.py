@@ -26,7 +26,7 @@ from .common import (
     refuse_part,
     unfinished,
 )
-from .errors import KINDS, is_told, not_known, over_groups
+from .errors import is_told, over_groups
 from .layers import layers
 
 FINDING = Finding(
@@ -75,8 +75,7 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     sums = over_groups(results, by_layer)
     total = sums["total"]
     trained = by_layer["role"].values != "buffer"
-    errors = [name for name in KINDS if name in sums.data_vars]
-    left_out = [*unfinished(results), *not_known(results, dict.fromkeys(errors), each_group=False)]
+    left_out = [*unfinished(results), *sums.attrs["not_known"]]
     if (~trained).any():
         apart = float(total.values[~trained].sum())
         left_out.append(
@@ -87,8 +86,8 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     total = sums["total"]
     variables: dict[str, Variable] = {
         **{
-            name: (("layer",), sums[name].values, sums[name].attrs)
-            for name in ("total", *errors, "error", "verdict")
+            str(name): (("layer",), column.values, column.attrs)
+            for name, column in sums.data_vars.items()
         },
         "mean": described(
             total / np.maximum(1, by_layer["elements"]),

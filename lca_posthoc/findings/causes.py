@@ -80,8 +80,8 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
     by_tensor = data["allocated"].transpose("step", *groups, "tensor", "cause")
     allocated = _summed(by_tensor, members)
     total = over_training(results, allocated).transpose("layer", "cause", *groups)
-    errors = errors_of_sums(results, allocated, _summed(abs(by_tensor), members))
-    missing = not_known(results, errors, each_group=True)
+    errors = errors_of_sums(results, table, allocated, _summed(abs(by_tensor), members))
+    missing = not_known(results, table, errors, each_group=True)
     whole = layers(results, by=by).sel(layer=list(members)).transpose("layer", *groups, ...)
     left_out = [*unfinished(results), *estimated(results), *missing]
     if results.manifest.settings["tensors"]:

@@ -4,7 +4,7 @@ of a sum: whether it helped, hurt, or cannot be told from zero.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ KINDS = {
 
 
 def errors_of_sums(
-    results: LossResults, allocated: xr.DataArray, sizes: xr.DataArray
+    results: LossResults, table: xr.Dataset, allocated: xr.DataArray, sizes: xr.DataArray
 ) -> dict[str, xr.DataArray]:
     """Return the errors of sums over training that every run tells, by kind and in units of loss:
     `quadrature`, but of fixed rules, which have no bound; `precision`, where it was measured; and
@@ -52,10 +52,11 @@ def errors_of_sums(
 
     Args:
         results: one loss of a run.
+        table: of its tensors.
         allocated: sums of each segment, (step[, group], …).
         sizes: Σ|A| of each over tensors, with the same axes.
     """
-    table, steps = results.tensors, results.steps
+    steps = results.steps
     larger = scale_of(results, table.sizes["step"])
     errors = dict[str, xr.DataArray]()
     bound = _plain(steps["error_bound"])
@@ -63,7 +64,7 @@ def errors_of_sums(
         whole = _plain(abs(table["allocated"]).sum("tensor"))
         share = (bound / whole.where(whole > 0)).fillna(0.0)
         errors["quadrature"] = larger * (sizes * share).sum("step")
-    relative = _precision(results)
+    relative = _precision(steps, results.precision)
     if relative is not None:
         errors["precision"] = larger * relative * sizes.sum("step")
     drawn = segments_error(results, allocated)
@@ -78,15 +79,15 @@ def _plain(column: xr.DataArray) -> xr.DataArray:
     return xr.DataArray(column.values, dims=column.dims)
 
 
-def _precision(results: LossResults) -> float | None:
+def _precision(steps: xr.Dataset, precision: str) -> float | None:
     """Return the mean relative error of the precision, 0 of the highest; None where it was not
     measured.
     """
-    measured = results.steps["precision_error"].values
+    measured = steps["precision_error"].values
     measured = measured[~np.isnan(measured)]
     if len(measured):
         return float(measured.mean())
-    return 0.0 if PRECISIONS[results.precision].reference is None else None
+    return 0.0 if PRECISIONS[precision].reference is None else None
 
 
 def described_errors(
@@ -162,26 +163,35 @@ def untold_sentence(finding: xr.Dataset, most: int = 4) -> str:
     return f"Within its error, so not told from zero: {', '.join(shown)}{more}."
 
 
-def not_known(results: LossResults, errors: Mapping[str, object], *, each_group: bool) -> list[str]:
+def not_known(
+    results: LossResults,
+    segments: xr.Dataset,
+    errors: Collection[str],
+    *,
+    each_group: bool,
+) -> list[str]:
     """Say which kinds of error sums over training have and the run does not tell; nothing where there
     are none.
 
     Args:
         results: one loss of a run.
+        segments: with their coordinates.
         errors: those that are known.
         each_group: whether the sums are of each group of the loss.
     """
-    missing = list(_missing(results, errors, each_group))
+    missing = list(_missing(results, segments, errors, each_group))
     return [f"Not known of the error of sums: {', '.join(missing)}."] if missing else []
 
 
-def _missing(results: LossResults, errors: Mapping[str, object], each_group: bool) -> Iterator[str]:
+def _missing(
+    results: LossResults, segments: xr.Dataset, errors: Collection[str], each_group: bool
+) -> Iterator[str]:
     settings = results.manifest.settings
     if "quadrature" not in errors:
         yield f"quadrature (the rule {settings['rule']} has no bound)"
     if "precision" not in errors:
         yield "precision (it was not measured)"
-    if "path" not in errors and long_segments(results.tensors).any():
+    if "path" not in errors and long_segments(segments).any():
         yield "what another path would change"
     if results.record.examples < results.record.total and (
         "examples" not in errors or (each_group and results.record.groups is not None)
@@ -192,7 +202,8 @@ def _missing(results: LossResults, errors: Mapping[str, object], each_group: boo
 
 
 def over_groups(results: LossResults, by_layer: xr.Dataset) -> xr.Dataset:
-    """Return `total`, its errors and its verdict, of all groups of a loss together, (layer,).
+    """Return `total`, its errors and its verdict, of all groups of a loss together, (layer,);
+    `attrs["not_known"]` says which kinds of error the run does not tell, as `not_known` does.
 
     A bound of the weighted mean over groups is that mean of the bounds; of standard errors too,
     whatever the errors of groups have in common.
@@ -201,25 +212,28 @@ def over_groups(results: LossResults, by_layer: xr.Dataset) -> xr.Dataset:
         results: one loss of a run.
         by_layer: of `layers`.
     """
-    names = ["total", *(name for name in KINDS if name in by_layer.data_vars)]
+    kinds = [name for name in KINDS if name in by_layer.data_vars]
+    missing = not_known(results, by_layer, kinds, each_group=False)
     if "group" not in by_layer.dims:
-        return by_layer[[*names, "error", "verdict"]]
+        sums = by_layer[["total", *kinds, "error", "verdict"]]
+        return sums.drop_vars([name for name in sums.coords if name != "layer"]).assign_attrs(
+            not_known=missing
+        )
     weight = results.steps["weight"]
     share = weight / weight.sum("group")
-    total = over_training(results, (by_layer["allocated"] * share).sum("group"))
     mean = share.mean("step")
+    total = over_training(results, (by_layer["allocated"] * share).sum("group"))
     errors = {
         name: (by_layer[name] * mean).sum("group")
         if "group" in by_layer[name].dims
         else by_layer[name]
-        for name in names[1:]
+        for name in kinds
     }
     return xr.Dataset(
         {
             "total": described(total, "loss", "Σ allocation over training"),
-            **described_errors(
-                total, errors, all_known=not not_known(results, errors, each_group=False)
-            ),
+            **described_errors(total, errors, all_known=not missing),
         },
         coords={"layer": by_layer["layer"]},
+        attrs={"not_known": missing},
     )

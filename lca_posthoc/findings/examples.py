@@ -15,7 +15,7 @@ from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
 from .common import Numbers, Variable, about, described, largest, stretches, unfinished
-from .errors import KINDS, not_known, over_groups
+from .errors import over_groups
 from .layers import layers
 from .per_example import ExampleReader, Part, course, name_of_example, open_examples
 
@@ -152,10 +152,8 @@ def examples(
         course = _course(reader, part, threshold)
         share = tallies.add(reader, part, course)
         rows.add(part, shown, reader.weights(part), course, share)
-    by_layer = layers(results, by=by)
-    sums = over_groups(results, by_layer).sel(layer=list(reader.layers))
-    known = [name for name in KINDS if name in sums.data_vars]
-    left_out = [*unfinished(results), *not_known(results, dict.fromkeys(known), each_group=False)]
+    sums = over_groups(results, layers(results, by=by)).sel(layer=list(reader.layers))
+    left_out = [*unfinished(results), *sums.attrs["not_known"]]
     if len(shown) < reader.count:
         left_out.append(
             f"{len(shown):,} of {count(reader.count, reader.per)}, evenly spaced, are in the table; "

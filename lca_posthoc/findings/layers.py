@@ -127,7 +127,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
     total = xr.DataArray(variables["total"][1], dims=variables["total"][0])
     shifts = other_paths(results, list(members_of.values()))
     errors = _errors(results, table, members_of, shifts, total)
-    missing = not_known(results, errors, each_group=True)
+    missing = not_known(results, table, errors, each_group=True)
     left_out += missing
     return xr.Dataset(
         variables
@@ -194,7 +194,9 @@ def _errors(
 ) -> dict[str, xr.DataArray]:
     """Return the errors of the sums over training, those that are known, by kind."""
     column = table["allocated"]
-    errors = errors_of_sums(results, _sums(column, members_of), _sums(abs(column), members_of))
+    errors = errors_of_sums(
+        results, table, _sums(column, members_of), _sums(abs(column), members_of)
+    )
     examples = example_errors(results, list(members_of.values()))
     if shifts is not None:
         errors["path"] = _by_layer(bands_of_shifts(results, shifts), total)

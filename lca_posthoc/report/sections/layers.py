@@ -59,6 +59,7 @@ def block(panel: Panel, room: Room) -> Block:
     if len(shown) < len(total):
         notes.append(f"{count(len(total) - len(shown), 'layer')} with smaller sums are not shown.")
     names = [clean(finding["layer"].values[position]) for position in shown]
+    together = over_groups(panel.results, finding)
     steps = finding["step"].values
     most = room.points(len(shown) * len(panel.choices), 0.4)
     if most <= len(steps):
@@ -67,19 +68,20 @@ def block(panel: Panel, room: Room) -> Block:
             "kept."
         )
     return Block(
-        captions={
-            "layers": sentence(
-                names, total[shown], over_groups(panel.results, finding)["verdict"].values[shown]
-            )
-        },
-        views=_views(panel, finding, shown, names, most),
-        tables=[_table(panel, finding, shown, names)],
+        captions={"layers": sentence(names, total[shown], together["verdict"].values[shown])},
+        views=_views(panel, finding, together, shown, names, most),
+        tables=[_table(panel, finding, together, shown, names)],
         notes=notes,
     )
 
 
 def _views(
-    panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str], most: int
+    panel: Panel,
+    finding: xr.Dataset,
+    together: xr.Dataset,
+    shown: list[int],
+    names: list[str],
+    most: int,
 ) -> dict[str, dict[str, View]]:
     """Return the running sums and the cells of the table, for each group that can be picked."""
     steps, ends = finding["step"].values, finding["step_end"].values
@@ -97,16 +99,23 @@ def _views(
         }
         views["@layers"][f"{key}|"] = {
             str(place): [values[position] for position in shown]
-            for place, values in enumerate(_values(panel, finding, group), 1)
+            for place, values in enumerate(_values(panel, finding, together, group), 1)
         }
     return views
 
 
-def _values(panel: Panel, finding: xr.Dataset, group: int | None) -> list[list[Cell]]:
-    """Return the columns of the table that depend on the group, each over layers."""
-    sums = finding if group is None else finding.isel(group=group)
-    if group is None:
-        sums = over_groups(panel.results, finding)
+def _values(
+    panel: Panel, finding: xr.Dataset, together: xr.Dataset, group: int | None
+) -> list[list[Cell]]:
+    """Return the columns of the table that depend on the group, each over layers.
+
+    Args:
+        panel: of the loss.
+        finding: of `layers`.
+        together: its sums over all groups.
+        group: the one that is picked; None for all together.
+    """
+    sums = together if group is None else finding.isel(group=group)
     columns = [
         panel.of_group(finding["total"], group),
         sums["error"],
@@ -120,11 +129,13 @@ def _values(panel: Panel, finding: xr.Dataset, group: int | None) -> list[list[C
     return [column.values.tolist() for column in columns]
 
 
-def _table(panel: Panel, finding: xr.Dataset, shown: list[int], names: list[str]) -> Table:
+def _table(
+    panel: Panel, finding: xr.Dataset, together: xr.Dataset, shown: list[int], names: list[str]
+) -> Table:
     counted, bent = "helping" in finding, "path" in finding
     total = panel.of_group(finding["total"], None).values
     ticked = set(largest(total[shown], _DRAWN))
-    values = _values(panel, finding, None)
+    values = _values(panel, finding, together, None)
     rows: list[list[Cell]] = [
         [
             name,
