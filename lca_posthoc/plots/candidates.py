@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from ..base.colours import HELPING, HURTING, MUTED
+from ..base.colours import HURTING, MUTED
+from ..findings.errors import UNTOLD
 from .style import (
     SMALL,
+    bars_of,
     error_lines,
     expect,
     fresh_figure,
@@ -21,7 +23,6 @@ from .style import (
     powers,
     refuse_groups,
     rows_of_names,
-    sums_as_bars,
     tidy,
     word,
     zero_line,
@@ -140,12 +141,7 @@ def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
 
 
 def _bars(ax: Axes, names: Sequence[str], values: np.ndarray[Any, Any], title: str) -> None:
-    ax.barh(
-        range(len(names)),
-        values,
-        height=0.72,
-        color=[HELPING if value < 0 else HURTING for value in values],
-    )
+    bars_of(ax, values)
     _about_bars(ax, names, title)
 
 
@@ -160,7 +156,7 @@ def _layers(ax: Axes, finding: xr.Dataset) -> None:
     whole, finding = finding.sizes["layer"], _largest(ax, finding, "layer", finding["total"].values)
     names = [str(name) for name in finding["layer"].values]
     values = finding["total"].values
-    sums_as_bars(ax, finding)
+    bars_of(ax, values, finding["verdict"].values == UNTOLD)
     error_lines(ax, values, finding["error"].values)
     _about_bars(ax, names, f"layers: {heading(finding)}")
     _room_for_more(ax, len(names), whole)

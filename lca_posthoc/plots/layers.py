@@ -9,10 +9,11 @@ import xarray as xr
 
 from ..base.colours import FAINT, HELPING, HURTING, INK, LAYERS, MUTED
 from ..errors import InputError
-from ..findings.errors import UNTOLD, untold_sentence
+from ..findings.errors import KINDS, UNTOLD, untold_sentence
 from .style import (
     DIVERGE,
     SMALL,
+    bars_of,
     colour,
     colour_bar,
     dashes,
@@ -26,7 +27,6 @@ from .style import (
     powers,
     rows_of_names,
     strongest,
-    sums_as_bars,
     symmetric,
     tidy,
     word,
@@ -39,14 +39,13 @@ if TYPE_CHECKING:
 _QUANTITIES = ("cumulative", "total", "mean")
 _LINES = 10  # more are shown as bars; lines with a name and a colour
 _ROWS = 40
-# of each error: where its line stands beside the middle of a bar, its size in standard errors, its
-# width and opacity
+# of each error: where its line stands beside the middle of a bar, its width and opacity
 _ERRORS = {
-    "path": (0.0, 1.0, 3.0, 0.35),
-    "quadrature": (0.16, 1.0, 0.8, 1.0),
-    "precision": (0.28, 1.0, 0.8, 0.6),
-    "examples": (-0.16, 2.0, 0.8, 0.6),
-    "segments": (0.0, 2.0, 1.2, 1.0),
+    "path": (0.0, 3.0, 0.35),
+    "quadrature": (0.16, 0.8, 1.0),
+    "precision": (0.28, 0.8, 0.6),
+    "examples": (-0.16, 0.8, 0.6),
+    "segments": (0.0, 1.2, 1.0),
 }
 _AT_THE_ENDS = ("path", "segments")  # of lines over training
 _SEEN = 0.005  # of the largest sum, that an error must have to be drawn
@@ -187,7 +186,7 @@ def _line(finding: xr.Dataset, one: xr.Dataset) -> tuple[Any, Any]:
 
 
 def _bars(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label: str) -> None:
-    sums_as_bars(ax, finding, quantity)
+    bars_of(ax, finding[quantity].values, finding["verdict"].values == UNTOLD)
     _errors(ax, finding, quantity)
     zero_line(ax, vertical=True)
     tidy(ax, x=label.replace(" (", "\n(") if quantity == "mean" else label, title=heading(finding))
@@ -203,8 +202,8 @@ def _errors(ax: Axes, finding: xr.Dataset, quantity: str) -> None:
     per = np.maximum(1, finding["elements"].values) if quantity == "mean" else 1.0
     rows, values = np.arange(finding.sizes["layer"]), finding[quantity].values
     for name in _drawn_errors(finding):
-        shift, size, width, alpha = _ERRORS[name]
-        error = size * finding[name].values / per
+        shift, width, alpha = _ERRORS[name]
+        error = KINDS[name].times * finding[name].values / per
         low, high = values - error, values + error
         ax.hlines(rows + shift, low, high, color=INK, linewidth=width, alpha=alpha, zorder=3)
 
@@ -214,8 +213,8 @@ def _drawn_errors(finding: xr.Dataset) -> list[str]:
     largest = float(abs(finding["total"]).max())
     return [
         name
-        for name, (_, size, _, _) in _ERRORS.items()
-        if name in finding and size * float(finding[name].max()) > _SEEN * largest
+        for name in _ERRORS
+        if name in finding and KINDS[name].times * float(finding[name].max()) > _SEEN * largest
     ]
 
 
@@ -224,10 +223,9 @@ def _end_errors(ax: Axes, finding: xr.Dataset, strong: xr.Dataset) -> None:
     start, end = float(finding["step"].values[0]), float(finding["step_end"].values[-1])
     sums = strong["cumulative"].isel(step=-1).values
     for name in _drawn_at_ends(finding):
-        _, size, width, alpha = _ERRORS[name]
-        for position, (total, error) in enumerate(
-            zip(sums, size * strong[name].values, strict=True)
-        ):
+        _, width, alpha = _ERRORS[name]
+        errors = KINDS[name].times * strong[name].values
+        for position, (total, error) in enumerate(zip(sums, errors, strict=True)):
             place = end - 0.008 * position * (end - start)  # one beside the other
             hue = colour(position)
             ax.vlines(place, total - error, total + error, hue, linewidth=width, alpha=alpha)

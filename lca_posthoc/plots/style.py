@@ -19,7 +19,6 @@ from ..base.colours import DIVERGING, FAINT, HELPING, HURTING, INK, LAYERS, MUTE
 from ..base.text import count, safe_in_figure
 from ..errors import InputError
 from ..findings.common import Numbers
-from ..findings.errors import UNTOLD
 from ..findings.names import shorten
 
 if TYPE_CHECKING:
@@ -132,18 +131,22 @@ def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tupl
     return finding.isel({dim: np.sort(order[:top])}), rest_text
 
 
-def sums_as_bars(ax: Axes, finding: xr.Dataset, quantity: str = "total") -> None:
-    """Draw a bar for each layer, in the colour of what helped or hurt; pale where its total cannot be
-    told from zero.
+def bars_of(ax: Axes, values: Numbers, untold: Numbers | None = None) -> None:
+    """Draw a bar for each sum, in the colour of what helped or hurt.
+
+    Args:
+        ax: where to draw.
+        values: the sums.
+        untold: which of them cannot be told from zero; these are pale.
     """
-    values = finding[quantity].values
+    pale = np.zeros(len(values), bool) if untold is None else untold
     ax.barh(
         range(len(values)),
         values,
         height=0.72,
         color=[
-            (HELPING if value < 0 else HURTING, PALE if verdict == UNTOLD else 1.0)
-            for value, verdict in zip(values, finding["verdict"].values, strict=True)
+            (HELPING if value < 0 else HURTING, PALE if is_pale else 1.0)
+            for value, is_pale in zip(values, pale, strict=True)
         ],
     )
 
