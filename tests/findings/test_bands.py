@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from lca_posthoc import Loss, Recorder, Task, findings, open_run, plots, run
+from lca_posthoc import Loss, Task, findings, open_run, plots, run
 from lca_posthoc.errors import LCAError
 from lca_posthoc.export import export
 from lca_posthoc.findings.bands import path_bands
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import LossResults
 from tests.helpers.cli import lca, says
+from tests.helpers.short_training import record_training, value
 
 STEPS, SPARSE = 12, [0, 1, 2, 4, 6, 9, 12]
 
@@ -24,10 +24,6 @@ STEPS, SPARSE = 12, [0, 1, 2, 4, 6, 9, 12]
 def network() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-
-
-def value(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
 
 
 def task() -> Task:
@@ -44,15 +40,9 @@ def task() -> Task:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one training: dense, sparse, of long segments alone, and without path bands."""
     place = tmp_path_factory.mktemp("bands")
-    model, (inputs, targets) = network(), task().data["train"]
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.4, momentum=0.9)
-    with Recorder(place / "dense", model) as recorder:
-        recorder.attach(optimizer)
-        for step in range(STEPS):
-            rows = slice(8 * (step % 5), 8 * (step % 5) + 8)
-            optimizer.zero_grad()
-            value(model(inputs[rows]), targets[rows]).mean().backward()
-            optimizer.step()
+    record_training(place / "dense", model, task().data["train"], optimizer, steps=STEPS, batch=8)
     for name, steps in (("sparse", SPARSE), ("long", SPARSE[2:])):
         (place / name).mkdir()
         for step in steps:

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import xarray as xr
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
-from lca_posthoc import Loss, Recorder, Task, findings, open_run, plots, run
+from lca_posthoc import Loss, Task, findings, open_run, plots, run
 from lca_posthoc.findings.errors import (
     KINDS,
     described_errors,
@@ -23,6 +22,7 @@ from lca_posthoc.findings.errors import (
 )
 from lca_posthoc.replay.events import silent
 from lca_posthoc.results import LossResults
+from tests.helpers.short_training import record_training, value
 
 STEPS, EXAMPLES = 16, 60
 RUNS: dict[str, dict[str, Any]] = {
@@ -39,10 +39,6 @@ def network() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
-def value(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
 def task() -> Task:
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(EXAMPLES, 4, generator=generator), torch.arange(EXAMPLES) % 3
@@ -57,15 +53,11 @@ def task() -> Task:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One training with large steps, replayed in several ways."""
     place = tmp_path_factory.mktemp("errors")
-    model, (inputs, targets) = network(), task().data["train"]
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.8, momentum=0.9)
-    with Recorder(place / "iterates", model) as recorder:
-        recorder.attach(optimizer)
-        for step in range(STEPS):
-            rows = slice(10 * (step % 6), 10 * (step % 6) + 10)
-            optimizer.zero_grad()
-            value(model(inputs[rows]), targets[rows]).mean().backward()
-            optimizer.step()
+    record_training(
+        place / "iterates", model, task().data["train"], optimizer, steps=STEPS, batch=10
+    )
     for name, settings in RUNS.items():
         chosen = {
             "losses": ["all"],

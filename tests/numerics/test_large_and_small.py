@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
-from lca_posthoc import Loss, Recorder, Run, Task, run
+from lca_posthoc import Loss, Run, Task, run
 from lca_posthoc.numerics.objective.rows import is_small
 from lca_posthoc.replay.events import silent
+from tests.helpers.short_training import record_training, value
 
 EXAMPLES, STEPS = 24, 6
 OPTIONS: Mapping[str, dict[str, Any]] = {
@@ -44,10 +44,6 @@ def network() -> nn.Module:
     )
 
 
-def value(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none")
-
-
 def task() -> Task:
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(EXAMPLES, 6, generator=generator), torch.arange(EXAMPLES) % 3
@@ -63,15 +59,11 @@ def task() -> Task:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Iterates of a training with a recorded optimiser, and a file of directions."""
     place = tmp_path_factory.mktemp("large-and-small")
-    model, (inputs, targets) = network(), task().data["train"]
+    model = network()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-2)
-    with Recorder(place / "iterates", model) as recorder:
-        recorder.attach(optimizer)
-        for step in range(STEPS):
-            rows = slice(8 * (step % 3), 8 * (step % 3) + 8)
-            optimizer.zero_grad()
-            value(model(inputs[rows]), targets[rows]).mean().backward()
-            optimizer.step()
+    record_training(
+        place / "iterates", model, task().data["train"], optimizer, steps=STEPS, batch=8
+    )
     ends = [load_file(place / "iterates" / f"step_{step:08d}.safetensors") for step in (0, STEPS)]
     moved = {
         name: torch.stack([ends[1][name] - ends[0][name], torch.randn_like(ends[0][name])])
