@@ -27,7 +27,7 @@ import argparse
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,12 +35,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from scipy import stats
 from torch import Tensor, nn
 
 import lca_posthoc as lca
 import mnist_fc
-from experiments import MODELS, Model, Setting, optimizer
+from experiments import MODELS, Model, Setting, optimizer, shown
 from lca_posthoc.checkpoints.basis import write_basis
 
 DELAYS = (9, 4, 1, 0)
@@ -243,15 +242,6 @@ def directions(out: Path, seeds: int, size: Size) -> Iterator[str]:
 
 
 EXPERIMENTS = {"momentum": momentum, "hurting": hurting, "directions": directions}
-
-
-def shown(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
-    """Return a mean and its interval of 95 % over seeds, where there are several."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:+.{digits}f}{unit}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    return f"{mean:+.{digits}f}{unit} ± {half:.{digits}f}"
 
 
 def main(arguments: Iterable[str] | None = None) -> None:

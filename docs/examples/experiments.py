@@ -22,7 +22,7 @@ import contextlib
 import io
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -229,30 +229,35 @@ def table(found: xr.Dataset) -> str:
 
 def table_of_causes(runs: Mapping[str, list[Any]]) -> str:
     """A line for each setting, of the first and of the last layer, and each cause: the mean over
-    seeds, half the 95 % interval of Student's t, and in brackets each seed's own error.
+    seeds with its interval, and in brackets each seed's own error.
     """
-    rows = [f"{'layer':14}{'':14}{'cause':10}{'mean':>9} ± interval  (errors)"]
+    rows = [f"{'layer':14}{'':14}{'cause':10}{'mean ± interval':18} (errors)"]
     for label, results in runs.items():
         found = [lca.findings.causes(each) for each in results]
-        trained = [name for name in found[0].layer.values if not str(name).endswith("buffer")]
+        trained = found[0].layer.values[found[0].kind.values == "parameter"]
         for layer in (trained[0], trained[-1]):
-            for cause in [*found[0].cause.values, "all"]:
-                sums, errors = [], []
-                for each in found:
-                    one = each.sel(layer=layer)
-                    of_all = cause == "all"
-                    sums.append(float(one.layer_total if of_all else one.total.sel(cause=cause)))
-                    errors.append(float(one.layer_error if of_all else one.error.sel(cause=cause)))
-                half = (
-                    stats.t.ppf(0.975, len(sums) - 1) * np.std(sums, ddof=1) / len(sums) ** 0.5
-                    if len(sums) > 1
-                    else float("nan")
-                )
-                own = ", ".join(f"{error:.3f}" for error in errors)
-                rows.append(
-                    f"{layer:14}{label:14}{cause:10}{np.mean(sums):+9.4f} ± {half:.4f}    ({own})"
-                )
+            of_layer = [each.sel(layer=layer) for each in found]
+            numbers = {
+                str(cause): [
+                    (one.total.sel(cause=cause), one.error.sel(cause=cause)) for one in of_layer
+                ]
+                for cause in found[0].cause.values
+            }
+            numbers["all"] = [(one.layer_total, one.layer_error) for one in of_layer]
+            for cause, of_seeds in numbers.items():
+                own = ", ".join(f"{float(error):.3f}" for _, error in of_seeds)
+                mean = shown([float(total) for total, _ in of_seeds], 4)
+                rows.append(f"{layer:14}{label:14}{cause:10}{mean:18} ({own})")
     return "\n".join(rows)
+
+
+def shown(values: Sequence[float], digits: int = 3, unit: str = "") -> str:
+    """Return a mean and its interval of 95 % over seeds, where there are several."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:+.{digits}f}{unit}"
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
+    return f"{mean:+.{digits}f}{unit} ± {half:.{digits}f}"
 
 
 def interval(each: xr.Dataset, name: str) -> str:
