@@ -31,9 +31,9 @@ from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
-from .packs import Seal, read_chunk
+from .packs import Pack, is_packed
 
-_MARKERS = 256  # that stay in memory while chunks are read
+_MARKERS = 256  # that stay in memory while chunks are read, each with its pack where it is small
 
 
 class _LossStore(Store):
@@ -124,7 +124,7 @@ class CheckedStore(_LossStore):
             for plan in plan_arrays(manifest, manifest.keep, manifest.losses[loss])
             if plan.part in parts
         }
-        self._markers: OrderedDict[tuple[bool, int], Marker] = OrderedDict()
+        self._markers: OrderedDict[tuple[bool, int], tuple[Marker, Pack]] = OrderedDict()
         self._lock = threading.Lock()
         if not manifest.packed:
             for key, expected in self._known.items():
@@ -149,11 +149,13 @@ class CheckedStore(_LossStore):
         row, of_totals = int(place.partition("/")[0]), plan.of_windows
         about = self._commits.about_window(row) if of_totals else self._commits.about(row)
         where = f"{name_of(plan)}, {about}"
-        recorded = self._recorded(key, where, of_totals, row)
+        marker, pack = self._committed(where, of_totals, row)
+        recorded = marker["files"].get((self._place / key).relative_to(self._root).as_posix())
         if recorded is None:
             raise self._damage(where, "a chunk is not the one that was committed")
         try:
-            data = read_chunk(self._place / key, recorded, self._pack(of_totals, row))
+            packed = is_packed(recorded)
+            data = pack.read(recorded) if packed else disk.read(self._place / key)
         except FileNotFoundError:
             raise self._damage(where, "a chunk is missing") from None
         except OSError as error:
@@ -162,16 +164,13 @@ class CheckedStore(_LossStore):
             raise self._damage(where, "a chunk is not the one that was committed")
         return data
 
-    def _pack(self, of_totals: bool, row: int) -> Path:
-        commits = self._commits
-        of_window = of_totals and commits.manifest.window > 1
-        return commits.pack(commits.window_marker(row) if of_window else commits.marker(row))
-
-    def _recorded(self, key: str, where: str, of_totals: bool, row: int) -> Seal | None:
-        """Return the seal of a chunk as its marker says it; `where` names the chunk in messages."""
+    def _committed(self, where: str, of_totals: bool, row: int) -> tuple[Marker, Pack]:
+        """Return the marker that speaks for a chunk, and the pack of its row; `where` names the
+        chunk in messages.
+        """
         commits = self._commits
         try:
-            marker = self._marker(of_totals and commits.manifest.window > 1, row)
+            return self._marker(of_totals and commits.manifest.window > 1, row)
         except FileNotFoundError:
             raise LCAError(
                 f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open "
@@ -179,17 +178,20 @@ class CheckedStore(_LossStore):
             ) from None
         except (ValueError, OSError) as error:
             raise self._damage(where, str(error)) from None
-        return marker["files"].get((self._place / key).relative_to(self._root).as_posix())
 
-    def _marker(self, of_window: bool, row: int) -> Marker:
+    def _marker(self, of_window: bool, row: int) -> tuple[Marker, Pack]:
+        commits = self._commits
         with self._lock:
-            marker = self._markers.get((of_window, row))
-            if marker is None:
-                marker = self._commits.load_window(row) if of_window else self._commits.load(row)
-                self._markers[of_window, row] = marker
+            known = self._markers.get((of_window, row))
+            if known is None:
+                load = commits.load_window if of_window else commits.load
+                place = commits.window_marker if of_window else commits.marker
+                marker = load(row)
+                known = marker, Pack(commits.pack(place(row)), marker["files"].values())
+                self._markers[of_window, row] = known
                 while len(self._markers) > _MARKERS:
                     self._markers.popitem(last=False)
-            return marker
+            return known
 
 
 def name_of(plan: ArrayPlan) -> str:

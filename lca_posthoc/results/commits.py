@@ -250,7 +250,8 @@ class Commits:
         Raises:
             LCAError: where the marker is damaged.
         """
-        return self._read(span) if self.is_committed(span) else None
+        marker = self._read(span)
+        return None if marker is None or not self._has_totals(span) else marker
 
     def all_facts(self) -> list[Marker]:
         """Return the markers of all spans that have one, in order.
@@ -258,14 +259,18 @@ class Commits:
         Raises:
             LCAError: where a marker is damaged.
         """
-        return [
-            self._read(span) for span in range(self.manifest.spans) if _is_there(self.marker(span))
-        ]
+        markers = map(self._read, range(self.manifest.spans))
+        return [marker for marker in markers if marker is not None]
 
-    def _read(self, span: int) -> Marker:
+    def _read(self, span: int) -> Marker | None:
+        """Return the marker of a span; None where it is missing, or empty after a power failure."""
         try:
             return self.load(span)
+        except FileNotFoundError:
+            return None
         except (ValueError, OSError) as error:
+            if not _is_there(self.marker(span)):
+                return None
             raise LCAError(damaged(self.path, self.loss, self.about(span), str(error))) from None
 
     def about(self, span: int) -> str:

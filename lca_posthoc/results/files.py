@@ -37,10 +37,11 @@ def read_json(path: Path) -> dict[str, object]:
             says which in a few words.
         OSError: where it cannot be read.
     """
-    if disk.state(path).size > _LARGEST:
+    data = disk.read(path, _LARGEST + 1)
+    if len(data) > _LARGEST:
         raise ValueError(f"it is larger than {_LARGEST} bytes")
     try:
-        document = json.loads(disk.read(path), parse_constant=_refused)
+        document = json.loads(data, parse_constant=_refused)
     except (ValueError, RecursionError):
         raise ValueError("it is not JSON") from None
     if not isinstance(document, dict):

@@ -334,8 +334,10 @@ def read(path: Path, most: int = -1) -> bytes:
     """Return the bytes of a file, or its first `most`."""
     store, key = _place(path)
     with _reached(path):
-        data = bytes(obstore.get(store, key).bytes())
-    return data if most < 0 else data[:most]
+        answer = obstore.get(store, key)
+        if not 0 <= most < answer.meta["size"]:
+            return bytes(answer.bytes())
+    return read_part(path, 0, most)
 
 
 def read_part(path: Path, start: int, size: int) -> bytes:

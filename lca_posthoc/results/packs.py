@@ -8,14 +8,16 @@ a run has none of Zarr's metadata either. In a file system, every chunk is a fil
 
 from __future__ import annotations
 
+import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from . import disk
 
 PACKS = "packs"
 LARGEST = 2**20  # bytes of a chunk; a larger one is a file of its own
+_WHOLE = 2**18  # bytes of a pack that one request reads, whichever chunk is asked for first
 
 Seal = list[int]
 """Of a chunk: its size, its CRC-32, and its place, where it lies in a pack."""
@@ -43,15 +45,30 @@ def write_pack(path: Path, chunks: Mapping[str, bytes], durable: bool) -> dict[s
     return seals
 
 
-def read_chunk(path: Path, seal: Seal, pack: Path) -> bytes:
-    """Return the bytes of a chunk, from a pack or from its own file.
+class Pack:
+    """Read the chunks of one pack. A small pack is requested once, with its first chunk, and stays
+    in memory as long as this object; of a larger one each chunk is a request.
 
     Args:
-        path: of its own file.
-        seal: of it.
-        pack: of the span or window it belongs to.
-
-    Raises:
-        OSError: where it cannot be read.
+        path: of the pack.
+        seals: of all chunks of the span or window; those in files of their own do not count.
     """
-    return disk.read_part(pack, seal[2], seal[0]) if is_packed(seal) else disk.read(path)
+
+    def __init__(self, path: Path, seals: Iterable[Seal]) -> None:
+        self._path, self._bytes = path, b""
+        self._size = max((seal[0] + seal[2] for seal in seals if is_packed(seal)), default=0)
+        self._is_read, self._one_at_a_time = False, threading.Lock()
+
+    def read(self, seal: Seal) -> bytes:
+        """Return the bytes of a chunk, fewer where the pack ends before.
+
+        Raises:
+            OSError: where the pack cannot be read.
+        """
+        size, _, place = seal
+        if self._size > _WHOLE:
+            return disk.read_part(self._path, place, size)
+        with self._one_at_a_time:
+            if not self._is_read:
+                self._bytes, self._is_read = disk.read(self._path, self._size), True
+        return self._bytes[place : place + size]

@@ -22,7 +22,7 @@ from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import FILE as ZARR
 from .metadata import fits, group_file, metadata_files
-from .packs import PACKS, is_packed
+from .packs import PACKS, Pack, is_packed
 from .runfile import FILE, load
 from .shard_sums import SHARDS, names_of_sums
 
@@ -191,8 +191,9 @@ class Verification:
         if marker["files"].keys() != planned.keys():
             yield row.damage(place, "its commit marker does not list the files of this span")
             return
+        pack = Pack(row.commits.pack(row.place), marker["files"].values())
         for file, plan in planned.items():
-            what = self._unlike_chunk(row, file, marker["files"][file])
+            what = self._unlike_chunk(pack, file, marker["files"][file])
             if what is not None and disk.exists(row.place):
                 array = plan.path if plan.tensor is None else plan.part
                 yield row.damage(file, what, array, plan.tensor)
@@ -218,12 +219,12 @@ class Verification:
         if what is not None and not _lies(row.place):
             yield row.damage(file, what, "totals")
 
-    def _unlike_chunk(self, row: _Row, file: str, seal: list[int]) -> str | None:
+    def _unlike_chunk(self, pack: Pack, file: str, seal: list[int]) -> str | None:
         """Say how a chunk differs from what was committed; None where it does not."""
         if not is_packed(seal):
             return self._unlike(file, seal)
         try:
-            data = disk.read_part(row.commits.pack(row.place), seal[2], seal[0])
+            data = pack.read(seal)
         except FileNotFoundError:
             return "the pack it lies in is missing"
         except OSError as error:

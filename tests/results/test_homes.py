@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -534,6 +535,21 @@ def test_reading_a_finished_run_lists_nothing(object_store: ObjectServer, place:
         run[name].totals.load()
     listings = [one.path for one in object_store.requests if "list-type" in one.path]
     assert listings == []
+
+
+def test_reading_all_arrays_of_a_loss_requests_each_marker_and_small_pack_once(
+    object_store: ObjectServer, place: Path
+) -> None:
+    out = object_store.place() / "run.lca"
+    replayed(place, out, "tensors", losses=["train"])
+    run = open_run(out)
+    object_store.requests.clear()
+    run["train"].steps.load()
+    run["train"].tensors.load()
+    requested = Counter(one.path for one in object_store.requests if one.method == "GET")
+    packs = [path for path in requested if "/packs/" in path]
+    assert len(packs) == run["train"].manifest.spans
+    assert {*requested.values()} == {1}, requested
 
 
 @pytest.mark.parametrize("keep", KEEP)
