@@ -18,11 +18,11 @@ from lca_posthoc.checkpoints.trajectory import open_trajectory
 from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (
-    ". There the straight line between checkpoints is not the path that training took, and what is "
-    "allocated is the straight line's share: sums over tensors and units mean something, as far as "
-    "their path band tells (± path in `lca summary`, by --path-band: what other paths through the "
-    "checkpoints would change); how often a parameter helps and turns (--keep statistics, "
-    "parameters) does not. The residual says what quadrature misses"
+    ". There the straight line between checkpoints is not the path that training took, and the "
+    "allocation is that of the straight line. Sums over tensors and units are meaningful within "
+    "their path band (± path in `lca summary`, from --path-band: how much other paths through the "
+    "checkpoints would change them); how often a parameter helps and turns (--keep statistics, "
+    "parameters) is not. The residual shows what quadrature misses"
 )
 
 

@@ -143,7 +143,7 @@ STEPS: dict[str, tuple[str, Document, list[int], str | None]] = {
         "step_{}.pt",
         lambda n, state: {"model": state, "epoch": n},
         [0, 1, 2, 3],
-        "the number is taken as the training step, as the name says",
+        "the name calls the number a training step, so it is read as one",
     ),
     "a step inside": (
         "ckpt_{}.pt",
@@ -254,7 +254,7 @@ def test_saves_that_accelerate_counts_are_no_steps(tmp_path: Path, command: str)
 
     with pytest.raises(
         InputError,
-        match=r"accelerate numbers .*counting its saves.*--pattern "
+        match=r"accelerate's save_state counts its saves.*--pattern "
         r"'checkpoint_\(\?P<step>",
     ):
         steps(places["checkpoint_{}"])

@@ -160,7 +160,7 @@ DEFECTS: dict[str, tuple[Callable[[int], Series], str, tuple[str, ...]]] = {
     "two trainings of one start in turn": (
         lambda seed: with_others(tuned(seed, 7), tuned(seed, 8), range(1, 61, 2)),
         "two series",
-        ("two series of one start",),
+        ("two series with one start",),
     ),
     "a checkpoint of another training of the same start": (
         lambda seed: with_others(tuned(seed, 7), tuned(seed, 8), [31]),

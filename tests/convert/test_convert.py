@@ -507,7 +507,7 @@ REFUSED: dict[str, Made] = {
     ),
     "epochs": (
         lambda place: named(place, "epoch_1.pt", "epoch_2.pt"),
-        ("an epoch is stated and no training step", "span all steps", "--pattern"),
+        ("state an epoch and no training step", "span all steps", "--pattern"),
         (),
     ),
     "no step": (
@@ -540,7 +540,7 @@ REFUSED: dict[str, Made] = {
     ),
     "Megatron": (
         lambda place: empty(place, "iter_0000005/mp_rank_00/model_optim_rng.pt"),
-        ("Megatron's shards", "tools/checkpoint/convert.py"),
+        ("Megatron shards", "tools/checkpoint/convert.py"),
         (),
     ),
     "distributed checkpoints": (
