@@ -166,7 +166,7 @@ def test_what_is_no_loss_is_named_as_what_it_is(case: str) -> None:
 LOSSES = {"train": Loss(F.cross_entropy)}
 NOT_TASKS = {
     "an instance": ({"model": net()}, "factory", "model=Net"),
-    "a class that is no module": ({"model": Widths}, "no nn.Module"),
+    "a class that is no module": ({"model": Widths}, "not an nn.Module"),
     "a class that takes arguments": ({"model": Wide}, "takes (width)", "lambda: Wide(…)"),
     "an async factory": ({"model": later}, "async function"),
     "a class of data": (

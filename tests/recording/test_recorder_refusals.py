@@ -80,7 +80,7 @@ def test_weights_of_which_a_process_has_a_part_are_refused(
     with pytest.raises(
         InputError,
         match=r"the model is sharded by (FullyShardedDataParallel|DeepSpeed's ZeRO-3), "
-        r"of which a process",
+        r"which leaves each process a part",
     ):
         Recorder(tmp_path / "ck", build()).save(0)
     assert names(tmp_path) == []

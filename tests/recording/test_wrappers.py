@@ -204,7 +204,9 @@ class Tells(Net):
 
 def test_a_state_that_is_no_tensor_is_named_once(tmp_path: Path) -> None:
     with Recorder(tmp_path / "ck", Tells()) as recorder:
-        with pytest.warns(UserWarning, match=r"'_extra_state' \(a dict\): no tensor.*not recorded"):
+        with pytest.warns(
+            UserWarning, match=r"'_extra_state' \(a dict\), which is not a tensor.*not recorded"
+        ):
             recorder.save(0)
         recorder.save(1)
 
