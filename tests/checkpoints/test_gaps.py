@@ -203,9 +203,12 @@ APART: dict[str, tuple[tuple[float, ...], str]] = {
     "late weights": (
         (0, 9, 2, 3, 9, 9, 6, 9),
         "4 of 8 checkpoints hold the same tensors, with others between them, as far as samples of "
-        "their bytes tell: steps 1, 4, 5, 7. Files lie under wrong names",
+        "their bytes tell: steps 1, 4, 5, 7. Some files under wrong names",
     ),
-    "two sets": ((0, 5, 0, 0, 5, 6), "steps 0, 2, 3, and likewise 1 other set of steps. Files lie"),
+    "two sets": (
+        (0, 5, 0, 0, 5, 6),
+        "steps 0, 2, 3, and likewise 1 other set of steps. Some files",
+    ),
 }
 
 
@@ -234,7 +237,7 @@ def test_what_is_not_compared_whole_is_said_to_be_told_from_samples(
     monkeypatch.setattr(spacing, "_MOST_COMPARED", 500_000)
     numbers(0, 0, 0)(tmp_path)
     (note,) = open_trajectory(tmp_path).notes
-    says(note, "as far as samples of their bytes tell, steps 0 to 2: in these 2 segments")
+    says(note, "judging by samples of their bytes, steps 0 to 2: in these 2 segments")
 
 
 def test_plan_run_and_import_say_both(tmp_path: Path) -> None:

@@ -149,13 +149,13 @@ STEPS: dict[str, tuple[str, Document, list[int], str | None]] = {
         "ckpt_{}.pt",
         lambda n, state: {"model": state, "epoch": n, "global_step": 50 * n},
         [0, 50, 100, 150],
-        "ckpt_1.pt is taken as step 50, its global_step",
+        "ckpt_1.pt is read as step 50, its global_step",
     ),
     "a step inside, no epoch": (
         "ckpt_{}.pt",
         lambda n, state: {"model": state, "global_step": 50 * (n + 1)},
         [50, 100, 150, 200],
-        "ckpt_0.pt is taken as step 50, its global_step",
+        "ckpt_0.pt is read as step 50, its global_step",
     ),
     "Lightning's": (
         "epoch={0}-step={0}0.ckpt",
@@ -191,7 +191,7 @@ def test_steps_that_go_down_as_epochs_go_up_are_refused(tmp_path: Path) -> None:
         lambda n, state: {"model": state, "epoch": n, "step": 9 - n},
         "epoch_{}.pt",
     )
-    refused(lca("import", source, tmp_path / "st"), "counted within an epoch", "--pattern")
+    refused(lca("import", source, tmp_path / "st"), "count within an epoch", "--pattern")
 
 
 def test_epochs_in_the_metadata_of_safetensors_are_told_from_steps(tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_settings_of_other_classes_are_read_past_and_those_of_others_packages_sa
         "a mapping and a namespace",
     )
     assert [
-        "read past objects of tests.checkpoints.test_import_names." in note for note in heard
+        "skipped objects of tests.checkpoints.test_import_names." in note for note in heard
     ] == [True] * foreign
 
 
@@ -608,7 +608,7 @@ def test_an_object_is_never_made_and_its_module_never_imported(
     (tmp_path / "spy_of_imports.ran").unlink()
     monkeypatch.delitem(sys.modules, "spy_of_imports")
     (note,) = told(source, tmp_path / "st")
-    says(note, "spy_of_imports.Spy", "none is made")
+    says(note, "spy_of_imports.Spy", "neither imported nor called")
     assert "spy_of_imports" not in sys.modules
     assert not (tmp_path / "spy_of_imports.ran").exists()
 

@@ -397,7 +397,7 @@ def test_results_of_remote_checkpoints_go_where_they_are_told_to(
         assert lca("summary", out).exit_code == 0
     refused(
         lca("import", "http://127.0.0.1/saved", tmp_path / "made"),
-        "http://127.0.0.1/saved is a URL, and an import is",
+        "http://127.0.0.1/saved is a URL, and an import reads",
     )
 
 

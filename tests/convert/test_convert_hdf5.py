@@ -103,7 +103,7 @@ def test_buffers_rows_do_not_hold_are_named(tmp_path: Path) -> None:
         "self.register_buffer('seen', torch.ones(2)); self.out =",
     )
     heard = told(rows(tmp_path / "w.h5"), tmp_path / "st", task=task)
-    says(" ".join(heard), "rows hold no 'seen'", "Task(fixed=[…])")
+    says(" ".join(heard), "rows do not hold 'seen'", "Task(fixed=[…])")
     refused(run_lca(tmp_path / "st", task, tmp_path / "run"), "'seen'", "missing")
     fixed = write_task(tmp_path / "fixed.py", "losses={", "fixed=['seen'], losses={")
     fixed.write_text(

@@ -273,5 +273,5 @@ def test_a_file_larger_than_the_process_may_write_stops_training_with_whole_file
         check=False,
     )
     assert "cannot write" in done.stdout
-    assert "File too large; the last iterate recorded is that of step 0" in done.stdout
+    assert "File too large; the last recorded iterate is step 0" in done.stdout
     assert steps_in(tmp_path) == [0]

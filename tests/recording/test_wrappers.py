@@ -217,7 +217,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     model.module = nn.Linear(2, 1)
     with pytest.raises(
         InputError,
-        match=r"'weight' and 'module\.weight' of the model are both "
+        match=r"'weight' and 'module\.weight' of the model both become "
         r"'weight'",
     ):
         Recorder(tmp_path / "ck", model).save(0)
