@@ -81,6 +81,7 @@ def few(words: Sequence[str], most: int = 3) -> str:
 
     >>> few(["a", "b", "c"], 2)
     'a, b and 1 more'
+
     Args:
         words: all words, in order.
         most: how many words to list before counting the rest.

@@ -97,6 +97,7 @@ def count(value: float, one: str = "", more: str = "") -> str:
 
     >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
     ('1 step', '1,234 steps', '2 losses')
+
     Args:
         value: the number; a fraction is cut off.
         one: the singular; "" formats the number alone.
@@ -139,6 +140,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
     >>> did_you_mean("layrs", ["layers", "units"]), did_you_mean("nothing", ["layers", "units"])
     (" Did you mean 'layers'?", '')
+
     Args:
         word: what was given.
         known: the words that are valid.
@@ -152,6 +154,7 @@ def no_loss(place: object, loss: str, known: Iterable[str]) -> str:
 
     >>> no_loss("a.lca", "trian", ["train"])
     "a.lca has no loss 'trian'; it has 'train'. Did you mean 'train'?"
+
     Args:
         place: the run, or whatever else has losses, as the message names it.
         loss: the name that was asked for.
@@ -168,6 +171,7 @@ def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
 
     >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
     ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
+
     Args:
         texts: the names.
         width: the most terminal cells of one result.

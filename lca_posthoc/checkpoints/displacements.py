@@ -57,6 +57,7 @@ def block_size(segments: int, directions: int) -> BlockSize:
 
     >>> block_size(100, 10), block_size(10_000, 10)
     (BlockSize(rows=100, columns=167772), BlockSize(rows=1024, columns=16384))
+
     Args:
         segments: number of segments of the trajectory.
         directions: number of directions computed on each block; they must fit as well.

@@ -177,6 +177,7 @@ def count_epochs(pairs: Sequence[tuple[int, int]]) -> bool:
 
     >>> count_epochs([(0, 1), (1, 2), (4, 5)]), count_epochs([(0, 0), (10, 1)]), count_epochs([(0, 0), (1, 0)])
     (True, False, False)
+
     Args:
         pairs: (number in the name, epoch in the file) of each checkpoint.
     """

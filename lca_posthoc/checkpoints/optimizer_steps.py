@@ -307,6 +307,7 @@ def moments_path(directory: Path, step: int) -> Path:
 
     >>> moments_path(Path("ckpts"), 12).as_posix()
     'ckpts/moments/step_00000012.safetensors'
+
     Args:
         directory: directory of the checkpoints.
         step: training step.

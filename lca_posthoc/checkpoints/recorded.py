@@ -106,6 +106,7 @@ def segments_between(steps: Iterable[int], bursts: tuple[int, int] | None) -> in
 
     >>> segments_between([0, 1, 2, 10, 11, 12], (10, 3)), segments_between([0, 1, 2, 10], None)
     (4, 3)
+
     Args:
         steps: steps of the iterates, ascending.
         bursts: `(every, length)` of the recorder; None if it records every step alike.

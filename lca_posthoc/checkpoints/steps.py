@@ -155,6 +155,7 @@ def parse_steps(text: str) -> StepChoice:
     ((0, 1, 2, 4), None)
     >>> parse_steps("0:1,5:6,9").choose(range(10))
     Choice(used=(0, 1, 5, 6, 9), breaks=frozenset({1}), notes=(), named=frozenset({4}))
+
     Raises:
         InputError: if the text is not such a list, or does not ascend.
     """

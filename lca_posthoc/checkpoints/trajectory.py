@@ -314,6 +314,7 @@ def drop_options(names: Collection[str], others: Collection[str] = ()) -> str:
 
     >>> drop_options(["h.0.attn.bias", "h.11.attn.bias"], ["h.0.attn.weight"])
     "--rename '^h\\\\.\\\\d+\\\\.attn\\\\.bias$='"
+
     Args:
         names: names of the tensors to leave out.
         others: names of tensors to keep.

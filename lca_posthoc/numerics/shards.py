@@ -117,7 +117,7 @@ class ShardedSpan:
         try:
             return allocate_nodes(segment, losses, self.method)[0]
         except SpanError as error:
-            raise between(error, step, next_step) from None
+            raise SpanError(between(error, step, next_step)) from None
 
     def paths(self, start: int) -> OtherPaths | None:
         """Return the other paths of a segment; None where none are told.

@@ -40,6 +40,7 @@ class Bound:
 
         >>> Bound.of(50), Bound.of("20 GB").bytes
         (Bound(iterates=50, bytes=None), 20000000000)
+
         Raises:
             InputError: if it is neither a number of iterates nor of bytes, or too small for any replay.
         """

@@ -573,6 +573,7 @@ def parse_subsets(options: list[str]) -> dict[str, str]:
 
     >>> parse_subsets(["0.1@7", "train=0:100"])
     {'': '0.1@7', 'train': '0:100'}
+
     Raises:
         InputError: if a split has two choices, or a choice is ambiguous.
     """

@@ -280,8 +280,8 @@ def test_what_accelerate_itself_saves_is_recognised(tmp_path: Path) -> None:
     )
     with pytest.raises(
         InputError,
-        match=r"checkpoint_0, checkpoint_1, checkpoint_2: accelerate "
-        r"numbers",
+        match=r"checkpoint_0, checkpoint_1, checkpoint_2: accelerate"
+        r"'s save_state counts",
     ):
         open_trajectory(tmp_path / "checkpoints")
 
