@@ -122,11 +122,11 @@ def test_tensors_that_are_no_directions_of_the_model_are_refused(
         (json.dumps({"labels": ["a"]}), "one label for each of 2"),
         (json.dumps({"labels": ["a", "b" * 1001]}), "one label for each of 2"),
         (json.dumps({"labels": "ab"}), "one label for each of 2"),
-        (json.dumps({"singular_values": [1, -1]}), "number for each of 2"),
-        ('{"singular_values": [1, NaN]}', "number for each of 2"),
-        ('{"singular_values": [1, Infinity]}', "number for each of 2"),
-        (f'{{"singular_values": [1, 1{"0" * 400}]}}', "number for each of 2"),
-        (json.dumps({"singular_values": [1, True]}), "number for each of 2"),
+        (json.dumps({"singular_values": [1, -1]}), "one singular value for each of 2"),
+        ('{"singular_values": [1, NaN]}', "one singular value for each of 2"),
+        ('{"singular_values": [1, Infinity]}', "one singular value for each of 2"),
+        (f'{{"singular_values": [1, 1{"0" * 400}]}}', "one singular value for each of 2"),
+        (json.dumps({"singular_values": [1, True]}), "one singular value for each of 2"),
     ],
 )
 def test_metadata_that_does_not_hold_together_is_refused(

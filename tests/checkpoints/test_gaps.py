@@ -202,8 +202,8 @@ APART: dict[str, tuple[tuple[float, ...], str]] = {
     "one that comes back": ((0, 1, 0), "2 of 3 checkpoints hold the same tensors, with others"),
     "late weights": (
         (0, 9, 2, 3, 9, 9, 6, 9),
-        "4 of 8 checkpoints hold the same tensors, with others between them, as far as samples of "
-        "their bytes tell: steps 1, 4, 5, 7. Some files under wrong names",
+        "4 of 8 checkpoints hold the same tensors, with others between them, judging by samples "
+        "of their bytes: steps 1, 4, 5, 7. Some files have wrong names",
     ),
     "two sets": (
         (0, 5, 0, 0, 5, 6),

@@ -194,7 +194,7 @@ def test_a_model_that_runs_otherwise_than_on_the_sample_is_refused() -> None:
     objective = objective_of(around_the_mlp(Late))
     motion = motion_of(objective)
     assert tell_examples(objective) == {"grouped"}
-    with pytest.raises(InputError, match="cannot be told on a batch"):
+    with pytest.raises(InputError, match="cannot be determined on a batch"):
         evaluated(objective, motion)
 
 

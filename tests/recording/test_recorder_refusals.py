@@ -184,10 +184,7 @@ def test_what_cannot_be_written_stops_training_and_leaves_no_hole(
     failing(_Failing(code, range(3, 4), 1))
     done: list[int] = []
     recorder = Recorder(tmp_path, network())
-    said = (
-        f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of "
-        "step 2"
-    )
+    said = f"cannot write .*step_00000003.*{os.strerror(code)}; the last recorded iterate is step 2"
     with pytest.raises(ResourceError, match=said):
         _save_on(recorder, done)
     assert len(done) <= 3 + writer.FEWEST + 1
