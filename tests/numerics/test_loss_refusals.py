@@ -449,7 +449,7 @@ def test_autocast_inside_a_loss_is_said(case: str) -> None:
     loss, model, casts = AUTOCAST[case]
     notes = check_loss(objective_of(loss, model), "the loss")
     assert len(notes) == casts
-    assert all("loss 'the loss'" in note and "turns on autocast to" in note for note in notes)
+    assert all("loss 'the loss'" in note and "enables autocast to" in note for note in notes)
     assert not torch.is_autocast_enabled("cpu")
 
 
