@@ -494,7 +494,7 @@ REFUSED: dict[str, Made] = {
         ("--key 'ema'", "holds no tensors there"),
         ("--key", "ema"),
     ),
-    "options of HDF5": (series, ("--dataset says nothing", "PyTorch"), ("--dataset", "w")),
+    "options of HDF5": (series, ("--dataset does not apply", "PyTorch"), ("--dataset", "w")),
     "an empty file": (
         lambda place: empty(series(place), "step_9.pt").parent / place.name,
         ("step_9.pt cannot be read",),

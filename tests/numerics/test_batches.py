@@ -754,7 +754,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no iterable examples": (lambda: Stream(lambda count: []), "is empty"),
     "weights": (
         loader(sampler=WeightedRandomSampler([1.0] * N, N)),
-        "whose WeightedRandomSampler selects or weighs",
+        "whose WeightedRandomSampler selects or weights",
     ),
     "indices": (
         loader(sampler=SubsetRandomSampler([1, 2])),
@@ -775,7 +775,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "batches of somebody's own": (
         loader(batch_sampler=Halves(SequentialSampler(ITEMS), 2, False)),
-        "whose Halves selects or weighs examples.*without a sampler",
+        "whose Halves selects or weights examples.*without a sampler",
     ),
     "batches already": (loader(batch_size=None), "DataLoader with batch_size=None"),
 }

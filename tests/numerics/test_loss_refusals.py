@@ -241,7 +241,7 @@ def test_every_callable_of_outputs_and_targets_is_a_loss(given: Any) -> None:
 def test_a_call_of_outputs_and_targets_says_what_it_would_be_as(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
-        match=r"called as fn\(model, batch\); a function of outputs and "
+        match=r"called as fn\(model, batch\); for a function of outputs and "
         r"targets",
     ):
         check_loss(
