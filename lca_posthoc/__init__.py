@@ -1,5 +1,5 @@
-"""Loss Change Allocation after training: which weights did the learning, from saved checkpoints of
-every iterate.
+"""Loss Change Allocation after training: find out from saved checkpoints which weights did the
+learning.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # Lazily, so that `import lca_posthoc` and `lca --help` load neither torch nor zarr.
+    # Import lazily, so that `import lca_posthoc` and `lca --help` load neither torch nor zarr.
     if name == "__version__":
         from importlib.metadata import version
 

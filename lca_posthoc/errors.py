@@ -1,4 +1,6 @@
-"""The few kinds of failure a caller tells apart; each carries the exit code of the command line."""
+"""Define the kinds of failure that callers handle separately, each with its exit code for the
+command line.
+"""
 
 from __future__ import annotations
 
@@ -9,30 +11,33 @@ from typing import NotRequired, TypedDict
 
 
 class LCAError(Exception):
-    """Anything this package reports on purpose: one line that says what was asked, what was found,
-    what to do.
+    """Base class of every error this package raises on purpose.
+
+    The message is one line that says what was asked, what was found and what to do.
     """
 
     exit_code = 1
 
 
 class InputError(LCAError):
-    """Wrong usage, checkpoints, names, shapes or task, found before the first evaluation."""
+    """Report wrong usage, checkpoints, names, shapes or task, before the first evaluation."""
 
     exit_code = 2
 
 
 class SpanError(LCAError):
-    """Some spans could not be replayed; the others are complete, and running again tries these once
-    more.
+    """Report that some spans could not be replayed.
+
+    The other spans are complete; running the same command again retries the failed ones.
     """
 
     exit_code = 3
 
 
 class NotFiniteError(SpanError):
-    """A checkpoint holds NaN or Inf: the spans that touch it cannot be replayed, however often they
-    are tried.
+    """Report a checkpoint that holds NaN or Inf.
+
+    Retrying does not help: no span that touches this checkpoint can be replayed.
 
     Args:
         message: what was found, and where.
@@ -45,19 +50,21 @@ class NotFiniteError(SpanError):
 
 
 class DamageError(LCAError):
-    """Stored results are not what was committed; `lca repair` computes them again."""
+    """Report stored results that differ from what was committed; `lca repair` recomputes them."""
 
     exit_code = 4
 
 
 class ResourceError(LCAError):
-    """The environment lacks something: a worker, a GPU, disk space, a lock somebody else holds."""
+    """Report something the environment lacks, such as a worker, a GPU, disk space or a lock that
+    another process holds.
+    """
 
     exit_code = 5
 
 
 class Interrupted(LCAError, KeyboardInterrupt):
-    """Stopped on request after the spans in flight were drained; running again resumes.
+    """Report a stop on request, after the spans in flight finished; running again resumes.
 
     Both `except LCAError` and `except KeyboardInterrupt` catch it.
     """
@@ -66,25 +73,31 @@ class Interrupted(LCAError, KeyboardInterrupt):
 
 
 class LCAWarning(UserWarning):
-    """Something the caller should know while work goes on; filter it like any category of Python's
-    warnings.
-    """
+    """Warn the caller while work continues; filter it like any other Python warning category."""
 
 
 def few(words: Sequence[str], most: int = 3) -> str:
-    """Return the first of some words, and how many more there are.
+    """Join the first few words and count the rest.
 
     >>> few(["a", "b", "c"], 2)
     'a, b and 1 more'
+
+    Args:
+        words: all words, in order.
+        most: how many words to list before counting the rest.
     """
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
 def optional_package(package: str, what: str) -> ModuleType:
-    """Return a package that is not installed with this one; `what` says in the error what needs it.
+    """Import a package that this one does not install.
+
+    Args:
+        package: dotted name of the module to import.
+        what: the feature that needs it, as the subject of the error message.
 
     Raises:
-        ResourceError: where the package is not installed.
+        ResourceError: if the package is not installed.
     """
     try:
         return importlib.import_module(package)
@@ -96,7 +109,7 @@ def optional_package(package: str, what: str) -> ModuleType:
 
 
 def amount(count: float) -> str:
-    """Return a number of bytes as people read it.
+    """Format a number of bytes for people.
 
     >>> amount(1234567)
     '1.23 MB'
@@ -115,7 +128,7 @@ _KINDS = {
 
 
 class PackedError(TypedDict):
-    """An error as plain strings and numbers, see `pack_error`."""
+    """An error as plain strings and numbers; see `pack_error`."""
 
     kind: str
     message: str
@@ -123,8 +136,8 @@ class PackedError(TypedDict):
 
 
 def pack_error(error: LCAError) -> PackedError:
-    """Return the error as plain strings and numbers, so that no exception class has to be unpickled
-    in another process.
+    """Convert an error to plain strings and numbers, so that another process need not unpickle an
+    exception class.
 
     >>> unpack_error(pack_error(InputError("no such loss")))
     InputError('no such loss')
@@ -136,7 +149,7 @@ def pack_error(error: LCAError) -> PackedError:
 
 
 def unpack_error(packed: PackedError) -> LCAError:
-    """Return the error that `pack_error` packed."""
+    """Rebuild the error from the result of `pack_error`."""
     if "step" in packed:
         return NotFiniteError(packed["message"], packed["step"])
     return _KINDS[packed["kind"]](packed["message"])

@@ -1,1 +1,1 @@
-"""Tools of every room: words as people read them, locks, free memory, colours."""
+"""Share small tools with every room: text for people, locks, free memory, colours."""

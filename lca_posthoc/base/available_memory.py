@@ -1,5 +1,6 @@
-"""The memory this process may still take of its host, which a container or a job of a batch system
-may limit, and the memory it has taken.
+"""Measure the memory this process may still use and the most it has used.
+
+A container or a batch job may limit the process to less than the host has.
 """
 
 from __future__ import annotations
@@ -15,20 +16,22 @@ from pathlib import Path
 import psutil
 
 OF_PROCESS, GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-_LITTLE = 2**23  # bytes that are not worth giving back
-# of glibc's malloc.h; by itself it raises the thresholds to these as larger blocks are freed
+_LITTLE = 2**23  # bytes; returning less is not worth the time
+# From glibc's malloc.h. By default glibc raises both thresholds up to these maxima as it frees
+# larger blocks.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _MOST_TRIM, _MOST_MMAP = 2**26, 2**25
 
 
 def give_back(freed: int, *, cycles: bool = False) -> None:
-    """Give memory that this process has freed back to the system, where its C library can: it
-    keeps what is freed in small pieces for itself.
+    """Return freed memory to the system, if the C library can: it keeps small freed blocks for
+    itself.
 
     Args:
-        freed: about how many bytes; a little is left to the library, for looking takes time.
-        cycles: whether objects that lead back to themselves, as models do, are looked for and
-            freed first; that takes longer than an evaluation of a small model.
+        freed: approximate number of bytes freed; a small amount is ignored, because the search
+            takes time.
+        cycles: also run the garbage collector first, which finds objects in reference cycles, such
+            as models. It takes longer than an evaluation of a small model.
     """
     if freed <= _LITTLE:
         return
@@ -39,12 +42,13 @@ def give_back(freed: int, *, cycles: bool = False) -> None:
 
 @contextlib.contextmanager
 def freed_at_once(size: int) -> Iterator[None]:
-    """Let every block of a megabyte go back to the system as soon as it is freed, inside the
-    context, where the C library can do that: none stays behind between others that are in use.
-    New blocks take longer then.
+    """Return every freed block of a megabyte or more to the system at once, inside the context.
+
+    No freed block then stays behind between blocks in use. New allocations take longer. With a C
+    library other than glibc this does nothing.
 
     Args:
-        size: about how many bytes are in use; with a little, nothing changes.
+        size: approximate number of bytes in use; if it is small, nothing changes.
     """
     if size <= _LITTLE:
         yield
@@ -58,17 +62,15 @@ def freed_at_once(size: int) -> Iterator[None]:
 
 
 def _tell_glibc(function: str, *numbers: int) -> None:
-    """Call a function of the C library's with some numbers; do nothing with another library, which
-    has none of that name.
-    """
+    """Call a C library function with some numbers; do nothing if the library lacks it."""
     with contextlib.suppress(OSError, AttributeError):
         getattr(ctypes.CDLL(None), function)(*numbers)
 
 
 def peak_memory() -> int:
-    """Return the most bytes this process has had in memory at a time.
+    """Return the peak resident memory of this process, in bytes.
 
-    Linux says so itself, where `getrusage` counts what the process had that started this one.
+    On Linux, read `/proc`: there `getrusage` includes the peak of the parent process.
     """
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -82,24 +84,24 @@ def peak_memory() -> int:
 
 
 def free_memory() -> float:
-    """Return the bytes free on the host, or in one of the control groups this process is in where
+    """Return the free bytes on the host, or in the tightest of this process's control groups if
     that is less.
     """
     return max(0.0, min([float(psutil.virtual_memory().available), *_left_by_groups()]))
 
 
 def _left_by_groups() -> Iterator[float]:
-    """Yield the bytes each limited control group still allows; cached files, which make way, are
-    not counted as used.
+    """Yield the bytes that each limited control group still allows, not counting cached files as
+    used.
 
-    A limit that cannot be read, or is not as the kernel describes it, is left out.
+    Skip a limit that cannot be read or does not follow the kernel's documentation.
 
     Source: <https://docs.kernel.org/admin-guide/cgroup-v2.html#memory> and its predecessor,
     cgroup-v1/memory.
     """
     lines: list[str] = []
     with contextlib.suppress(OSError):
-        # a group's name need not be UTF-8
+        # the name of a group may not be UTF-8
         lines = os.fsdecode(OF_PROCESS.read_bytes()).splitlines()
     for line in lines:
         with contextlib.suppress(ValueError):
@@ -117,9 +119,10 @@ def _left_by_groups() -> Iterator[float]:
 
 
 def _left(top: Path, path: str, limit: str, used: str, prefix: str) -> Iterator[float]:
-    """Yield the bytes left of a group and of those around it.
+    """Yield the bytes left in a group and in each of its parents.
 
-    Inside a container its own group is at the top, whatever the kernel calls it outside.
+    Inside a container, the container's own group is mounted at the top, whatever the kernel calls
+    it outside.
     """
     group = top / path.lstrip("/")
     for place in (group, *group.parents):
@@ -132,7 +135,7 @@ def _left(top: Path, path: str, limit: str, used: str, prefix: str) -> Iterator[
 
 
 def _cached(stat: Path, prefix: str) -> int:
-    """Return the bytes of cached files, as far as the host states them."""
+    """Return the bytes of cached files, as far as the host reports them."""
     cached = 0
     with contextlib.suppress(OSError, ValueError):
         for line in stat.read_text(errors="surrogateescape").splitlines():

@@ -1,9 +1,9 @@
-"""Declarations of findings, each in its own file: `FINDING = Finding(…)` in `findings/NAME.py`.
+"""Read the declaration `FINDING = Finding(…)` of each finding from `findings/NAME.py`.
 
-From these declarations follow the options of `lca plot`, the sections of the report and their
-order, what `lca export` writes of which run, and the table in `docs/findings.md`. They are read
-without importing the findings, whose xarray and zarr `lca plot --help` must not wait for; so the
-declaration of a file may use the names of this module alone.
+The declarations determine the options of `lca plot`, the sections of the report and their order,
+what `lca export` writes for each run, and the table in `docs/findings.md`. They are read without
+importing the findings, because `lca plot --help` must not wait for xarray and zarr. A declaration
+may therefore use only the names of this module.
 """
 
 from __future__ import annotations
@@ -21,11 +21,16 @@ _DECLARATION = re.compile(r"^FINDING = (Finding\(\n.*?^\))$", re.MULTILINE | re.
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """An option that `lca plot` takes for a finding.
+    """Declare an option that `lca plot` takes for a finding.
 
-    `name` is the parameter of the finding or of its figure that it sets, `kind` the type of its
-    values: `str`, `int`, `bool` for a switch, "count" for a positive integer, "path" for a directory,
-    or the words to choose from.
+    Attributes:
+        name: the parameter of the finding or of its figure that the option sets.
+        flag: the option on the command line, such as `--group`.
+        help: the help text.
+        kind: the type of its values: `str`, `int`, `bool` for a switch, "count" for a positive
+            integer, "path" for a directory, or a tuple of the words to choose from.
+        metavar: the placeholder for the value in the help text.
+        repeatable: whether the option may be given several times.
     """
 
     name: str
@@ -38,21 +43,24 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """The place of a finding among the others, and what it takes.
+    """Declare a finding: its order among the others, and which runs and options it takes.
 
     Attributes:
-        question: it answers, and `needs`: of which runs, as `docs/findings.md` says them.
-        place: findings are listed and reported by rising places.
-        level: the least level of `--keep` that allows it.
-        losses: how many losses of a run it is of.
-        examples: whether these must tell their examples apart, `Loss(…, per="example")`.
-        part: of the results, that it is of and that a run has only where it was asked for.
+        question: the question that the finding answers, for `docs/findings.md`.
+        needs: the runs that the finding works for, for `docs/findings.md`.
+        place: the sort key by which findings are listed and reported.
+        level: the lowest level of `--keep` that the finding works with.
+        losses: how many losses of a run the finding uses.
+        examples: whether these losses must keep their examples apart, `Loss(…, per="example")`.
+        part: the optional part of the results that the finding reads; "" if every run has what it
+            needs.
         runs: "one", several drawn "beside" each other, or several "compared" in one result.
-        options: of `lca plot`.
-        sampled: whether a random part of the segments, of `--segments`, allows it.
-        single_steps: which segments must be of one training step: "some" or "every" one; "" where
-            longer ones are no less to it.
-        on_request: whether `lca export` writes it only where it is named, because it is large.
+        options: the options of `lca plot`.
+        sampled: whether the finding works with a random sample of the segments, `--segments`.
+        single_steps: which segments must cover a single training step: "some" or "every" one; "" if
+            longer segments do equally well.
+        on_request: whether `lca export` writes the finding only when it is named, because it is
+            large.
     """
 
     question: str
@@ -74,21 +82,22 @@ GROUPS = Option(
     flag="--group",
     metavar="LABEL",
     repeatable=True,
-    help="Of a loss with groups (curve, layers: repeatable).",
+    help="Show this group of a loss with groups (curve, layers: repeatable).",
 )
 BY = Option(
     name="by",
     flag="--by",
     metavar="WHAT",
-    help="Layers: module, tensor, or how many parts of a module's name.  [default: module]",
+    help="Define layers by module, by tensor, or by a number of parts of the module's name.  "
+    "[default: module]",
 )
 TOP = Option(
     name="top",
     flag="--top",
     kind="count",
     metavar="N",
-    help="Of many layers or tensors the N largest stand out or are drawn; the others are grey or "
-    "counted.  [default: 10 lines, 40 rows]",
+    help="Highlight or draw only the N largest layers or tensors; grey out or count the others.  "
+    "[default: 10 lines, 40 rows]",
 )
 _NAMES = {
     "Finding": Finding,
@@ -101,7 +110,7 @@ _NAMES = {
 
 @cache
 def declared_findings() -> Mapping[str, Finding]:
-    """Return the declaration of every finding by its name, by rising places."""
+    """Return the declaration of every finding by name, in ascending order of `place`."""
     declared: dict[str, Finding] = {}
     for file in resources.files("lca_posthoc").joinpath("findings").iterdir():
         if file.name.endswith(".py"):

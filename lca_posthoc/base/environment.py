@@ -1,4 +1,4 @@
-"""The software and the machine that this process computes with, as a report of a bug needs them."""
+"""Describe the software and the machine of this process, as a bug report needs them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,23 @@ _OPTIONAL = re.compile(r"; .*\bextra ==")
 
 
 def package() -> dict[str, str]:
-    """Return the release of this package."""
+    """Return the version of this package."""
     return {_PACKAGE: version(_PACKAGE)}
 
 
 def dependencies() -> dict[str, str]:
-    """Return the release of each package that this one cannot do without, by name; "missing" where
-    it is not installed.
-    """
+    """Return the version of each required package by name; "missing" if it is not installed."""
     return {name: _installed(name) or "missing" for name in _named(optional=False)}
 
 
 def additions() -> dict[str, str]:
-    """Return the releases of the optional packages that are installed, by name."""
+    """Return the versions of the installed optional packages by name."""
     releases = {name: _installed(name) for name in _named(optional=True)}
     return {name: release for name, release in releases.items() if release is not None}
 
 
 def _named(*, optional: bool) -> list[str]:
-    """Return the packages that the metadata of this one name, in their order."""
+    """Return the required or the optional packages that this package's metadata name, in order."""
     names = dict[str, None]()
     for requirement in requires(_PACKAGE) or ():
         name = _NAME.match(requirement)
@@ -54,7 +52,9 @@ def _installed(name: str) -> str | None:
 
 
 def system() -> dict[str, str]:
-    """Return the releases of Python and of the operating system, the processors and the memory."""
+    """Return the versions of Python and of the operating system, the number of processors and the
+    memory.
+    """
     libc = " ".join(platform.libc_ver())
     return {
         "python": f"{platform.python_version()} ({platform.python_implementation()})",
@@ -65,8 +65,8 @@ def system() -> dict[str, str]:
 
 
 def devices() -> dict[str, str]:
-    """Return what torch computes on: its CUDA, its devices and its threads; where torch cannot be
-    imported, why.
+    """Describe what torch computes on: CUDA version, devices and threads. If torch cannot be
+    imported, say why.
     """
     try:
         import torch
@@ -85,15 +85,13 @@ def devices() -> dict[str, str]:
 
 
 def _thread_variables() -> str:
-    """Return the variables of the environment that limit threads, as they are set."""
+    """Return the environment variables that limit the number of threads, with their values."""
     given = [f"{name}={os.environ[name]}" for name in _THREADS if name in os.environ]
     return ", ".join(given) or f"no {_THREADS[0]} or the like"
 
 
 def file_system(path: Path) -> str:
-    """Return the kind of file system a path lies on, such as "ext4" or "nfs4"; "unknown" where the
-    system does not tell.
-    """
+    """Return the type of the file system that holds a path, such as "ext4" or "nfs4", or "unknown"."""
     kinds = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
     place = path.resolve()
     above = (str(directory) for directory in (place, *place.parents))

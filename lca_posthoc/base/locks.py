@@ -1,4 +1,6 @@
-"""The kernel's locks on files and directories, where the machine and the file system have them."""
+"""Lock files and directories with the kernel's locks, where the machine and the file system support
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,24 @@ from pathlib import Path
 try:
     import fcntl
 except ImportError:
-    # Windows, where people record and read results, though runs are computed elsewhere
+    # Windows lacks it. People record and read results there, and compute runs elsewhere.
     fcntl = None  # type: ignore[assignment]
 
 
 def can_lock() -> bool:
-    """Tell whether this machine has such locks at all."""
+    """Return whether this machine supports such locks at all."""
     return fcntl is not None
 
 
 def lock(descriptor: int, shared: bool = False) -> bool:
-    """Lock an open file for as long as it is open; return False where there are no locks, which
-    some file systems lack.
+    """Lock an open file until it is closed; return False if the file system does not support locks.
+
+    Args:
+        descriptor: file descriptor of the open file.
+        shared: whether other shared locks of the file may exist at the same time.
 
     Raises:
-        BlockingIOError: where another process has the lock.
+        BlockingIOError: if another process holds the lock.
     """
     if fcntl is None:
         return False
@@ -39,11 +44,13 @@ def lock(descriptor: int, shared: bool = False) -> bool:
 
 @contextlib.contextmanager
 def alone_in(directory: Path) -> Iterator[None]:
-    """Wait until no other process that asks for it has a directory, and keep it; where there are no
-    locks, go on at once.
+    """Hold an exclusive lock on a directory inside the context; wait until no other process holds
+    it.
+
+    Where locks are not supported, continue at once.
 
     Raises:
-        OSError: where the directory cannot be opened.
+        OSError: if the directory cannot be opened.
     """
     if fcntl is None:
         yield
@@ -58,12 +65,13 @@ def alone_in(directory: Path) -> Iterator[None]:
 
 
 class DirectoryLock:
-    """Keep others out of a directory until `release`, or until this process ends; `locked` is False
-    where there are no locks.
+    """Lock a directory until `release` or until this process ends.
+
+    `locked` is False where locks are not supported.
 
     Raises:
-        BlockingIOError: where another process, or another lock of this one, has the directory.
-        OSError: where the directory cannot be opened.
+        BlockingIOError: if another process, or another lock of this process, holds the directory.
+        OSError: if the directory cannot be opened.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -79,14 +87,15 @@ class DirectoryLock:
             self._descriptor = descriptor
 
     def release(self) -> None:
-        """Let go of the directory; a forked process, which has the same lock, leaves it to the one
-        that made it.
+        """Release the directory.
+
+        A forked process inherits the lock; it leaves the release to the process that made it.
         """
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return
         if self._process == os.getpid() and self.locked:
             with contextlib.suppress(OSError):
-                # for forked processes too, which may live on
+                # closing is not enough: a forked process may still have the descriptor open
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

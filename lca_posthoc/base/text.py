@@ -1,5 +1,5 @@
-"""Words as people read them: numbers of things, times, near words, names cut in the middle, texts
-made safe to show.
+"""Format text for people: counts, times, suggestions, names cut in the middle, text that is safe to
+show.
 """
 
 from __future__ import annotations
@@ -13,25 +13,24 @@ from difflib import get_close_matches
 from rich.cells import cell_len
 
 _ROUNDS = 3
-_ENDS = 8  # cells kept of the ends of names that are told apart by their middle
+_ENDS = 8  # cells kept at the ends of names that differ in their middle
 _CONTROLS = r"\x00-\x1f\x7f-\x9f"
-_HALVES = r"\ud800-\udfff"  # of a pair of surrogates: no encoding has them
-# every sign that turns the direction of a text
+_HALVES = r"\ud800-\udfff"  # lone surrogates, which no encoding can store
+# every character that changes the direction of text
 _TURNS = r"\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
 _LINE_ENDS = r"\u2028\u2029"
 _UNSAFE = re.compile(f"[{_CONTROLS}{_HALVES}{_TURNS}{_LINE_ENDS}]")
 _LINE_END = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
 _UNSTORABLE = re.compile(f"[{_CONTROLS}{_HALVES}]")
 _ADDRESS = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s'\"<>]*")
-# those of a path from the root of a file system, or of a Windows drive
+# the directories of an absolute path, on any system
 _DIRECTORIES = re.compile(
     r"(?:(?<![\w.…/:~-])(?:~[\w.-]*)?/|\b[A-Za-z]:\\)(?:[^\s/\\'\"<>]+[/\\])*(?=[^\s/])"
 )
 
 
 def safe(text: str) -> str:
-    """Return a text that steers no terminal: "?" for each unsafe sign; half a pair of surrogates
-    stays readable, as its number.
+    """Replace characters that control a terminal by "?"; write a lone surrogate as its number.
 
     >>> safe("a\\x1b[31mb")
     'a?[31mb'
@@ -40,8 +39,9 @@ def safe(text: str) -> str:
 
 
 def safe_in_page(text: str) -> str:
-    """Return a text with an arrow for each new line and the sign U+FFFD in place of every other
-    unsafe one; its mark-up must still be escaped.
+    """Replace each line break by an arrow and every other unsafe character by U+FFFD.
+
+    The caller must still escape markup.
 
     >>> safe_in_page("a\\x1b[31mb\\n")
     'a\N{REPLACEMENT CHARACTER}[31mb↵'
@@ -50,8 +50,10 @@ def safe_in_page(text: str) -> str:
 
 
 def safe_in_figure(text: str) -> str:
-    r"""Return a text as matplotlib draws it letter by letter: without mathematics, never hidden
-    from a legend; a new line is an arrow.
+    r"""Escape a text so that matplotlib draws it letter by letter.
+
+    Dollar signs start no formula, a leading underscore hides nothing from a legend, and an arrow
+    replaces each line break.
 
     >>> safe_in_figure("a$b$\x1b\n")
     'a\\$b\\$?↵'
@@ -61,7 +63,7 @@ def safe_in_figure(text: str) -> str:
 
 
 def quoted(argument: object) -> str:
-    """Return an argument of a command that a person copies into a shell, safe to show.
+    """Quote an argument that a person will copy into a shell, and make it safe to show.
 
     >>> quoted("my runs/a.lca"), quoted("a.lca")
     ("'my runs/a.lca'", 'a.lca')
@@ -70,8 +72,9 @@ def quoted(argument: object) -> str:
 
 
 def without_places(text: str) -> str:
-    """Return a text that names neither directories, such as that of a user, nor addresses, which
-    may hold passwords: of a path its last name stays, of an address what it begins with.
+    """Remove directories and addresses from a text, because they may hold user names and passwords.
+
+    Keep the last name of a path and the scheme of an address.
 
     >>> without_places("/home/ada/ck/step_1.pt: see https://ada:word@host/x?key=1, or runs/a.lca")
     '…/step_1.pt: see https://… or runs/a.lca'
@@ -80,8 +83,8 @@ def without_places(text: str) -> str:
 
 
 def is_storable(text: str) -> bool:
-    """Tell whether every file format for text holds a text as it is: without control characters and
-    halves of surrogate pairs.
+    """Return whether every text format can store a text unchanged: no control characters, no lone
+    surrogates.
 
     >>> is_storable("größe"), is_storable("a\\x00b")
     (True, False)
@@ -90,17 +93,22 @@ def is_storable(text: str) -> bool:
 
 
 def count(value: float, one: str = "", more: str = "") -> str:
-    """Return a whole number, and the word for what it counts.
+    """Format a whole number together with the word for what it counts.
 
     >>> count(1, "step"), count(1234, "step"), count(2, "loss", "losses")
     ('1 step', '1,234 steps', '2 losses')
+
+    Args:
+        value: the number; a fraction is cut off.
+        one: the singular; "" formats the number alone.
+        more: the plural; the singular and "s" by default.
     """
     shown = f"{int(value):,}"
     return f"{shown} {one if int(value) == 1 else more or one + 's'}" if one else shown
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it, in at most two units.
+    """Format a time in at most two units.
 
     >>> [duration(seconds) for seconds in (0.0123, 3.21, 48.4, 125, 4800, 200_000)]
     ['12 ms', '3.2 s', '48 s', '2 min 5 s', '1 h 20 min', '2 d 8 h']
@@ -119,9 +127,7 @@ def duration(seconds: float) -> str:
 
 
 def _rounded(seconds: float) -> int:
-    """Return whole seconds: from ten minutes on those of whole minutes, from a day on those of
-    whole hours.
-    """
+    """Round to whole seconds; from ten minutes on to whole minutes, from a day on to whole hours."""
     for below, step in ((600, 1), (86_400, 60)):
         if (rounded := round(seconds / step) * step) < below:
             return rounded
@@ -129,20 +135,30 @@ def _rounded(seconds: float) -> int:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return a question for the nearest of the known words, behind a blank; "" where none is near.
+    """Return a question that suggests the nearest known word, with a leading blank; "" if none is
+    near.
 
     >>> did_you_mean("layrs", ["layers", "units"]), did_you_mean("nothing", ["layers", "units"])
     (" Did you mean 'layers'?", '')
+
+    Args:
+        word: what was given.
+        known: the words that are valid.
     """
     near = get_close_matches(word, list(known), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def no_loss(place: object, loss: str, known: Iterable[str]) -> str:
-    """Return the refusal of a loss that a run, or what else has losses, does not have.
+    """Return the error message for a loss that a run does not have.
 
     >>> no_loss("a.lca", "trian", ["train"])
     "a.lca has no loss 'trian'; it has 'train'. Did you mean 'train'?"
+
+    Args:
+        place: the run, or whatever else has losses, as the message names it.
+        loss: the name that was asked for.
+        known: the names that exist.
     """
     names = list(known)
     listed = ", ".join(map(repr, names)) or "none"
@@ -150,14 +166,22 @@ def no_loss(place: object, loss: str, known: Iterable[str]) -> str:
 
 
 def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
-    """Return names of at most so many cells, cut in the middle; names that differ only in their
-    middles keep the difference.
+    """Cut names in the middle so that they fit; where names differ only in the middle, keep the
+    difference.
 
     >>> shorten(["encoder.layers.0.attention.weight", "encoder.layers.11.attention.weight", "bias"], 20)
     ['encoder.l…0…n.weight', 'encoder.…11…n.weight', 'bias']
+
+    Args:
+        texts: the names.
+        width: the most terminal cells of one result.
+        dots: the mark for each cut.
+
+    Returns:
+        One short name for each text, in the same order.
     """
     cut = {text: _cut(text, width, dots) for text in texts}
-    for _ in range(_ROUNDS):  # names that were told apart may be like others now
+    for _ in range(_ROUNDS):  # a new short name may equal the short name of another text
         groups = _colliding(cut)
         if not groups:
             break
@@ -170,7 +194,7 @@ def shorten(texts: Sequence[str], width: int, dots: str = "…") -> list[str]:
 
 
 def _colliding(cut: dict[str, str]) -> list[list[str]]:
-    """Return the groups of names that are shown alike."""
+    """Return the groups of names whose short forms are equal."""
     alike: dict[str, list[str]] = {}
     for text, short in cut.items():
         alike.setdefault(short, []).append(text)
@@ -186,8 +210,8 @@ def _cut(text: str, width: int, dots: str) -> str:
 
 
 def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
-    """Return short forms of names that are alike at both ends, with as much of their middles as
-    fits.
+    """Shorten names that are alike at both ends so that as much of their middles as possible
+    remains.
     """
     before = _alike(group)
     after = _alike([text[before:][::-1] for text in group])
@@ -206,15 +230,15 @@ def _telling(group: list[str], width: int, dots: str) -> dict[str, str]:
 
 
 def _alike(texts: list[str]) -> int:
-    """Return how many signs all texts begin with in common."""
+    """Return the length of the longest common prefix."""
     return sum(
         1 for _ in itertools.takewhile(lambda signs: len({*signs}) == 1, zip(*texts, strict=False))
     )
 
 
 def _head(text: str, width: int) -> str:
-    """Return the longest beginning of at most so many cells, with the marks that combine with its
-    last sign.
+    """Return the longest prefix of at most `width` cells, with the combining marks of its last
+    character.
     """
     end, cells = 0, 0
     while end < len(text) and cells + cell_len(text[end]) <= width:
@@ -224,9 +248,7 @@ def _head(text: str, width: int) -> str:
 
 
 def _tail(text: str, width: int) -> str:
-    """Return the longest end of at most so many cells that does not begin with a mark that combines
-    with what is before it.
-    """
+    """Return the longest suffix of at most `width` cells that does not begin with a combining mark."""
     start, cells = len(text), 0
     while start and cells + cell_len(text[start - 1]) <= width:
         start -= 1

@@ -1,1 +1,1 @@
-"""The checkpoints of one training: find, order, check and read them. Never imports a task."""
+"""Find, order, check and read the checkpoints of one training run. Never import a task."""

@@ -1,11 +1,12 @@
-"""Directions from the checkpoints of one training, for `lca run --along`: those in which the weights
-moved most, and random ones to compare them with.
+"""Compute directions for `lca run --along` from the checkpoints of one training run.
 
-D has a row for each segment, Δθ_t = θ_{t+1} − θ_t, over all parameters of a *part*: the whole model,
-or a single tensor. D = U Σ Vᵀ, and the leading columns of V are the directions. D is never held: the
-products D Dᵀ, segments × segments, are summed over blocks of parameters in float64; their
-eigenvectors are U and their eigenvalues Σ²; a second pass over the blocks makes V = Dᵀ U Σ⁻¹. No mean
-is taken off, so that shares are those of Σ‖Δθ‖².
+They are the directions in which the weights moved most, or random ones to compare them with.
+
+D has a row for each segment, Δθ_t = θ_{t+1} − θ_t, over all parameters of a *part*: the whole
+model, or a single tensor. D = U Σ Vᵀ, and the leading columns of V are the directions. D never
+exists in memory: a first pass over blocks of parameters sums the products D Dᵀ (segments ×
+segments) in float64. Their eigenvectors are U and their eigenvalues Σ². A second pass over the
+blocks computes V = Dᵀ U Σ⁻¹. No mean is subtracted, so the shares refer to Σ‖Δθ‖².
 """
 
 from __future__ import annotations
@@ -31,29 +32,29 @@ from .trajectory import Trajectory, open_trajectory
 
 Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
-# makes some directions of a part on a block of its elements: (directions, elements)
+# computes some directions of a part on a block of its elements: (directions, elements)
 Maker = Callable[[Sequence[Piece]], Matrix]
 
 DIRECTIONS = 10
 SHOWN = (1, 2, 5, 10)  # numbers of directions whose share of the motion is shown
-# of the largest singular value: the eigenvalues of products in float64 tell no smaller one from 0
+# relative to the largest singular value; float64 products cannot tell smaller ones from 0
 _SMALLEST = 1e-5
-_UNDECIDED = 1e-6  # a smaller net motion, in singular values, does not tell a direction's sign
-_LONGEST_NAME = 900  # letters of a tensor's name in a label
+_UNDECIDED = 1e-6  # in singular values; a smaller net motion does not determine the sign
+_LONGEST_NAME = 900  # characters of a tensor's name in a label
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """The directions of one part of the model.
+    """Describe the directions of one part of the model.
 
     Attributes:
-        name: of the tensor; None for all tensors together.
-        directions: the numbers of its directions in the file.
-        tensors: names of those that move.
-        parameters: how many elements they have.
+        name: name of the tensor; None for all tensors together.
+        directions: indices of the part's directions in the file.
+        tensors: names of the tensors that move.
+        parameters: number of elements of these tensors.
         motion: Σ‖Δθ‖² of the part.
-        singular_values: of its displacements, the leading ones, at least ten where there are as
-            many; empty for random directions.
+        singular_values: leading singular values of the displacements, descending; at least ten if
+            there are that many. Empty for random directions.
     """
 
     name: str | None
@@ -64,8 +65,8 @@ class Part:
     singular_values: tuple[float, ...] = ()
 
     def share(self, directions: int) -> float:
-        """Return the share of Σ‖Δθ‖² that the first directions capture; of random ones, the share
-        they capture on average.
+        """Return the share of Σ‖Δθ‖² that the first directions capture; for random directions, its
+        expectation.
         """
         if not self.singular_values:
             return directions / self.parameters
@@ -75,18 +76,18 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Basis:
-    """A file of directions that was written.
+    """Describe a file of directions that was written.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         kind: "displacements", "matrices" or "random".
-        seed: of random directions.
-        parts: of the model, with their directions: one, or one for each matrix.
-        motion: Σ‖Δθ‖² of all parameters, those included that directions of matrices leave out.
-        left_out: tensors in which no direction has a part.
+        seed: seed of random directions.
+        parts: the parts of the model that have directions: one, or one per matrix.
+        motion: Σ‖Δθ‖² of all parameters, including those outside every part.
+        left_out: tensors that the directions leave out, with the reason.
         steps: the first and the last training step.
-        segments: how many displacements there are.
-        size: of the file, in bytes.
+        segments: number of displacements.
+        size: size of the file in bytes.
     """
 
     path: Path
@@ -101,12 +102,12 @@ class Basis:
 
     @property
     def directions(self) -> int:
-        """Return how many directions the file holds."""
+        """Return the number of directions in the file."""
         return self.parts[-1].directions.stop
 
     @property
     def tensors(self) -> tuple[str, ...]:
-        """Return the names of the tensors the file holds."""
+        """Return the names of the tensors in the file."""
         return tuple(name for part in self.parts for name in part.tensors)
 
 
@@ -125,30 +126,33 @@ def write_basis(
     progress: Progress = lambda what, done, total: None,
     size: BlockSize | None = None,
 ) -> Basis:
-    """Write the leading singular directions of the displacements over training, or random ones.
+    """Write the leading singular directions of the displacements over training, or random
+    directions.
 
-    Memory is two matrices of segments × segments in float64 and a few blocks, however large the
-    model is. A checkpoint is read twice, and more often only beyond a thousand segments.
+    Memory holds two matrices of segments × segments in float64 and a few blocks, however large the
+    model is. Each checkpoint is read twice, and more often only beyond a thousand segments.
 
     Args:
         checkpoints: as for `open_trajectory`.
-        out: the file to write; nothing is written over.
-        directions: how many, of each part; by default ten of the whole model or one of each
-            matrix, or as many as there are.
-        per_matrix: makes directions of each tensor of two axes or more by itself, 0 in all others.
-        random: so many Gaussian directions, made orthonormal, instead, over the same tensors.
-        seed: of random directions; 0 by default.
+        out: path of the new file; an existing file is never overwritten.
+        directions: number of directions of each part. By default ten for the whole model or one per
+            matrix, or fewer if fewer exist.
+        per_matrix: compute directions for each tensor of two or more axes separately, with zeros in
+            all other tensors.
+        random: number of random directions to write instead: Gaussian, made orthonormal, over the
+            same tensors.
+        seed: seed of random directions; 0 by default.
         steps: as for `open_trajectory`.
-        pattern: likewise.
-        rename: likewise.
+        pattern: as for `open_trajectory`.
+        rename: as for `open_trajectory`.
         say: called with each note.
         progress: called as `progress(what, done, total)`.
-        size: of the blocks of displacements; chosen by default.
+        size: size of the blocks of displacements; chosen automatically by default.
 
     Raises:
-        InputError: for wrong arguments or checkpoints, where nothing moves, or where there are
-            fewer directions.
-        ResourceError: where memory or space would not do.
+        InputError: if arguments or checkpoints are wrong, nothing moves, or there are fewer
+            directions than requested.
+        ResourceError: if memory or disk space do not suffice.
     """
     _check_numbers(directions, random, seed)
     place = here(out, "directions are written to a file system. Name a file there with -o.")
@@ -183,25 +187,29 @@ def _check_numbers(directions: int | None, random: int | None, seed: int | None)
 
 
 def _refuse_inside(place: Path, root: Path) -> None:
-    """Refuse to write among the checkpoints, where the file would be taken for one."""
+    """Refuse to write among the checkpoints, where a later run would read the file as a checkpoint.
+
+    Raises:
+        InputError: if `place` lies below `root`.
+    """
     parent = place.parent.resolve()
     if root.resolve() in (parent, *parent.parents):
         raise InputError(
-            f"{place} would lie among the checkpoints and be taken for one. Choose another place "
-            "with -o."
+            f"{place} would lie among the checkpoints and be read as one of them. Choose another "
+            "place with -o."
         )
 
 
 def _half(trajectory: Trajectory) -> list[str]:
     narrow = trajectory.half_precision
     return [
-        f"{len(narrow)} of {len(trajectory.tensors)} tensors are stored in half precision, in "
-        "which most of the motion is rounded away: directions are those of rounding too"
+        f"{len(narrow)} of {len(trajectory.tensors)} tensors are stored in half precision, which "
+        "rounds most of the motion away: the directions contain rounding errors too"
     ] * bool(narrow)
 
 
 class _Job:
-    """One call of `write_basis`, after the checkpoints were opened."""
+    """Compute the directions for one call of `write_basis`, from the opened checkpoints."""
 
     def __init__(
         self,
@@ -217,12 +225,12 @@ class _Job:
         self._shapes = {name: trajectory.tensors[name].shape for name in self._names}
 
     def displacement_basis(self, place: Path, count: int, *, exactly: bool) -> Basis:
-        """Write leading singular directions of the displacements.
+        """Write the leading singular directions of the displacements.
 
         Args:
-            place: of the file.
-            count: directions of each part.
-            exactly: whether fewer are an error.
+            place: path of the new file.
+            count: number of directions of each part.
+            exactly: whether to raise an error if a part has fewer.
         """
         _refuse_too_many_segments(self._displacements.segments)
         names_of = self._parts(count)
@@ -244,7 +252,16 @@ class _Job:
         return self._write(place, kind, None, parts, makers, motion)
 
     def random_basis(self, place: Path, count: int, seed: int) -> Basis:
-        """Write random orthonormal directions over the tensors that move."""
+        """Write random orthonormal directions over the tensors that move.
+
+        Args:
+            place: path of the new file.
+            count: number of directions of each part.
+            seed: seed of the random numbers.
+
+        Raises:
+            InputError: if a part has fewer parameters than directions requested.
+        """
         names_of = self._parts(count)
         motion = motion_of(self._displacements, self._shown("motion", self._names), self._names)
         parts, makers = list[Part](), list[Maker]()
@@ -263,7 +280,12 @@ class _Job:
         return self._write(place, "random", seed, parts, makers, motion)
 
     def _parts(self, count: int) -> list[tuple[str | None, list[str]]]:
-        """Return the parts of the model that get directions of their own: a name, and tensors."""
+        """Return the parts of the model that get their own directions, each as a name and its
+        tensors.
+
+        Raises:
+            InputError: if there would be too many directions.
+        """
         if not self._per_matrix:
             return [(None, self._names)]
         matrices = [
@@ -287,7 +309,7 @@ class _Job:
         moved: dict[str, float],
         values: Iterable[float],
     ) -> Part:
-        """Return the next part, whose directions come after those of the parts before it."""
+        """Return the next part, whose directions follow those of the parts before it."""
         start = before[-1].directions.stop if before else 0
         tensors = tuple(name for name, motion in moved.items() if motion)
         return Part(
@@ -300,7 +322,7 @@ class _Job:
         )
 
     def _products(self, names: Sequence[str]) -> tuple[Matrix, dict[str, float]]:
-        """Return D Dᵀ of some tensors, its lower triangle alone, and Σ‖Δθ‖² of each tensor."""
+        """Return the lower triangle of D Dᵀ for some tensors, and Σ‖Δθ‖² of each tensor."""
         source = self._displacements
         products = np.zeros((source.segments, source.segments))
         motion = dict.fromkeys(names, 0.0)
@@ -315,7 +337,7 @@ class _Job:
         return products, motion
 
     def _mixed(self, coefficients: Matrix, block: Sequence[Piece]) -> Matrix:
-        """Return coefficients (segments, directions), transposed, times D on a block."""
+        """Return coefficientsᵀ · D on a block; coefficients are (segments, directions)."""
         mixed = np.zeros((coefficients.shape[1], sum(piece.width for piece in block)))
         for segments in self._displacements.row_blocks():
             mixed += coefficients[segments].T @ self._displacements.rows(block, segments)
@@ -330,7 +352,11 @@ class _Job:
         makers: Sequence[Maker],
         motion: dict[str, float],
     ) -> Basis:
-        """Write the directions of all parts, as their makers make them."""
+        """Write the directions of all parts with their makers.
+
+        Raises:
+            InputError: if nothing moves.
+        """
         if not parts:
             raise InputError(self._nothing_moves(motion))
         tensors = [name for part in parts for name in part.tensors]
@@ -357,7 +383,7 @@ class _Job:
         )
 
     def _nothing_moves(self, motion: dict[str, float]) -> str:
-        """Return the message that refuses checkpoints without motion."""
+        """Return the error message for checkpoints without motion."""
         where = "no tensor of two axes or more" if any(motion.values()) else "no parameter"
         return (
             f"{where} moves from step {self._steps[0]} to step {self._steps[-1]}: the "
@@ -366,14 +392,14 @@ class _Job:
         )
 
     def _no_part(self, tensors: Sequence[str], motion: dict[str, float]) -> list[LeftOut]:
-        """Return the tensors whose motion counts, and in which no direction has a part."""
+        """Return the floating tensors in which every direction is 0, with the reason."""
         still = tuple(name for name in self._names if not motion[name])
         narrow = tuple(name for name in self._names if name not in (*tensors, *still))
         reasons = ((still, "not moving"), (narrow, "of fewer than two axes"))
         return [LeftOut(names=names, reason=reason) for names, reason in reasons if names]
 
     def _shown(self, what: str, names: Sequence[str]) -> Iterable[tuple[Piece, ...]]:
-        """Yield the blocks of some tensors, and show how far they are."""
+        """Yield the blocks of some tensors and report progress."""
         total, done = sum(map(self._displacements.elements, names)), 0
         for block in self._displacements.blocks(names):
             self._progress(what, done, total)
@@ -383,12 +409,13 @@ class _Job:
 
 
 class _Draws:
-    """Gaussian numbers of some directions: those of a tensor and a direction depend on the seed
-    alone, not on blocks.
+    """Draw the Gaussian numbers of some directions.
+
+    The numbers of a tensor and a direction depend only on the seed, not on how blocks are cut.
 
     Args:
-        seed: of all of them.
-        directions: their numbers.
+        seed: seed of all directions.
+        directions: indices of the directions.
     """
 
     def __init__(self, seed: int, directions: range) -> None:
@@ -396,7 +423,7 @@ class _Draws:
         self._generators: list[np.random.Generator] = []
 
     def __call__(self, block: Sequence[Piece]) -> Matrix:
-        """Return the numbers of the next block; blocks come in order: (directions, elements)."""
+        """Return the numbers of the next block, (directions, elements); blocks must come in order."""
         return np.concatenate([self._next(piece) for piece in block], axis=1)
 
     def _next(self, piece: Piece) -> Matrix:
@@ -410,7 +437,11 @@ class _Draws:
 
 
 def _refuse_too_many_segments(segments: int) -> None:
-    """Refuse products of segments that memory cannot hold."""
+    """Raise an error if memory cannot hold the products of the segments.
+
+    Raises:
+        ResourceError: if it cannot.
+    """
     needed, free = 2 * 8 * segments**2, free_memory()
     if needed > free:
         raise ResourceError(
@@ -420,12 +451,17 @@ def _refuse_too_many_segments(segments: int) -> None:
 
 
 def _leading(products: Matrix, count: int) -> tuple[Matrix, Matrix]:
-    """Return the leading singular values of D, at most so many, descending, and its left singular
-    vectors (segments, values).
+    """Return the leading singular values of D, descending, and its left singular vectors.
 
     Args:
-        products: D Dᵀ, of which the lower triangle is read; it is used up.
-        count: of singular values.
+        products: D Dᵀ, (segments, segments); only the lower triangle is read. The call destroys it.
+        count: maximum number of singular values.
+
+    Returns:
+        The values, (count,), and the vectors, (segments, count).
+
+    Raises:
+        InputError: if a square exceeds the range of float64.
     """
     import scipy.linalg  # here, because whoever reads directions need not load it
 
@@ -433,7 +469,7 @@ def _leading(products: Matrix, count: int) -> tuple[Matrix, Matrix]:
         raise InputError("the squares of the displacements are too large for float64.")
     segments = len(products)
     first = max(0, segments - count)
-    # LAPACK counts along columns: the lower triangle of rows is the upper one there
+    # LAPACK stores by columns, so the transpose avoids a copy: its upper triangle is our lower one
     squared, vectors = scipy.linalg.eigh(
         products.T,
         lower=False,
@@ -445,24 +481,26 @@ def _leading(products: Matrix, count: int) -> tuple[Matrix, Matrix]:
 
 
 def _independent(values: Matrix, count: int, exactly: bool, name: str | None) -> int:
-    """Return how many directions there are, at most `count`.
+    """Return the number of independent directions, at most `count`.
 
     Raises:
-        InputError: where there are fewer than `count` and it is to be met exactly.
+        InputError: if there are fewer than `count` and `exactly` is set.
     """
     independent = int((values > _SMALLEST * values[0]).sum())
     if exactly and independent < count:
         raise InputError(
             f"--directions {count}: the displacements{_in(name)} have {independent} independent "
-            f"directions; along others they are less than {_SMALLEST:g} of the first. Ask for no "
-            "more than that."
+            f"directions; their other singular values are below {_SMALLEST:g} of the first. Ask "
+            "for no more than that."
         )
     return min(count, independent)
 
 
 def _signed(vectors: Matrix) -> Matrix:
-    """Return left singular vectors with the signs for which the whole training moves forward along
-    the directions; where it returns, for which the largest displacement does.
+    """Choose the signs of left singular vectors so that training as a whole moves forward along the
+    directions.
+
+    If its net motion is 0, the largest displacement decides.
     """
     net = vectors.sum(axis=0)
     largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[None], axis=0)[0]
@@ -476,7 +514,7 @@ def _in(name: str | None) -> str:
 
 
 def _about(kind: str, seed: int | None, parts: Sequence[Part]) -> DirectionsAbout:
-    """Return the metadata of the file."""
+    """Return the metadata for the file."""
     labels, values = list[str](), list[float]()
     for part in parts:
         word = kind if part.name is None else part.name[:_LONGEST_NAME]

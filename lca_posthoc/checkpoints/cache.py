@@ -1,8 +1,8 @@
-"""Keep remote files on this machine's disk, within a bound: the least recently used go first.
+"""Keep remote files on the local disk within a size limit; delete the least recently used first.
 
-The cache lies in `$LCA_CACHE`, else in `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`, and
-takes at most `$LCA_CACHE_SIZE` bytes, files that are being written among them. Any number of
-processes share it. It may be removed at any time.
+The cache lies in `$LCA_CACHE`, else in `lca_posthoc` below `$XDG_CACHE_HOME` or `~/.cache`. It
+takes at most `$LCA_CACHE_SIZE` bytes, including files still being written. Any number of processes
+share it. It may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from ..errors import InputError
 DIRECTORY, SIZE = "LCA_CACHE", "LCA_CACHE_SIZE"
 DEFAULT_SIZE = 20 * 10**9
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_SEAL = 4  # bytes of a checksum behind a file's own
-_STALE = 3600.0  # seconds since the last write of a file that nobody writes any more
+_SEAL = 4  # bytes of the checksum that follows a file's own bytes
+_STALE = 3600.0  # seconds since the last write, after which an unfinished file is abandoned
 _UNFINISHED = ".tmp"
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A directory of files that were fetched, and the most bytes that they may take together."""
+    """Manage a directory of fetched files, of at most `size` bytes together."""
 
     directory: Path
     size: int
 
     def take(self, name: str, key: int, fetch: Callable[[], bytes]) -> bytes:
-        """Return a whole file; one that is not in the cache is fetched and, where it fits, added.
+        """Return a whole file from the cache; on a miss, fetch it and add it if it fits.
 
         Args:
-            name: its address.
-            key: what it held when it was looked at.
-            fetch: reads it from where it is.
+            name: address of the file.
+            key: fingerprint of the file when it was last inspected.
+            fetch: reads the file from its origin.
         """
         copy = self.directory / hashlib.sha256(f"{name}\0{key}".encode()).hexdigest()
-        with contextlib.suppress(OSError):  # not there yet, or just removed by another process
+        with contextlib.suppress(OSError):  # not cached yet, or just removed by another process
             stored = copy.read_bytes()
             data, seal = stored[:-_SEAL], stored[-_SEAL:]
             if _sealed(data) == seal:
                 os.utime(copy)
                 return data
-            copy.unlink()  # what a power failure leaves
+            copy.unlink()  # incomplete, as after a power failure
         data = fetch()
-        # a cache that cannot be written to saves nothing, and harms nothing
+        # a cache that cannot be written only saves no time
         with contextlib.suppress(OSError):
             self._add(copy, data)
         return data
@@ -69,7 +69,7 @@ class Cache:
             with alone_in(self.directory):
                 if copy.exists() or not self._make_room(len(data) + _SEAL):
                     return
-                with temporary.open("wb") as file:  # of its whole size, for others to count
+                with temporary.open("wb") as file:  # reserve the full size, for others to count
                     file.truncate(len(data) + _SEAL)
             with temporary.open("r+b") as file:
                 file.write(data)
@@ -80,7 +80,7 @@ class Cache:
             temporary.unlink(missing_ok=True)
 
     def _make_room(self, needed: int) -> bool:
-        """Remove the least recently used files until so many bytes fit; tell whether they do."""
+        """Remove the least recently used files until `needed` bytes fit; return whether they do."""
         files = sorted(self._files())
         total = sum(size for _, size, _ in files)
         oldest_write = time.time() - _STALE
@@ -93,7 +93,7 @@ class Cache:
         return total + needed <= self.size
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
-        """Yield when each file was last used, its size, and its path."""
+        """Yield the time of last use, the size and the path of each file."""
         for entry in os.scandir(self.directory):
             with contextlib.suppress(FileNotFoundError):  # another process gave up writing it
                 status = entry.stat(follow_symlinks=False)
@@ -107,10 +107,10 @@ def _sealed(data: bytes) -> bytes:
 
 
 def cache() -> Cache | None:
-    """Return the cache of this machine; None where its size is 0, or no home directory is known.
+    """Return the cache of this machine; None if its size is 0 or there is no home directory.
 
     Raises:
-        InputError: where `$LCA_CACHE_SIZE` is no number of bytes.
+        InputError: if `$LCA_CACHE_SIZE` is not a number of bytes.
     """
     size, directory = _size(), _directory()
     return Cache(directory, size) if size and directory is not None else None
@@ -123,8 +123,8 @@ def _size() -> int:
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([kmgt]?b)?", text.strip(), re.IGNORECASE)
     if match is None:
         raise InputError(
-            f"${SIZE} is {text!r}, no number of bytes. Write 50GB, for example, or 0 to keep "
-            "nothing."
+            f"${SIZE} is {text!r}, which is not a number of bytes. Write 50GB, for example, or 0 to "
+            "keep nothing."
         )
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 

@@ -1,9 +1,10 @@
-"""Read files of directions, vectors in the space of parameters along which gradients are taken, and
-make directions orthonormal.
+"""Read files of directions and make directions orthonormal.
 
-A file is safetensors: every tensor NAME of the model, or some of them, as (k, *shape of NAME), the
-same k for all; where a tensor is missing, the directions are 0. The metadata may say under
-`directions`, in JSON, of which kind they are, their labels, singular values and seed.
+A direction is a vector in parameter space along which gradients are taken.
+
+The file is safetensors. It holds every tensor NAME of the model, or some of them, as (k, *shape of
+NAME) with the same k for all; in missing tensors the directions are 0. The metadata may hold, under
+`directions` and in JSON, their kind, labels, singular values and seed.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ from .trajectory import TensorSpec, drop_options, normalise
 
 METADATA_KEY = "directions"
 MAX_DIRECTIONS = 1024
-_SHOWN = 3  # of names in an error
+_SHOWN = 3  # names listed in an error
 _MAX_METADATA = 2**20
-_MAX_WORD = 1000  # letters of a label
+_MAX_WORD = 1000  # characters of a label
 _NUMBERS_AT_A_TIME = 2**20
-# of a direction's squared length outside those before it: less is rounding of float32
+# smallest share of a direction's squared length orthogonal to the earlier ones; less is rounding
 _LEAST_OUTSIDE = 1e-10
 
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionsAbout:
-    """The metadata of a file of directions, each entry None or empty where it says nothing."""
+    """Hold the metadata of a file of directions; an entry that the file lacks is None or empty."""
 
     kind: str | None = None
     seed: int | None = None
@@ -50,14 +51,14 @@ class DirectionsAbout:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectionsFile:
-    """A checked file of directions.
+    """Describe a checked file of directions.
 
     Attributes:
-        path: of the file.
-        directions: k, how many there are.
-        digest: the CRC32C of the file's bytes.
-        about: its metadata.
-        sources: the model's name of each tensor → its name inside the file.
+        path: path of the file.
+        directions: k, the number of directions.
+        digest: CRC32C of the file's bytes.
+        about: metadata of the file.
+        sources: the model's name of each tensor → its name in the file.
         tensors: the model's name of each tensor → its type and shape in the file.
     """
 
@@ -69,11 +70,11 @@ class DirectionsFile:
     tensors: dict[str, TensorHeader]
 
     def read(self) -> dict[str, Tensor]:
-        """Return the directions by the model's names, each (k, *shape), on the CPU, in the type
-        they are stored in.
+        """Read the directions onto the CPU, by the model's names, each (k, *shape) in its stored
+        type.
 
         Raises:
-            InputError: where the file is not the one that was opened.
+            InputError: if the file changed since it was opened.
         """
         names = {source: name for name, source in self.sources.items()}
         tensors: dict[str, Tensor] = {}
@@ -92,15 +93,15 @@ def open_directions(
     shapes: Mapping[str, tuple[int, ...]],
     aliases: Mapping[str, str] | None = None,
 ) -> DirectionsFile:
-    """Open a file of directions and check it, numbers included.
+    """Open a file of directions and check it, including its numbers.
 
     Args:
-        path: of the file.
-        shapes: of the tensors of the model that directions may have a part in, by name.
+        path: path of the file.
+        shapes: name → shape of each tensor of the model that directions may cover.
         aliases: other names of tied tensors → the name in `shapes`.
 
     Raises:
-        InputError: where the file is damaged, its tensors are not the model's, or a number is not
+        InputError: if the file is damaged, its tensors do not match the model's, or a number is not
             finite.
     """
     place = here(path, "directions are read from a file system. Copy the file here first.")
@@ -125,10 +126,10 @@ def open_directions(
 
 
 def open_for_model(path: str | Path, table: Iterable[TensorSpec]) -> DirectionsFile:
-    """Open a file of directions for the parameters of a model, see `open_directions`.
+    """Open a file of directions for the parameters of a model; see `open_directions`.
 
     Args:
-        path: of the file.
+        path: path of the file.
         table: the model's tensors.
     """
     parameters = [spec for spec in table if spec.kind == "parameter"]
@@ -149,7 +150,11 @@ def _opened(path: Path) -> BinaryIO:
 
 
 def _sources(path: Path, stored: list[str], names: Mapping[str, str]) -> dict[str, str]:
-    """Return the model's name of every tensor of a file → its name inside the file."""
+    """Map the model's name of each tensor in a file to its name in the file.
+
+    Raises:
+        InputError: if the model lacks a tensor, or two names stand for one tensor.
+    """
     unknown = [source for source in stored if normalise(source) not in names]
     if unknown:
         raise InputError(
@@ -170,7 +175,11 @@ def _sources(path: Path, stored: list[str], names: Mapping[str, str]) -> dict[st
 
 
 def _count(path: Path, tensors: Mapping[str, TensorHeader]) -> int:
-    """Return how many directions a file holds, by its first tensor."""
+    """Return the number of directions in a file, from its first tensor.
+
+    Raises:
+        InputError: if the number is 0 or too large, or there is no tensor.
+    """
     if not tensors:
         raise InputError(f"{path} holds no tensors, so no directions.")
     name, first = next(iter(tensors.items()))
@@ -204,7 +213,7 @@ def digest_of(path: Path) -> int:
     """Return the CRC32C of a file of directions.
 
     Raises:
-        InputError: where it cannot be read.
+        InputError: if the file cannot be read.
     """
     with _opened(path) as file:
         return _digest(file)
@@ -235,7 +244,11 @@ def _refuse_not_finite(path: Path, file: BinaryIO) -> None:
 
 
 def _about(path: Path, text: str | None, directions: int) -> DirectionsAbout:
-    """Return the metadata of a file, which anybody may have written."""
+    """Parse the metadata of a file, without trusting it.
+
+    Raises:
+        InputError: if an entry is invalid.
+    """
     if text is None:
         return DirectionsAbout()
     try:
@@ -243,17 +256,19 @@ def _about(path: Path, text: str | None, directions: int) -> DirectionsAbout:
     except (ValueError, RecursionError):
         entries = None
     if not isinstance(entries, dict):
-        raise _odd(path, "is no table in JSON")
+        raise InputError(_odd(path, "is not a JSON object"))
     kind, seed = entries.get("kind"), entries.get("seed")
     if kind is not None and not _is_word(kind):
-        raise _odd(path, "has a kind that is no word")
+        raise InputError(_odd(path, "has a kind that is not a short string"))
     if seed is not None and not (type(seed) is int and 0 <= seed < 2**63):
-        raise _odd(path, "has a seed that is no whole number from 0 to 2⁶³")
+        raise InputError(_odd(path, "has a seed that is not a whole number from 0 to 2⁶³ − 1"))
     labels, values = entries.get("labels", []), entries.get("singular_values", [])
     if not _is_list(labels, directions, _is_word):
-        raise _odd(path, f"does not have a word for each of {directions} directions as labels")
+        raise InputError(_odd(path, f"does not have one label for each of {directions} directions"))
     if not _is_list(values, directions, _is_size):
-        raise _odd(path, f"does not have a number for each of {directions} singular values")
+        raise InputError(
+            _odd(path, f"does not have one singular value for each of {directions} directions")
+        )
     return DirectionsAbout(
         kind=kind,
         seed=seed,
@@ -263,7 +278,7 @@ def _about(path: Path, text: str | None, directions: int) -> DirectionsAbout:
 
 
 def _is_list(value: object, length: int, is_item: Callable[[object], bool]) -> bool:
-    """Tell whether a value is a list that is empty or of this length, every item as it must be."""
+    """Return whether a value is a list of valid items that is empty or has this length."""
     return (
         isinstance(value, list)
         and len(value) in (0, length)
@@ -279,30 +294,29 @@ def _is_size(value: object) -> bool:
     return type(value) in (int, float) and 0 <= value <= sys.float_info.max  # type: ignore[operator]
 
 
-def _odd(path: Path, what: str) -> InputError:
-    return InputError(
-        f"the metadata {METADATA_KEY!r} of {path} {what}. Correct it, or leave it out of the file."
-    )
+def _odd(path: Path, what: str) -> str:
+    return f"the metadata {METADATA_KEY!r} of {path} {what}. Correct it or remove it."
 
 
 # --- orthonormal directions -----------------------------------------------------------------------
 
 
 def orthonormal(directions: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return directions with the same span that are orthonormal over all tensors together.
+    """Orthonormalise directions over all tensors together, without changing their span.
 
-    Direction j is a combination of those up to j, with a positive share of the given one, as
-    Gram and Schmidt make it; computed by Cholesky's factor of the products, twice, in float64.
+    Direction j is a combination of the given directions up to j, with a positive coefficient of
+    direction j, as in Gram–Schmidt. The computation uses the Cholesky factor of the inner products,
+    twice, in float64.
 
     Args:
-        directions: of each tensor (k, *shape), on one device. They are taken out of the dict one
-            after the other, so that hardly more than one of both is in memory.
+        directions: name → directions of the tensor, (k, *shape), all on one device. The call
+            removes the tensors one by one, so that memory holds hardly more than one copy.
 
     Returns:
-        Tensors of the same shapes, float64 where the given one is, else float32.
+        Tensors of the same shapes; float64 if the given one is float64, else float32.
 
     Raises:
-        InputError: where a direction is a combination of those before it, or 0.
+        InputError: if a direction is 0 or a combination of those before it.
     """
     count = next(iter(directions.values())).shape[0]
     width = max(1, _NUMBERS_AT_A_TIME // count)
@@ -330,7 +344,7 @@ def _flat(directions: Tensor) -> Tensor:
 
 
 def _in_columns(tensor: Tensor, width: int) -> Iterator[Tensor]:
-    """Yield views of a matrix of at most so many columns."""
+    """Yield views of a matrix with at most `width` columns each."""
     for start in range(0, tensor.shape[1], width):
         yield tensor[:, start : start + width]
 
@@ -338,18 +352,19 @@ def _in_columns(tensor: Tensor, width: int) -> Iterator[Tensor]:
 def orthonormal_factors(
     blocks: Callable[[], Iterable[Tensor]], numbers: Sequence[int]
 ) -> list[Tensor]:
-    """Return lower triangular matrices (k, k), float64, which make the rows of B orthonormal when
-    `mixed` multiplies the same blocks by them.
+    """Return lower triangular matrices (k, k) in float64 that orthonormalise the rows of B.
+
+    `mixed` applies them to the same blocks.
 
     Args:
-        blocks: returns, each time it is called, the columns of B in blocks (k, width) in float64.
-        numbers: of the k directions, for errors.
+        blocks: returns, on each call, the columns of B in blocks (k, width) in float64.
+        numbers: indices of the k directions, for error messages.
 
     Raises:
-        InputError: where a row of B is a combination of those before it, or 0.
+        InputError: if a row of B is 0 or a combination of those before it.
     """
     factors: list[Tensor] = []
-    for _ in range(2):  # the second time for what the first one's rounding left
+    for _ in range(2):  # the second pass removes the rounding errors of the first
         products = torch.zeros(len(numbers), len(numbers), dtype=torch.float64)
         for block in blocks():
             rows = mixed(factors, block)
@@ -359,8 +374,11 @@ def orthonormal_factors(
 
 
 def mixed(factors: Sequence[Tensor], block: Tensor) -> Tensor:
-    """Return a block of float64 multiplied by each of the factors in turn; their product would
-    round more.
+    """Multiply a block by each factor in turn; multiplying by their product would round more.
+
+    Args:
+        factors: matrices (k, k), as from `orthonormal_factors`.
+        block: columns of all directions, (k, width), float64.
     """
     for factor in factors:
         block = factor.to(block.device) @ block
@@ -368,10 +386,10 @@ def mixed(factors: Sequence[Tensor], block: Tensor) -> Tensor:
 
 
 def _inverse_factor(products: NDArray[np.float64], numbers: Sequence[int]) -> NDArray[np.float64]:
-    """Return the inverse of Cholesky's factor of a matrix of products.
+    """Return the inverse of the Cholesky factor of a matrix of inner products.
 
     Raises:
-        InputError: where a direction is a combination of those before it, or 0.
+        InputError: if a direction is 0 or a combination of those before it.
     """
     lengths = np.sqrt(np.diag(products))
     for index, length in enumerate(lengths):

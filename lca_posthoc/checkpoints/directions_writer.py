@@ -1,4 +1,4 @@
-"""Write a file of directions a block at a time: it has its name once it is whole."""
+"""Write a file of directions block by block; it gets its final name when it is complete."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _ITEM = np.dtype("<f4").itemsize
 
 
 class DirectionsWriter:
-    """A file of directions in float32 that is being written; what is not written is 0.
+    """Write directions in float32; elements that are never written are 0.
 
     Args:
-        file: open for reading and writing, empty.
-        shapes: of the tensors.
-        directions: k.
-        about: the file's metadata.
+        file: empty file, open for reading and writing.
+        shapes: name → shape of each tensor.
+        directions: k, the number of directions.
+        about: metadata of the file.
     """
 
     def __init__(
@@ -49,7 +49,13 @@ class DirectionsWriter:
         file.truncate(size)
 
     def write(self, block: Sequence[Piece], directions: range, values: Matrix) -> None:
-        """Write the elements of a block in some directions: (directions, elements)."""
+        """Write the elements of a block in some directions.
+
+        Args:
+            block: pieces of tensors, in the order of the columns of `values`.
+            directions: indices of the directions.
+            values: the elements, (directions, elements).
+        """
         column = 0
         for piece in block:
             part = values[:, column : column + piece.width].astype("<f4")
@@ -59,7 +65,15 @@ class DirectionsWriter:
             column += piece.width
 
     def read(self, block: Sequence[Piece], directions: range) -> Matrix:
-        """Return what was written: (directions, elements)."""
+        """Read back what was written.
+
+        Args:
+            block: pieces of tensors.
+            directions: indices of the directions.
+
+        Returns:
+            The elements, (directions, elements).
+        """
         self._file.flush()
         rows = [
             np.concatenate(
@@ -83,11 +97,11 @@ class DirectionsWriter:
         """Make some directions orthonormal in place.
 
         Args:
-            blocks: returns, each time it is called, the blocks outside of which they are 0.
-            directions: their numbers.
+            blocks: returns, on each call, the blocks that cover all their nonzero elements.
+            directions: indices of the directions.
 
         Raises:
-            InputError: where one is a combination of those before it.
+            InputError: if a direction is 0 or a combination of those before it.
         """
 
         def parts() -> Iterator[torch.Tensor]:
@@ -107,7 +121,7 @@ class DirectionsWriter:
 def _layout(
     shapes: Mapping[str, tuple[int, ...]], directions: int, about: DirectionsAbout
 ) -> tuple[bytes, dict[str, int], int]:
-    """Return the beginning of the file, where each tensor's bytes begin, and the file's size."""
+    """Return the bytes of the header, the offset of each tensor's data, and the size of the file."""
     entries: dict[str, object] = {"__metadata__": {METADATA_KEY: _metadata(about)}}
     begins, position = {}, 0
     for name, shape in shapes.items():
@@ -116,7 +130,7 @@ def _layout(
         ends = [begins[name], position]
         entries[name] = {"dtype": "F32", "shape": [directions, *shape], "data_offsets": ends}
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight, as the format asks
+    text += b" " * (-len(text) % 8)  # the format aligns tensors to multiples of eight bytes
     start = 8 + len(text)
     return (
         len(text).to_bytes(8, "little") + text,
@@ -136,16 +150,15 @@ def _metadata(about: DirectionsAbout) -> str:
 
 @contextmanager
 def writing(place: Path) -> Iterator[BinaryIO]:
-    """Open a new file under a temporary name; it gets its own when the context ends well, and is
-    removed when it does not.
+    """Open a new file under a temporary name; rename it when the context succeeds, else remove it.
 
     Raises:
-        InputError: where something has the name already, or the file cannot be made.
-        ResourceError: where the disk is full.
+        InputError: if a file of that name already exists, or the file cannot be created.
+        ResourceError: if the disk is full.
     """
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
-        # of a process that was killed and had the same number, as those in containers do
+        # left by a killed process with the same id; containers reuse ids
         temporary.unlink(missing_ok=True)
         with temporary.open("x+b") as file:
             yield file
@@ -164,15 +177,27 @@ def writing(place: Path) -> Iterator[BinaryIO]:
 
 
 def refuse_existing(place: Path) -> None:
-    """Refuse a place where something is already."""
+    """Raise an error if something already exists at a path.
+
+    Raises:
+        InputError: if it does.
+    """
     if os.path.lexists(place):
         raise InputError(
-            f"{place} is there already, and nothing is written over. Choose another place with -o."
+            f"{place} already exists, and nothing is overwritten. Choose another place with -o."
         )
 
 
 def refuse_too_large(place: Path, size: int) -> None:
-    """Refuse to write a file of so many bytes where they are not free."""
+    """Raise an error if the file system lacks the space for a file.
+
+    Args:
+        place: path of the file.
+        size: size of the file in bytes.
+
+    Raises:
+        ResourceError: if fewer bytes are free.
+    """
     free = shutil.disk_usage(nearest(place.absolute().parent)).free
     if size > free:
         raise ResourceError(

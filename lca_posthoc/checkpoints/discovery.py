@@ -1,6 +1,4 @@
-"""Look for the checkpoints of a series: files, directories and places, the step each is of, and what
-numbers in names count.
-"""
+"""Find the checkpoints of a series, in files, directories and templates, and the step of each."""
 
 from __future__ import annotations
 
@@ -38,7 +36,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _INDEX = "model.safetensors.index.json"
 AT_A_TIME = 16
 _NUMBERS = re.compile("[0-9]{1,18}")
-_DEPTHS = ("*", "*/*", "*/*/*")  # below the folder of a step
+_DEPTHS = ("*", "*/*", "*/*/*")  # searched below the directory of a step
 _READ = (".safetensors", *IMPORTED)
 
 
@@ -57,11 +55,16 @@ def _require_directory(root: Path) -> None:
         )
 
 
-def too_few(places: Sequence[Place], steps: list[int], which: str) -> InputError:
-    """Return the error for fewer than two checkpoints, of those that `which` tells.
+def too_few(places: Sequence[Place], steps: list[int], which: str) -> str:
+    """Return the error message for fewer than two checkpoints.
+
+    Args:
+        places: the places that were searched.
+        steps: the steps that were found.
+        which: a restriction on the steps, to end a clause of the message; "" for none.
 
     Raises:
-        InputError: where a place holds what only an import or another program reads.
+        InputError: if a place holds files that only an import or another program reads.
     """
     for place in places:
         if not place.rest:
@@ -70,15 +73,15 @@ def too_few(places: Sequence[Place], steps: list[int], which: str) -> InputError
         _importable(place.root) or _in_folders(place.root) for place in places if not place.rest
     )
     only = f"only one checkpoint (step {steps[0]})" if steps else "no checkpoint"
-    return InputError(
-        f"{few([*map(str, places)])} holds {only}{which}; at least two are needed, for a segment runs from one to the "
-        "next. Expected files such as step_00000010.safetensors or "
+    return (
+        f"{few([*map(str, places)])} holds {only}{which}; at least two are needed, because a "
+        "segment runs from one to the next. Expected files such as step_00000010.safetensors or "
         f"checkpoint-10/model.safetensors.{hint}"
     )
 
 
 def _importable(root: Path) -> str:
-    """Return a hint where the directory holds checkpoints of another format, else ""."""
+    """Return a hint if the directory holds checkpoints of another format, else ""."""
     files = [path for path in root.iterdir() if path.suffix in IMPORTED]
     kinds = ", ".join(sorted({path.suffix for path in files}))
     return (
@@ -90,8 +93,8 @@ def _importable(root: Path) -> str:
 
 
 def _in_folders(root: Path) -> str:
-    """Return a hint where every step has a folder that this does not look into, with the place to
-    name instead; else "".
+    """Return a hint with the template to use if every step has a directory that is not searched,
+    else "".
     """
     if is_remote(root):
         return ""
@@ -119,20 +122,20 @@ def _in_folders(root: Path) -> str:
 
 
 class Headers(dict[Path, Header]):
-    """The headers of files, read at most once: for the step a file states, then for its tensors."""
+    """Read the header of each file at most once: for the step it states, then for its tensors."""
 
     def __missing__(self, path: Path) -> Header:
         self[path] = read_header(path)
         return self[path]
 
     def fetch(self, paths: Sequence[Path]) -> None:
-        """Read many at a time."""
+        """Read the headers of many files concurrently."""
         with ThreadPoolExecutor(AT_A_TIME) as pool:
             for _ in pool.map(self.__getitem__, paths):
                 pass
 
     def pop(self, path: Path) -> Header:  # type: ignore[override]
-        """Return a header and forget it."""
+        """Remove a header and return it."""
         header = self[path]
         del self[path]
         return header
@@ -140,8 +143,8 @@ class Headers(dict[Path, Header]):
 
 @dataclass(frozen=True)
 class Entry:
-    """One checkpoint of a directory: its step, its files, and whether the name alone tells the
-    step.
+    """Describe one checkpoint of a directory: its step, its files, and whether its name alone
+    states the step.
     """
 
     path: Path
@@ -154,7 +157,21 @@ class Entry:
 def series(
     places: Sequence[Place], wanted: StepChoice, regex: re.Pattern[str] | None, headers: Headers
 ) -> tuple[list[Entry], list[str]]:
-    """Return the checkpoints of all places, ascending, and notes on what is left out."""
+    """Find the checkpoints of all places.
+
+    Args:
+        places: directories, or templates with `{step}`.
+        wanted: the steps the user chose.
+        regex: `--pattern`, with a group named `step`; None to read names and metadata.
+        headers: cache of headers, filled by this call.
+
+    Returns:
+        The checkpoints in ascending order of step, and notes on what was left out.
+
+    Raises:
+        InputError: if two different files claim one step, a step cannot be determined, or a place
+            cannot be read.
+    """
     series: dict[int, Entry] = {}
     notes: list[str] = []
     for place in places:
@@ -177,17 +194,21 @@ def series(
 
 
 def _once_more(entry: Entry, other: Entry, headers: Headers) -> str:
-    """Return a note on a step that two places hold; refuse it where the files differ."""
+    """Return a note on a step that two places hold; raise an error if the files differ.
+
+    Raises:
+        InputError: if the files differ.
+    """
     size, crc = (
         [sum(headers[file].size for file in one.files) for one in (entry, other)],
         [joined(headers[file].fingerprint for file in one.files) for one in (entry, other)],
     )
     if size[0] != size[1] or crc[0] != crc[1]:
-        raise _both_claim(other, entry.files[0], entry.step)
+        raise InputError(_both_claim(other, entry.files[0], entry.step))
     return f"left out {entry.files[0]}: it is {other.files[0]} (step {entry.step}) again"
 
 
-def _both_claim(other: Entry, file: Path, step: int) -> InputError:
+def _both_claim(other: Entry, file: Path, step: int) -> str:
     files = (other.files[0], file)
     names = [step_in_name(path.name.removesuffix(".safetensors")) for path in files]
     odd = [
@@ -201,12 +222,17 @@ def _both_claim(other: Entry, file: Path, step: int) -> InputError:
         if odd
         else "Remove one, or tell steps apart with --pattern."
     )
-    return InputError(f"{files[0]} and {files[1]} both claim step {step}. {way}")
+    return f"{files[0]} and {files[1]} both claim step {step}. {way}"
 
 
 def _formed(place: Place, wanted: StepChoice) -> list[Entry]:
-    """Return the checkpoints of a place with `{step}` in it: of the steps that are wanted, where
-    these are listed one by one and the place is far away; else of those that are there.
+    """Return the checkpoints that match a template with `{step}`.
+
+    If the place is remote and the user listed single steps, look up only those; else list the
+    place.
+
+    Raises:
+        InputError: if the steps cannot be listed, or two files claim one step.
     """
     singles = wanted.singles
     if singles is not None and is_remote(place.root):
@@ -224,7 +250,7 @@ def _formed(place: Place, wanted: StepChoice) -> list[Entry]:
     entries: dict[int, Entry] = {}
     for (step, path), files in every:
         if files and step in entries:
-            raise _both_claim(entries[step], files[0], step)
+            raise InputError(_both_claim(entries[step], files[0], step))
         if files:
             entries[step] = Entry(path, path.name, step, files, by_name=True)
     if paths and not entries:
@@ -233,7 +259,11 @@ def _formed(place: Place, wanted: StepChoice) -> list[Entry]:
 
 
 def _refuse_other_files(place: Place, paths: Sequence[Path]) -> None:
-    """Refuse a place that names no safetensors."""
+    """Raise an error for a template that matches no safetensors.
+
+    Raises:
+        InputError: always.
+    """
     if not is_remote(place.root):
         refuse_unreadable(paths[0])
     raise InputError(
@@ -243,7 +273,7 @@ def _refuse_other_files(place: Place, paths: Sequence[Path]) -> None:
 
 
 def _files_of(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files that a path with its step names: a file, an index, or the
+    """Return the safetensors files behind a path with its step filled in: a file, an index, or the
     directory of one checkpoint.
     """
     return shards(path) if path.name.endswith(".index.json") else _files(path)
@@ -252,7 +282,11 @@ def _files_of(path: Path) -> tuple[Path, ...]:
 def _discover(
     root: Path, regex: re.Pattern[str] | None, headers: Headers
 ) -> tuple[list[Entry], list[str]]:
-    """Return the checkpoints of a directory, one for each step, and notes on what is left out."""
+    """Return the checkpoints of a directory, one for each step, and notes on what was left out.
+
+    Raises:
+        InputError: if two files claim one step, or a step is unknown.
+    """
     named: dict[int, Entry] = {}
     unnamed: list[Path] = []
     for name, path, files in _listed(root, headers):
@@ -262,7 +296,7 @@ def _discover(
         if step is None:
             unnamed.append(path)
         elif step in named:
-            raise _both_claim(named[step], files[0], step)
+            raise InputError(_both_claim(named[step], files[0], step))
         else:
             named[step] = Entry(path, name, step, files, by_name)
     if regex is not None:
@@ -278,9 +312,9 @@ def _discover(
 
 
 def _listed(root: Path, headers: Headers) -> list[tuple[str, Path, tuple[Path, ...]]]:
-    """Return the entries of a directory in order, by name, each with its safetensors files."""
+    """Return the entries of a directory, sorted by name, each with its safetensors files."""
     named = revisions(root) or [(path.name, path) for path in sorted(root.iterdir())]
-    # from far away each takes a while
+    # remote entries are slow, so look at several at a time
     with ThreadPoolExecutor(AT_A_TIME if is_remote(root) else 1) as pool:
         every = [
             (name, path, files)
@@ -294,7 +328,11 @@ def _listed(root: Path, headers: Headers) -> list[tuple[str, Path, tuple[Path, .
 
 
 def _refuse_without_step(lost: list[Path]) -> None:
-    """Refuse checkpoints whose step nothing tells."""
+    """Raise an error for checkpoints whose step is unknown.
+
+    Raises:
+        InputError: if there are any.
+    """
     if any(states_epoch(path.name) for path in lost):
         refuse_epochs(dict.fromkeys([path.name for path in lost if states_epoch(path.name)]))
     if lost:
@@ -306,14 +344,17 @@ def _refuse_without_step(lost: list[Path]) -> None:
 
 
 def counted(root: Path, entries: Sequence[Entry], named: str, headers: Headers) -> list[str]:
-    """Refuse numbers in names that count epochs or saves; return notes where the user asked for
-    them, or where names leave it open.
+    """Raise an error if numbers in names count epochs or saves; if that is uncertain or the user
+    asked for it, return notes.
 
     Args:
-        root: of the series.
-        entries: its checkpoints.
-        named: by what the user named the numbers; empty where names are read.
-        headers: of their files.
+        root: directory of the series.
+        entries: checkpoints of the series.
+        named: how the user named the numbers; "" if they come from file names.
+        headers: cache of headers of their files.
+
+    Raises:
+        InputError: if the numbers count epochs or saves and the user did not name them.
     """
     by_name = [entry for entry in entries if entry.by_name]
     if not by_name:
@@ -335,18 +376,21 @@ def counted(root: Path, entries: Sequence[Entry], named: str, headers: Headers) 
 
 
 def _epoch_of(header: Header) -> int | None:
-    """Return the epoch a file's metadata states; None where it states none."""
+    """Return the epoch in a file's metadata, or None."""
     stated = header.metadata.get("epoch", "")
     return int(stated) if re.fullmatch("[0-9]{1,18}", stated) else None
 
 
 def _files(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of one entry of the directory; an empty tuple where it is not a
+    """Return the safetensors files of one entry of the directory; an empty tuple if it is not a
     checkpoint.
+
+    Raises:
+        InputError: if a directory holds several files and no index.
     """
     if path.name.startswith(".") or ".tmp" in path.name:
         return ()
-    # over HTTP, asking whether it is a file would download it
+    # over HTTP, asking whether this is a file would download it; trust the suffix
     if path.suffix == ".safetensors" and is_remote(path):
         return (path,)
     if path.is_dir():
@@ -370,10 +414,10 @@ def _files(path: Path) -> tuple[Path, ...]:
 
 
 def shards(index: Path) -> tuple[Path, ...]:
-    """Return the files a shard index names, which lie beside it.
+    """Return the files that a shard index names, which lie beside it.
 
     Raises:
-        InputError: where the file is no index, or a file it names is missing.
+        InputError: if the file is not an index, or a file it names is missing.
     """
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -400,8 +444,10 @@ def shards(index: Path) -> tuple[Path, ...]:
 def _step(
     name: str, path: Path, is_file: bool, regex: re.Pattern[str] | None, headers: Headers
 ) -> tuple[int | None, bool]:
-    """Return the step of an entry, None where it states none, and whether its name alone tells
-    it.
+    """Return the step of an entry, or None, and whether its name alone states it.
+
+    Raises:
+        InputError: if the metadata state something other than a step.
     """
     if regex is not None:
         match = regex.search(name)
@@ -420,7 +466,7 @@ def _step(
 
 
 def trainer_step(directory: Path) -> str | None:
-    """Return the step a trainer wrote beside the weights, as text; None where it wrote none."""
+    """Return the step that a trainer wrote beside the weights, as text, or None."""
     try:
         return str(json.loads((directory / "trainer_state.json").read_text())["global_step"])
     except (OSError, ValueError, KeyError, TypeError):

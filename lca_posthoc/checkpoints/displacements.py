@@ -1,6 +1,7 @@
-"""Read the displacements of a trajectory, θ_{t+1} − θ_t, some parameters and some segments at a time.
+"""Read the displacements of a trajectory, θ_{t+1} − θ_t, for some parameters and some segments at a
+time.
 
-Memory is that of one block, however many parameters the model has and however long the training is.
+Memory holds one block, however large the model is and however long the training was.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from .trajectory import Checkpoint, Trajectory
 
 Matrix = NDArray[np.float64]
 
-_BLOCK_BYTES = 2**27  # of one block; two are held at a time
+_BLOCK_BYTES = 2**27  # of one block; memory holds two at a time
 _OF_NUMPY = frozenset({"F16", "F32", "F64"})
-_FEWEST_COLUMNS = 2**14  # shorter reads would wait for the disk more than they read
+_FEWEST_COLUMNS = 2**14  # shorter reads would spend most of their time on disk latency
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Some consecutive elements of a tensor, counted along its flattened axis."""
+    """Name a range of consecutive elements of a flattened tensor."""
 
     name: str
     start: int
@@ -37,24 +38,29 @@ class Piece:
 
     @property
     def width(self) -> int:
-        """Return how many elements they are."""
+        """Return the number of elements."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class BlockSize:
-    """The most rows (segments) and columns (parameters) that are read at a time."""
+    """Limit the number of rows (segments) and columns (parameters) read at a time."""
 
     rows: int
     columns: int
 
 
 def block_size(segments: int, directions: int) -> BlockSize:
-    """Return the size of a block: all segments where that leaves columns enough, else fewer, so
-    that blocks of rows are paired; as many directions take no more memory.
+    """Choose the size of a block: all segments if enough columns fit, else fewer segments.
+
+    With fewer, the caller has to pair blocks of rows.
 
     >>> block_size(100, 10), block_size(10_000, 10)
     (BlockSize(rows=100, columns=167772), BlockSize(rows=1024, columns=16384))
+
+    Args:
+        segments: number of segments of the trajectory.
+        directions: number of directions computed on each block; they must fit as well.
     """
     columns = max(_FEWEST_COLUMNS, _BLOCK_BYTES // 8 // max(segments, directions))
     return BlockSize(min(segments, _BLOCK_BYTES // 8 // columns), columns)
@@ -62,8 +68,8 @@ def block_size(segments: int, directions: int) -> BlockSize:
 
 @dataclass(frozen=True)
 class _StoredFile:
-    """One file of a checkpoint: where its tensors' bytes begin, and what tells that it is still
-    the same file.
+    """Hold the data offsets of a checkpoint file, and an identity that reveals whether the file
+    changed.
     """
 
     path: Path
@@ -72,14 +78,14 @@ class _StoredFile:
 
 
 class Displacements:
-    """The rows θ_{t+1} − θ_t of a trajectory in float64, one for each segment.
+    """Compute the rows θ_{t+1} − θ_t of a trajectory in float64, one for each segment.
 
     Args:
-        trajectory: of checkpoints on a file system.
-        size: of the blocks.
+        trajectory: a trajectory of checkpoints on a file system.
+        size: size of the blocks.
 
     Raises:
-        InputError: where a file is not the one it was when the trajectory was opened.
+        InputError: if a file changed since the trajectory was opened.
     """
 
     def __init__(self, trajectory: Trajectory, size: BlockSize) -> None:
@@ -91,7 +97,7 @@ class Displacements:
         self._files = [_stored_files(checkpoint, layouts) for checkpoint in trajectory.checkpoints]
 
     def elements(self, name: str) -> int:
-        """Return how many numbers a tensor holds."""
+        """Return the number of elements of a tensor."""
         return int(np.prod(self._trajectory.tensors[name].shape, dtype=np.int64))
 
     def row_blocks(self) -> list[slice]:
@@ -121,10 +127,17 @@ class Displacements:
             yield tuple(pieces)
 
     def rows(self, block: Sequence[Piece], segments: slice) -> Matrix:
-        """Return the displacements of a block's elements on some segments: (segments, elements).
+        """Compute the displacements of a block's elements on some segments.
+
+        Args:
+            block: pieces of tensors.
+            segments: slice of segment indices.
+
+        Returns:
+            One row for each segment, (segments, elements).
 
         Raises:
-            InputError: where a number is not finite, or a file changed meanwhile.
+            InputError: if a number is not finite, or a file changed meanwhile.
         """
         moved = np.empty((segments.stop - segments.start, sum(piece.width for piece in block)))
         position, after = -1, np.empty(0)
@@ -135,10 +148,17 @@ class Displacements:
         return moved
 
     def values(self, block: Sequence[Piece], index: int) -> NDArray[np.float64]:
-        """Return the elements of a block in one checkpoint: (elements,), every number finite.
+        """Read the elements of a block in one checkpoint.
+
+        Args:
+            block: pieces of tensors.
+            index: position of the checkpoint in the trajectory.
+
+        Returns:
+            Finite numbers, (elements,).
 
         Raises:
-            InputError: where a number is not finite, or a file changed meanwhile.
+            InputError: if a number is not finite, or a file changed meanwhile.
         """
         checkpoint = self._trajectory.checkpoints[index]
         parts: dict[Piece, NDArray[np.float64]] = {}
@@ -162,11 +182,15 @@ class Displacements:
     def _read(
         self, stored: _StoredFile, pieces: Sequence[Piece], step: int
     ) -> dict[Piece, NDArray[np.float64]]:
-        """Return the elements of some pieces that one file holds."""
+        """Read the pieces that one file holds.
+
+        Raises:
+            InputError: if the file changed or cannot be read.
+        """
         try:
             with stored.path.open("rb") as file:
                 if _identity(file.fileno()) != stored.identity:
-                    raise _changed(stored.path, step)
+                    raise InputError(_changed(stored.path, step))
                 return {piece: self._numbers(file, stored, piece) for piece in pieces}
         except OSError as error:
             raise InputError(
@@ -182,15 +206,19 @@ class Displacements:
         numbers = read_place(file, TensorHeader(dtype, (piece.width,)), place)
         if dtype not in _OF_NUMPY:
             numbers = numbers.double()
-        # by numpy where it can: torch would share this little work out among threads, which wait
-        # for each other where other programs compute too
+        # Let numpy convert if it can: torch would split this little work among threads, which wait
+        # for each other on a busy machine.
         return numbers.numpy().astype(np.float64)
 
 
 def _stored_files(
     checkpoint: Checkpoint, layouts: dict[tuple[tuple[str, int], ...], dict[str, int]]
 ) -> tuple[_StoredFile, ...]:
-    """Return the files of a checkpoint; files with the same layout share one table of places."""
+    """Return the files of a checkpoint; files with the same layout share one table of offsets.
+
+    Raises:
+        InputError: if a file changed or cannot be read.
+    """
     files, fingerprints = [], []
     for path in checkpoint.files:
         try:
@@ -206,7 +234,7 @@ def _stored_files(
         places = {name: place.start for name, (_, place) in table.items()}
         files.append(_StoredFile(path, identity, layouts.setdefault((*places.items(),), places)))
     if joined(fingerprints) != checkpoint.fingerprint:
-        raise _changed(checkpoint.files[0], checkpoint.step)
+        raise InputError(_changed(checkpoint.files[0], checkpoint.step))
     return tuple(files)
 
 
@@ -215,19 +243,22 @@ def _read_at(descriptor: int, offset: int, count: int) -> bytes:
 
 
 def _identity(descriptor: int) -> tuple[int, int, int]:
-    """Return the size of an open file, its time of change and its number."""
+    """Return the size, modification time and inode number of an open file."""
     status = os.fstat(descriptor)
     return status.st_size, status.st_mtime_ns, status.st_ino
 
 
-def _changed(path: Path, step: int) -> InputError:
-    return InputError(
-        f"{path} (step {step}) changed while it was read. Run again when nothing writes there."
-    )
+def _changed(path: Path, step: int) -> str:
+    return f"{path} (step {step}) changed while it was read. Run again when nothing writes there."
 
 
 def split(block: Sequence[Piece], rows: Matrix) -> Iterator[tuple[str, Matrix]]:
-    """Yield the tensors of a block with their columns of its rows."""
+    """Yield the name of each tensor in a block with its columns.
+
+    Args:
+        block: pieces of tensors.
+        rows: numbers of the whole block, (rows, elements).
+    """
     column = 0
     for piece in block:
         yield piece.name, rows[:, column : column + piece.width]
@@ -235,5 +266,5 @@ def split(block: Sequence[Piece], rows: Matrix) -> Iterator[tuple[str, Matrix]]:
 
 
 def squares(numbers: Matrix) -> float:
-    """Return the sum of the squares of some rows, without another array of their size."""
+    """Return the sum of squares without another array of the same size."""
     return float(np.einsum("ij,ij->", numbers, numbers))

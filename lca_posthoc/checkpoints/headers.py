@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read and checked without touching its tensors.
+"""Read and check the header of a safetensors file without touching its tensors.
 
 Format: 8 bytes (little-endian length n), n bytes of JSON, the tensors' bytes. Source:
-<https://github.com/huggingface/safetensors#format>. Limits come first, so that a hostile header
-costs nothing.
+<https://github.com/huggingface/safetensors#format>. Size limits are checked first, so that a
+hostile header costs nothing.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BITS = {
     "F64": 64,
     "C64": 64,
 }
-_SHOWN = 512  # bytes at the beginning of a file that tell its format
+_SHOWN = 512  # leading bytes of a file that reveal its format
 _AS_PYTORCH = (
     "give it the ending .pt, and make safetensors of the directory with `lca import DIRECTORY "
     "NEW_DIRECTORY`."
@@ -93,7 +93,7 @@ HALF = FLOATING - {"F32", "F64"}
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """The type and shape of one tensor, as the header of its file states them."""
+    """State the type and shape of one tensor, from the header of its file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -101,11 +101,16 @@ class TensorHeader:
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """A checked header: tensors by name, the file's own metadata, its size in bytes and the CRC32C
-    of its samples.
+    """Hold a checked header.
 
-    The last `data_size` bytes of the file are the tensors'; `data_samples` are the CRC32C of the
-    tensors' bytes in each sample, of which the last is the last 64 KiB of the file.
+    Attributes:
+        tensors: type and shape of each tensor, by name.
+        metadata: the file's own metadata.
+        size: size of the file in bytes.
+        fingerprint: CRC32C of samples of the file.
+        data_size: number of bytes of tensor data; they end the file.
+        data_samples: CRC32C of the tensor data in each sample; the last sample is the last 64 KiB
+            of the file.
     """
 
     tensors: dict[str, TensorHeader]
@@ -117,7 +122,7 @@ class Header:
 
 
 def joined(fingerprints: Iterable[int]) -> int:
-    """Return one fingerprint of the files of a checkpoint, from those of each in their order."""
+    """Combine the fingerprints of a checkpoint's files, in order, into one."""
     fingerprint = 0
     for own in fingerprints:
         fingerprint = (fingerprint * 31 + own) % 2**32
@@ -125,10 +130,11 @@ def joined(fingerprints: Iterable[int]) -> int:
 
 
 def read_header(path: Path) -> Header:
-    """Read and check the header of `path`.
+    """Read and check the header of a file.
 
     Raises:
-        InputError: naming the file, what is wrong with it and what to do.
+        InputError: if the file cannot be read or has another format; the message says what to do.
+        _DamagedError: if it is not a complete safetensors file.
     """
     try:
         with reached(path), path.open("rb") as file:
@@ -148,7 +154,13 @@ def read_header(path: Path) -> Header:
 
 
 def size_and_fingerprint(path: Path, file: BinaryIO) -> tuple[int, int]:
-    """Return the size of an open file in bytes and the CRC32C of its samples, whatever it holds."""
+    """Return the size of an open file in bytes and the CRC32C of samples of it, whatever its
+    format.
+
+    Args:
+        path: path of the file.
+        file: the same file, opened in binary mode.
+    """
     size = file.seek(0, os.SEEK_END)
     return size, fingerprint(_reader(path, file), size)
 
@@ -161,9 +173,11 @@ def _checked_header(path: Path, file: BinaryIO) -> Header:
     start = 8 + len(text)
     if start + data_size != size:
         missing = start + data_size - size
-        raise _damaged(
-            path,
-            f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}",
+        raise _DamagedError(
+            _damaged(
+                path,
+                f"it has {size:,} bytes, {abs(missing):,} too {'few' if missing > 0 else 'many'}",
+            )
         )
     samples: list[tuple[int, bytes]] = []
     crc = fingerprint(_remembering(_reader(path, file), samples), size)
@@ -179,11 +193,14 @@ def _checked_header(path: Path, file: BinaryIO) -> Header:
 
 
 def tensor_places(path: Path, file: BinaryIO) -> dict[str, tuple[TensorHeader, range]]:
-    """Return the type and shape of every tensor of an open file, and the bytes of the file that
-    hold it.
+    """Return the type and shape of every tensor of an open file, and its byte range in the file.
+
+    Args:
+        path: path of the file, for error messages.
+        file: the same file, opened in binary mode.
 
     Raises:
-        InputError: where the file is not whole.
+        InputError: if the file is not complete.
     """
     text = _header_text(path, file, file.seek(0, os.SEEK_END))
     tensors, _, places = _parse(path, text)
@@ -195,21 +212,29 @@ def tensor_places(path: Path, file: BinaryIO) -> dict[str, tuple[TensorHeader, r
 
 
 def _header_text(path: Path, file: BinaryIO, size: int) -> bytes:
-    """Return the JSON of the header, after its length was checked."""
+    """Return the JSON of the header after checking its length.
+
+    Raises:
+        _DamagedError: if the length is impossible.
+    """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little") if size >= 8 else -1
     if not 2 <= length <= size - 8:
-        raise _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
+        raise _DamagedError(
+            _damaged(path, f"its {size:,} bytes do not begin with a safetensors header")
+        )
     if length > MAX_HEADER_BYTES:
-        raise _damaged(path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})")
+        raise _DamagedError(
+            _damaged(path, f"its header claims {length:,} bytes (limit {MAX_HEADER_BYTES:,})")
+        )
     return file.read(length)
 
 
 def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
-    """Return a function `(offset, count) -> bytes`, which reads no more than these bytes of a local
-    file, where the system can.
+    """Return a function `(offset, count) -> bytes` that reads only these bytes of a local file, if
+    the system can.
     """
-    if is_remote(path) or not hasattr(os, "pread"):  # as on Windows
+    if is_remote(path) or not hasattr(os, "pread"):  # Windows lacks pread
         return lambda offset, count: (file.seek(offset), file.read(count))[1]
     return lambda offset, count: os.pread(file.fileno(), count, offset)
 
@@ -217,7 +242,7 @@ def _reader(path: Path, file: BinaryIO) -> Callable[[int, int], bytes]:
 def _remembering(
     read: Callable[[int, int], bytes], samples: list[tuple[int, bytes]]
 ) -> Callable[[int, int], bytes]:
-    """Return the same reader, which adds what it reads, with its offset, to the samples."""
+    """Wrap a reader so that it appends each offset and what it reads to `samples`."""
 
     def reader(offset: int, count: int) -> bytes:
         samples.append((offset, read(offset, count)))
@@ -227,11 +252,11 @@ def _remembering(
 
 
 def _other_format(shown: bytes) -> str | None:
-    """Return the format of a file by its first bytes, and what to do with it; None where they tell
-    nothing.
+    """Identify a file that is not safetensors by its first bytes, with advice; None if they match
+    no known format.
 
-    The caller must know that the file is not safetensors, whose first eight bytes, a length, may
-    look like anything.
+    The caller must already know that the file is not safetensors: its first eight bytes are a
+    length and may look like anything.
     """
     text = shown.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
     for marks, what in _OTHERS:
@@ -241,11 +266,11 @@ def _other_format(shown: bytes) -> str | None:
 
 
 class _DamagedError(InputError):
-    """A file that is not a whole safetensors file."""
+    """Report a file that is not a complete safetensors file."""
 
 
-def _damaged(path: Path, what: str) -> InputError:
-    return _DamagedError(
+def _damaged(path: Path, what: str) -> str:
+    return (
         f"{path} is not a whole safetensors file: {what}. Save it again, or remove it (the segment "
         "across the gap becomes longer)."
     )
@@ -254,29 +279,33 @@ def _damaged(path: Path, what: str) -> InputError:
 def _parse(
     path: Path, text: bytes
 ) -> tuple[dict[str, TensorHeader], dict[str, str], dict[str, tuple[int, int]]]:
-    """Return the tensors of a header, its metadata, and where each tensor's bytes begin and end
-    after it.
+    """Return the tensors of a header, its metadata, and the begin and end of each tensor's data.
+
+    Raises:
+        _DamagedError: if the header is invalid.
     """
     if text.count(b"{") > MAX_TENSORS + 2:
-        raise _damaged(path, f"it names more than {MAX_TENSORS:,} tensors")
+        raise _DamagedError(_damaged(path, f"it names more than {MAX_TENSORS:,} tensors"))
     try:
         entries = json.loads(
             text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=short_integer
         )
     except (ValueError, RecursionError) as error:
-        raise _damaged(path, f"its header is not valid JSON ({str(error)[:80]})") from None
+        raise _DamagedError(
+            _damaged(path, f"its header is not valid JSON ({str(error)[:80]})")
+        ) from None
     if not isinstance(entries, dict):
-        raise _damaged(path, "its header is not a table of tensors")
+        raise _DamagedError(_damaged(path, "its header is not a table of tensors"))
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _damaged(path, "its metadata is not a table of words")
+        raise _DamagedError(_damaged(path, "its metadata is not a table of words"))
     try:
         json.dumps([*entries, metadata], ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise _damaged(path, "its header holds half a surrogate pair") from None
+        raise _DamagedError(_damaged(path, "its header holds half a surrogate pair")) from None
     places, tensors = {}, {}
     for name, entry in entries.items():
         tensors[name], *ends = _entry(path, name, entry)
@@ -284,16 +313,18 @@ def _parse(
     position = 0
     for begin, end in sorted(places.values()):
         if begin != position:
-            raise _damaged(path, f"its tensors overlap or leave a hole at byte {position:,}")
+            raise _DamagedError(
+                _damaged(path, f"its tensors overlap or leave a hole at byte {position:,}")
+            )
         position = end
     return tensors, metadata, places
 
 
 def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a table of JSON.
+    """Build a JSON object from its pairs.
 
     Raises:
-        ValueError: where a name stands twice.
+        ValueError: if a name occurs twice.
     """
     table = dict(pairs)
     if len(table) != len(pairs):
@@ -302,10 +333,10 @@ def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def short_integer(text: str) -> int:
-    """Return a size as safetensors reads it: at most 64 bits, no sign.
+    """Parse a size as safetensors allows it: at most 64 bits, no sign.
 
     Raises:
-        ValueError: where the number is out of that range.
+        ValueError: if the number is out of that range.
     """
     if len(text) > 19 or text.startswith("-"):
         raise ValueError("a number out of range")
@@ -327,22 +358,25 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:
-        raise _damaged(path, f"its entry for tensor {name[:80]!r} does not hold together")
+        raise _DamagedError(
+            _damaged(path, f"its entry for tensor {name[:80]!r} does not hold together")
+        )
     return TensorHeader(dtype, tuple(shape)), begin, end
 
 
 def fingerprint_of(data: bytes) -> int:
-    """Return the fingerprint of a file that was read whole."""
+    """Return the fingerprint of a file from all its bytes."""
     return fingerprint(lambda offset, count: data[offset : offset + count], len(data))
 
 
 def fingerprint(read: Callable[[int, int], bytes], size: int) -> int:
-    """Return the CRC32C of the first, middle and last 64 KiB of a file: any training step changes
-    nearly every weight.
+    """Return the CRC32C of the first, middle and last 64 KiB of a file.
+
+    Samples suffice, because any training step changes nearly every weight.
 
     Args:
         read: `(offset, length) -> bytes`.
-        size: of the file, in bytes.
+        size: size of the file in bytes.
     """
     crc = 0
     for offset in sorted({0, max(0, size // 2 - _SAMPLE // 2), max(0, size - _SAMPLE)}):

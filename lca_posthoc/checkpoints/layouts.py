@@ -1,8 +1,7 @@
-"""Recognise what other programs leave in a directory, by names and a few first bytes: nothing is
-unpickled here.
+"""Recognise the files that other programs leave in a directory, by name and first bytes, without
+unpickling.
 
-`lca run` and `lca import` meet the same directories; what both refuse, they refuse with the words
-of this module.
+`lca run` and `lca import` meet the same directories; both use the error messages of this module.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from .headers import GGUF
 
 WHOLE = ("pytorch_model.bin.index.json", "pytorch_model.bin", "adapter_model.bin")
 SAFETENSORS = ("model.safetensors.index.json", "model.safetensors", "adapter_model.safetensors")
-MOMENTS = "moments"  # a recorder's folder of an optimiser's moments, beside the checkpoints
+MOMENTS = "moments"  # a recorder's directory for optimiser moments, beside the checkpoints
 IMPORTED = (".ckpt", ".pt", ".pth", ".bin", ".tar", ".h5", ".hdf5")
 BESIDE_THE_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|sampler|dl_state_dict|custom_checkpoint|training_args|rng_state|random_states)(_\d+)?\.\w+"
@@ -33,8 +32,13 @@ _OF_ACCELERATE = re.compile(r"checkpoint_\d+")
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A layout that `lca run` cannot read: its name, a function that recognises a place that holds
-    it, the words of the refusal, and whether `lca import` reads it.
+    """Describe a layout that `lca run` cannot read.
+
+    Attributes:
+        name: name of the layout.
+        recognises: returns whether a path holds it.
+        words: the predicate of the error message.
+        is_imported: whether `lca import` reads it.
     """
 
     name: str
@@ -44,8 +48,10 @@ class Unreadable:
 
 
 def _sharded(*patterns: str) -> Callable[[Path], bool]:
-    """Return a function that recognises files of these names in a directory or up to two below,
-    with no whole model beside or above.
+    """Return a function that looks for files of these names in a directory or up to two levels
+    below.
+
+    It ignores them if a whole model lies beside or above them.
     """
 
     def recognises(place: Path) -> bool:
@@ -69,7 +75,9 @@ def _sharded(*patterns: str) -> Callable[[Path], bool]:
 
 
 def _is_gguf(place: Path) -> bool:
-    """Recognise a file of GGUF, or a directory that holds some and no files of another format."""
+    """Return whether a path is a GGUF file, or a directory with GGUF files and no checkpoints of
+    another format.
+    """
     if place.is_file():
         with place.open("rb") as file:
             return file.read(4) == b"GGUF"
@@ -82,8 +90,8 @@ UNREADABLE = (
     Unreadable(
         "DeepSpeed shards",
         _sharded("*mp_rank_*_model_states.pt", "*zero_pp_rank_*_optim_states.pt"),
-        "DeepSpeed's shards: `lca import SOURCE DIR` puts those of every step together, in "
-        "float32, and makes a directory that this reads.",
+        "DeepSpeed shards: `lca import SOURCE DIR` joins those of every step in float32 and "
+        "writes a directory to read instead.",
         is_imported=True,
     ),
     Unreadable(
@@ -91,14 +99,14 @@ UNREADABLE = (
         _sharded(
             "mp_rank_*/model_optim_rng.pt", "mp_rank_*/model_rng.pt", "mp_rank_*/distrib_optim.pt"
         ),
-        "Megatron's shards, which only Megatron puts together: convert every iteration with its "
+        "Megatron shards, which only Megatron can join: convert every iteration with its "
         "tools/checkpoint/convert.py, and import or read the result.",
     ),
     Unreadable(
         "torch.distributed.checkpoint shards",
         _sharded("*.distcp"),
-        "shards of torch.distributed.checkpoint: `lca import SOURCE DIR` puts those of every step "
-        "together, and makes a directory that this reads.",
+        "torch.distributed.checkpoint shards: `lca import SOURCE DIR` joins those of every step "
+        "and writes a directory to read instead.",
         is_imported=True,
     ),
     Unreadable(
@@ -110,10 +118,10 @@ UNREADABLE = (
 
 
 def refuse_unreadable(place: Path) -> None:
-    """Refuse a directory, or a file, that only another program can read.
+    """Raise an error for a directory or file that only another program can read.
 
     Raises:
-        InputError: with what it holds and how to make checkpoints of it.
+        InputError: if it is one; the message says what it holds and how to convert it.
     """
     for layout in UNREADABLE:
         if layout.recognises(place):
@@ -124,8 +132,8 @@ def refuse_unreadable(place: Path) -> None:
 
 
 def step_in_name(name: str) -> int | None:
-    """Return the training step a file or directory name states, or None: never just the last number
-    in it.
+    """Return the training step that a file or directory name states, or None; never just the last
+    number in it.
 
     >>> step_in_name("checkpoint-30000step"), step_in_name("step_1e5"), step_in_name("model-00001-of-00004")
     (30000, None, None)
@@ -135,7 +143,7 @@ def step_in_name(name: str) -> int | None:
 
 
 def says_step(name: str) -> bool:
-    """Tell whether a name calls its number a step or an iteration, and not merely that of a
+    """Return whether a name calls its number a step or an iteration, rather than that of a
     checkpoint.
 
     >>> says_step("epoch=1-step=20"), says_step("checkpoint-20.pth")
@@ -145,12 +153,12 @@ def says_step(name: str) -> bool:
 
 
 def states_epoch(name: str) -> bool:
-    """Tell whether a name states an epoch."""
+    """Return whether a name states an epoch."""
     return _SAYS_EPOCH.search(name) is not None
 
 
 def pattern_of(name: str) -> str:
-    """Return a `--pattern` for names such as this one, by the word that stands before its number.
+    """Return a `--pattern` for names like this one, from the word before its number.
 
     >>> pattern_of("checkpoint_0003.pth.tar"), pattern_of("net_epoch_12.pth")
     ('checkpoint_(?P<step>\\\\d+)', 'epoch_(?P<step>\\\\d+)')
@@ -161,15 +169,17 @@ def pattern_of(name: str) -> str:
 
 
 def count_epochs(pairs: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether numbers rise one by one with epochs, where the pairs are (number in the name,
-    epoch in the file).
+    """Return whether the numbers in names increase one by one with the epochs in the files.
 
-    Some programs save the number of the epoch that is done and some that of the next: only the
-    difference is compared. Names that count steps rise by the steps of an epoch, or not at all
-    within one.
+    Some programs save the number of the finished epoch and some that of the next, so only
+    differences matter. Numbers that count steps increase by the steps of an epoch, or change within
+    one.
 
     >>> count_epochs([(0, 1), (1, 2), (4, 5)]), count_epochs([(0, 0), (10, 1)]), count_epochs([(0, 0), (1, 0)])
     (True, False, False)
+
+    Args:
+        pairs: (number in the name, epoch in the file) of each checkpoint.
     """
     return (
         len({epoch for _, epoch in pairs}) > 1
@@ -178,19 +188,19 @@ def count_epochs(pairs: Sequence[tuple[int, int]]) -> bool:
 
 
 def refuse_epochs(names: Mapping[str, int | None]) -> None:
-    """Refuse names whose numbers count epochs.
+    """Raise an error for names whose numbers count epochs.
 
     Args:
-        names: name → the epoch its file holds, None where it holds none.
+        names: name → the epoch in its file, or None.
 
     Raises:
-        InputError: with the `--pattern` that says that epochs are meant.
+        InputError: always; the message has the `--pattern` that accepts epochs.
     """
     inside = sorted(epoch for epoch in names.values() if epoch is not None)
     in_files = f" (the files hold epoch {few([*map(str, inside)])})" if inside else ""
     numbered = [name for name in names if step_in_name(name) is not None or states_epoch(name)]
     what = (
-        f"cannot tell the training step of {few([*names])}: an epoch is stated and no training "
+        f"cannot tell the training step of {few([*names])}: they state an epoch and no training "
         "step, and one segment would span all steps of an epoch"
         if step_in_name(numbered[0]) is None
         else f"{few([*names])}: the number in the name is the epoch{in_files} and not a training "
@@ -198,8 +208,8 @@ def refuse_epochs(names: Mapping[str, int | None]) -> None:
         "steps of an epoch"
     )
     raise InputError(
-        f"{what}. Where that is meant, name the number with --pattern '{pattern_of(numbered[0])}'; "
-        "what it does not match is left out."
+        f"{what}. If you want that, name the number with --pattern '{pattern_of(numbered[0])}'; it "
+        "skips names that do not match."
     )
 
 
@@ -207,7 +217,7 @@ def epochs_are_meant(names: str) -> str:
     """Return the note for numbers that the user named although they count epochs.
 
     Args:
-        names: what names them: `--pattern` with its argument, or a place with `{step}` in it.
+        names: `--pattern` with its argument, or a template with `{step}`.
     """
     return (
         f"the numbers {names} names are the epochs the files hold: every segment "
@@ -217,24 +227,22 @@ def epochs_are_meant(names: str) -> str:
 
 
 def both_count(names: Sequence[str]) -> str:
-    """Return the note for names that say step where the files hold the same number as their
-    epoch.
-    """
+    """Return the note for names that say step while the files hold the same number as their epoch."""
     return (
-        f"{few(names)}: the number is taken as the training step, as the name says, and the files "
-        "hold it as their epoch too. Where an epoch has several steps, a segment spans all of them"
+        f"{few(names)}: the name calls the number a training step, so it is read as one, but the "
+        "files hold the same number as their epoch. If an epoch has several steps, a segment spans "
+        "all of them"
     )
 
 
 def refuse_counted_saves(entries: Sequence[Path]) -> None:
-    """Refuse directories of accelerate's `save_state` whose numbers count saves: `checkpoint_0`,
-    `checkpoint_1`, ….
+    """Raise an error for directories of accelerate's `save_state` whose numbers count saves:
+    `checkpoint_0`, `checkpoint_1`, ….
 
-    With numbers that are not consecutive they are the caller's own, and are training steps as far
-    as anyone can tell.
+    Numbers that are not consecutive come from the user's code, and count as training steps.
 
     Raises:
-        InputError: with the `--pattern` that says that the saves are meant.
+        InputError: if the numbers count saves; the message has the `--pattern` that accepts them.
     """
     of_accelerate = [
         entry
@@ -244,16 +252,16 @@ def refuse_counted_saves(entries: Sequence[Path]) -> None:
     numbers = sorted(int(entry.name.partition("_")[2]) for entry in of_accelerate)
     if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers))):
         raise InputError(
-            f"{few([entry.name for entry in of_accelerate])}: accelerate numbers what save_state "
-            "writes by counting its saves, so the number is no training step, and one segment "
-            "would span all steps between two saves. Where that is meant, name the number with "
-            "--pattern 'checkpoint_(?P<step>\\d+)'; else rename the directories to step_N, N the "
-            "step of the optimiser."
+            f"{few([entry.name for entry in of_accelerate])}: accelerate's save_state counts its "
+            "saves, so the number is not a training step, and one segment would span all steps "
+            "between two saves. If you want that, name the number with "
+            "--pattern 'checkpoint_(?P<step>\\d+)'; else rename the directories to step_N, where N "
+            "is the optimiser step."
         )
 
 
 def several_namings(names: Sequence[str]) -> list[str]:
-    """Return a note where names differ in more than their numbers, as those of two trainings do.
+    """Return a note if names differ in more than their numbers, as with two training runs.
 
     >>> several_namings(["a_step_1", "a_step_20", "b_step_3"])[0].partition(":")[0]
     'names are of 2 kinds'
@@ -266,6 +274,6 @@ def several_namings(names: Sequence[str]) -> list[str]:
         return []
     shown = few([f"{kind!r} ({count})" for kind, count in kinds.items()])
     return [
-        f"names are of {len(kinds)} kinds: {shown}. They are taken as checkpoints of one training; "
-        "where they are of several, choose one with --pattern"
+        f"names are of {len(kinds)} kinds: {shown}. They are read as checkpoints of one training "
+        "run; if they come from several, choose one with --pattern"
     ]

@@ -1,8 +1,8 @@
-"""Recognise buffers that older releases of libraries saved and today's model classes compute:
-rotary frequencies, causal masks, counts.
+"""Recognise buffers that older library releases saved and today's model classes compute: rotary
+frequencies, causal masks, counts.
 
-Their names and headers make them candidates. What they hold decides: a weight that only looks like
-one must not be left out.
+Names and headers only select candidates. The numbers decide, because a weight that merely looks
+like such a buffer must not be left out.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _COUNTS = frozenset({"num_batches_tracked", "n_averaged", "initted"})
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of leftover: the word for it, the end of its names, its dtypes, and how many numbers
-    its shape may have.
+    """Describe a kind of leftover: its name for messages, how tensor names end, its dtypes, and
+    whether it is a single number.
     """
 
     what: str
@@ -69,13 +69,13 @@ def _kind(name: str) -> _Kind | None:
 
 
 def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
-    """Tell whether a tensor could be such a buffer, by its name and header.
+    """Return whether a tensor could be such a buffer, judging by its name and header.
 
     Args:
-        name: of the tensor.
-        header: its type and shape in the file.
-        used: the tensors the model takes from the files. A count of batches is known only where the
-            statistics it belongs to are among them: else the model has no such layer.
+        name: name of the tensor.
+        header: type and shape of the tensor in the file.
+        used: names of the tensors that the model takes from the files. A count of batches is known
+            only if its statistics are among them: otherwise the model has no such layer.
     """
     kind = _kind(name)
     if kind is None or header.dtype not in kind.dtypes:
@@ -83,7 +83,7 @@ def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
     *others, last = header.shape or (1,)
     if kind.scalar and (last != 1 or any(extent != 1 for extent in others)):
         return False
-    if kind.what == _MASK:  # a bias of a layer is a vector
+    if kind.what == _MASK:  # unlike a layer's bias, which is a vector
         return (
             len(header.shape) in (2, 4)
             and header.shape[-1] == header.shape[-2]
@@ -95,22 +95,22 @@ def is_known(name: str, header: TensorHeader, used: Collection[str]) -> bool:
 
 
 def counts(name: str) -> bool:
-    """Tell whether a known leftover counts, and so changes in training without a part in any
+    """Return whether a known leftover is a counter, which changes in training without affecting any
     loss.
     """
     return name.rpartition(".")[2] in _COUNTS
 
 
 def refuted(name: str, tensor: Tensor, unstored: Mapping[str, Tensor]) -> str:
-    """Return why a tensor is no leftover after all, as the end of a sentence; an empty string where
-    it may be left out.
+    """Return why a tensor is not a leftover after all, as the end of a sentence; "" if it may be
+    left out.
 
     Args:
-        name: of the tensor.
-        tensor: the one of that name in a checkpoint.
-        unstored: the buffers the task's model builds and does not save, by name. Rotary frequencies
-            and tensors of no known kind must be among them where there are any of that name; masks
-            that are of the same length, too.
+        name: name of the tensor.
+        tensor: the tensor of that name in a checkpoint.
+        unstored: buffers that the task's model builds and does not save, by name. If it builds some
+            under the same last name, rotary frequencies and tensors of no known kind must equal one
+            of them; masks must equal one of the same shape.
     """
     kind = _kind(name)
     if kind is not None and kind.scalar:
@@ -134,7 +134,12 @@ def _unlike(kind: _Kind) -> str:
 
 
 def left_out_note(names: Collection[str], fixed: Collection[str]) -> str:
-    """Return the note on tensors that are left out, of which `fixed` were named by `Task.fixed`."""
+    """Return the note on tensors that are left out.
+
+    Args:
+        names: names of the leftovers.
+        fixed: names that `Task.fixed` lists.
+    """
     kinds: dict[str, dict[str, None]] = {}
     for name in [*names, *fixed]:
         kind = _kind(name)
@@ -148,17 +153,17 @@ def left_out_note(names: Collection[str], fixed: Collection[str]) -> str:
         kinds.setdefault(what, {})[re.sub(r"(?<=\.)\d+(?=\.)", "*", name)] = None
     shown = "; ".join(f"{few([*map(repr, group)], 6)} ({what})" for what, group in kinds.items())
     return (
-        f"left out what only the checkpoints hold: {shown}. The task's model does not save it, and "
-        "no weight is among it"
+        f"left out tensors that only the checkpoints hold: {shown}. The task's model does not save "
+        "them, and none is a weight"
     )
 
 
 def _is_plausible(kind: _Kind, tensor: Tensor) -> bool:
-    """Tell whether the numbers of a tensor are those of its kind, and no weights.
+    """Return whether the numbers of a tensor fit its kind and are not weights.
 
-    Rotary frequencies are positive and descend, a causal mask is a lower triangle (or a band below
-    the diagonal, where attention is local) or the triangle above it, positions are 0, 1, 2, …,
-    token types 0, and the value of masked scores is far below 0.
+    Rotary frequencies are positive and descend. A causal mask is a lower triangle (or a band below
+    the diagonal, for local attention) or the triangle above it. Positions are 0, 1, 2, …, token
+    types are 0, and the value of masked scores is far below 0.
     """
     import torch
 
@@ -184,7 +189,7 @@ def _is_plausible(kind: _Kind, tensor: Tensor) -> bool:
 
 
 def _same_values(stored: Tensor, own: Tensor) -> bool:
-    """Tell whether a stored buffer is the one the model computes, but for rounding."""
+    """Return whether a stored buffer equals the one the model computes, up to rounding."""
     import torch
 
     if stored.shape != own.shape:

@@ -1,4 +1,4 @@
-"""Choose the tensors of a trajectory that training moves, and measure how much each moves."""
+"""Select the tensors of a trajectory that training moves, and measure how much each moves."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .trajectory import Trajectory, is_statistic
 
 @dataclass(frozen=True, kw_only=True)
 class LeftOut:
-    """Tensors in which no direction has a part, and the reason."""
+    """List tensors that the directions leave out, with the reason."""
 
     names: tuple[str, ...]
     reason: str
@@ -22,10 +22,16 @@ class LeftOut:
 def chosen_tensors(
     trajectory: Trajectory, displacements: Displacements
 ) -> tuple[list[str], list[LeftOut]]:
-    """Return the names of floating tensors, in order, without running statistics and second names
-    of tied tensors; and those left out.
+    """Select the floating tensors, without running statistics and second names of tied tensors.
 
-    Whether another tensor is a buffer, checkpoints do not say.
+    Checkpoints do not show whether a remaining tensor is a buffer.
+
+    Args:
+        trajectory: the checkpoints.
+        displacements: displacements of the same trajectory.
+
+    Returns:
+        The names of the selected tensors, sorted, and the tensors left out.
     """
     reasons: dict[str, list[str]] = {}
     names = []
@@ -43,8 +49,8 @@ def chosen_tensors(
 
 
 def _tied(trajectory: Trajectory, displacements: Displacements, names: Sequence[str]) -> list[str]:
-    """Return the names of tensors that move, and whose numbers at the first and at the last
-    checkpoint are those of a tensor before them.
+    """Return the names of tensors that move and equal an earlier tensor at the first and the last
+    checkpoint.
     """
     alike: dict[object, list[str]] = {}
     for name in names:
@@ -61,7 +67,7 @@ def _tied(trajectory: Trajectory, displacements: Displacements, names: Sequence[
 
 
 def _digest(displacements: Displacements, name: str, checkpoint: int) -> bytes:
-    """Return a digest of the numbers of a tensor in one checkpoint."""
+    """Return a digest of a tensor's numbers in one checkpoint."""
     digest = hashlib.sha256()
     for block in displacements.blocks([name]):
         digest.update(displacements.values(block, checkpoint).tobytes())
@@ -71,7 +77,13 @@ def _digest(displacements: Displacements, name: str, checkpoint: int) -> bytes:
 def motion_of(
     displacements: Displacements, blocks: Iterable[Sequence[Piece]], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return Σ‖Δθ‖² over all segments of each of some tensors, whose blocks are given."""
+    """Return Σ‖Δθ‖² of each tensor over all segments.
+
+    Args:
+        displacements: displacements of a trajectory.
+        blocks: blocks that cover the tensors.
+        names: names of the tensors.
+    """
     motion = dict.fromkeys(names, 0.0)
     for block in blocks:
         for segments in displacements.row_blocks():

@@ -1,9 +1,9 @@
-"""The optimiser's numbers beside the checkpoints: a record of the step that led to each, and files
-of its moments.
+"""Read and write the optimiser's numbers beside the checkpoints: a record of each step, and files
+of moments.
 
-A record stands in the metadata of the checkpoint that the step led to, as JSON under the key
-`optimizer`. Moments lie in a folder of their own below the checkpoints, so that a trajectory never
-takes them for one.
+The record of a step is stored in the metadata of the checkpoint that the step led to, as JSON under
+the key `optimizer`. Moments have their own directory below the checkpoints, so that a trajectory
+never reads them as checkpoints.
 """
 
 from __future__ import annotations
@@ -33,35 +33,35 @@ if TYPE_CHECKING:
     from .trajectory import Checkpoint
 
 METADATA_KEY = "optimizer"
-FIRST, SECOND = "exp_avg/", "exp_avg_sq/"  # before the names of the tensors they belong to
+FIRST, SECOND = "exp_avg/", "exp_avg_sq/"  # prefixes of the names of the tensors they belong to
 _MAX_BYTES = 16 * 2**20
 _MAX_CLASS_NAME = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupStep:
-    """A step of an optimiser with some tensors, all treated alike.
+    """Record an optimiser's step for some tensors that it treats alike.
 
     Args:
-        optimizer: the class, `SGD` for those of `torch.optim`, else with its module.
-        tensors: their names, as in the files.
-        gradient_norms: ‖g‖₂ of each gradient as the optimiser was given it, after unscaling and
-            clipping; NaN where it is not known.
-        lr: the learning rate of this step.
-        weight_decay: 0 where the optimiser has none.
-        decoupled: True where the decay is apart from the gradient, as in AdamW.
-        momentum: of SGD and RMSprop; else 0.
-        dampening: of SGD; else 0.
-        nesterov: of SGD.
-        maximize: True where the step goes up the gradient.
-        betas: of the Adam family; else None.
-        eps: None where the optimiser has none.
-        amsgrad: of the Adam family.
-        centered: of RMSprop.
-        alpha: of RMSprop; else None.
-        lr_decay: of Adagrad; else None.
-        steps: the steps made with these tensors, this one included.
-        has_memory: True where a momentum buffer or `exp_avg` existed before the step.
+        optimizer: class name, such as `SGD`; with its module if it is not from `torch.optim`.
+        tensors: names of the tensors, as in the files.
+        gradient_norms: ‖g‖₂ of each gradient as the optimiser received it, after unscaling and
+            clipping; NaN if unknown.
+        lr: learning rate of this step.
+        weight_decay: 0 if the optimiser has none.
+        decoupled: True if the decay bypasses the gradient, as in AdamW.
+        momentum: momentum of SGD and RMSprop; 0 for others.
+        dampening: dampening of SGD; 0 for others.
+        nesterov: whether SGD uses Nesterov momentum.
+        maximize: True if the step ascends the gradient.
+        betas: betas of the Adam family; None for others.
+        eps: None if the optimiser has none.
+        amsgrad: whether an Adam uses AMSGrad.
+        centered: whether RMSprop is centered.
+        alpha: alpha of RMSprop; None for others.
+        lr_decay: learning rate decay of Adagrad; None for others.
+        steps: number of steps made with these tensors, including this one.
+        has_memory: True if a momentum buffer or `exp_avg` existed before the step.
     """
 
     optimizer: str
@@ -86,14 +86,14 @@ class GroupStep:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerStep:
-    """The step that led from the iterate before to this one.
+    """Record the step from the previous iterate to this one.
 
     Args:
-        since: the training step of the iterate before, with whose weights the step began.
-        optimizer_steps: the steps made since then, inner ones of wrappers counted: 1 for a plain
-            one. `groups` tell of the last that each tensor took part in.
-        clip: the factor the gradient was multiplied by before the step; None where nobody said.
-        groups: tensors that got no gradient are in none.
+        since: training step of the previous iterate, from whose weights the step started.
+        optimizer_steps: number of steps made since then, counting inner steps of wrappers: 1 for a
+            plain step. `groups` describes the last step of each tensor.
+        clip: factor that multiplied the gradient before the step; None if nobody reported it.
+        groups: steps by group; tensors without a gradient are in none.
     """
 
     since: int
@@ -103,8 +103,9 @@ class OptimizerStep:
 
 
 def to_metadata(step: OptimizerStep) -> str:
-    """Return a record as JSON, for the metadata of a file; `from_metadata` reads it, where every
-    number but the norms is finite.
+    """Encode a record as JSON for the metadata of a file; `from_metadata` decodes it.
+
+    Every number except the norms must be finite.
     """
     record = {**vars(step), "clip": None if step.clip is None else _written(step.clip)}
     record["groups"] = [
@@ -121,26 +122,18 @@ def to_metadata(step: OptimizerStep) -> str:
 
 
 def _written(number: float) -> float | str | None:
-    """Return a number as JSON can hold it: NaN as null, an infinite one as a word."""
+    """Encode a number for JSON: NaN as null, an infinite one as a string."""
     return None if math.isnan(number) else number if math.isfinite(number) else str(number)
 
 
 def from_metadata(text: str) -> OptimizerStep:
-    """Return the record that `to_metadata` wrote, from a text that anybody may have written.
+    """Decode a record that `to_metadata` encoded, without trusting the text.
 
     Raises:
-        InputError: where the text is no such record.
+        InputError: if the text is not such a record.
     """
     try:
-        if len(text) > _MAX_BYTES:
-            raise ValueError(f"it is longer than {_MAX_BYTES:,} signs")
-        record = json.loads(
-            text,
-            object_pairs_hook=no_duplicates,
-            parse_int=short_integer,
-            parse_constant=_refuse_constant,
-        )
-        return _step(_table(record, "the record", OptimizerStep))
+        return _step(_table(_parsed(text), "the record", OptimizerStep))
     except (ValueError, RecursionError) as error:
         said = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise InputError(
@@ -149,18 +142,30 @@ def from_metadata(text: str) -> OptimizerStep:
         ) from None
 
 
+def _parsed(text: str) -> object:
+    if len(text) > _MAX_BYTES:
+        raise ValueError(f"it is longer than {_MAX_BYTES:,} characters")
+    record: object = json.loads(
+        text,
+        object_pairs_hook=no_duplicates,
+        parse_int=short_integer,
+        parse_constant=_refuse_constant,
+    )
+    return record
+
+
 def _refuse_constant(word: str) -> float:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a number in JSON")
 
 
 def _step(record: Mapping[str, object]) -> OptimizerStep:
     entries = record["groups"]
     if type(entries) is not list or len(entries) > MAX_TENSORS:
-        raise ValueError("groups is no list of groups")
+        raise ValueError("groups is not a list of groups")
     groups = tuple(_group(_table(entry, "a group", GroupStep)) for entry in entries)
     names = [name for group in groups for name in group.tensors]
     if len(names) > MAX_TENSORS or len({*names}) < len(names):
-        raise ValueError("a tensor is in two groups, or there are too many")
+        raise ValueError("a tensor is in two groups, or there are too many tensors")
     return OptimizerStep(
         since=_count(record, "since", 0),
         optimizer_steps=_count(record, "optimizer_steps", 0),
@@ -172,12 +177,12 @@ def _step(record: Mapping[str, object]) -> OptimizerStep:
 def _group(entry: Mapping[str, object]) -> GroupStep:
     tensors, norms = entry["tensors"], entry["gradient_norms"]
     if type(tensors) is not list or not tensors or not all(map(_is_name, tensors)):
-        raise ValueError("tensors is no list of names")
+        raise ValueError("tensors is not a list of names")
     if type(norms) is not list or len(norms) != len(tensors):
-        raise ValueError("gradient_norms has not one number for each tensor")
+        raise ValueError("gradient_norms does not have one number for each tensor")
     name = entry["optimizer"]
     if type(name) is not str or not is_storable(name) or len(name) > _MAX_CLASS_NAME:
-        raise ValueError("optimizer is no name of a class")
+        raise ValueError("optimizer is not the name of a class")
     return GroupStep(
         optimizer=name,
         tensors=tuple(tensors),
@@ -205,14 +210,14 @@ def _table(
 ) -> dict[str, object]:
     names = {field.name for field in dataclasses.fields(kind)}
     if type(entry) is not dict or entry.keys() != names:
-        raise ValueError(f"{described} has not the entries {', '.join(sorted(names))}")
+        raise ValueError(f"{described} does not have the entries {', '.join(sorted(names))}")
     return entry
 
 
 def _count(entry: Mapping[str, object], name: str, least: int) -> int:
     value = entry[name]
     if type(value) is not int or value < least:
-        raise ValueError(f"{name} is no whole number from {least}")
+        raise ValueError(f"{name} is not a whole number from {least} on")
     return value
 
 
@@ -226,7 +231,7 @@ def _flag(entry: Mapping[str, object], name: str) -> bool:
 def _number(entry: Mapping[str, object], name: str, least: float = -math.inf) -> float:
     value = _finite(entry[name])
     if value is None or value < least:
-        raise ValueError(f"{name} is no number" + (f" from {least}" if least == 0 else ""))
+        raise ValueError(f"{name} is not a number" + (f" from {least} on" if least == 0 else ""))
     return value
 
 
@@ -241,11 +246,11 @@ def _betas(value: object) -> tuple[float, float] | None:
     match numbers:
         case [float() as first, float() as second] if 0 <= first < 1 and 0 <= second < 1:
             return first, second
-    raise ValueError("betas is no pair of numbers from 0 to 1")
+    raise ValueError("betas is not a pair of numbers from 0 to 1")
 
 
 def _finite(value: object) -> float | None:
-    """Return a number of JSON; None for anything else."""
+    """Return a finite number of JSON as a float, or None for anything else."""
     if type(value) not in (int, float):
         return None
     number = float(value)  # type: ignore[arg-type]
@@ -257,7 +262,7 @@ def _norm(value: object) -> float:
         return math.nan if value is None else math.inf
     number = _finite(value)
     if number is None or number < 0:
-        raise ValueError("gradient_norms holds something that is no norm")
+        raise ValueError("gradient_norms holds something that is not a norm")
     return number
 
 
@@ -266,26 +271,26 @@ def _is_name(value: object) -> bool:
         return False
     try:
         value.encode()
-    except UnicodeEncodeError:  # half a pair of surrogates, which no file's header holds
+    except UnicodeEncodeError:  # a lone surrogate, which no file header can hold
         return False
     return True
 
 
 def read_optimizer_step(checkpoint: Checkpoint) -> OptimizerStep | None:
-    """Return the record of the step that led to a checkpoint; None where its files carry none.
+    """Read the record of the step that led to a checkpoint; None if its files have none.
 
     Raises:
-        InputError: where a file cannot be read, or its record is damaged; it names the file.
+        InputError: if a file cannot be read or its record is damaged; the message names the file.
     """
     return optimizer_step_in({path: read_header(path) for path in checkpoint.files})
 
 
 def optimizer_step_in(headers: Mapping[Path, Header]) -> OptimizerStep | None:
-    """Return the record of the step that led to a checkpoint, from the headers of its files; None
-    where they carry none.
+    """Read the record of the step that led to a checkpoint from the headers of its files; None if
+    they have none.
 
     Raises:
-        InputError: where the record is damaged; it names the file.
+        InputError: if the record is damaged; the message names the file.
     """
     for path, header in headers.items():
         text = header.metadata.get(METADATA_KEY)
@@ -298,27 +303,31 @@ def optimizer_step_in(headers: Mapping[Path, Header]) -> OptimizerStep | None:
 
 
 def moments_path(directory: Path, step: int) -> Path:
-    """Return the path of the moments' file of a step.
+    """Return the path of the file with the moments of a step.
 
     >>> moments_path(Path("ckpts"), 12).as_posix()
     'ckpts/moments/step_00000012.safetensors'
+
+    Args:
+        directory: directory of the checkpoints.
+        step: training step.
     """
     return directory / MOMENTS / f"step_{step:08d}.safetensors"
 
 
 @dataclass(frozen=True)
 class MomentsRecord:
-    """The size in bytes of a file of moments, and a CRC32C of samples of it."""
+    """Identify a file of moments by its size in bytes and a CRC32C of samples."""
 
     size: int
     fingerprint: int
 
 
 def record_of_moments(path: Path) -> MomentsRecord | None:
-    """Return the record of a file of moments as it is now; None where there is none.
+    """Return the record of a file of moments as it is now, or None if there is no file.
 
     Raises:
-        InputError: where the file cannot be read.
+        InputError: if the file cannot be read.
     """
     try:
         with reached(path):
@@ -333,21 +342,21 @@ def record_of_moments(path: Path) -> MomentsRecord | None:
 def about_other_moments(
     path: Path | str, step: int, recorded: MomentsRecord | None, now: MomentsRecord | None
 ) -> str:
-    """Return the message that refuses moments other than those a run recorded.
+    """Return the error message for moments that differ from those a run recorded.
 
     Args:
         path: where the file is, or was.
-        step: of the checkpoint it belongs to.
-        recorded: the record of the run; None where there was no file.
-        now: the record of what is there; None where there is no file.
+        step: step of the checkpoint it belongs to.
+        recorded: record in the run; None if there was no file.
+        now: record of the current file; None if there is no file.
     """
     if now is None:
         what, way = "is gone", "Restore it"
     elif recorded is None:
-        what, way = "is new", "Take it away"
+        what, way = "is new", "Remove it"
     else:
         what, way = "is another file", "Restore it"
     return (
-        f"{path} (step {step}), a file of the optimiser's moments, {what} since the run recorded "
-        f"what was there. {way}, or write another run with --out."
+        f"{path} (step {step}), a file of the optimiser's moments, {what} since the run was "
+        f"created. {way}, or write another run with --out."
     )

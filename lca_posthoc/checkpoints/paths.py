@@ -1,9 +1,8 @@
-"""Places of checkpoints: a directory, or one behind a URL that fsspec reads (`s3://…`, `gs://…`,
-`hf://…`, `https://…`).
+"""Locate checkpoints: a directory, or a URL that fsspec reads (`s3://…`, `gs://…`, `hf://…`,
+`https://…`).
 
-A remote place is an object of universal_pathlib, which has the methods of a `Path`. Files that are
-read whole are kept on this machine within a bound (`cache`), so that the next loss does not fetch
-them again.
+A remote path is a universal_pathlib object, which has the methods of a `Path`. Files read whole
+stay in a local cache of limited size (`cache`), so that the next loss need not fetch them again.
 """
 
 from __future__ import annotations
@@ -19,12 +18,14 @@ from .cache import cache
 
 
 def located(where: str | Path) -> Path:
-    """Return the path of a directory or a URL of checkpoints, which fsspec reads: by its driver for
-    this kind of URL, where that is installed, else by obstore, which writes results.
+    """Return the path of a directory or URL of checkpoints, and check that a driver for it is
+    installed.
+
+    Prefer fsspec's driver for this kind of URL; else use obstore, which writes results.
 
     Raises:
-        InputError: where a URL holds a password or a query.
-        ResourceError: where a URL's driver is not installed.
+        InputError: if a URL holds a password or a query.
+        ResourceError: if no driver for the URL is installed.
     """
     path = path_of(where)
     if not is_remote(path):
@@ -38,7 +39,7 @@ def located(where: str | Path) -> Path:
 
 
 def _read_by_obstore(path: Path) -> bool:
-    """Let obstore read URLs of a path's kind in this process; return False where it cannot."""
+    """Register obstore for URLs of this kind in this process; return False if it cannot read them."""
     try:
         from obstore.fsspec import register
     except ImportError:
@@ -46,17 +47,17 @@ def _read_by_obstore(path: Path) -> bool:
     try:
         register(path.protocol)  # type: ignore[attr-defined]
         _ = path.fs  # type: ignore[attr-defined]
-    except Exception:  # of a kind it does not know
+    except Exception:  # obstore does not know this kind of URL
         return False
     return True
 
 
 def path_of(where: str | Path) -> Path:
-    """Return the path of a directory or a URL; nothing is asked of a driver.
+    """Return the path of a directory or URL without contacting a driver.
 
     Raises:
-        InputError: where a URL holds a password or a query.
-        ResourceError: where a URL has no path, for want of a package or of a driver of its kind.
+        InputError: if a URL holds a password or a query.
+        ResourceError: if universal_pathlib or fsspec's driver for the URL is missing.
     """
     if not isinstance(where, str | Path):  # a path behind a URL
         return where
@@ -68,7 +69,7 @@ def path_of(where: str | Path) -> Path:
         from upath import UPath
     except ImportError:
         raise ResourceError(
-            f"{where} is remote, which needs universal_pathlib: pip install 'lca_posthoc[remote]'."
+            f"{where} is remote; reading it needs universal_pathlib: pip install 'lca_posthoc[remote]'."
         ) from None
     protocol, _, rest = where.partition("://")
     host, _, port = rest.partition("/")[0].partition(":")
@@ -91,8 +92,12 @@ def path_of(where: str | Path) -> Path:
 def here(where: str | Path, what: str) -> Path:
     """Return a path that must lie on a file system.
 
+    Args:
+        where: the path, or a URL to reject.
+        what: end of the error message: why a URL does not work and what to do.
+
     Raises:
-        InputError: where it is a URL; `what` says why a URL will not do, and what to do.
+        InputError: if it is a URL.
     """
     if "://" in str(where):
         raise InputError(f"{where} is a URL, and {what}")
@@ -100,22 +105,30 @@ def here(where: str | Path, what: str) -> Path:
 
 
 def is_path(value: object) -> bool:
-    """Tell whether a value is a path, of a file system or behind a URL."""
+    """Return whether a value is a path, local or remote."""
     return isinstance(value, Path) or hasattr(value, "storage_options")
 
 
 def is_remote(path: Path) -> bool:
-    """Tell whether a path is behind a URL."""
+    """Return whether a path is a URL."""
     return not isinstance(path, Path)
 
 
 def absolute(path: Path) -> str:
-    """Return a path as results record it: from the root of the file system, or as a URL."""
+    """Return a path as results record it: absolute, or as a URL."""
     return str(path) if is_remote(path) else str(path.resolve())
 
 
 def below(path: Path, root: Path) -> Path:
-    """Return the path of something in a directory, relative to that directory."""
+    """Return the path of something in a directory, relative to that directory.
+
+    Args:
+        path: path below `root`.
+        root: the directory.
+
+    Raises:
+        ValueError: if `path` is not below `root`.
+    """
     if is_remote(path):
         if not str(path).startswith(str(root)):
             raise ValueError(f"{path} is not in {root}")
@@ -124,14 +137,18 @@ def below(path: Path, root: Path) -> Path:
 
 
 def nearest(path: Path) -> Path:
-    """Return an absolute path, or the nearest directory above it that exists."""
+    """Return an absolute path, or its nearest parent that exists."""
     return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 @contextlib.contextmanager
 def reached(path: Path) -> Iterator[None]:
-    """Raise every error of a remote place as an `OSError`, for drivers have errors of their own
-    kinds.
+    """Convert every error of a remote path into an `OSError`, because each driver has its own
+    exceptions.
+
+    Raises:
+        OSError: if the body raises it, or any exception while `path` is remote.
+        LCAError: if the body raises it.
     """
     try:
         yield
@@ -151,11 +168,14 @@ def _said(error: Exception) -> str:
 
 
 def read(path: Path, key: int) -> bytes:
-    """Return a whole file; take a remote one from the cache, where this URL and key are in it, and
-    else add it there.
+    """Read a whole file; for a remote one, use the cache, and add the file on a miss.
+
+    Args:
+        path: path of the file.
+        key: fingerprint of the file when it was last inspected.
 
     Raises:
-        OSError: where the file cannot be read.
+        OSError: if the file cannot be read.
     """
     if not is_remote(path):
         return path.read_bytes()

@@ -1,8 +1,9 @@
-"""Tell where the checkpoints of one series lie: in a directory, at places that differ by their step,
-in the cache of a hub, or in several of these.
+"""Parse where the checkpoints of one series lie: a directory, a template with `{step}`, the cache
+of a hub, or several of these.
 
 `ROOT/step{step}/model.safetensors` and `hf://ORG/NAME@step{step}` stand for the file or directory
-of every step. A cache of a hub names revisions in `refs/` and has their files in `snapshots/HASH/`.
+of every step. The cache of a hub names revisions in `refs/` and keeps their files in
+`snapshots/HASH/`.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _LONGEST_REF = 200  # bytes of a file that names a commit
 
 @dataclass(frozen=True)
 class Place:
-    """One place: a directory, and the path below it, with `{step}` in it; that path is empty for a
-    directory that is searched.
+    """Name one place: a directory, and the path below it that contains `{step}`.
+
+    `rest` is empty for a directory that is to be searched.
     """
 
     root: Path
@@ -39,7 +41,7 @@ class Place:
 
     @property
     def is_listed(self) -> bool:
-        """Tell whether its steps can be listed; revisions of a hub cannot."""
+        """Return whether the steps can be listed; revisions of a hub cannot."""
         first = self.rest.partition("/")[0]
         return not (is_remote(self.root) and "@" in first.partition(STEP)[0])
 
@@ -48,10 +50,10 @@ class Place:
         return self.root / self.rest.replace(STEP, str(step))
 
     def all_steps(self) -> list[tuple[int, Path]]:
-        """Return the steps that are there with their paths, in order of their paths.
+        """Return the existing steps with their paths, in order of path.
 
         Raises:
-            OSError: where the place cannot be listed.
+            OSError: if the place cannot be listed.
         """
         before, *after = map(re.escape, self.rest.split(STEP))
         regex = re.compile(before + "(?P<step>[0-9]{1,18})" + "(?P=step)".join(after))
@@ -64,10 +66,10 @@ class Place:
 
 
 def place_of(where: str | Path) -> Place:
-    """Return the place that an argument names.
+    """Parse one argument into a place.
 
     Raises:
-        InputError: where the step is in a part of an address that cannot be completed.
+        InputError: if `{step}` is in a part of an address that cannot vary.
     """
     if STEP not in str(where):
         return Place(located(where))
@@ -83,19 +85,19 @@ def place_of(where: str | Path) -> Place:
 
 
 def arguments_of(where: Where) -> list[str | Path]:
-    """Return what names places, one by one."""
+    """Return the arguments that name places, as a list."""
     return [where] if isinstance(where, str | Path) else [*where]
 
 
 def places_of(where: Where) -> list[Place]:
-    """Return the places that one or several arguments name; several are absolute.
+    """Parse one or several arguments into places; several places become absolute.
 
     Raises:
-        InputError: where there is none, or some are remote and others are not.
+        InputError: if there is none, or some are remote and others are not.
     """
     places = [place_of(argument) for argument in arguments_of(where)]
     if not places:
-        raise InputError("no place of checkpoints is named. Give the directory that holds them.")
+        raise InputError("no checkpoints are named. Give the directory that holds them.")
     if len(places) == 1:
         return places
     if len({is_remote(place.root) for place in places}) > 1:
@@ -110,10 +112,11 @@ def places_of(where: Where) -> list[Place]:
 
 
 def common_root(places: Sequence[Place]) -> Path:
-    """Return the directory that all places are in: that of a single one as it was given.
+    """Return the deepest directory that contains all places; a single place keeps its root as
+    given.
 
     Raises:
-        InputError: where they have nothing in common, such as buckets of two services.
+        InputError: if they have none, such as buckets of two services.
     """
     if len(places) == 1:
         return places[0].root
@@ -122,7 +125,7 @@ def common_root(places: Sequence[Place]) -> Path:
     parts = [str(place.root).split("/") for place in places]
     levels = zip(*parts, strict=False)
     shared = [names[0] for names in takewhile(lambda names: len({*names}) == 1, levels)]
-    if len(shared) < 3:  # the protocol, nothing, and the name of a bucket
+    if len(shared) < 3:  # protocol, empty part, name of the bucket
         raise InputError(
             f"{places[0]} and {places[-1]} have no directory in common, to which a run could "
             "refer. Copy them to one place first."
@@ -131,8 +134,12 @@ def common_root(places: Sequence[Place]) -> Path:
 
 
 def described(places: Sequence[Place], root: Path) -> tuple[str, ...]:
-    """Return the places as they are found again from the directory they are in; none at all for one
-    directory.
+    """Return the places relative to a directory; an empty tuple if there is a single directory to
+    search.
+
+    Args:
+        places: the places.
+        root: directory that contains them, see `common_root`.
     """
     if len(places) == 1 and not places[0].rest:
         return ()
@@ -140,13 +147,18 @@ def described(places: Sequence[Place], root: Path) -> tuple[str, ...]:
 
 
 def found_again(root: str | Path, places: Sequence[str]) -> Where:
-    """Return the arguments that name the places that `described` told of, below a directory."""
+    """Return the arguments that name the places again; the inverse of `described`.
+
+    Args:
+        root: the directory, which may have moved since.
+        places: the result of `described`.
+    """
     return [f"{str(root).rstrip('/')}/{place}" for place in places] if places else root
 
 
 def revisions(root: Path) -> list[tuple[str, Path]] | None:
-    """Return the revisions in a hub's cache, each with the directory of its files; None where a
-    directory is no such cache.
+    """Return each revision in a hub's cache with the directory of its files; None if a directory is
+    not such a cache.
     """
     if is_remote(root) or not ((root / "refs").is_dir() and (root / "snapshots").is_dir()):
         return None
@@ -157,7 +169,7 @@ def revisions(root: Path) -> list[tuple[str, Path]] | None:
 
 
 def _commits(refs: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the files that name a commit, with its name."""
+    """Yield each file that names a commit, with the commit."""
     for path in sorted(refs.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:

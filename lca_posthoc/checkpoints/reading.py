@@ -1,7 +1,7 @@
-"""Read some tensors of a safetensors file, each straight into its own memory.
+"""Read selected tensors of a safetensors file, each directly into its own memory.
 
-The file is never mapped into memory: one that is cut short meanwhile would end the process. Nor is
-it read whole, which would take twice the memory of its tensors while they are made of it.
+The file is never memory-mapped: if another program truncated it, the process would crash. It is not
+read whole either, which would take twice the memory of its tensors.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ DTYPES = {
 def fingerprint_and_tensors(
     path: Path, key: int, names: Collection[str]
 ) -> tuple[int, dict[str, Tensor]]:
-    """Return the fingerprint of a file, and those of some tensors that it holds, on the CPU.
+    """Read some tensors of a file onto the CPU, and its fingerprint.
 
     Args:
-        path: of the file; a remote one is read whole, and kept in the cache.
-        key: under which the cache has it.
-        names: of the tensors, as the file has them.
+        path: path of the file; a remote file is read whole and stays in the cache.
+        key: key of the file in the cache.
+        names: names of the tensors in the file; names it lacks are skipped.
 
     Raises:
-        OSError: where the file cannot be read, or ends early.
-        InputError: where it is no whole safetensors file.
+        OSError: if the file cannot be read or ends early.
+        InputError: if it is not a complete safetensors file.
     """
     if is_remote(path) or sys.byteorder == "big":
         data = read(path, key)
@@ -64,22 +64,27 @@ def fingerprint_and_tensors(
             for name, (header, place) in tensor_places(path, file).items()
             if name in names
         }
-        # after the tensors were read: it is that of the file they are from
+        # Compute this last: it then describes the file that the tensors came from.
         _, own = size_and_fingerprint(path, file)
     return own, tensors
 
 
 def read_place(file: BinaryIO, header: TensorHeader, place: range) -> Tensor:
-    """Return the tensor of this type and shape whose bytes lie at a place of an open file.
+    """Read one tensor from a byte range of an open file.
+
+    Args:
+        file: file opened in binary mode.
+        header: type and shape of the tensor.
+        place: byte range of its data.
 
     Raises:
-        OSError: where the file ends early.
+        OSError: if the file ends early.
     """
     file.seek(place.start)
     data = np.fromfile(file, "uint8", len(place))
     if len(data) < len(place):
         raise OSError(f"it ends {len(place) - len(data):,} bytes early")
     dtype = DTYPES[header.dtype]
-    if not len(data):  # whose bytes cannot be taken as numbers of another size
+    if not len(data):  # torch cannot view an empty array as another type
         return torch.empty(header.shape, dtype=dtype)
     return torch.from_numpy(data).view(dtype).reshape(header.shape)

@@ -1,8 +1,8 @@
-"""Names of a recorder's iterates, and two small files beside them by which a recorder and a replay
-that follows it tell each other of themselves.
+"""Name a recorder's iterates, and exchange two small files between a recorder and a replay that
+follows it.
 
 The recorder's sign says whether more iterates will come. The release says up to which step a replay
-needs no iterate any more.
+no longer needs the iterates.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from .optimizer_steps import moments_path
 
 SIGN = ".recorder.json"
 RELEASE = ".released.json"
-HEARTBEAT = 10.0  # seconds between two signs of life of a recorder
-_STALE = 120.0  # seconds without one, of a recorder on another host
-_LARGEST = 65536  # bytes of such a file
+HEARTBEAT = 10.0  # seconds between two heartbeats of a recorder
+_STALE = 120.0  # seconds without a heartbeat, after which a recorder on another host is dead
+_LARGEST = 65536  # bytes read from such a file at most
 _NAME = re.compile(r"step_(\d{8,})\.safetensors")
 
 State = Literal["recording", "closed", "failed"]
 
 
 def step_of(name: str) -> int | None:
-    """Return the step that a file's name states; None where it is no such name.
+    """Return the step in a file name of a recorder, or None if the name has another form.
 
     >>> step_of("step_00000007.safetensors"), step_of("model.safetensors")
     (7, None)
@@ -45,7 +45,7 @@ def step_of(name: str) -> int | None:
 
 
 def name_of(step: int) -> str:
-    """Return the name of the file of a step.
+    """Return the file name of a step.
 
     >>> name_of(7)
     'step_00000007.safetensors'
@@ -54,7 +54,9 @@ def name_of(step: int) -> str:
 
 
 def steps_there(directory: Path) -> list[int]:
-    """Return the steps that have a file in a directory, ascending; none where it is missing."""
+    """Return the steps that have a file in a directory, ascending; an empty list if the directory
+    is missing.
+    """
     try:
         names = os.listdir(directory)
     except FileNotFoundError:
@@ -63,11 +65,10 @@ def steps_there(directory: Path) -> list[int]:
 
 
 def make_directory(directory: Path) -> None:
-    """Create the directory of iterates, and those above it, as far as they are missing; their names
-    are on the disk when this returns.
+    """Create the directory of iterates and its missing parents, and flush their names to the disk.
 
     Raises:
-        OSError: where this cannot be done.
+        OSError: if this fails.
     """
     missing = [place for place in (directory, *directory.parents) if not place.exists()]
     directory.mkdir(parents=True, exist_ok=True)
@@ -76,14 +77,23 @@ def make_directory(directory: Path) -> None:
 
 
 def files_of(directory: Path, step: int) -> tuple[Path, Path]:
-    """Return the paths of an iterate's moments and of the iterate, in the order in which they are
-    written and removed.
+    """Return the paths of an iterate's moments and of the iterate, in the order of writing and
+    removing.
+
+    Args:
+        directory: directory of the iterates.
+        step: training step.
     """
     return moments_path(directory, step), directory / name_of(step)
 
 
 def bytes_of(directory: Path, step: int) -> int:
-    """Return the bytes that the files of an iterate take; 0 where they are gone."""
+    """Return the size of the files of an iterate in bytes; 0 if they are gone.
+
+    Args:
+        directory: directory of the iterates.
+        step: training step.
+    """
     size = 0
     for path in files_of(directory, step):
         with contextlib.suppress(FileNotFoundError):
@@ -92,10 +102,14 @@ def bytes_of(directory: Path, step: int) -> int:
 
 
 def segments_between(steps: Iterable[int], bursts: tuple[int, int] | None) -> int:
-    """Return how many segments the iterates of some steps have: none across the gaps between bursts.
+    """Count the segments between iterates; gaps between bursts have none.
 
     >>> segments_between([0, 1, 2, 10, 11, 12], (10, 3)), segments_between([0, 1, 2, 10], None)
     (4, 3)
+
+    Args:
+        steps: steps of the iterates, ascending.
+        bursts: `(every, length)` of the recorder; None if it records every step alike.
     """
     return sum(
         bursts is None or before // bursts[0] == after // bursts[0]
@@ -108,19 +122,19 @@ def segments_between(steps: Iterable[int], bursts: tuple[int, int] | None) -> in
 
 @dataclass(frozen=True, kw_only=True)
 class RecorderSign:
-    """The state of a recorder, as it says itself.
+    """State what a recorder is doing.
 
     Attributes:
-        state: "recording"; "closed" once no iterate will follow; "failed" where one could not be
+        state: "recording"; "closed" once no iterate will follow; "failed" if one could not be
             written.
-        host: on which it runs.
-        pid: its process.
-        began: when that process began, in seconds since 1970.
-        segments: how many its iterates will have in the end, with those that were there; None
-            where nothing tells.
-        bursts: of the recorder, `(every, length)`; None where it records none.
-        most_iterates: the most that it lets wait for a replay; None for no such bound.
-        most_bytes: the most bytes that those may take; None for no such bound.
+        host: name of the host it runs on.
+        pid: id of its process.
+        began: start time of that process, in seconds since 1970.
+        segments: final number of segments of the series, including earlier iterates; None if
+            unknown.
+        bursts: `(every, length)` of the recorder; None if it records no bursts.
+        most_iterates: limit on the iterates that wait for a replay; None for no limit.
+        most_bytes: limit on the bytes of those iterates; None for no limit.
     """
 
     state: State
@@ -140,7 +154,14 @@ class RecorderSign:
         most_iterates: int | None,
         most_bytes: int | None,
     ) -> RecorderSign:
-        """Return the sign of a recorder that begins, in this process."""
+        """Create the sign of a recorder that starts in this process.
+
+        Args:
+            segments: see the attribute.
+            bursts: see the attribute.
+            most_iterates: see the attribute.
+            most_bytes: see the attribute.
+        """
         return cls(
             state="recording",
             host=socket.gethostname(),
@@ -154,14 +175,14 @@ class RecorderSign:
 
     @property
     def is_bounded(self) -> bool:
-        """Tell whether the recorder waits where a replay removes nothing."""
+        """Return whether the recorder waits while a replay removes nothing."""
         return self.most_iterates is not None or self.most_bytes is not None
 
     def room(self, largest: int) -> int | None:
-        """Return for how many iterates there is room; None for any number.
+        """Return the number of iterates that may wait, or None for any number.
 
         Args:
-            largest: bytes that the files of an iterate take, at most but for some text.
+            largest: size of an iterate's files in bytes, up to a little metadata.
         """
         if self.most_bytes is not None:
             return int(self.most_bytes / (1.01 * max(1, largest)))
@@ -169,12 +190,13 @@ class RecorderSign:
 
     @property
     def who(self) -> str:
-        """Name the process."""
+        """Name the process for messages."""
         return f"process {self.pid} on {self.host}"
 
     def is_recording(self, directory: Path) -> bool:
-        """Tell whether the recorder lives and will write more: on this host by its process,
-        elsewhere by its signs of life.
+        """Return whether the recorder is alive and will write more.
+
+        Check its process on this host, or its heartbeat on another.
         """
         if self.state != "recording":
             return False
@@ -189,31 +211,33 @@ class RecorderSign:
 
 
 def write_sign(directory: Path, sign: RecorderSign) -> None:
-    """Write a recorder's sign beside its iterates."""
+    """Write a recorder's sign beside its iterates.
+
+    Args:
+        directory: directory of the iterates.
+        sign: the sign.
+    """
     _write(directory / SIGN, asdict(sign))
 
 
 def beat(directory: Path) -> None:
-    """Give a sign of life."""
+    """Update the heartbeat."""
     with contextlib.suppress(OSError):
         os.utime(directory / SIGN)
 
 
 def read_sign(directory: Path) -> RecorderSign | None:
-    """Return the sign of the last recorder of a directory; None where there was none.
+    """Read the sign of a directory's last recorder; None if there was none.
 
     Raises:
-        InputError: where the file is damaged.
+        InputError: if the file is damaged.
     """
     entry = _read(directory / SIGN)
     if entry is None:
         return None
     with _named(directory / SIGN):
-        state = entry["state"]
-        if state not in ("recording", "closed", "failed"):
-            raise ValueError(state)
         return RecorderSign(
-            state=state,
+            state=_state(entry["state"]),
             host=str(entry["host"]),
             pid=_whole(entry["pid"]),
             began=float(entry["began"]),  # type: ignore[arg-type]
@@ -229,15 +253,15 @@ def read_sign(directory: Path) -> RecorderSign | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """The iterates of a directory that a replay needs no more.
+    """State which iterates of a directory a replay no longer needs.
 
     Attributes:
         before: iterates of earlier steps are removed, or stay for good.
-        keep_every: of those, the steps that are multiples of it stay; None where none does.
-        run: the identity of the run, and where it is.
-        place: where the run is.
-        moved: the stretches of segments, by the first of each, in which a parameter moved before
-            that step.
+        keep_every: iterates at multiples of this step stay; None if none stays.
+        run: identity of the run.
+        place: path of the run.
+        moved: stretches of segments, each named by its first segment, in which a parameter moved
+            before that step.
     """
 
     before: int
@@ -247,34 +271,36 @@ class Release:
     moved: tuple[int, ...]
 
     def keeps(self, step: int) -> bool:
-        """Tell whether an iterate before `before` stays."""
+        """Return whether an iterate earlier than `before` stays."""
         return self.keep_every is not None and step % self.keep_every == 0
 
 
 def write_release(directory: Path, release: Release) -> None:
-    """Write what a replay released, before any of it is removed."""
+    """Write what a replay releases; call this before removing anything.
+
+    Args:
+        directory: directory of the iterates.
+        release: the release.
+    """
     _write(directory / RELEASE, asdict(release))
 
 
 def read_release(directory: Path) -> Release | None:
-    """Return what a replay released; None where there is nothing.
+    """Read what a replay released; None if it released nothing.
 
     Raises:
-        InputError: where the file is damaged.
+        InputError: if the file is damaged.
     """
     entry = _read(directory / RELEASE)
     if entry is None:
         return None
     with _named(directory / RELEASE):
-        moved = entry["moved"]
-        if not isinstance(moved, list):
-            raise ValueError(moved)
         return Release(
             before=_whole(entry["before"]),
             keep_every=_maybe_whole(entry["keep_every"]),
             run=str(entry["run"]),
             place=str(entry["place"]),
-            moved=tuple(map(_whole, moved)),
+            moved=_wholes(entry["moved"]),
         )
 
 
@@ -282,7 +308,7 @@ def read_release(directory: Path) -> Release | None:
 
 
 def _write(path: Path, entry: dict[str, object]) -> None:
-    """Write or replace a file; it is on the disk, and whole, when this returns."""
+    """Write or replace a file atomically and flush it to the disk."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("w") as file:
@@ -296,8 +322,8 @@ def _write(path: Path, entry: dict[str, object]) -> None:
 
 
 def _flush_names(directory: Path) -> None:
-    """Make the names in a directory durable."""
-    if not hasattr(os, "O_DIRECTORY"):  # Windows has no way to do so
+    """Flush the names in a directory to the disk."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -321,19 +347,35 @@ def _read(path: Path) -> dict[str, object] | None:
 
 @contextlib.contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Say of a file that holds something else that it is damaged."""
+    """Report a file with unexpected content as damaged.
+
+    Raises:
+        InputError: if the body finds such content.
+    """
     try:
         yield
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} is damaged ({type(error).__name__}: {error}). Remove it where no training "
-            "records into the directory and no replay follows."
+            f"{path} is damaged ({type(error).__name__}: {error}). Remove it, unless a training run "
+            "records into the directory or a replay follows it."
         ) from None
+
+
+def _state(value: object) -> State:
+    if value not in ("recording", "closed", "failed"):
+        raise ValueError(f"{value!r} is not the state of a recorder")
+    return value
+
+
+def _wholes(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise ValueError(f"{value!r} is not a list")
+    return tuple(map(_whole, value))
 
 
 def _whole(value: object) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is no whole number from 0")
+        raise ValueError(f"{value!r} is not a whole number from 0 on")
     return value
 
 
@@ -345,5 +387,5 @@ def _maybe_pair(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) != 2:
-        raise ValueError(f"{value!r} is no pair")
+        raise ValueError(f"{value!r} is not a pair")
     return _whole(value[0]), _whole(value[1])

@@ -1,5 +1,5 @@
-"""Say how checkpoints follow each other: segments longer than one step, and checkpoints that hold
-the same tensors.
+"""Describe how checkpoints follow each other: segments longer than one step, and checkpoints with
+identical tensors.
 """
 
 from __future__ import annotations
@@ -20,17 +20,13 @@ _MOST_COMPARED = 2**30
 
 
 def every_of(header: Header) -> int:
-    """Return the `every` of the recorder that wrote a file, as the file states it; 1 where it
-    states none.
-    """
+    """Return the recorder's `every` from a file's header, or 1 if the file does not state it."""
     stated = header.metadata.get("every", "")
     return int(stated) if re.fullmatch("[1-9][0-9]{0,17}", stated) else 1
 
 
 def bursts_of(header: Header) -> tuple[int, int] | None:
-    """Return the `bursts` of the recorder that wrote a file, `(every, length)`, as the file states
-    them; None where it states none.
-    """
+    """Return the recorder's `bursts`, `(every, length)`, from a file's header, or None."""
     stated = re.fullmatch(
         "([1-9][0-9]{0,17}):([1-9][0-9]{0,17})", header.metadata.get("bursts", "")
     )
@@ -40,14 +36,15 @@ def bursts_of(header: Header) -> tuple[int, int] | None:
 def between_bursts(
     steps: Sequence[int], bursts: Sequence[tuple[int, int] | None], choice: Choice
 ) -> frozenset[int]:
-    """Return the positions among the used checkpoints after which a burst ends and another one comes
-    next: no segment runs across the gap, of which training saw the steps and the files do not tell.
+    """Return the positions among the used checkpoints that end a burst before another one.
+
+    No segment runs across such a gap: training took steps there that the files do not show.
 
     Args:
-        steps: of the used checkpoints, ascending.
-        bursts: of each of them, see `bursts_of`.
-        choice: which of all they are. Single steps are joined to their neighbours, and so is all
-            where no two are of one burst: then a series of long segments is meant.
+        steps: steps of the used checkpoints, ascending.
+        bursts: bursts of each used checkpoint, see `bursts_of`.
+        choice: which checkpoints are used. Single steps are joined to their neighbours. If no two
+            used checkpoints share a burst, all are joined: the user then wants long segments.
     """
     every = range(len(steps) - 1)
     between = frozenset(
@@ -71,10 +68,10 @@ def long_segments(steps: Sequence[int], every: Sequence[int], choice: Choice) ->
     """Return a note on segments longer than one step that the user did not choose.
 
     Args:
-        steps: of all checkpoints, ascending.
-        every: for each, the `every` it was recorded with; the user chose a gap of as many steps,
-            where no shorter one than that is in the series, but single steps.
-        choice: which of them are used, and where no segment follows, which the user chose too.
+        steps: steps of all checkpoints, ascending.
+        every: the `every` that each checkpoint was recorded with. The user chose gaps of that many
+            steps, provided that every shorter gap in the series is a single step.
+        choice: which checkpoints are used, and after which no segment follows; the user chose both.
     """
     ends = [pair for index, pair in enumerate(pairwise(choice.used)) if index not in choice.breaks]
     segments = [(steps[start], steps[stop]) for start, stop in ends]
@@ -88,26 +85,26 @@ def long_segments(steps: Sequence[int], every: Sequence[int], choice: Choice) ->
     return [
         f"{which} longer than one step, with {inside:,} steps or {_percent(share)} of training in "
         f"them, the longest {longest[0]}→{longest[1]}. There the straight line between checkpoints "
-        "is not the path that training took, and what is allocated is the straight line's share: "
-        "sums over tensors and units mean something, as far as their path band tells (± path in "
-        "`lca summary`, by --path-band: what other paths through the checkpoints would change); how "
-        "often a parameter helps and turns (--keep statistics, parameters) does not. The residual "
-        "says what quadrature misses"
+        "is not the path that training took, and the allocation is that of the straight line. Sums "
+        "over tensors and units are meaningful within their path band (± path in `lca summary`, "
+        "from --path-band: how much other paths through the checkpoints would change them); how "
+        "often a parameter helps and turns (--keep statistics, parameters) is not. The residual "
+        "shows what quadrature misses"
     ]
 
 
 def _unintended(
     ends: Sequence[tuple[int, int]], steps: Sequence[int], every: Sequence[int]
 ) -> list[tuple[int, int]]:
-    """Return the segments of more than one step with a gap in them that the user did not choose.
+    """Return the segments of more than one step that contain a gap the user did not choose.
 
     Args:
-        ends: of each segment, as positions in `steps`.
-        steps: of all checkpoints, ascending.
+        ends: both ends of each segment, as positions in `steps`.
+        steps: steps of all checkpoints, ascending.
         every: as for `long_segments`.
     """
     gaps = [after - before for before, after in pairwise(steps)]
-    # in a series with shorter gaps, such as 1, 2, 4, … 512, 1000, 2000, `every` is not its grid
+    # if the series has shorter gaps, as in 1, 2, 4, … 512, 1000, 2000, `every` is not its grid
     shortest = min((gap for gap in gaps if gap > 1), default=1)
     intended = [gap == 1 or gap == every[index + 1] == shortest for index, gap in enumerate(gaps)]
     return [
@@ -118,7 +115,7 @@ def _unintended(
 
 
 def _which(long: int, segments: int) -> str:
-    """Return the beginning of a sentence about some of the segments, with its verb."""
+    """Return the start of a sentence about some of the segments, with its verb."""
     if segments == 1:
         return "the segment is"
     if long == segments:
@@ -127,15 +124,15 @@ def _which(long: int, segments: int) -> str:
 
 
 def _percent(share: float) -> str:
-    """Return a share in per cent, never as 100 where it is less."""
+    """Format a share in per cent; never round it up to 100."""
     return "100%" if share == 1 else f"{min(share, 0.999):.1%}" if share >= 0.99 else f"{share:.0%}"
 
 
 class SameTensors:
-    """Collect checkpoints that hold the same tensors, whatever else their files state.
+    """Collect checkpoints with identical tensors, whatever else their files contain.
 
-    Samples of the tensors' bytes tell the candidates. Local files of neighbours are then compared
-    whole, up to 1 GiB in all.
+    Samples of the tensor data select candidates. Neighbouring local files are then compared in
+    full, up to 1 GiB in all.
     """
 
     def __init__(self) -> None:
@@ -148,7 +145,13 @@ class SameTensors:
         self._left = _MOST_COMPARED
 
     def add(self, step: int, files: Sequence[Path], headers: Sequence[Header]) -> None:
-        """Compare the next checkpoint with those before."""
+        """Compare the next checkpoint with the earlier ones.
+
+        Args:
+            step: training step.
+            files: files of the checkpoint.
+            headers: their headers.
+        """
         before, self._before = self._before, (step, files, headers)
         samples = tuple((header.size, *header.data_samples) for header in headers)
         self._positions.setdefault(samples, []).append(len(self._steps))
@@ -177,15 +180,15 @@ class SameTensors:
         self._left -= size
         try:
             return all(map(_same_data, files, headers, others, other_headers))
-        except OSError:  # reading it for the run will say so
+        except OSError:  # the run will report it when it reads the file
             return False
 
     def notes(self) -> list[str]:
-        """Return notes on them, if there are any."""
+        """Return notes on identical checkpoints; an empty list if there are none."""
         return [*self._of_wrong_files(), *self._of_still_segments()]
 
     def _of_wrong_files(self) -> list[str]:
-        """Return a note on checkpoints with the same samples and others between them."""
+        """Return a note on checkpoints that share their samples although others lie between them."""
         apart = [
             positions
             for positions in self._positions.values()
@@ -202,39 +205,38 @@ class SameTensors:
         )
         return [
             f"{len(most)} of {len(self._steps)} checkpoints hold the same tensors, with others "
-            f"between them, as far as samples of their bytes tell: steps {steps}{others}. Files "
-            "lie under wrong names, and segments there are not those of training: `lca inspect` "
-            "says which"
+            f"between them, judging by samples of their bytes: steps {steps}{others}. Some files "
+            "have wrong names, so some segments are not those of training: `lca inspect` says which"
         ]
 
     def _of_still_segments(self) -> list[str]:
         if not self._count:
             return []
         shown = few([f"steps {start} to {stop}" for start, stop in self._stretches])
-        how = " as far as samples of their bytes tell," if self._sampled else ""
+        how = " judging by samples of their bytes," if self._sampled else ""
         which = "this segment" if self._count == 1 else f"these {self._count:,} segments"
         single = self._count == sum(stop - start for start, stop in self._stretches)
         or_wrong = "" if single else ", or another step's file, which `lca inspect` tells apart"
         return [
             f"neighbouring checkpoints hold the same tensors,{how} {shown}: in {which} nothing "
-            "moves and everything allocated is 0 (a learning rate of 0, a step that was skipped, "
-            f"or one state saved twice{or_wrong})"
+            "moves and every allocation is 0 (a learning rate of 0, a skipped step, or one state "
+            f"saved twice{or_wrong})"
         ]
 
 
 def _samples_agree(one: Header, other: Header) -> bool:
-    """Compare the samples of the tensors' bytes: the last one always, the others where they lie at
-    the same places.
+    """Compare the samples of two files: always the last one, and the others if they lie at the same
+    offsets.
     """
     if one.data_size != other.data_size or one.data_samples[-1] != other.data_samples[-1]:
         return False
-    if list(one.tensors) != list(other.tensors):  # bytes in another order
+    if list(one.tensors) != list(other.tensors):  # the data is in another order
         return False
     return one.size != other.size or one.data_samples == other.data_samples
 
 
 def _same_data(one: Path, header: Header, other: Path, other_header: Header) -> bool:
-    """Compare the tensors' bytes of two files."""
+    """Compare the tensor data of two files."""
     with one.open("rb") as first, other.open("rb") as second:
         first.seek(header.size - header.data_size)
         second.seek(other_header.size - other_header.data_size)

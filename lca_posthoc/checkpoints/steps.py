@@ -1,8 +1,8 @@
-"""Read `--steps`: which checkpoints are chosen, and between which neighbours no segment runs.
+"""Parse `--steps`: which checkpoints are used, and between which neighbours no segment runs.
 
-The text is a list of single steps, `S`, and ranges, `A:B` or `A:B:K`, ascending. Single steps are
-joined to their neighbours in the list by a segment, as those of a sparse series are. Between two
-ranges nothing is joined: what lies between them is left out.
+The text is an ascending list of single steps `S` and ranges `A:B` or `A:B:K`. A segment joins each
+single step to its neighbours in the list, as in a sparse series. No segment joins two ranges: what
+lies between them is left out.
 """
 
 from __future__ import annotations
@@ -19,9 +19,14 @@ _ITEM = re.compile(r"(?P<first>[0-9]{0,18})(?::(?P<last>[0-9]{0,18})(?::(?P<ever
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoints that are used: their positions among all, ascending; the positions among the
-    used after which no segment follows; notes; the positions among the used of those that were
-    named one by one, which a segment joins to their neighbours.
+    """Select checkpoints.
+
+    Attributes:
+        used: positions of the used checkpoints among all, ascending.
+        breaks: positions among the used checkpoints after which no segment follows.
+        notes: notes for the user.
+        named: positions among the used checkpoints of those listed as single steps, which segments
+            join to their neighbours.
     """
 
     used: tuple[int, ...]
@@ -32,8 +37,10 @@ class Choice:
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
-    """One part of the list: a single step, or every K-th checkpoint of a range with both ends
-    included; `last` is None where the range is open.
+    """Hold one part of the list: a single step, or every K-th checkpoint of a range that includes
+    both ends.
+
+    `last` is None if the range is open.
     """
 
     text: str
@@ -43,34 +50,34 @@ class _Item:
     every: int
 
     def holds(self, step: int) -> bool:
-        """Tell whether a step lies in it."""
+        """Return whether a step is in the range."""
         return self.first <= step and (self.last is None or step <= self.last)
 
 
 @dataclass(frozen=True)
 class StepChoice:
-    """The list that `--steps` gives, before it is known which checkpoints there are."""
+    """Hold the parsed list of `--steps`, before the checkpoints are known."""
 
     text: str
     items: tuple[_Item, ...]
 
     @property
     def singles(self) -> tuple[int, ...] | None:
-        """Return the steps of a list of single steps; None where a range is among them, of which
-        only the checkpoints tell which steps it holds.
+        """Return the steps if the list has single steps only; None if it has a range, whose steps
+        only the checkpoints determine.
         """
         if all(item.is_single for item in self.items):
             return tuple(item.first for item in self.items)
         return None
 
     def choose(self, steps: Sequence[int]) -> Choice:
-        """Return which of all checkpoints are used.
+        """Apply the list to the checkpoints.
 
         Args:
-            steps: of all checkpoints, ascending.
+            steps: steps of all checkpoints, ascending.
 
         Raises:
-            InputError: where a single step has no checkpoint.
+            InputError: if a single step has no checkpoint.
         """
         parts = [
             [position for position, step in enumerate(steps) if item.holds(step)][:: item.every]
@@ -91,26 +98,32 @@ class StepChoice:
         )
 
     def _named(self, counts: Sequence[int]) -> frozenset[int]:
-        """Return the positions among the used of single steps; `counts` as for `_breaks`."""
+        """Return the positions of single steps among the used checkpoints; `counts` as for
+        `_breaks`.
+        """
         firsts = accumulate(counts, initial=0)
         return frozenset(
             first for item, first in zip(self.items, firsts, strict=False) if item.is_single
         )
 
     def _refuse_absent(self, empty: Sequence[_Item], steps: Sequence[int]) -> None:
-        """Refuse single steps without a checkpoint."""
+        """Raise an error for single steps without a checkpoint.
+
+        Raises:
+            InputError: if there are any.
+        """
         absent = [item.text for item in empty if item.is_single]
         if absent:
             raise InputError(
                 f"--steps {self.text} names {'step' if len(absent) == 1 else 'steps'} "
-                f"{few(absent)}, of which there is no checkpoint. There are {few_of(steps)}."
+                f"{few(absent)} without a checkpoint. There are {few_of(steps)}."
             )
 
     def _breaks(self, counts: Sequence[int]) -> frozenset[int]:
-        """Return the positions among the used after which no segment follows.
+        """Return the positions among the used checkpoints after which no segment follows.
 
         Args:
-            counts: how many checkpoints each item holds.
+            counts: number of checkpoints in each item.
         """
         breaks, before = set(), 0
         filled = [
@@ -124,7 +137,7 @@ class StepChoice:
 
 
 def few_of(steps: Sequence[int]) -> str:
-    """Return some steps in words.
+    """List the first steps in words, and the last.
 
     >>> few_of([0, 1, 2, 4, 8]), few_of([])
     ('steps 0, 1, 2 and 2 more, the last 8', 'none at all')
@@ -136,7 +149,7 @@ def few_of(steps: Sequence[int]) -> str:
 
 
 def parse_steps(text: str) -> StepChoice:
-    """Return the list that `--steps` gives.
+    """Parse the argument of `--steps`.
 
     >>> parse_steps("0,1,2,4").singles, parse_steps("0:3,100:103").singles
     ((0, 1, 2, 4), None)
@@ -144,7 +157,7 @@ def parse_steps(text: str) -> StepChoice:
     Choice(used=(0, 1, 5, 6, 9), breaks=frozenset({1}), notes=(), named=frozenset({4}))
 
     Raises:
-        InputError: where the text is no such list, or does not ascend.
+        InputError: if the text is not such a list, or does not ascend.
     """
     items = tuple(_item(part, text) for part in text.split(","))
     for item, following in pairwise(items):
@@ -157,7 +170,11 @@ def parse_steps(text: str) -> StepChoice:
 
 
 def _item(part: str, text: str) -> _Item:
-    """Return one part of the list."""
+    """Parse one part of the list.
+
+    Raises:
+        InputError: if it is neither a step nor a range.
+    """
     match = _ITEM.fullmatch(part)
     if match is None or match["every"] == "0" or not part:
         raise InputError(

@@ -1,7 +1,7 @@
 """Order, validate and read the checkpoints of one training run, which `discovery` finds.
 
-Opening reads headers only; reading never maps a file into memory. The model's tensors are given as
-a table: nothing here knows of tasks, losses or runs.
+Opening reads headers only; reading never maps a file into memory. The model's tensors come as a
+table: this module does not depend on tasks, losses or runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .steps import Choice, parse_steps
 if TYPE_CHECKING:
     import torch
 
-RESERVED = ("step", "group")  # dimensions of results, beside the names of allocated tensors
+RESERVED = ("step", "group")  # dimensions of results, besides the names of allocated tensors
 _WRAPPERS = frozenset(
     (
         # torch: compile, checkpoint_wrapper, FSDP
@@ -43,7 +43,8 @@ _WRAPPERS = frozenset(
         *("_forward_module", "_fpw_module"),  # Lightning's Fabric and its strategies; fairscale
     )
 )
-# DataParallel, DeepSpeed, AveragedModel; Opacus. Inside, models call their own parts so
+# DataParallel, DeepSpeed, AveragedModel; Opacus. Stripped only at the front, because models use the
+# same names for their own parts.
 _OUTERMOST = (
     "module",
     "_module",
@@ -52,10 +53,14 @@ _OUTERMOST = (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of the model: its first name, its other names when tied, and how it takes part.
+    """Describe one tensor of the model.
 
-    `kind` is "parameter", "buffer" or "state" (loaded, never allocated); `unit_axis` is the axis
-    along which neurons or channels run, None for scalars.
+    Attributes:
+        name: its first name.
+        kind: "parameter", "buffer" or "state"; a state is loaded but never gets an allocation.
+        shape: its shape.
+        aliases: its other names, if it is tied.
+        unit_axis: the axis of the neurons or channels; None for scalars.
     """
 
     name: str
@@ -66,7 +71,7 @@ class TensorSpec:
 
     @property
     def elements(self) -> int:
-        """Return how many numbers the tensor holds."""
+        """Return the number of elements."""
         count = 1
         for extent in self.shape:
             count *= extent
@@ -74,16 +79,21 @@ class TensorSpec:
 
     @property
     def units(self) -> int:
-        """Return how many neurons or channels the tensor has."""
+        """Return the number of neurons or channels."""
         return 1 if self.unit_axis is None else self.shape[self.unit_axis]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The files of one training step, their total size in bytes and a CRC32C of samples of them.
+    """Identify the files of one training step.
 
-    `moments` is the record of the optimiser's moments beside them; None where there are none, or
-    where nobody asked for them.
+    Attributes:
+        step: training step.
+        files: paths of the files.
+        size: their total size in bytes.
+        fingerprint: CRC32C of samples of the files.
+        moments: record of the optimiser's moments beside them; None if there are none or nobody
+            asked for them.
     """
 
     step: int
@@ -94,18 +104,18 @@ class Checkpoint:
 
     @property
     def moments_file(self) -> Path:
-        """Return the path at which the moments lie where there are any."""
+        """Return the path of the moments, whether or not the file exists."""
         return moments_path(self.files[0].parent, self.step)
 
     def under(self, root: Path) -> Checkpoint:
-        """Return the same with the whole paths of its files, which are relative to a directory."""
+        """Return the checkpoint with its file paths prefixed by a directory."""
         return replace(self, files=tuple(root / str(file) for file in self.files))
 
 
 @dataclass(frozen=True)
 class Consumed:
-    """The checkpoints of a run whose files it may have removed, and the steps of the run after which
-    no segment follows.
+    """Hold the checkpoints of a run whose files it may have removed, and the steps after which no
+    segment follows.
     """
 
     checkpoints: tuple[Checkpoint, ...]
@@ -117,12 +127,18 @@ NOTHING_CONSUMED = Consumed((), frozenset())
 
 @dataclass(frozen=True)
 class Trajectory:
-    """All checkpoints in order of their step, with the tensors every one of them holds.
+    """Hold all checkpoints in order of step, with the tensors that every one of them contains.
 
-    `breaks` are positions in `checkpoints` after which no segment follows: what lies between that
-    checkpoint and the next is left out. `places` are where the checkpoints were found, below
-    `root`; empty for that directory itself. `gone` are the steps of those whose files a replay
-    removed once it needed them no more.
+    Attributes:
+        root: directory that contains all places.
+        checkpoints: the checkpoints in order of step.
+        tensors: normalised name → type and shape of each tensor.
+        sources: normalised name → name in the files.
+        notes: notes for the user.
+        breaks: positions in `checkpoints` after which no segment follows; the steps up to the next
+            checkpoint are left out.
+        places: where the checkpoints lie below `root`; empty for `root` itself.
+        gone: steps whose files a replay removed after using them.
     """
 
     root: Path
@@ -135,13 +151,13 @@ class Trajectory:
     gone: frozenset[int] = frozenset()
 
     def up_to(self, checkpoints: int) -> Trajectory:
-        """Return the same trajectory with its first checkpoints alone."""
+        """Return the trajectory with only its first checkpoints."""
         breaks = frozenset(start for start in self.breaks if start < checkpoints - 1)
         return replace(self, checkpoints=self.checkpoints[:checkpoints], breaks=breaks)
 
     @property
     def first_there(self) -> int:
-        """Return the position of the first checkpoint whose files are there."""
+        """Return the position of the first checkpoint whose files still exist."""
         return next(
             index
             for index, checkpoint in enumerate(self.checkpoints)
@@ -155,8 +171,8 @@ class Trajectory:
 
     @property
     def starts(self) -> list[int]:
-        """Return the position in `checkpoints` at which each segment begins, ascending; it ends at
-        the next one.
+        """Return the position in `checkpoints` where each segment starts, ascending; it ends at the
+        next position.
         """
         return [
             position for position in range(len(self.checkpoints) - 1) if position not in self.breaks
@@ -164,14 +180,14 @@ class Trajectory:
 
     @property
     def half_precision(self) -> list[str]:
-        """Return tensors stored with fewer than 32 bits a number, in which most of the motion is
-        lost.
+        """Return the tensors stored with fewer than 32 bits per number, which loses most of the
+        motion.
         """
         return [name for name, header in self.tensors.items() if header.dtype in HALF]
 
     def sources_of(self, names: Iterable[str]) -> dict[str, str]:
-        """Return a dict from names of the model's tensors to their names inside the files, for
-        those the files hold.
+        """Map names of the model's tensors to their names in the files, leaving out those the files
+        lack.
         """
         return {
             name: self.sources[normalise(name)] for name in names if normalise(name) in self.sources
@@ -184,18 +200,19 @@ class Trajectory:
         patterns: Sequence[str] = (),
         unstored: Collection[str] = (),
     ) -> dict[str, str]:
-        """Return the name inside the files of every tensor of the table; files may hold those that
-        are `fixed` too, which are not read.
+        """Map every tensor of the table to its name in the files.
+
+        The files may also hold tensors that are `fixed`; these are not read.
 
         Args:
             table: the model's tensors.
-            fixed: the model's tensors that `Task.fixed` names.
-            patterns: of `Task.fixed`.
-            unstored: the model's buffers that are not saved.
+            fixed: names of the model's tensors that `Task.fixed` selects.
+            patterns: patterns of `Task.fixed`.
+            unstored: names of the model's buffers that are not saved.
 
         Raises:
-            InputError: where a tensor is missing, of another shape, or reserved by name; or left
-                over, and not one of `leftovers`.
+            InputError: if a tensor is missing, has another shape or a reserved name, or if the
+                files hold an extra tensor that is not one of `leftovers`.
         """
         _refuse_reserved([spec.name for spec in table if spec.kind != "state"])
         names, used = {}, set()
@@ -223,12 +240,12 @@ class Trajectory:
         return names
 
     def _left_over(self, extra: list[str]) -> str:
-        """Return the message that refuses tensors the task's model does not have."""
+        """Return the error message for tensors that the task's model does not have."""
         pronoun = "it" if len(extra) == 1 else "them"
         return (
-            f"{_some(extra)} stand{'s' if len(extra) == 1 else ''} in "
+            f"{_some(extra)} {'is' if len(extra) == 1 else 'are'} in "
             f"{self.checkpoints[0].files[0]} (step {self.steps[0]}) but not in the task's model. "
-            "Build the model that was trained, or map the names with --rename OLD=NEW. Where the "
+            "Build the model that was trained, or map the names with --rename OLD=NEW. If the "
             f"model computes the same without {pronoun}, leave {pronoun} out: "
             f"{drop_options(extra, set(self.tensors) - set(extra))}"
         )
@@ -240,12 +257,17 @@ class Trajectory:
         patterns: Sequence[str] = (),
         unstored: Collection[str] = (),
     ) -> dict[str, str]:
-        """Return tensors that the files hold and the model does not save, with their names inside
-        the files; they may be left out.
+        """Map tensors that the files hold and the model does not save to their names in the files.
 
-        They are those `Task.fixed` names, the model's own buffers that are not saved, and buffers
-        that older releases of libraries are known to have saved. The caller must check in the files
-        that they are what they seem to be. Arguments as for `match`.
+        They may be left out. They are the tensors that `Task.fixed` names, the model's own unsaved
+        buffers, and buffers that older library releases are known to have saved. The caller must
+        check in the files that they are what they seem to be.
+
+        Args:
+            table: as for `match`.
+            fixed: as for `match`.
+            patterns: as for `match`.
+            unstored: as for `match`.
         """
         used = {normalise(name) for spec in table for name in (spec.name, *spec.aliases)} | set(
             map(normalise, fixed)
@@ -263,9 +285,7 @@ class Trajectory:
         }
 
     def ties(self, table: Sequence[TensorSpec]) -> dict[str, list[str]]:
-        """Return tied tensors the files hold under several names: the model's name → the names
-        inside the files.
-        """
+        """Map each tied tensor that the files hold under several names to its names in the files."""
         ties = {}
         for spec in table:
             present = dict.fromkeys(map(normalise, (spec.name, *spec.aliases)))
@@ -281,19 +301,23 @@ class Trajectory:
         return (
             f"tensor {spec.name!r} of the task's model (shape {list(spec.shape)}) is missing in "
             f"{self.checkpoints[0].files[0]} (step {self.steps[0]}){hint}. Build the model that "
-            "was trained, or map the names with --rename OLD=NEW. What never moves and is not "
-            "stored is frozen in the model, or named in Task(fixed=[…])."
+            "was trained, or map the names with --rename OLD=NEW. If the tensor never moves and is "
+            "not stored, freeze it in the model or name it in Task(fixed=[…])."
         )
 
 
 def drop_options(names: Collection[str], others: Collection[str] = ()) -> str:
-    """Return the `--rename` options that leave tensors out, written for a shell; one option stands
-    for names that differ in a number only.
+    """Return shell-quoted `--rename` options that leave tensors out; one option covers names that
+    differ only in a number.
 
-    A number stays as it is where the shared option would hit a tensor of `others`.
+    An option keeps the number if the shared form would match a tensor in `others`.
 
     >>> drop_options(["h.0.attn.bias", "h.11.attn.bias"], ["h.0.attn.weight"])
     "--rename '^h\\\\.\\\\d+\\\\.attn\\\\.bias$='"
+
+    Args:
+        names: names of the tensors to leave out.
+        others: names of tensors to keep.
     """
     rules: dict[str, None] = {}
     for name in sorted(names):
@@ -309,14 +333,14 @@ def _some(names: Sequence[str]) -> str:
 
 
 def is_statistic(name: str) -> bool:
-    """Tell whether a tensor is a normalisation layer's running mean or variance, by the name torch
-    gives it.
+    """Return whether a tensor is the running mean or variance of a normalisation layer, judging by
+    its name.
     """
     return name.rpartition(".")[2] in ("running_mean", "running_var")
 
 
 def normalise(name: str) -> str:
-    """Return a tensor's name without what wrappers around the model or its parts put into it.
+    """Remove from a tensor's name what wrappers around the model or its parts add.
 
     >>> normalise("module._orig_mod.fc._checkpoint_wrapped_module.weight")
     'fc.weight'
@@ -329,7 +353,7 @@ def normalise(name: str) -> str:
 
 
 def reserved(names: Sequence[str]) -> list[str]:
-    """Return those names of allocated tensors that results use for a dimension.
+    """Return the names of allocated tensors that collide with dimensions of results.
 
     >>> reserved(["step", "fc.step", "fc", "fc:0"])
     ['step', 'fc:0']
@@ -357,28 +381,28 @@ def open_trajectory(
     with an index.
 
     Args:
-        directory: where the checkpoints lie, or several places of one series: a directory, a
-            place with `{step}` in it, or the cache of a hub. A URL of fsspec's, such as `s3://…`,
-            is read through its driver.
-        pattern: a regular expression with a group `step`, matched against each name; names it does
-            not match are left out.
-        rename: `OLD=NEW` pairs, OLD a regular expression, applied to every tensor name in turn; a
-            tensor whose whole name becomes empty is left out.
-        steps: single training steps and ranges, `A:B` or `A:B:K`, with both ends included and
-            every K-th checkpoint of them, ascending and with commas between them. No segment runs
-            from one range to the next.
-        consumed: checkpoints that belong to the trajectory though their files may be removed.
-        compare: whether checkpoints that hold the same tensors are looked for, for a note.
-        moments: whether the optimiser's moments beside each checkpoint are recorded with it.
+        directory: one or several places of one series: a directory, a template with `{step}`, or
+            the cache of a hub. fsspec reads a URL, such as `s3://…`, through its driver.
+        pattern: regular expression with a group `step`, searched for in each name; names that do
+            not match are skipped.
+        rename: `OLD=NEW` pairs, applied in turn to every tensor name; OLD is a regular expression.
+            A tensor whose name becomes empty is left out.
+        steps: comma-separated, ascending list of single training steps and ranges `A:B` or `A:B:K`,
+            which include both ends and take every K-th checkpoint. No segment joins one range to
+            the next.
+        consumed: checkpoints that belong to the trajectory although their files may be gone.
+        compare: whether to look for checkpoints with identical tensors and note them.
+        moments: whether to record the optimiser's moments beside each checkpoint.
 
     Raises:
-        InputError: naming the file and the step, what was found, and what to do.
+        InputError: if the checkpoints cannot be used; the message names the file and the step, and
+            says what to do.
     """
     places = places_of(directory)
     root, where = common_root(places), few([*map(str, places)])
     wanted = parse_steps(":" if steps is None else steps)
     if is_remote(root):
-        cache()  # says what is wrong with its size before anything is fetched
+        cache()  # raises for an invalid size before anything is fetched
     rules = [_rename_rule(text) for text in rename]
     regex = compile_pattern(pattern) if pattern else None
     headers = Headers()
@@ -389,7 +413,7 @@ def open_trajectory(
             stored = {entry.step for entry in entries}
             gone = [one for one in consumed.checkpoints if one.step not in stored]
             if not entries or len(entries) + len(gone) < 2:
-                raise too_few(places, [entry.step for entry in entries], which)
+                raise InputError(too_few(places, [entry.step for entry in entries], which))
             choice = wanted.choose([entry.step for entry in entries])
             used = [entries[position] for position in choice.used]
             if is_remote(root):
@@ -400,8 +424,10 @@ def open_trajectory(
     except OSError as error:
         raise InputError(f"cannot look into {where}: {error.strerror}.") from None
     if not used or len(used) + len(gone) < 2:
-        raise too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
-    if wanted.singles is None:  # those of a list are joined as it has them
+        raise InputError(
+            too_few(places, [entry.step for entry in used], f" among steps {steps}{which}")
+        )
+    if wanted.singles is None:  # a list of single steps joins all of them
         choice = replace(choice, breaks=choice.breaks | _ends_of_bursts(entries, choice, headers))
     opened = _validated(
         root, entries, choice, rules, notes, headers, compare=compare, has_gaps=bool(gone)
@@ -409,20 +435,20 @@ def open_trajectory(
     whole = _with_gone(replace(opened, places=described(places, root)), gone, consumed.breaks)
     if not whole.starts:
         raise InputError(
-            f"no two of the {len(whole.checkpoints)} checkpoints chosen in {root} are joined by a "
-            "segment: between ranges of --steps, and between bursts, nothing is. Choose two or "
-            "more of a range."
+            f"no segment joins any two of the {len(whole.checkpoints)} checkpoints chosen in {root}: "
+            "none runs between ranges of --steps or between bursts. Choose two or more checkpoints "
+            "of one range."
         )
     return _with_moments(whole, consumed.checkpoints) if moments else whole
 
 
 def _with_moments(trajectory: Trajectory, consumed: Iterable[Checkpoint]) -> Trajectory:
-    """Return a trajectory with the records of the moments that are there.
+    """Return a trajectory with the records of the existing moments.
 
     Args:
-        trajectory: as it was opened.
-        consumed: checkpoints whose files a replay may have removed, the moments first: what is gone
-            of these stays recorded.
+        trajectory: the opened trajectory.
+        consumed: checkpoints whose files a replay may have removed, moments first; their recorded
+            moments stay recorded.
     """
     recorded = {checkpoint.step: checkpoint.moments for checkpoint in consumed}
     checkpoints = trajectory.checkpoints
@@ -440,13 +466,13 @@ def _with_moments(trajectory: Trajectory, consumed: Iterable[Checkpoint]) -> Tra
 def _with_gone(
     there: Trajectory, gone: Sequence[Checkpoint], recorded_breaks: Collection[int]
 ) -> Trajectory:
-    """Return a trajectory with the checkpoints whose files were removed.
+    """Return a trajectory that includes the checkpoints whose files were removed.
 
     Args:
-        there: those whose files are there.
-        gone: the others.
-        recorded_breaks: steps after which no segment follows, as they were recorded of those that
-            are gone and of their neighbours.
+        there: trajectory of the existing files.
+        gone: the other checkpoints.
+        recorded_breaks: recorded steps after which no segment follows, for the removed checkpoints
+            and their neighbours.
     """
     if not gone:
         return there
@@ -469,16 +495,16 @@ def extended(
     *,
     moments: bool = False,
 ) -> Trajectory:
-    """Return a trajectory with checkpoints that came since, of one file each.
+    """Return a trajectory with newer checkpoints appended, of one file each.
 
     Args:
-        trajectory: as it was, the file of its last checkpoint still there.
-        files: of later steps, by step.
+        trajectory: the earlier trajectory; the file of its last checkpoint still exists.
+        files: step → file of each later checkpoint.
         rename: as for `open_trajectory`.
         moments: as for `open_trajectory`.
 
     Raises:
-        InputError: where one holds other tensors, or cannot be read.
+        InputError: if a file holds other tensors or cannot be read.
     """
     rules = [_rename_rule(text) for text in rename]
     known = {source: trajectory.tensors[name] for name, source in trajectory.sources.items()}
@@ -507,10 +533,10 @@ def extended(
 
 
 def compile_pattern(pattern: str) -> re.Pattern[str]:
-    """Return the argument of `--pattern` as a regular expression, which must have a group `step`.
+    """Compile the argument of `--pattern`, which must have a group `step`.
 
     Raises:
-        InputError: where it is no regular expression, or has no such group.
+        InputError: if it is not a regular expression or has no such group.
     """
     try:
         regex = re.compile(pattern)
@@ -524,10 +550,14 @@ def compile_pattern(pattern: str) -> re.Pattern[str]:
 
 
 def _refuse_reserved(names: list[str]) -> None:
-    """Refuse names that results have for a dimension."""
+    """Raise an error for names that collide with dimensions of results.
+
+    Raises:
+        InputError: if there are any.
+    """
     for name in reserved(names):
         raise InputError(
-            f"the model has a tensor called {name!r}, a name that results have for a dimension. "
+            f"the model has a tensor called {name!r}, which results use as the name of a dimension. "
             "Rename it in the task's model, to NEW perhaps, and in the checkpoints with --rename "
             f"'^{re.escape(name)}$=NEW'."
         )
@@ -593,13 +623,12 @@ def _validated(
         names = few([*map(repr, dropped)], 6)
         notes = [
             *notes,
-            f"left out {names}: --rename leaves nothing of the name, so the result knows nothing "
-            "of what they hold",
+            f"left out {names}: --rename makes the name empty, so the result does not cover them",
         ]
     notes = [
         *choice.notes,
         *notes,
-        # of what was consumed nothing is known here but that it was there
+        # consumed checkpoints cannot be examined any more
         *([] if has_gaps else _late(checkpoints[0].step)),
         *([] if has_gaps else long_segments([entry.step for entry in entries], intervals, choice)),
         *(same.notes() if same is not None else ()),
@@ -615,7 +644,7 @@ def _validated(
 
 
 def _intervals(entries: Sequence[Entry], choice: Choice, headers: Headers) -> list[int]:
-    """Return the `every` each checkpoint was recorded with; 1 where its header was not read."""
+    """Return the `every` that each checkpoint was recorded with; 1 if its header was not read."""
     used = set(choice.used)
     intervals = []
     for position, entry in enumerate(entries):
@@ -626,7 +655,7 @@ def _intervals(entries: Sequence[Entry], choice: Choice, headers: Headers) -> li
 
 
 def _ends_of_bursts(entries: Sequence[Entry], choice: Choice, headers: Headers) -> frozenset[int]:
-    """Return the positions among the used checkpoints after which a burst of the recorder ends."""
+    """Return the positions among the used checkpoints where a burst of the recorder ends."""
     used = [entries[position] for position in choice.used]
     bursts = [bursts_of(headers[entry.files[0]]) for entry in used]
     return between_bursts([entry.step for entry in used], bursts, choice)
@@ -638,8 +667,11 @@ def _names(
     file: Path,
     dropped: dict[str, None],
 ) -> dict[str, str]:
-    """Return the name of each tensor → its name inside the file; add to `dropped` those whose names
+    """Map the name of each tensor to its name in the file; add to `dropped` the tensors whose names
     the rules make empty.
+
+    Raises:
+        InputError: if a rule cannot be applied, or two tensors get the same name.
     """
     sources: dict[str, str] = {}
     for source in tensors:
@@ -673,32 +705,32 @@ def _difference(
     first = f"{known[name].dtype} {list(known[name].shape)}" if name in known else "absent"
     return (
         f"tensor {name!r} is {this} in {file} (step {step}) but {first} at the first step. All "
-        "checkpoints must come from one model; leave the odd ones out with --steps, or the tensor, "
-        f"where the model computes the same without it, with {drop_options([normalise(name)])}"
+        "checkpoints must come from one model; leave the odd ones out with --steps. If the model "
+        f"computes the same without the tensor, leave it out with {drop_options([normalise(name)])}"
     )
 
 
 def _late(first: int) -> list[str]:
-    """Return a note where the first checkpoint is not of the initial weights."""
+    """Return a note if the first checkpoint does not hold the initial weights."""
     return (
-        [f"the first checkpoint is step {first}: what changed before it is not part of the result"]
+        [f"the first checkpoint is step {first}: the result does not include earlier changes"]
         if first > 0
         else []
     )
 
 
 def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of one checkpoint on the CPU, by the model's names, as they are stored,
-    every number finite.
+    """Read the tensors of one checkpoint onto the CPU, by the model's names, in their stored types.
+
+    Every number is finite.
 
     Args:
-        checkpoint: the files, with the size and fingerprint they had when the trajectory was
-            opened.
-        names: the model's name of each tensor → its name inside the files.
+        checkpoint: the files, with their size and fingerprint from when the trajectory was opened.
+        names: the model's name of each tensor → its name in the files.
 
     Raises:
-        SpanError: where a file changed since the trajectory was opened, or cannot be read.
-        NotFiniteError: where a number is not finite.
+        SpanError: if a file changed since the trajectory was opened, or cannot be read.
+        NotFiniteError: if a number is not finite.
     """
     import torch  # here, because a driver that only looks at headers need not load torch
 
@@ -709,7 +741,7 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
             mask = (
                 ""
                 if bool(tensor.isnan().any())
-                else f" A mask that never moves is named in Task(fixed=[{name!r}])."
+                else f" If it is a mask that never moves, name it in Task(fixed=[{name!r}])."
             )
             raise NotFiniteError(
                 f"tensor {name!r} holds {bad:,} NaN or Inf in {checkpoint.files[0]} (step "
@@ -721,23 +753,27 @@ def read_checkpoint(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[st
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
-    """Tell whether every number of a floating tensor is finite."""
+    """Return whether every number of a floating tensor is finite."""
     import torch
 
     if not tensor.numel():
         return True
-    # NaN and Inf pass through both; to ask of each number would take twenty times as long
+    # Minimum and maximum propagate NaN and Inf; testing every number takes twenty times as long.
     ends = torch.aminmax(tensor.float() if tensor.element_size() == 1 else tensor)
     return bool(torch.isfinite(torch.stack(ends)).all())
 
 
 def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Return the tensors of one checkpoint as `read_checkpoint` does, whatever numbers they hold.
+    """Read the tensors of one checkpoint as `read_checkpoint` does, without checking their numbers.
 
-    Only the bytes of these tensors are read, each once and into the memory the tensor keeps.
+    Read only the bytes of these tensors, each once and into the memory that the tensor keeps.
+
+    Args:
+        checkpoint: as for `read_checkpoint`.
+        names: as for `read_checkpoint`.
 
     Raises:
-        SpanError: where a file changed since the trajectory was opened, or cannot be read.
+        SpanError: if a file changed since the trajectory was opened, or cannot be read.
     """
     from safetensors import SafetensorError
 
@@ -757,7 +793,7 @@ def read_stored(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, t
         tensors |= part
     if joined(fingerprints) != checkpoint.fingerprint:
         raise SpanError(
-            f"{checkpoint.files[0]} (step {checkpoint.step}) is not the file it was when the run "
-            "was created. Restore it, or start a new run with --out."
+            f"{checkpoint.files[0]} (step {checkpoint.step}) changed since the run was created. "
+            "Restore it, or start a new run with --out."
         )
     return {name: tensors[source] for name, source in names.items()}

@@ -1,4 +1,4 @@
-"""Checkpoints in other formats, made into the series of safetensors files that `lca run` reads."""
+"""Convert checkpoints in other formats to the series of safetensors files that `lca run` reads."""
 
 from .write import Imported, convert
 

@@ -1,10 +1,11 @@
-"""Read a folder that DeepSpeed wrote: float32 weights and moments put together from the partitions
-of all ranks, as its own zero_to_fp32.py puts weights together.
+"""Read a directory that DeepSpeed wrote: join float32 weights and moments from the partitions of
+all ranks.
 
-ZeRO keeps the parameters of a group flat, one behind the other, in float32. At stages 1 and 2 every
-rank has a consecutive part of that whole. At stage 3 every parameter is cut into as many parts as
-there are ranks, the last filled up, and a rank has its part of each one behind the other. Without
-ZeRO the weights are those of the model. No pickle is run.
+DeepSpeed's own zero_to_fp32.py joins weights the same way. ZeRO keeps the parameters of a group
+flat and concatenated, in float32. At stages 1 and 2, each rank holds a consecutive part of the
+concatenation. At stage 3, every parameter is cut into as many parts as there are ranks, the last
+one padded, and a rank concatenates its parts. Without ZeRO, the weights are those of the model. No
+pickle is executed.
 """
 
 from __future__ import annotations
@@ -32,27 +33,29 @@ Shapes = list[dict[str, tuple[int, ...]]]
 
 
 def is_deepspeed(folder: Path) -> bool:
-    """Tell whether a folder is one checkpoint of DeepSpeed."""
+    """Return whether a directory is one checkpoint of DeepSpeed."""
     return folder.is_dir() and any(_MODEL.fullmatch(path.name) for path in folder.iterdir())
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint, those of every rank in order."""
+    """Return the files of a checkpoint, in order of rank."""
     model, optimizer = _of_ranks(folder, _MODEL), _of_ranks(folder, _OPTIMIZER)
     return [*model, *optimizer]
 
 
 def read_deepspeed(folder: Path, look: bool) -> tuple[dict[str, object], list[str]]:
-    """Return the model's state dict, the step and the optimiser's state, and notes on what is read
-    past.
+    """Read the model's state dict, the step and the optimiser's state.
 
     Args:
-        folder: of one checkpoint.
-        look: whether the optimiser's state is only said to be there.
+        folder: directory of one checkpoint.
+        look: whether a placeholder for the optimiser's state is enough.
+
+    Returns:
+        The entries, and notes on what was skipped.
 
     Raises:
-        InputError: where it is damaged, lacks ranks, or is cut by layers or inside them, which
-            only DeepSpeed puts together.
+        InputError: if the checkpoint is damaged, lacks ranks, or has layers split between or within
+            ranks, which only DeepSpeed can join.
     """
     read = [unpickled(file) for file in _of_ranks(folder, _MODEL)]
     models, notes = [model for model, _ in read], [note for _, more in read for note in more]
@@ -67,7 +70,7 @@ def read_deepspeed(folder: Path, look: bool) -> tuple[dict[str, object], list[st
     if not partitions.has_moments():
         notes.append(
             "left out the optimiser's states: DeepSpeed saved them elastically, or on another "
-            "device. Weights are imported, and what moved them is not known"
+            "device. The import has weights, but not what moved them"
         )
     elif look:
         saved["optimizer"] = {"state": {}, "param_groups": []}
@@ -77,18 +80,18 @@ def read_deepspeed(folder: Path, look: bool) -> tuple[dict[str, object], list[st
 
 
 def _of_ranks(folder: Path, names: re.Pattern[str]) -> list[Path]:
-    """Return the files of a kind, of ranks 0, 1, 2, … in this order.
+    """Return the files of one kind for ranks 0, 1, 2, … in this order.
 
     Raises:
-        InputError: where a rank is missing, or layers are cut between ranks.
+        InputError: if a rank is missing, or layers are split between ranks.
     """
     files: dict[int, Path] = {}
     for path in sorted(folder.iterdir()):
         match = names.fullmatch(path.name)
         if match and int(match["part"]):
             raise InputError(
-                f"{folder} has layers cut between ranks ({path.name}), which only DeepSpeed or "
-                "Megatron puts together. Merge every step with its tools, and import the result."
+                f"{folder} has layers split between ranks ({path.name}), which only DeepSpeed or "
+                "Megatron can join. Merge every step with its tools, and import the result."
             )
         if match:
             files[int(match["rank"] or 0)] = path
@@ -100,23 +103,29 @@ def _of_ranks(folder: Path, names: re.Pattern[str]) -> list[Path]:
 
 def _mapping(value: object, folder: Path) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise InputError(f"{folder} holds a {type(value).__name__} where DeepSpeed has a table.")
+        raise InputError(
+            f"{folder} holds a {type(value).__name__} where DeepSpeed has a dictionary."
+        )
     return value
 
 
 def _zero(file: Path) -> Mapping[str, Any]:
-    """Return what a rank's file holds of its partition."""
+    """Return the optimiser's entry of a rank's file."""
     saved, _ = unpickled(file)
     return _mapping(_mapping(saved, file).get("optimizer_state_dict"), file)
 
 
 def _without_zero(first: Mapping[str, Any], folder: Path) -> dict[str, object]:
-    """Return the state dict and the optimiser's state of a training without ZeRO."""
+    """Return the state dict and the optimiser's state of a checkpoint without ZeRO.
+
+    Raises:
+        InputError: if there is no state dict.
+    """
     module = first.get("module")
     if not isinstance(module, Mapping):
         raise InputError(
-            f"{folder} holds no state dict: a pipeline's layers lie in files of their own, which "
-            "only DeepSpeed puts together."
+            f"{folder} holds no state dict: a pipeline's layers lie in separate files, which only "
+            "DeepSpeed can join."
         )
     optimizer = first.get("optimizer")
     return {"module": module, **({"optimizer": optimizer} if optimizer is not None else {})}
@@ -124,11 +133,13 @@ def _without_zero(first: Mapping[str, Any], folder: Path) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class _Partitions:
-    """The partitions of all ranks.
+    """Hold the partitions of all ranks.
 
-    `shapes` are those of the parameters of every flat group, in their order; `flat` has each
-    rank's part of every group; `states` each rank's state of the optimiser, its tensors numbered
-    as groups are; `is_stage_3` tells how groups are cut.
+    Attributes:
+        shapes: shapes of the parameters of every flat group, in order.
+        flat: each rank's part of every group.
+        states: each rank's state of the optimiser; its tensors are numbered like the groups.
+        is_stage_3: whether groups are cut as at stage 3.
     """
 
     shapes: Shapes
@@ -140,20 +151,25 @@ class _Partitions:
     def of(
         cls, folder: Path, first: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]
     ) -> _Partitions:
-        """Return the partitions of a folder, once they were found to be whole.
+        """Check and collect the partitions of a directory.
+
+        Args:
+            folder: directory of one checkpoint.
+            first: contents of the first rank's model file.
+            ranks: contents of each rank's optimiser file.
 
         Raises:
-            InputError: where they are not those of one training.
+            InputError: if they are incomplete or inconsistent.
         """
         is_stage_3 = "fp32_flat_groups" in ranks[0]
         key = "fp32_flat_groups" if is_stage_3 else "single_partition_of_fp32_groups"
         shapes = first.get("param_shapes")
-        if isinstance(shapes, Mapping):  # of older releases, which had one group
+        if isinstance(shapes, Mapping):  # older releases had one group
             shapes = [shapes]
         if not isinstance(shapes, list) or not all(isinstance(group, Mapping) for group in shapes):
             raise InputError(
-                f"{folder} does not say the shapes of its parameters (param_shapes), as releases "
-                "before 0.4 did not. Run the zero_to_fp32.py that lies beside it, and import that."
+                f"{folder} does not state the shapes of its parameters (param_shapes); releases "
+                "before 0.4 did not. Run the zero_to_fp32.py beside it, and import the result."
             )
         flat: list[Any] = [rank.get(key) for rank in ranks]
         for number, groups in enumerate(flat):
@@ -184,17 +200,17 @@ class _Partitions:
         return cls(tables, flat, states, is_stage_3)
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the parameters that are trained, in float32."""
+        """Return the trained parameters in float32."""
         return self._joined(self.flat)
 
     def has_moments(self) -> bool:
-        """Tell whether every rank has the moments of its parameters."""
+        """Return whether every rank has the moments of its parameters."""
         return len(self.states) == len(self.flat) and all(
             isinstance(state.get("state"), Mapping) for state in self.states
         )
 
     def optimizer(self) -> dict[str, object]:
-        """Return the optimiser's state as torch has it, with a number for every parameter."""
+        """Return the optimiser's state in torch's form, with a number for every parameter."""
         names = [name for group in self.shapes for name in group]
         numbers = {name: number for number, name in enumerate(names)}
         state: dict[int, dict[str, object]] = {number: {} for number in numbers.values()}
@@ -214,21 +230,21 @@ class _Partitions:
         return {"state": state, "param_groups": self._groups(numbers)}
 
     def _groups(self, numbers: Mapping[str, int]) -> list[dict[str, object]]:
-        """Return the groups of parameters with their settings; at stage 3 a group is cut into
-        several flat ones.
+        """Return the parameter groups with their settings; stage 3 splits a group into several flat
+        ones.
         """
         groups = []
         for settings in self.states[0].get("param_groups", []):
             names = [name for flat in settings["params"] for name in self.shapes[flat]]
             plain = {**settings, "params": [numbers[name] for name in names], "param_names": names}
-            # DeepSpeed's own Adam has no AMSGrad, and counts steps in its groups
+            # DeepSpeed's own Adam has no AMSGrad and counts steps per group
             if plain.pop("bias_correction", True) is True and "betas" in plain:
                 plain.setdefault("amsgrad", False)
             groups.append(plain)
         return groups
 
     def _joined(self, parts: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-        """Return parameters put together from parts (rank, group) of flat tensors."""
+        """Join parameters from their flat parts, indexed (rank, group)."""
         joined: dict[str, Tensor] = {}
         for group, shapes in enumerate(self.shapes):
             flat = [rank[group].flatten() for rank in parts]
@@ -249,7 +265,7 @@ class _Partitions:
     def _pieces_3(
         self, flat: Sequence[Tensor], shapes: Mapping[str, tuple[int, ...]]
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters of a group of which every rank has a part each."""
+        """Yield the parameters of a group in which every rank holds a part of each parameter."""
         shares = {name: -(-prod(shape) // len(flat)) for name, shape in shapes.items()}
         _refuse_short(min(map(len, flat)), sum(shares.values()))
         start = 0
@@ -260,26 +276,26 @@ class _Partitions:
 
 
 def _tensors(parts: Sequence[Sequence[object]]) -> list[list[Tensor]]:
-    """Return tensors of all ranks and groups.
+    """Return the tensors of all ranks and groups.
 
     Raises:
-        InputError: where one is missing.
+        InputError: if one is missing.
     """
     if not all(isinstance(part, Tensor) for rank in parts for part in rank):
-        raise InputError("some ranks have no moments: the checkpoint is not whole")
+        raise InputError("some ranks have no moments: the checkpoint is incomplete")
     return [[part for part in rank if isinstance(part, Tensor)] for rank in parts]
 
 
 def _refuse_short(numbers: int, needed: int) -> None:
     if numbers < needed:
         raise InputError(
-            f"the partitions of a group hold {numbers:,} numbers, and its parameters are "
-            f"{needed:,}: the checkpoint is not whole"
+            f"the partitions of a group hold {numbers:,} numbers, and its parameters need "
+            f"{needed:,}: the checkpoint is incomplete"
         )
 
 
 def _partitions_of(rank: Mapping[str, Any]) -> int | None:
-    """Return how many ranks share the parameters, as a rank's file says."""
+    """Return the number of ranks that share the parameters, from a rank's file."""
     count = rank.get("partition_count")
     if isinstance(count, list):
         count = max(count, default=None)
@@ -287,7 +303,11 @@ def _partitions_of(rank: Mapping[str, Any]) -> int | None:
 
 
 def _not_trained(folder: Path, models: Sequence[Any]) -> dict[str, Tensor]:
-    """Return buffers, and parameters that are frozen, which no optimiser has."""
+    """Return buffers and frozen parameters, which no optimiser has.
+
+    Raises:
+        InputError: if a part is missing.
+    """
     first = _mapping(models[0], folder)
     module = first.get("module")
     module = module if isinstance(module, Mapping) else {}

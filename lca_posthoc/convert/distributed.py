@@ -1,9 +1,9 @@
-"""Read a folder that torch.distributed.checkpoint wrote: its tensors put together from the shards of
-all ranks, and its plain data.
+"""Read a directory that torch.distributed.checkpoint wrote: join its tensors from the shards of all
+ranks, and read its plain data.
 
-The folder's `.metadata` is a pickle. It is read with stand-ins for the few classes that it may
-name, each of which only keeps what it is given; any other name is refused, and no function is
-called. Every item of the shards is what torch.save wrote, and is read as that is elsewhere.
+The directory's `.metadata` is a pickle. It is unpickled with stand-ins for the few classes that it
+may name; a stand-in only stores what it is given. Any other name is rejected, and no function is
+called. Every item of the shards was written by torch.save, and is read like other such files.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _PLAIN = {"collections.OrderedDict": OrderedDict, "torch.Size": tuple}
 
 
 class _Kept:
-    """The stand-in of a class: it keeps the arguments and the state that a pickle gives it."""
+    """Stand in for a class: store the arguments and the state that a pickle provides."""
 
     def __new__(cls, *arguments: object) -> _Kept:
-        """Keep the arguments of the class it stands for."""
+        """Store the arguments for the class it stands for."""
         self = super().__new__(cls)
         self.state = arguments
         return self
@@ -61,8 +61,12 @@ class _Contents(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Return the stand-in of a class.
 
+        Args:
+            module: module that the pickle names.
+            name: class that the pickle names.
+
         Raises:
-            pickle.UnpicklingError: where the table has no business with it.
+            pickle.UnpicklingError: if a table of contents should not name it.
         """
         full = f"{module}.{name}"
         if full in _PLAIN:
@@ -76,7 +80,7 @@ class _Contents(pickle.Unpickler):
 
 @dataclass(frozen=True)
 class _Piece:
-    """The bytes of an item, or of a part of a tensor, in one file."""
+    """Locate an item, or a part of a tensor, in one file."""
 
     file: str
     offset: int
@@ -85,8 +89,13 @@ class _Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class _Item:
-    """An entry of the checkpoint: the keys that lead to it, and its pieces by where they begin in
-    the tensor; `dtype` is None for plain data.
+    """Describe an entry of the checkpoint.
+
+    Attributes:
+        path: keys that lead to it.
+        dtype: type of a tensor; None for plain data.
+        shape: shape of a tensor.
+        pieces: start of a piece within the tensor → its sizes and its place.
     """
 
     path: tuple[str | int, ...]
@@ -96,19 +105,23 @@ class _Item:
 
 
 def is_distributed(folder: Path) -> bool:
-    """Tell whether a folder is one checkpoint of torch.distributed.checkpoint."""
+    """Return whether a directory is one checkpoint of torch.distributed.checkpoint."""
     return (folder / METADATA).is_file()
 
 
 def read_distributed(folder: Path, look: bool) -> tuple[dict[str, object], list[str]]:
-    """Return what a folder holds, nested as it was saved, and notes on what is read past.
+    """Read the contents of a directory, nested as they were saved.
 
     Args:
-        folder: of one checkpoint.
-        look: whether tensors of more than one number need no values, and an optimiser none at all.
+        folder: directory of one checkpoint.
+        look: whether tensors of more than one number need no values, and optimisers no tensors at
+            all.
+
+    Returns:
+        The entries, and notes on what was skipped.
 
     Raises:
-        InputError: where it is damaged, or holds more than tensors and plain data.
+        InputError: if the checkpoint is damaged, or holds more than tensors and plain data.
     """
     saved, notes = _nested(folder, look)
     of_accelerate = _OF_ACCELERATE.fullmatch(folder.name)
@@ -121,7 +134,7 @@ def read_distributed(folder: Path, look: bool) -> tuple[dict[str, object], list[
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the files of a checkpoint, those of accelerate's optimiser beside it among them."""
+    """Return the files of a checkpoint, including those of accelerate's optimiser beside it."""
     of_accelerate = _OF_ACCELERATE.fullmatch(folder.name)
     folders = [
         folder,
@@ -151,7 +164,12 @@ def _nested(folder: Path, look: bool) -> tuple[dict[str, object], list[str]]:
 
 
 def _put(root: dict[str, object], path: Sequence[str | int], value: object) -> None:
-    """Put a value into nested dictionaries; lists are dictionaries by number until all is there."""
+    """Insert a value into nested dictionaries; lists are dictionaries with integer keys until
+    `_with_lists`.
+
+    Raises:
+        InputError: if the path leads into another value.
+    """
     level: Any = root
     for key in path[:-1]:
         level = level.setdefault(key, {})
@@ -161,7 +179,7 @@ def _put(root: dict[str, object], path: Sequence[str | int], value: object) -> N
 
 
 def _with_lists(value: object) -> object:
-    """Return nested dictionaries with lists where the keys are 0, 1, 2, …"""
+    """Replace nested dictionaries with keys 0, 1, 2, … by lists."""
     if not isinstance(value, dict):
         return value
     inner = {key: _with_lists(entry) for key, entry in value.items()}
@@ -171,7 +189,7 @@ def _with_lists(value: object) -> object:
 
 
 class _Files:
-    """The shards of a folder, each open once."""
+    """Open the shards of a directory, each once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -185,7 +203,11 @@ class _Files:
             file.close()
 
     def item(self, piece: _Piece) -> tuple[object, list[str]]:
-        """Return what torch.save wrote at a place, once its checksums were compared."""
+        """Read what torch.save wrote at a place, after comparing checksums.
+
+        Raises:
+            InputError: if the file is missing or damaged.
+        """
         path = self._folder / piece.file
         if Path(piece.file).name != piece.file or not path.is_file():
             raise InputError(
@@ -205,7 +227,11 @@ class _Files:
 
 
 def _whole(item: _Item, dtype: torch.dtype, files: _Files) -> torch.Tensor:
-    """Return a tensor put together from its parts, which cover it."""
+    """Join a tensor from its parts.
+
+    Raises:
+        InputError: if they do not cover it.
+    """
     name = ".".join(map(str, item.path))
     if len(item.pieces) == 1:
         ((_, piece),) = item.pieces.values()
@@ -216,7 +242,7 @@ def _whole(item: _Item, dtype: torch.dtype, files: _Files) -> torch.Tensor:
         whole[place] = _part(name, sizes, dtype, piece, files)
         covered += prod(sizes)
     if covered != whole.numel():
-        raise InputError(f"the parts of {name!r} do not cover it: the checkpoint is not whole")
+        raise InputError(f"the parts of {name!r} do not cover it: the checkpoint is incomplete")
     return whole
 
 
@@ -225,7 +251,7 @@ def _part(
 ) -> torch.Tensor:
     value, _ = files.item(piece)
     if not isinstance(value, torch.Tensor) or tuple(value.shape) != sizes or value.dtype != dtype:
-        raise InputError(f"a part of {name!r} is not what the table of contents says it is")
+        raise InputError(f"a part of {name!r} differs from what the table of contents states")
     return value
 
 
@@ -233,10 +259,10 @@ def _part(
 
 
 def _items(folder: Path) -> Iterator[_Item]:
-    """Yield the entries that a folder's table of contents lists.
+    """Yield the entries in a directory's table of contents.
 
     Raises:
-        InputError: where it is damaged, or not such a table.
+        InputError: if it is damaged, or not such a table.
     """
     file = folder / METADATA
     if file.stat().st_size > _LARGEST:
@@ -247,14 +273,14 @@ def _items(folder: Path) -> Iterator[_Item]:
         yield from _listed(table.state)
     except pickle.UnpicklingError as error:
         raise InputError(
-            f"{file} names {str(error)[:120]}, with which torch.distributed.checkpoint's table of "
-            "contents has no business, and is not read: that could run any code."
+            f"{file} names {str(error)[:120]}, which is not part of torch.distributed.checkpoint's "
+            "table of contents, and is not read: that could run any code."
         ) from None
     except InputError:
         raise
     except Exception as error:
         raise InputError(
-            f"{file} is no table of contents as torch.distributed.checkpoint writes it "
+            f"{file} is not a table of contents of torch.distributed.checkpoint "
             f"({type(error).__name__}). Copy the checkpoint again, or move it away."
         ) from None
 
@@ -299,6 +325,6 @@ def _piece(stored: Mapping[str, Any]) -> _Piece:
     if stored.get("transform_descriptors"):
         raise InputError(
             "items of the checkpoint are compressed by an extension of "
-            "torch.distributed.checkpoint, which is not read. Save it without."
+            "torch.distributed.checkpoint, which is not supported. Save it without."
         )
     return _Piece(str(stored["relative_path"]), int(stored["offset"]), int(stored["length"]))

@@ -1,5 +1,5 @@
-"""The formats, recognised by the contents of files: those that are opened as a series, and those
-that are refused with the way out.
+"""Recognise formats by the contents of files: open those that are supported, and reject others with
+advice.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ from .series import Progress, Series
 
 @dataclass(frozen=True)
 class Format:
-    """A format: its name, the functions that recognise a path that holds it and open one, and the
-    options it takes.
+    """Describe a format.
+
+    Attributes:
+        name: name of the format.
+        recognises: returns whether a path holds it.
+        open: opens a path as a series.
+        options: options of `lca import` that the format takes.
     """
 
     name: str
@@ -43,13 +48,13 @@ def _unreadable(layout: Unreadable) -> Format:
 
 
 def _without_contents(layout: Unreadable) -> Format:
-    """Return the refusal of shards that nothing says how to put together."""
+    """Return the format that rejects shards whose table of contents is missing."""
     return Format(
         layout.name,
         layout.recognises,
         _refuse(
-            f"{layout.name} without the file that says how they fit together (.metadata, or "
-            "mp_rank_00_model_states.pt) beside them. Copy the folder of every step whole."
+            f"{layout.name} without the file that says how to join them (.metadata, or "
+            "mp_rank_00_model_states.pt). Copy the complete directory of every step."
         ),
     )
 

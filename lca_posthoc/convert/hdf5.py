@@ -1,7 +1,7 @@
-"""Read an HDF5 file with a row for every iterate and a column for every parameter, as the authors
-of the method kept theirs.
+"""Read an HDF5 file with a row for every iterate and a column for every parameter, the format of
+the method's authors.
 
-The file has no names: order and shapes are those of a task's model.
+The file has no names: order and shapes come from a task's model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _BLOCK = 256 * 2**20
 
 
 def is_hdf5(path: Path) -> bool:
-    """Tell whether a file begins as HDF5 does."""
+    """Return whether a file starts like HDF5."""
     if not path.is_file():
         return False
     with path.open("rb") as file:
@@ -37,7 +37,7 @@ def is_hdf5(path: Path) -> bool:
 
 
 class _Rows:
-    """The rows of a dataset, read in blocks of whole chunks."""
+    """Read the rows of a dataset in blocks of whole chunks."""
 
     def __init__(self, path: Path, dataset: str, names: Mapping[str, tuple[int, ...]]) -> None:
         self.path, self.dataset, self._shapes = path, dataset, names
@@ -56,7 +56,7 @@ class _Rows:
                 yield _dataset(h5py, file, self.path, self.dataset)
         except LCAError:
             raise
-        except Exception as error:  # a damaged file raises OSError, RuntimeError, KeyError
+        except Exception as error:  # a damaged file raises OSError, RuntimeError or KeyError
             what = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{self.path} cannot be read as HDF5: {what}. Copy it again."
@@ -71,7 +71,7 @@ class _Rows:
         return numbers
 
     def read(self, row: int) -> Tensors:
-        """Return the tensors of one row, columns cut in order."""
+        """Return the tensors of one row, cut from its columns in order."""
         numbers, tensors, start = torch.from_numpy(self._row(row).copy()), Tensors(), 0
         for name, shape in self._shapes.items():
             count = TensorSpec(name, "parameter", shape).elements
@@ -80,14 +80,17 @@ class _Rows:
         return separate(tensors)
 
     def identity(self, row: int) -> str:
-        # another order of the parameters cuts the row into other tensors
+        # include the shapes: another order of the parameters cuts other tensors from the row
         cut = repr(list(self._shapes.items())).encode()
         return f"{google_crc32c.extend(google_crc32c.value(cut), self._row(row).tobytes()):08x}"
 
 
 def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
-    """Return a dataset of the file, and refuse one that is no plain two-dimensional table of
-    floating-point numbers in this file.
+    """Return a dataset of the file.
+
+    Raises:
+        InputError: if it is not a plain two-dimensional table of floating-point numbers in this
+            file.
     """
     if (
         "layer_names" in file.attrs
@@ -106,13 +109,13 @@ def _dataset(h5py: Any, file: Any, path: Path, name: str) -> Any:
             if isinstance(value, h5py.Dataset)
         ]
         raise InputError(
-            f"{path} has no dataset {name!r}; it has {few(tables, 8) or 'none'}. Name the one with "
-            "a row for every iterate with --dataset."
+            f"{path} has no dataset {name!r}; it has {few(tables, 8) or 'none'}. Name the dataset "
+            "that has a row for every iterate with --dataset."
         )
     if table.file.filename != file.filename or table.external or table.is_virtual:
         raise InputError(
-            f"dataset {name!r} of {path} lies in other files, which are not read. Copy it into one "
-            "file."
+            f"dataset {name!r} of {path} lies in other files, which are not read. Copy it into a "
+            "single file."
         )
     if table.ndim != 2 or table.dtype.kind != "f" or table.dtype.itemsize > 8:
         raise InputError(
@@ -128,18 +131,23 @@ def open_hdf5(
     dataset: str = "all_weights",
     task: str | Path | Task | None = None,
 ) -> Series:
-    """Return the rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a
+    """Open the rows of a dataset as steps 0, 1, 2, …, cut in the order of the parameters of a
     task's model.
 
+    Args:
+        path: the HDF5 file.
+        progress: unused.
+        dataset: name of the dataset.
+        task: task whose model gives order and shapes of the parameters.
+
     Raises:
-        InputError: where the file, the dataset or the task is missing, or they do not fit each
-            other.
-        ResourceError: where h5py is not installed.
+        InputError: if the file, the dataset or the task is missing, or they do not match.
+        ResourceError: if h5py is not installed.
     """
     optional_package("h5py", "HDF5")
     if task is None:
         raise InputError(
-            f"{path} holds numbers without names. Say which model they are of: --task my_task.py."
+            f"{path} holds numbers without names. Say which model they belong to: --task my_task.py."
         )
     model = _model(task)
     shapes = {spec.name: spec.shape for spec in model if spec.kind == "parameter"}
@@ -167,24 +175,28 @@ def open_hdf5(
 
 
 def _notes(order: str, others: list[str]) -> list[str]:
-    """Say how columns were taken for parameters, and which tensors rows do not hold."""
+    """Note how columns are assigned to parameters, and which tensors the rows lack."""
     notes = [
-        "columns are taken in the order of the model's parameters, in torch's own layout: "
-        f"{order}. Nothing is transposed, and the file cannot say whether that is right (Keras' "
+        "columns are read in the order of the model's parameters, in torch's own layout: "
+        f"{order}. Nothing is transposed, and the file does not say whether that is right (Keras' "
         "kernels are (in, out)): compare loss_start of `lca run` with the loss in training",
-        "rows are taken as training steps 0, 1, 2, …",
+        "rows are read as training steps 0, 1, 2, …",
     ]
     if others:
         notes.append(
-            f"rows hold no {few(others)}, which the model stores beside its parameters: `lca run` "
-            "asks for them unless Task(fixed=[…]) names them; running statistics, which moved, "
-            "also need --norm-stats batch"
+            f"rows do not hold {few(others)}, which the model stores besides its parameters: "
+            "`lca run` needs them unless Task(fixed=[…]) names them; running statistics, which "
+            "moved, also need --norm-stats batch"
         )
     return notes
 
 
 def _model(task: str | Path | Task) -> list[TensorSpec]:
-    """Return the tensors of a task's model, in its order, without those the task fixes."""
+    """Return the tensors of a task's model, in its order, without those the task fixes.
+
+    Raises:
+        InputError: if the model is lazily built.
+    """
     loaded = loaded_task(task)
     model = new_model(loaded)
     if any(map(is_lazy, model.parameters())):

@@ -1,5 +1,5 @@
-"""Rewrite states of optimisers that name their tensors, as torch.distributed.checkpoint saves them,
-into those that number them.
+"""Convert optimiser states that name their tensors, as torch.distributed.checkpoint saves them, to
+states that number them.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from typing import Any
 
 
 def numbered(state: Mapping[str, object]) -> dict[str, object] | None:
-    """Return an optimiser's state with numbers for its tensors and `param_names` in its groups; None
-    where it is no such state.
+    """Convert an optimiser's state to numbered tensors, with `param_names` in its groups; return
+    None if it is not such a state.
 
-    It has `state` and `param_groups` with names in them, or is flat: `state.NAME.SLOT` and
+    The state has `state` and `param_groups` that contain names, or is flat: `state.NAME.SLOT` and
     `param_groups.NAME.SETTING`.
 
     >>> numbered({"state.fc.weight.step": 3, "param_groups.fc.weight.lr": 0.1})
     {'state': {0: {'step': 3}}, 'param_groups': [{'lr': 0.1, 'params': [0], 'param_names': ['fc.weight']}]}
     """
-    # what is empty, as a state before the first step, is not saved at all
+    # an empty entry, such as the state before the first step, is not saved at all
     slots, groups = state.get("state", {}), state.get("param_groups")
     if isinstance(slots, Mapping) and isinstance(groups, list):
         return _numbered(slots, groups)
@@ -34,7 +34,7 @@ def _numbered(slots: Mapping[Any, object], groups: list[object]) -> dict[str, ob
         if not isinstance(group, Mapping) or not isinstance(names, list):
             return None
         if all(isinstance(name, int) for name in names):
-            # numbers already; as keys of the states they were saved as words
+            # already numbered, but saved as strings where they are keys
             numbers |= {str(name): name for name in names}
             rewritten.append({**group})
             continue
@@ -47,7 +47,7 @@ def _numbered(slots: Mapping[Any, object], groups: list[object]) -> dict[str, ob
 def _unflattened(
     state: Mapping[str, object],
 ) -> tuple[Mapping[str, object], list[object]] | None:
-    """Return a flat state's slots by name, and its groups: tensors of the same settings together."""
+    """Return a flat state's slots by name, and its groups, each of tensors with equal settings."""
     tables: dict[str, dict[str, dict[str, object]]] = {"state": {}, "param_groups": {}}
     for key, value in state.items():
         kind, _, rest = key.partition(".")

@@ -1,5 +1,5 @@
-"""Find the model's state dict in the contents of a file, whatever lies around it, and never take an
-optimiser's state for it.
+"""Find the model's state dict in the contents of a file, whatever surrounds it, and never mistake
+an optimiser's state for it.
 """
 
 from __future__ import annotations
@@ -61,24 +61,31 @@ Level = Mapping[Any, object]
 def state_dict(
     saved: object, file: Path, key: str | None
 ) -> tuple[Mapping[str, object], list[Level], list[str]]:
-    """Find the state dict, the mappings it lies in, from the outside in, and notes on others that
-    were not chosen.
+    """Find the state dict in a file.
 
-    It is the one under `--key`, a path with dots; else the only known entry of the file; else the
-    only state dict anywhere in it; else the file itself.
+    It is the one under `--key`, a dotted path; else the only known entry of the file; else the only
+    state dict anywhere in it; else the file itself.
+
+    Args:
+        saved: contents of the file.
+        file: path of the file, for messages.
+        key: the argument of `--key`, or None.
+
+    Returns:
+        The state dict, the mappings that contain it, from the outside in, and notes on others that
+        were not chosen.
 
     Raises:
-        InputError: where there is none, or several could be meant; it names every key that would
-            do.
+        InputError: if there is none, or several are possible; the message names every possible key.
     """
     if is_left_out(saved):
         raise InputError(
-            f"{file} holds an object of {class_of(saved)}, which is not made: that could run any "
+            f"{file} holds an object of {class_of(saved)}, which is not loaded: that could run any "
             "code. Save model.state_dict()."
         )
     if not isinstance(saved, Mapping):
         raise InputError(
-            f"{file} holds a {type(saved).__name__}, no state dict. Save model.state_dict()."
+            f"{file} holds a {type(saved).__name__}, not a state dict. Save model.state_dict()."
         )
     places = dict(_places(saved))
     if key is not None:
@@ -114,8 +121,10 @@ def state_dict(
 def _refuse_unread_model(
     saved: Level, file: Path, places: Mapping[str, Sequence[Level]], known: Sequence[str]
 ) -> None:
-    """Refuse to choose a state dict where an object that was read past holds tensors and may be the
-    model itself.
+    """Check that no skipped object with tensors may be the model itself.
+
+    Raises:
+        InputError: if there is one.
     """
     around = [saved, *(level for trail in places.values() for level in trail[:-1])]
     unread = [
@@ -141,29 +150,29 @@ def _only_scalars(state: Level) -> bool:
 
 
 def _has_numbers_beside(saved: Level, trail: Sequence[Level]) -> bool:
-    """Tell whether tensors of more than one number lie beside the state dict, on its own level or
+    """Return whether tensors of more than one number lie beside the state dict, on its own level or
     above.
     """
     return any(not _only_scalars(level) for level in [saved, *trail[:-1]])
 
 
 def _is_optimiser(name: str, value: Level) -> bool:
-    """Tell whether a mapping is an optimiser's state, by its keys, or by its name where the keys
-    tell nothing.
+    """Return whether a mapping is an optimiser's state, by its keys, or by its name if the keys are
+    inconclusive.
     """
     if "param_groups" in value or (_OPTIMISER.search(name) and not _holds_tensors(value)):
         return True
     names = [key for key in value if isinstance(key, str)]
     if names and all(key.startswith(("state.", "param_groups.")) for key in names):
-        return True  # flattened by torch.distributed.checkpoint
+        return True  # torch.distributed.checkpoint flattened it
     return bool(names) and name not in _WITHIN and _SLOTS.issuperset(names)
 
 
 def _places(
     value: Level, prefix: str = "", trail: tuple[Level, ...] = ()
 ) -> Iterator[tuple[str, list[Level]]]:
-    """Walk nested mappings, and yield the dotted path of every state dict below, with the mappings
-    on the way to it, itself the last.
+    """Yield the dotted path of every state dict in nested mappings, with the mappings along the
+    path, the state dict last.
     """
     for name, inner in value.items():
         if not isinstance(name, str) or not isinstance(inner, Mapping) or is_left_out(inner):
@@ -179,9 +188,7 @@ def _places(
 
 
 def _at(value: Level, key: str) -> Iterator[list[Level]]:
-    """Yield the mappings on every way that a key with dots can be read: as one name, or as names of
-    levels.
-    """
+    """Yield the mappings along every reading of a dotted key: as one name, or as names of levels."""
     for end in [index for index, letter in enumerate(key) if letter == "."] + [len(key)]:
         inner = value.get(key[:end])
         if not isinstance(inner, Mapping):
@@ -199,7 +206,7 @@ def _entries(saved: Level, paths: Sequence[str]) -> str:
         for name, value in saved.items()
         if holds_tensors_inside(value)
     ]
-    whole = f"; {few(objects)} and is not made" if objects else ""
+    whole = f"; {few(objects)} and is not loaded" if objects else ""
     if not paths:
         return f"Its keys are {keys}, none of them with tensors in it{whole}."
     return (

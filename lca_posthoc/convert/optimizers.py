@@ -1,10 +1,10 @@
-r"""Tell what an optimiser did from its states in checkpoints of consecutive steps.
+r"""Infer what an optimiser did from its states in checkpoints of consecutive steps.
 
-A state names neither its optimiser's class nor, as a rule, the tensors it belongs to, and whether
-the learning rate in it is that of the step before or of the next depends on who saved it. The
-motion of the weights tells all three: a step of Adam moved a tensor by
-$-\kappa\,m/(\sqrt{v/(1-\beta_2^t)}+\epsilon)$, with $\kappa=\eta/(1-\beta_1^t)$, and one of SGD with
-momentum by $-\eta$ times its buffer, to roundings. Only what the motion confirms is believed.
+A state names neither its optimiser's class nor, usually, the tensors it belongs to. Whether its
+learning rate is that of the previous or of the next step depends on who saved it. The motion of the
+weights reveals all three: a step of Adam moves a tensor by
+$-\kappa\,m/(\sqrt{v/(1-\beta_2^t)}+\epsilon)$, with $\kappa=\eta/(1-\beta_1^t)$, and one of SGD
+with momentum by $-\eta$ times its buffer, up to rounding. Only what the motion confirms is used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .series import Beside, Progress, Tensors, separate
 
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _SAMPLE = 2**13  # numbers of a tensor whose motion is compared
-_MOST_PAIRS = 256  # of checkpoints from which names are told
-_MOST_COMPARED = 2**20  # motions with formulas, of one pair
-# by how much a motion may differ from that of a formula: roundings of the weights, and a share of
-# the motion, which a bias correction in float32 changes by 3e-5
+_MOST_PAIRS = 256  # pairs of checkpoints used to identify tensors
+_MOST_COMPARED = 2**20  # comparisons of motions with formulas, for one pair
+# how much a motion may differ from a formula: rounding of the weights, and a share of the motion,
+# because a bias correction in float32 changes it by 3e-5
 _ROUNDINGS, _SHARE = 2.0, 1e-4
 _MOST_STEPS = 2**53
 _LARGEST = 1e300  # of settings
@@ -39,12 +39,12 @@ _NO_MEMORY = "they remember no gradients, as of SGD without momentum, so that no
 
 
 class _Untold(Exception):
-    """The reason why a state tells nothing."""
+    """Give the reason why a state reveals nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Settings:
-    """The settings of a group; `decoupled` is None where older torch did not say."""
+    """Hold the settings of a group; `decoupled` is None if an older torch did not store it."""
 
     optimizer: str
     lr: float
@@ -59,8 +59,13 @@ class _Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class _Member:
-    """The state of one tensor: the number of its group, the steps made with it, None where they are
-    not counted, and its moments or its momentum buffer.
+    """Hold the state of one tensor.
+
+    Attributes:
+        group: number of its group.
+        steps: number of steps made with it; None if not counted.
+        first: first moment, or momentum buffer.
+        second: second moment, if any.
     """
 
     group: int
@@ -71,8 +76,12 @@ class _Member:
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
-    """The state of an optimiser: its groups, the members that had a gradient by number, and names
-    of these where torch wrote them.
+    """Hold the state of an optimiser.
+
+    Attributes:
+        groups: settings of the groups.
+        members: number → state of each tensor that had a gradient.
+        names: number → name, if torch stored it.
     """
 
     groups: tuple[_Settings, ...]
@@ -84,10 +93,10 @@ class _State:
 
 
 def _parsed(saved: object) -> _State:
-    """Return the state that an optimiser's `state_dict` holds, which anybody may have written.
+    """Parse the state from an optimiser's `state_dict`, without trusting it.
 
     Raises:
-        _Untold: where it is none of an optimiser that is followed.
+        _Untold: if it is not the state of a supported optimiser.
     """
     groups, states = (
         (saved.get("param_groups"), saved.get("state")) if isinstance(saved, Mapping) else (0, 0)
@@ -114,7 +123,11 @@ def _parsed(saved: object) -> _State:
 
 
 def _settings(group: Mapping[str, object]) -> _Settings:
-    """Return the settings of a group of Adam, AdamW or SGD with momentum."""
+    """Return the settings of a group of Adam, AdamW or SGD with momentum.
+
+    Raises:
+        _Untold: if it is another optimiser's.
+    """
     rate, decay = _number(group, "lr"), _number(group, "weight_decay")
     maximize = group.get("maximize") is True
     if "betas" in group and "amsgrad" in group:
@@ -123,10 +136,10 @@ def _settings(group: Mapping[str, object]) -> _Settings:
         if group["amsgrad"] is not False:
             raise _Untold("there is no formula for AMSGrad")
         if not isinstance(betas, tuple | list) or len(betas) != 2:
-            raise _Untold("their betas are no pair of numbers")
+            raise _Untold("their betas are not a pair of numbers")
         first, second = (_number({"betas": beta}, "betas") for beta in betas)
         if not (0 <= first < 1 and 0 <= second < 1):
-            raise _Untold("their betas are no pair of numbers")
+            raise _Untold("their betas are not a pair of numbers")
         return _Settings(
             optimizer="Adam",
             maximize=maximize,
@@ -164,7 +177,7 @@ def _member(number: int, settings: _Settings, state: Mapping[object, object]) ->
         raise _Untold(_OTHER)
     steps = _number(state, "step")
     if not (steps.is_integer() and 1 <= steps < _MOST_STEPS):
-        raise _Untold("their count of steps is none")
+        raise _Untold("their count of steps is invalid")
     first, second = _tensor(state["exp_avg"]), _tensor(state["exp_avg_sq"])
     if first.shape != second.shape:
         raise _Untold("their moments have two shapes")
@@ -174,7 +187,7 @@ def _member(number: int, settings: _Settings, state: Mapping[object, object]) ->
 def _tensor(value: object) -> Tensor:
     if isinstance(value, Tensor) and _is_plain(value) and value.dtype in _FLOATING:
         return value.detach()
-    raise _Untold("their moments are no plain tensors of floating-point numbers")
+    raise _Untold("their moments are not plain tensors of floating-point numbers")
 
 
 def _number(values: Mapping[Any, object], name: str) -> float:
@@ -183,7 +196,7 @@ def _number(values: Mapping[Any, object], name: str) -> float:
         value = value.item()
     if isinstance(value, int | float) and type(value) is not bool and abs(value) <= _LARGEST:
         return float(value)
-    raise _Untold(f"their {name} is no number")
+    raise _Untold(f"their {name} is not a number")
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -194,19 +207,19 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _sampled(tensor: Tensor) -> Tensor:
-    """Return some numbers of a tensor, all of a small one, in float64."""
+    """Return a sample of a tensor, or all of a small one, in float64."""
     flat = tensor.reshape(-1)
     return flat[:: (max(1, len(flat) // _SAMPLE) - 1) | 1].double()
 
 
 @dataclass(frozen=True)
 class _Motion:
-    """The motion of a tensor over one step, on its sample.
+    """Hold the motion of a tensor over one step, on its sample.
 
     Args:
-        start: the weights before it.
-        moved: by how much they moved.
-        rounding: the norm of what roundings of them may make of that.
+        start: weights before the step.
+        moved: change of the weights.
+        rounding: norm of the change that rounding of the weights may cause.
     """
 
     start: Tensor
@@ -215,7 +228,12 @@ class _Motion:
 
     @classmethod
     def of(cls, before: Tensor, after: Tensor) -> _Motion:
-        """Return the motion from one point to the next."""
+        """Return the motion from one point to the next.
+
+        Args:
+            before: weights before the step.
+            after: weights after the step.
+        """
         start, end = _sampled(before), _sampled(after)
         largest = torch.maximum(start.abs(), end.abs())
         rounding = _ROUNDINGS * torch.finfo(after.dtype).eps * float(largest.norm())
@@ -224,8 +242,12 @@ class _Motion:
 
 @dataclass(frozen=True)
 class _Formula:
-    """The step that a state says was made with its tensor: what it added, on the sample, and the
-    factor of the weights for the decay.
+    """Hold the step that a state implies for its tensor, on the sample.
+
+    Attributes:
+        added: what the step adds to the weights, without decoupled decay.
+        decay: factor of the weights that decoupled decay adds.
+        share: relative error that is allowed.
     """
 
     added: Tensor
@@ -234,7 +256,12 @@ class _Formula:
 
     @classmethod
     def of(cls, settings: _Settings, member: _Member) -> _Formula:
-        """Return the step of a member under some settings."""
+        """Compute the step of a member under some settings.
+
+        Args:
+            settings: settings of the step.
+            member: the state after the step.
+        """
         share = max(_SHARE, 4 * torch.finfo(member.first.dtype).eps)
         first = _sampled(member.first)
         if settings.betas is None or settings.eps is None or member.second is None:
@@ -246,7 +273,7 @@ class _Formula:
         return cls(-rate * first / (second.sqrt() + settings.eps), decay, share)
 
     def error(self, motion: _Motion) -> float:
-        """Return by how much a motion differs from the step, 1 being what roundings allow."""
+        """Return how much a motion differs from the step, relative to what rounding allows."""
         step = self.added + self.decay * motion.start
         allowed = motion.rounding + self.share * float(step.norm())
         difference = float((motion.moved - step).norm())
@@ -256,8 +283,9 @@ class _Formula:
 
 
 def _variants(before: _State, after: _State) -> Iterator[tuple[_Settings, ...]]:
-    """Yield the settings that the step between two states may have been made with: their learning
-    rates are those of one of the two, and nothing else may have changed.
+    """Yield the settings that the step between two states may have used.
+
+    Learning rates come from one of the two states; nothing else may have changed.
     """
     plain = [[replace(group, lr=0.0) for group in state.groups] for state in (before, after)]
     if plain[0] != plain[1]:
@@ -272,7 +300,7 @@ def _variants(before: _State, after: _State) -> Iterator[tuple[_Settings, ...]]:
 
 
 def _made_a_step(before: _Member | None, after: _Member) -> bool:
-    """Tell whether a member's count rose by one, or its buffer changed where there is no count."""
+    """Return whether a member's count increased by one or, without a count, its buffer changed."""
     if after.steps is None:
         return before is None or not torch.equal(_sampled(before.first), _sampled(after.first))
     return after.steps == (1 if before is None else (before.steps or 0) + 1)
@@ -283,8 +311,13 @@ def _made_a_step(before: _Member | None, after: _Member) -> bool:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that holds a state: functions that return its weights, the state, and a checksum
-    of the file that holds this; `check` raises where the file is damaged inside.
+    """Give access to a checkpoint that holds a state.
+
+    Attributes:
+        tensors: returns its weights.
+        optimizer: returns the state.
+        identity: returns a checksum of the file that holds the state.
+        check: raises an error if that file is damaged.
     """
 
     tensors: Callable[[], Tensors]
@@ -295,7 +328,7 @@ class Source:
 
 @dataclass(frozen=True)
 class _Point:
-    """A checkpoint: its weights and the state beside them."""
+    """Hold the weights of a checkpoint and the state beside them."""
 
     tensors: Tensors
     state: _State
@@ -306,7 +339,7 @@ class _Follower:
     """Follow an optimiser through the checkpoints of a series.
 
     Args:
-        sources: by step.
+        sources: step → checkpoint.
         progress: called as `progress(what, done, total)`.
     """
 
@@ -317,7 +350,7 @@ class _Follower:
     _shapes: dict[int, torch.Size] = field(default_factory=dict)
 
     def point(self, step: int) -> _Point | None:
-        """Return a checkpoint, None where its state tells nothing; the last two are kept."""
+        """Return a checkpoint, or None if its state reveals nothing; the last two are cached."""
         if step not in self._kept:
             self._kept = {step - 1: self._kept[step - 1]} if step - 1 in self._kept else {}
             self._kept[step] = self._read(step)
@@ -336,7 +369,11 @@ class _Follower:
         return None
 
     def _compare_shapes(self, point: _Point) -> None:
-        """Refuse members of other shapes than the weights have, or than before."""
+        """Check that members have the shapes of the weights, and of earlier members.
+
+        Raises:
+            _Untold: if one differs.
+        """
         shapes = {tensor.shape for tensor in point.tensors.values()}
         for index, member in point.state.members.items():
             shape = member.first.shape
@@ -344,7 +381,7 @@ class _Follower:
                 raise _Untold("their parameters are not those of the weights beside them")
 
     def pairs(self) -> Iterator[tuple[int, _Point, _Point]]:
-        """Yield consecutive checkpoints with states, by the step of the later one."""
+        """Yield consecutive checkpoints with states, with the step of the later one."""
         steps = [step for step in self.sources if step - 1 in self.sources]
         for done, step in enumerate(steps):
             self.progress("following the optimiser at", done, len(steps))
@@ -353,10 +390,12 @@ class _Follower:
                 yield step, before, after
 
     def names(self) -> dict[int, str]:
-        """Return the names of the tensors that members belong to, as far as motions tell them.
+        """Return the name of the tensor that each member belongs to, as far as motions determine
+        it.
 
         Raises:
-            _Untold: where a tensor moved by no step of the optimiser, or nothing tells any name.
+            _Untold: if the optimiser's steps do not explain the motion of a tensor, or nothing
+                determines any name.
         """
         possible: dict[int, frozenset[str]] = {}
         pairs = 0
@@ -369,7 +408,7 @@ class _Follower:
                 break
         names = {index: next(iter(names)) for index, names in possible.items() if len(names) == 1}
         if possible and not names:
-            raise _Untold("which tensors they belong to cannot be told from the motion")
+            raise _Untold("the motion does not determine which tensors they belong to")
         if pairs and not names:
             raise _Untold(_NO_MEMORY)
         return names
@@ -377,8 +416,14 @@ class _Follower:
     def record(
         self, step: int, before: _Point, after: _Point, names: Mapping[int, str]
     ) -> OptimizerStep | None:
-        """Return the record of the step between two checkpoints, of the tensors whose motions it
-        explains; None where it explains none.
+        """Return the record of the step between two checkpoints, for the tensors whose motion it
+        explains; None if it explains none.
+
+        Args:
+            step: step of the later checkpoint.
+            before: the earlier checkpoint.
+            after: the later checkpoint.
+            names: number of a member → name of its tensor.
         """
         motions = {
             name: _Motion.of(before.tensors[name], after.tensors[name]) for name in names.values()
@@ -404,8 +449,11 @@ class _Follower:
 def _narrowed(
     possible: Mapping[int, frozenset[str]], before: _Point, after: _Point
 ) -> dict[int, frozenset[str]]:
-    """Return the names that members may have after one more step, by their shapes and by the motion
-    it would have made.
+    """Return the possible names of members after one more step, from shapes and from the motion the
+    step implies.
+
+    Raises:
+        _Untold: if no step explains the motion, or there are too many possibilities.
     """
     members = after.state.members
     new = {index: _named(index, after) for index in members.keys() - possible.keys()}
@@ -431,13 +479,13 @@ def _narrowed(
             for index, names in fits.items():
                 allowed[index] = allowed.get(index, set()) | names
     if open_ones and variants and not allowed:
-        raise _Untold("the weights did not move by their steps, or not by these alone")
+        raise _Untold("their steps alone do not explain the motion of the weights")
     return _eliminated(known | {index: frozenset(names) for index, names in allowed.items()})
 
 
 def _named(index: int, point: _Point) -> frozenset[str]:
-    """Return the names of the tensors that have a member's shape; that which torch wrote alone,
-    where it is one of them.
+    """Return the names of the tensors with a member's shape; only the name that torch stored, if it
+    is one of them.
     """
     shape = point.state.members[index].first.shape
     names = [
@@ -451,11 +499,11 @@ def _named(index: int, point: _Point) -> frozenset[str]:
 
 
 def _eliminated(possible: Mapping[int, frozenset[str]]) -> dict[int, frozenset[str]]:
-    """Return names without those that other members have for certain: some members that have as many
-    names between them as they are have these for themselves.
+    """Remove names that certainly belong to other members: n members that share n possible names
+    own those names.
 
     Raises:
-        _Untold: where members have fewer names than they are.
+        _Untold: if some members share fewer names than there are members.
     """
     left = dict(possible)
     waiting = sorted({*left.values()}, key=len)
@@ -481,7 +529,7 @@ def _groups(
     names: Mapping[int, str],
     indices: Iterable[int],
 ) -> tuple[GroupStep, ...]:
-    """Return what a step did with some members, those that it treated alike together."""
+    """Return what a step did with some members, grouped by equal treatment."""
     alike: dict[tuple[int, int, bool], list[int]] = {}
     for index in indices:
         member = after.state.members[index]
@@ -531,8 +579,8 @@ def _group(
 
 
 def _norm(settings: _Settings, name: str, index: int, before: _Point, after: _Point) -> float:
-    """Return the norm of the gradient that SGD was given, which its buffers tell; NaN for Adam,
-    whose moments are stored.
+    """Return the norm of the gradient that SGD received, from its buffers; NaN for Adam, whose
+    moments are stored.
     """
     if settings.optimizer != "SGD":
         return math.nan
@@ -550,10 +598,10 @@ def _norm(settings: _Settings, name: str, index: int, before: _Point, after: _Po
 def follow(
     sources: Mapping[int, Source], progress: Progress
 ) -> tuple[dict[int, Beside], list[str]]:
-    """Return what states tell of the optimiser's steps, by training step, and notes.
+    """Return what the states reveal about the optimiser's steps, by training step, and notes.
 
     Args:
-        sources: the checkpoints of a series by step, ascending.
+        sources: step → checkpoint of a series, in ascending order.
         progress: called as `progress(what, done, total)`.
     """
     follower = _Follower(sources, progress)
@@ -579,7 +627,7 @@ def follow(
 
 
 def _beside(source: Source, point: _Point, names: Mapping[int, str], record: str | None) -> Beside:
-    """Return what is written beside a checkpoint."""
+    """Return what to write beside a checkpoint."""
     size = sum(
         tensor.numel() * tensor.element_size()
         for name, tensor in _moments(point.state, names).items()
@@ -611,8 +659,8 @@ def _moments(state: _State, names: Mapping[int, str]) -> Tensors:
 
 def _nothing(reasons: Sequence[str]) -> str:
     return (
-        f"left out the optimiser's states: {few(reasons, 2)}. Weights are imported, and what moved "
-        "them is not known"
+        f"left out the optimiser's states: {few(reasons, 2)}. The import has weights, but not what "
+        "moved them"
     )
 
 
@@ -623,21 +671,22 @@ def _notes(
     records: Mapping[int, OptimizerStep],
     pairs: int,
 ) -> list[str]:
-    """Say what is known of the optimiser, and what is not."""
+    """Note what is known about the optimiser, and what is not."""
     kinds = dict.fromkeys(group.optimizer for record in records.values() for group in record.groups)
     notes = [
-        f"took {count(len(records), 'step')} of {few([*kinds])} from the optimiser's states, as the "
-        "motion of the weights confirms: `lca run --causes` reads them"
+        f"read {count(len(records), 'step')} of {few([*kinds])} from the optimiser's states, "
+        "confirmed by the motion of the weights: `lca run --causes` uses them"
     ] * bool(records)
     if members > len(names):
         notes.append(
-            f"which tensors {members - len(names)} of {count(members, 'state')} of the optimiser "
-            "belong to cannot be told from their motion: what moved them is not known"
+            f"the motion does not determine which tensors {members - len(names)} of "
+            f"{count(members, 'state')} of the optimiser belong to: what moved them is not known"
         )
     if pairs > len(records):
         notes.append(
-            f"{count(pairs - len(records), 'segment')} of {pairs:,} did not move by a step that "
-            "the optimiser's states tell: what moved the weights there is not known"
+            f"the optimiser's states do not explain the motion on "
+            f"{count(pairs - len(records), 'segment')} of {pairs:,}: what moved the weights there is "
+            "not known"
         )
     lacking = [
         {*names.values()} - {name for group in record.groups for name in group.tensors}
@@ -646,8 +695,8 @@ def _notes(
     tensors = sorted({name for missing in lacking for name in missing})
     if tensors:
         notes.append(
-            f"{few([*map(repr, tensors)])} moved by no step of the optimiser on some segments: "
-            "what moved them there is not known"
+            f"no step of the optimiser explains the motion of {few([*map(repr, tensors)])} on some "
+            "segments: what moved them there is not known"
         )
     if follower.reasons:
         notes.append(f"left out some of the optimiser's states: {few([*follower.reasons], 2)}")

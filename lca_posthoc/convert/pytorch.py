@@ -1,8 +1,8 @@
 """Read what torch.save, Lightning and older Hugging Face trainers wrote.
 
-Of pickles only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of
-other classes, such as parsed arguments and paths, are read past: a stand-in takes whatever a file
-gives it and does nothing (`standins`). Functions are refused. Safetensors are read where a trainer
+From pickles, only tensors and plain data are read (`torch.load(…, weights_only=True)`). Objects of
+other classes, such as parsed arguments and paths, are skipped: a stand-in accepts whatever a file
+gives it and does nothing (`standins`). Functions are rejected. Safetensors are read if a trainer
 saved them at every step with its optimiser beside them.
 """
 
@@ -67,8 +67,15 @@ _EPOCHS = ("epoch", "cur_epoch", "current_epoch")
 
 @dataclass(frozen=True)
 class _Loaded:
-    """The contents of one checkpoint: its tensors, not read where the file can be mapped, notes,
-    the step and epoch it states, and whether states of optimisers are among them.
+    """Hold the contents of one checkpoint.
+
+    Attributes:
+        tensors: its tensors, not yet read if the file can be mapped.
+        notes: notes for the user.
+        step: the step it states, or None.
+        step_entry: name of the entry that states the step.
+        epoch: the epoch it states, or None.
+        has_optimizer: whether it contains states of optimisers.
     """
 
     tensors: Tensors
@@ -81,8 +88,12 @@ class _Loaded:
 
 @dataclass(frozen=True)
 class _Saved:
-    """One checkpoint: the path that names it, its files, and the entry that is the state dict, None
-    to find it.
+    """Locate one checkpoint.
+
+    Attributes:
+        path: the path that names it.
+        files: its files.
+        key: the entry that is the state dict; None to search for it.
     """
 
     path: Path
@@ -90,11 +101,14 @@ class _Saved:
     key: str | None
 
     def load(self, look: bool = False) -> _Loaded:
-        """Load its files, and return the tensors and the step they state.
+        """Load the tensors and what the files state.
 
         Args:
-            look: whether the tensors' headers will do, where reading them takes the time of
-                putting shards together.
+            look: whether the tensors' headers are enough, if reading values would mean joining
+                shards.
+
+        Raises:
+            InputError: if a tensor occurs in two files.
         """
         tensors, notes = Tensors(), list[str]()
         steps, epochs, has_optimizer = list[tuple[int, str]](), list[int](), False
@@ -115,8 +129,7 @@ class _Saved:
             twice = sorted(own.keys() & tensors.keys())
             if twice:
                 raise InputError(
-                    f"tensor {twice[0]!r} stands in {file} and in another shard of it. Save it "
-                    "again."
+                    f"tensor {twice[0]!r} is in {file} and in another shard of it. Save it again."
                 )
             tensors |= own
             notes += more
@@ -135,13 +148,13 @@ class _Saved:
         )
 
     def read(self) -> Tensors:
-        """Return its tensors, once the checksums of its files were compared."""
+        """Return its tensors, after comparing the checksums of its files."""
         for file in self.files:
             _compare_checksums(file)
         return separate(self.load().tensors)
 
     def identity(self) -> str:
-        """Return the CRC-32C of samples of the files and of the entry that is the state dict."""
+        """Return the CRC-32C of samples of the files and of `key`."""
         crc = google_crc32c.value(repr(self.key).encode())
         for file in self.files:
             crc = google_crc32c.extend(crc, _sampled(file).encode())
@@ -149,12 +162,14 @@ class _Saved:
 
     @property
     def beside(self) -> Path | None:
-        """The file of an optimiser's state beside the weights, as a trainer writes it."""
+        """Return the file with an optimiser's state that a trainer wrote beside the weights, or
+        None.
+        """
         file = self.path / _OPTIMIZER
         return file if self.path.is_dir() and file.is_file() else None
 
     def source(self, headers: Mapping[str, TensorHeader]) -> Source:
-        """Return what may tell of an optimiser, beside tensors that were looked at."""
+        """Return access to an optimiser's state beside tensors with known headers."""
 
         def tensors() -> Tensors:
             loaded = self.load().tensors
@@ -172,8 +187,12 @@ class _Saved:
 
 
 def _contents(file: Path, look: bool) -> tuple[Mapping[str, object], list[str]]:
-    """Return what a file holds, of safetensors too, or a folder of shards, and notes on what is read
-    past; `look` as for `_Saved.load`.
+    """Read a file, also of safetensors, or a directory of shards; `look` as for `_Saved.load`.
+
+    Return the contents, and notes on what was skipped.
+
+    Raises:
+        InputError: if it cannot be read.
     """
     if file.is_dir():
         return read_shards(file, look)
@@ -189,11 +208,14 @@ def _contents(file: Path, look: bool) -> tuple[Mapping[str, object], list[str]]:
 
 
 def _optimizer(file: Path, inside: bool) -> object:
-    """Return the state of the one optimiser that a file holds.
+    """Return the state of the only optimiser in a file.
 
     Args:
-        file: of a trainer's optimiser, or of a whole checkpoint.
+        file: file of a trainer's optimiser, or of a whole checkpoint.
         inside: whether it is a whole checkpoint.
+
+    Raises:
+        InputError: if the checkpoint holds several.
     """
     saved, _ = _contents(file, look=False)
     if not inside:
@@ -205,14 +227,14 @@ def _optimizer(file: Path, inside: bool) -> object:
 
 
 def _compare_checksums(file: Path) -> None:
-    """Refuse a file, or one of a folder of shards, that is damaged inside."""
+    """Check that a file, or every file in a directory of shards, is undamaged."""
     for part in shard_files(file) if file.is_dir() else [file]:
-        if part.suffix != SHARD:  # whose items are compared one by one when they are read
+        if part.suffix != SHARD:  # its items are checked one by one when they are read
             compare_checksums(part)
 
 
 def _optimizers_in(saved: Mapping[str, object]) -> list[object]:
-    """Return the states of optimisers that a whole checkpoint holds, those in a list too."""
+    """Return the states of optimisers in a whole checkpoint, including those in a list."""
     entries: list[object] = []
     for value in saved.values():
         entries += value if isinstance(value, list) else [value]
@@ -232,8 +254,8 @@ def _sampled(file: Path) -> str:
 
 
 def _counters(state: Mapping[str, object]) -> list[str]:
-    """Return the counters beside averaged weights, where all weights are below the names an average
-    gives to its model.
+    """Return the counters beside averaged weights, if all weights have the name prefix of an
+    averaged model.
     """
     counters = [name for name in _COUNTERS if _counts(state.get(name))]
     rate = state.get("decay")
@@ -243,12 +265,12 @@ def _counters(state: Mapping[str, object]) -> list[str]:
         and isinstance(rate, torch.Tensor)
         and rate.numel() == 1
     ):
-        counters.append("decay")  # the rate of the average, beside a count of it
+        counters.append("decay")  # the rate of the average, if there is also a counter
     return counters if all(_AVERAGED.match(name) for name in state if name not in counters) else []
 
 
 def _counts(value: object) -> bool:
-    """Tell whether a value is a whole number or a flag in a tensor; a trained number is neither."""
+    """Return whether a value is a tensor of one whole number or flag; a trained number is neither."""
     return (
         isinstance(value, torch.Tensor)
         and value.numel() == 1
@@ -257,18 +279,22 @@ def _counts(value: object) -> bool:
 
 
 def _refuse_hidden(state: Mapping[str, object], file: Path) -> None:
-    """Refuse a state dict with an object that was read past and may hold a weight."""
+    """Check that no skipped object in a state dict may hold a weight.
+
+    Raises:
+        InputError: if one may.
+    """
     for name, value in state.items():
         if is_left_out(value) and holds_tensors_inside(value):
             raise InputError(
                 f"{name!r} in {file} is an object of {class_of(value)} with tensors in it, which "
-                "is not made: that could run any code. Where you trust the file, load it where its "
+                "is not loaded: that could run any code. If you trust the file, load it where its "
                 "modules can be imported, and save plain tensors with torch.save."
             )
 
 
 def _is_torch(path: Path) -> bool:
-    """Tell whether `torch.save` wrote a file; a damaged file or another pickle counts too where its
+    """Return whether `torch.save` wrote a file; a damaged file or another pickle counts too if its
     name claims so.
     """
     claimed = path.suffix in (".ckpt", ".pt", ".pth", ".bin") or path.name.endswith(".pth.tar")
@@ -285,15 +311,18 @@ def _is_torch(path: Path) -> bool:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Tell whether an entry of a directory is a checkpoint that `lca run` reads as it is."""
+    """Return whether an entry of a directory is a checkpoint that `lca run` reads directly."""
     if not path.is_dir():
         return path.suffix == ".safetensors"
     return any((path / name).is_file() for name in SAFETENSORS)
 
 
 def _entry(path: Path) -> tuple[Path, ...]:
-    """Return the files of one entry of a directory that hold a model; an empty tuple where it is no
+    """Return the files of one entry of a directory that hold a model; an empty tuple if it is not a
     checkpoint.
+
+    Raises:
+        InputError: if several files could be the model.
     """
     if path.name.startswith(".") or ".tmp" in path.name or BESIDE_THE_WEIGHTS.fullmatch(path.name):
         return ()
@@ -310,22 +339,22 @@ def _entry(path: Path) -> tuple[Path, ...]:
     if len(inside) > 1 and step_in_name(path.name) is not None:
         raise InputError(
             f"{path} holds {len(inside)} files that could be the model ({inside[0].name}, "
-            f"{inside[1].name}, …). Leave one there, or give a directory of one file for every "
+            f"{inside[1].name}, …). Keep one of them, or give a directory with one file for every "
             "step."
         )
     return tuple(inside) if len(inside) == 1 else ()
 
 
 def is_pytorch(place: Path) -> bool:
-    """Tell whether a directory has checkpoints of this kind in it, or a file is one."""
+    """Return whether a directory contains checkpoints of this kind, or a file is one."""
     if place.is_file() or is_sharded(place):
         return bool(_entry(place))
     return any(map(_entry, place.iterdir())) or _follows_every_step(place)
 
 
 def _follows_every_step(place: Path) -> bool:
-    """Tell whether safetensors of consecutive steps have an optimiser's state beside them, which is
-    read by an import alone.
+    """Return whether safetensors of consecutive steps have an optimiser's state beside them, which
+    only an import reads.
     """
     steps = {
         _of_trainer(path) or step_in_name(path.name)
@@ -336,7 +365,7 @@ def _follows_every_step(place: Path) -> bool:
 
 
 def _safetensors(path: Path) -> tuple[Path, ...]:
-    """Return the safetensors files of a trainer's checkpoint; an empty tuple where it is none."""
+    """Return the safetensors files of a trainer's checkpoint; an empty tuple if it is not one."""
     for name in SAFETENSORS if path.is_dir() else ():
         if (path / name).is_file():
             return shards(path / name) if name.endswith(".json") else (path / name,)
@@ -346,17 +375,23 @@ def _safetensors(path: Path) -> tuple[Path, ...]:
 def open_pytorch(
     place: Path, progress: Progress, key: str | None = None, pattern: str | None = None
 ) -> Series:
-    """Look at every checkpoint in a directory once, and return the series: steps, tensors, and
-    notes on what is left out.
+    """Inspect every checkpoint in a directory once, and return the series: steps, tensors and
+    notes.
+
+    Args:
+        place: directory of the checkpoints.
+        progress: called as `progress(what, done, total)`.
+        key: entry of each checkpoint that is the state dict; None to search for it.
+        pattern: regular expression with a group `step`, searched for in each name.
 
     Raises:
-        InputError: where one cannot be read as tensors and plain data, states no step, or is of
-            another model.
+        InputError: if a checkpoint holds more than tensors and plain data, states no step, or
+            belongs to another model.
     """
     if place.is_file() or is_sharded(place):
         raise InputError(
-            f"{place} is one checkpoint. Give the directory that holds one for every step, or the "
-            "place with {step} where the step stands."
+            f"{place} is one checkpoint. Give the directory that holds one for every step, or its "
+            "path with {step} in place of the step."
         )
     regex = compile_pattern(pattern) if pattern else None
     every, notes = _checkpoints_in(place, regex, key)
@@ -367,12 +402,18 @@ def open_pytorch(
 def open_place(
     place: Place, wanted: StepChoice, progress: Progress, key: str | None = None
 ) -> Series:
-    """Look at the checkpoints of a place with `{step}` in it once, those of the steps wanted, and
-    return the series as `open_pytorch` does.
+    """Inspect the wanted checkpoints of a template with `{step}` once, and return the series as
+    `open_pytorch` does.
+
+    Args:
+        place: the template.
+        wanted: steps to import.
+        progress: called as `progress(what, done, total)`.
+        key: as for `open_pytorch`.
 
     Raises:
-        InputError: as for `open_pytorch`, and where the place names nothing that is imported, or a
-            single step is not there.
+        InputError: as for `open_pytorch`; also if the template matches nothing to import, or a
+            single step is missing.
     """
     by_step: dict[int, _Saved] = {}
     others = list[Path]()
@@ -388,8 +429,8 @@ def open_place(
             others.append(path)
     if others and not by_step:
         raise InputError(
-            f"{place} names nothing that is imported, such as {others[0]}. Safetensors files need "
-            "no import: give the place to `lca run` as it is."
+            f"{place} matches nothing to import, only paths such as {others[0]}. Safetensors files "
+            "need no import: give the same path to `lca run`."
         )
     steps = sorted(by_step)
     choice = wanted.choose(steps) if steps else None
@@ -400,7 +441,7 @@ def open_place(
 
 
 def _in_names(regex: re.Pattern[str] | None) -> Callable[[Path], int | None]:
-    """Return the function that reads the step from a name: by a pattern, where there is one."""
+    """Return the function that reads the step from a name, by a pattern if there is one."""
 
     def in_name(path: Path) -> int | None:
         if regex is None:
@@ -425,11 +466,11 @@ def _series(
     """Return the series of some checkpoints.
 
     Args:
-        every: of them.
-        notes: on what is left out so far.
-        in_name: returns the step that a path states.
-        named: by what the user said where steps stand; empty where names are read.
-        progress: called for each.
+        every: the checkpoints.
+        notes: notes so far.
+        in_name: returns the step that a path states, or None.
+        named: how the user named the steps; "" if they come from file names.
+        progress: called as `progress(what, done, total)`.
     """
     looked = list[_Looked]()
     for done, saved in enumerate(every):
@@ -484,11 +525,11 @@ def _series(
 def _checkpoints_in(
     place: Path, regex: re.Pattern[str] | None, key: str | None
 ) -> tuple[list[_Saved], list[str]]:
-    """Return the checkpoints of a directory whose names a pattern matches, and notes on what is left
+    """Return the checkpoints of a directory whose names match a pattern, and notes on what was left
     out.
     """
     paths = [path for path in place.iterdir() if regex is None or regex.search(path.name)]
-    # a copy such as last.ckpt after its original
+    # sort a copy such as last.ckpt after its original
     paths.sort(key=lambda path: (step_in_name(path.name) is None, path.name))
     with_safetensors = _follows_every_step(place)
     every = [
@@ -508,8 +549,15 @@ def _checkpoints_in(
 
 @dataclass(frozen=True)
 class _Looked:
-    """A checkpoint that was looked at: its tensors' headers, the step and epoch it states inside,
-    and whether there is an optimiser's state.
+    """Hold what is known of a checkpoint after inspecting it.
+
+    Attributes:
+        saved: the checkpoint.
+        headers: headers of its tensors.
+        step: the step it states, or None.
+        step_entry: name of the entry that states the step.
+        epoch: the epoch it states, or None.
+        has_optimizer: whether there is an optimiser's state.
     """
 
     saved: _Saved
@@ -528,8 +576,7 @@ class _Numbering:
     """Decide which training step each checkpoint of a series belongs to.
 
     Raises:
-        InputError: where the numbers in names count epochs or saves, and nothing else states a
-            step.
+        InputError: if the numbers in names count epochs or saves, and nothing else states a step.
     """
 
     def __init__(
@@ -568,8 +615,11 @@ class _Numbering:
         self._by_name = by_name
 
     def step_of(self, looked: _Looked) -> int | None:
-        """Return the training step: where the user said, else as the file states it, as a trainer wrote
-        beside it, or by the name.
+        """Return the training step: from the user's pattern, else from the file, else from a
+        trainer's file beside it, else from the name.
+
+        Raises:
+            InputError: if name and file disagree.
         """
         number = self._in_name(looked.saved.path)
         if self._named:
@@ -579,8 +629,8 @@ class _Numbering:
             unlike_steps = looked.step_entry == "global_step" and not says_step(looked.name)
             if number not in (None, looked.step) and not counts_epochs and not unlike_steps:
                 raise InputError(
-                    f"{looked.saved.path} is called step {number} and says {looked.step} inside, "
-                    "perhaps the step of an epoch. Say which names to go by with --pattern."
+                    f"{looked.saved.path} is called step {number} and states {looked.step} inside, "
+                    "perhaps the step within an epoch. Choose the number in the name with --pattern."
                 )
             return looked.step
         stated = _of_trainer(looked.saved.path)
@@ -590,7 +640,7 @@ class _Numbering:
         """Return notes on the numbers, once every step is known.
 
         Raises:
-            InputError: where steps inside the files go down as epochs go up.
+            InputError: if steps in the files decrease as epochs increase.
         """
         if self._named:
             return [epochs_are_meant(self._named)] * self._by_epoch
@@ -602,9 +652,9 @@ class _Numbering:
         for (_, before), (step, after) in pairwise(epochs):
             if (after.epoch or 0) < (before.epoch or 0):
                 raise InputError(
-                    f"{after.saved.path} says {after.step_entry} {step} and epoch {after.epoch} "
+                    f"{after.saved.path} states {after.step_entry} {step} and epoch {after.epoch} "
                     f"inside, and {before.saved.path} {before.step} and epoch {before.epoch}: "
-                    "these steps are counted within an epoch. Name training steps with --pattern."
+                    "these steps count within an epoch. Name training steps with --pattern."
                 )
         notes = []
         inside = [
@@ -615,8 +665,8 @@ class _Numbering:
         if inside:
             first = inside[0]
             notes.append(
-                f"{first.name} is taken as step {first.step}, its {first.step_entry}; the number "
-                "in its name counts something else"
+                f"{first.name} is read as step {first.step}, its {first.step_entry}; the number in "
+                "its name counts something else"
                 + (f" (as in {len(inside) - 1} more)" if len(inside) > 1 else "")
             )
         names = [checkpoint.name for checkpoint in self._by_name]
@@ -626,7 +676,7 @@ class _Numbering:
 
 
 def _plain(name: str) -> str:
-    """Return a name without the endings of torch.save's files."""
+    """Remove the file extensions of torch.save from a name."""
     return re.sub(r"(\.(pt|pth|ckpt|bin|tar))+$", "", name)
 
 
@@ -638,9 +688,7 @@ def _of_trainer(path: Path) -> int | None:
 def _stated_steps(
     saved: Mapping[str, object], around: Sequence[Mapping[str, object]]
 ) -> list[tuple[int, str]]:
-    """Return the step a file states, with the name of the entry; an empty list where it states
-    none.
-    """
+    """Return the step a file states with the name of the entry; an empty list if it states none."""
     inside = [
         (step, name)
         for level in (saved, *around)
@@ -648,7 +696,7 @@ def _stated_steps(
         if (step := _count(level.get(name))) is not None
     ]
     meta = saved.get("meta")
-    if not inside and isinstance(meta, Mapping):  # mmcv's
+    if not inside and isinstance(meta, Mapping):  # mmcv stores it there
         step = _count(meta.get("iter"))
         return [] if step is None else [(step, "meta.iter")]
     return inside[:1]
@@ -657,7 +705,7 @@ def _stated_steps(
 def _stated_epochs(
     saved: Mapping[str, object], around: Sequence[Mapping[str, object]]
 ) -> list[int]:
-    """Return the epochs a file states, what its own entries say first."""
+    """Return the epochs a file states, from its own entries first."""
     inside = [
         epoch
         for level in (saved, *around)
@@ -670,7 +718,9 @@ def _stated_epochs(
 
 
 def _epoch(value: object) -> int | None:
-    """Return an epoch: a whole number, written as one, as a fraction or a word, or in a tensor."""
+    """Return an epoch from a whole number, stored as an integer, a float, a string or a tensor;
+    None otherwise.
+    """
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
@@ -679,7 +729,7 @@ def _epoch(value: object) -> int | None:
 
 
 def _count(value: object) -> int | None:
-    """Return a number of steps, from a whole number or a tensor of one; None for anything else."""
+    """Return a number of steps from a whole number or a tensor of one; None otherwise."""
     if (
         isinstance(value, torch.Tensor)
         and value.numel() == 1
@@ -691,8 +741,10 @@ def _count(value: object) -> int | None:
 
 
 def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
-    """Return a note that a second file of one step, such as a `last.ckpt`, is left out; refuse one
-    with other numbers.
+    """Return a note that a second file of a step, such as a `last.ckpt`, is left out.
+
+    Raises:
+        InputError: if the two differ.
     """
     if not same_bytes(saved.load().tensors, other.load().tensors):
         raise InputError(
@@ -703,8 +755,10 @@ def _once_more(saved: _Saved, other: _Saved, step: int) -> str:
 
 
 def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
-    """Return notes on final models beside the checkpoints; refuse other files that state no
-    step.
+    """Return notes on final models beside the checkpoints.
+
+    Raises:
+        InputError: if another file states no step.
     """
     final = [saved for saved in unnamed if some and saved.path.name in WHOLE]
     lost = [saved.path for saved in unnamed if saved not in final]
@@ -715,5 +769,5 @@ def _without_step(unnamed: Sequence[_Saved], some: bool) -> list[str]:
         refuse_epochs(dict.fromkeys(str(path) for path in lost if states_epoch(path.name)))
     raise InputError(
         f"cannot tell the training step of {shown}. Name the number with --pattern, for example "
-        "--pattern 'run_(?P<step>\\d+)'; what it does not match is left out."
+        "--pattern 'run_(?P<step>\\d+)'; it skips names that do not match."
     )

@@ -1,4 +1,4 @@
-"""A series of checkpoints to convert, and the rules that every format shares: which tensors can be
+"""Represent a series of checkpoints to convert, and decide for every format which tensors can be
 stored, and how.
 """
 
@@ -22,11 +22,14 @@ SIZES = {name: dtype.itemsize for dtype, name in CODES.items()}
 
 @dataclass(frozen=True, kw_only=True)
 class Beside:
-    """The numbers of an optimiser that are written beside an iterate.
+    """Hold the numbers of an optimiser to write beside an iterate.
 
-    `record` tells of the step that led to it, None where that is not known; `moments` gives those
-    after it, by their names in their file, and is None where there are none; `bytes` is what they
-    take; `identity` is a checksum of their source and of the record.
+    Attributes:
+        record: record of the step that led to the iterate; None if unknown.
+        moments: returns the moments after that step, by their names in their file; None if there
+            are none.
+        bytes: size of the moments.
+        identity: checksum of their source and of the record.
     """
 
     record: str | None = None
@@ -37,11 +40,15 @@ class Beside:
 
 @dataclass(frozen=True)
 class Iterate:
-    """One training step of a source.
+    """Give access to one training step of a source.
 
-    `origin` names it in messages; `read` gives its tensors, each with its own memory and
-    contiguous; `identity` is a checksum of their source, which tells an import that continues from
-    one of another series.
+    Attributes:
+        step: training step.
+        origin: its name in messages.
+        read: returns its tensors, contiguous and each with its own memory.
+        identity: returns a checksum of their source, which shows whether an earlier import was of
+            the same series.
+        beside: numbers of the optimiser.
     """
 
     step: int
@@ -53,9 +60,7 @@ class Iterate:
 
 @dataclass(frozen=True)
 class Series:
-    """The iterates to convert, in order of their step, the tensors every one of them has, and notes
-    for the user.
-    """
+    """Hold the iterates to convert, in order of step, the tensors of each, and notes for the user."""
 
     iterates: list[Iterate]
     tensors: dict[str, TensorHeader]
@@ -63,7 +68,7 @@ class Series:
 
 
 def headers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
-    """Return names, dtypes and shapes as a safetensors file states them."""
+    """Return names, types and shapes of tensors as a safetensors file states them."""
     return {
         name: TensorHeader(CODES[tensor.dtype], tuple(tensor.shape))
         for name, tensor in tensors.items()
@@ -73,7 +78,17 @@ def headers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorHeader]:
 def same_headers(
     headers: Mapping[str, TensorHeader], known: Mapping[str, TensorHeader], file: str, first: str
 ) -> None:
-    """Refuse a checkpoint of another model."""
+    """Check that a checkpoint has the tensors of the same model.
+
+    Args:
+        headers: tensors of the checkpoint.
+        known: tensors of the first checkpoint.
+        file: name of the checkpoint for messages.
+        first: name of the first checkpoint for messages.
+
+    Raises:
+        InputError: if a tensor differs in presence, type or shape.
+    """
     for name in sorted({*headers, *known}):
         if headers.get(name) != known.get(name):
             this, other = (
@@ -87,14 +102,21 @@ def same_headers(
 
 
 def taken(state: Mapping[str, object], file: str) -> tuple[Tensors, list[str]]:
-    """Return the tensors of a state dict, tied ones under their first name alone, and notes on what
-    is left out.
+    """Return the tensors of a state dict, tied ones only under their first name, and notes on what
+    was left out.
+
+    Args:
+        state: the state dict.
+        file: name of the checkpoint for messages.
+
+    Raises:
+        InputError: if safetensors cannot store a tensor, or there are too many.
     """
     tensors, first, notes = Tensors(), dict[Any, str](), []
     for name, value in state.items():
         if not isinstance(value, torch.Tensor):
             notes.append(
-                f"left out {name!r} of every checkpoint: it is no tensor but a "
+                f"left out {name!r} of every checkpoint: it is not a tensor but a "
                 f"{type(value).__name__}"
             )
             continue
@@ -113,8 +135,7 @@ def taken(state: Mapping[str, object], file: str) -> tuple[Tensors, list[str]]:
         tensors[name] = value.detach()
     if len(tensors) > MAX_TENSORS:
         raise InputError(
-            f"{file} holds {len(tensors):,} tensors; {MAX_TENSORS:,} are the most a series can "
-            "have."
+            f"{file} holds {len(tensors):,} tensors; a series can have at most {MAX_TENSORS:,}."
         )
     return tensors, notes
 
@@ -140,7 +161,7 @@ def _storable(name: str, value: torch.Tensor, file: str) -> None:
 
 
 def separate(tensors: Tensors) -> Tensors:
-    """Return the same numbers in contiguous tensors, none of which shares memory with another."""
+    """Return the same numbers in contiguous tensors that do not share memory."""
     seen, separated = set[int](), Tensors()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()

@@ -1,4 +1,4 @@
-"""Recognise folders in which one checkpoint lies in shards, and read them as one nested state."""
+"""Recognise directories that hold one checkpoint in shards, and read them as one nested state."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from pathlib import Path
 from . import deepspeed, distributed
 from .named_states import numbered
 
-SHARD = ".distcp"  # of items that torch.save wrote, one behind the other
-_WITHIN = ("pytorch_model_fsdp_0", "checkpoint")  # of accelerate; of Lightning with DeepSpeed
+SHARD = ".distcp"  # suffix of files of concatenated items that torch.save wrote
+_WITHIN = ("pytorch_model_fsdp_0", "checkpoint")  # accelerate's; Lightning's with DeepSpeed
 
 
 def is_sharded(folder: Path) -> bool:
-    """Tell whether a folder itself is one checkpoint in shards."""
+    """Return whether a directory itself is one checkpoint in shards."""
     return distributed.is_distributed(folder) or deepspeed.is_deepspeed(folder)
 
 
 def shard_folder(path: Path) -> Path | None:
-    """Return the folder of shards that an entry of a series is or has in it; None where there is
-    none.
-    """
+    """Return the directory of shards that an entry of a series is or contains, or None."""
     inside = [path / name for name in _WITHIN] + sorted(path.glob("global_step*"))
     folders = [folder for folder in inside if is_sharded(folder)]
     if is_sharded(path):
@@ -36,15 +34,17 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def read_shards(folder: Path, look: bool) -> tuple[Mapping[str, object], list[str]]:
-    """Return what a folder of shards holds, nested, with states of optimisers that number their
-    tensors, and notes on what is read past.
+    """Read a directory of shards as nested dictionaries; states of optimisers number their tensors.
 
     Args:
-        folder: of one checkpoint.
-        look: whether tensors need no values, and states of optimisers are only said to be there.
+        folder: directory of one checkpoint.
+        look: whether tensors need no values, and placeholders for optimiser states are enough.
+
+    Returns:
+        The entries, and notes on what was skipped.
 
     Raises:
-        InputError: where it is damaged, or holds more than tensors and plain data.
+        InputError: if the checkpoint is damaged, or holds more than tensors and plain data.
     """
     if not distributed.is_distributed(folder):
         return deepspeed.read_deepspeed(folder, look)
@@ -58,7 +58,7 @@ def read_shards(folder: Path, look: bool) -> tuple[Mapping[str, object], list[st
 
 
 def _is_optimizer(entry: Mapping[str, object]) -> bool:
-    """Tell whether an entry is an optimiser's state, nested or flat."""
+    """Return whether an entry is an optimiser's state, nested or flat."""
     keys = [str(key) for key in entry]
     return "param_groups" in keys or (
         bool(keys) and all(key.startswith(("state.", "param_groups.")) for key in keys)

@@ -1,9 +1,9 @@
-"""Unpickle what torch.save wrote as tensors and plain data, with stand-ins for objects of other
+"""Unpickle the tensors and plain data that torch.save wrote, with stand-ins for objects of other
 classes.
 
-A stand-in is a class of this module: it takes the arguments a file has for another class, and does
-nothing with them. No class that a file names is imported, no function it names is called. Numbers
-of numpy are read past too, since numpy follows pointers in the values a file gives it.
+A stand-in is a class of this module: it accepts the arguments that a file gives to another class,
+and does nothing with them. No class that a file names is imported, and no function it names is
+called. Numpy numbers are skipped too, because numpy follows pointers in the values a file provides.
 """
 
 from __future__ import annotations
@@ -38,19 +38,24 @@ _MAPPINGS = re.compile(
     r"collections\.defaultdict|easydict\.EasyDict|addict\.(addict\.)?Dict|yacs\.config\.CfgNode|(\w+\.)*(ConfigDict|AttrDict|CfgNode|Munch)"
 )
 _CLASS = re.compile(r"([A-Za-z_]\w*\.)+_*[A-Z]\w*")
-_OLD_NAMES = frozenset(IMPORT_MAPPING)  # what Python 2 called its modules, as pickles still do
+_OLD_NAMES = frozenset(IMPORT_MAPPING)  # Python 2's names of modules, which pickles still use
 _MARK = "_read_past"
 
 
 class LeftOut:
-    """The stand-in of an object that is read past: it takes arguments and a state, and keeps them
-    only to look for tensors in them.
+    """Stand in for a skipped object: accept arguments and a state, and keep them only to look for
+    tensors in them.
     """
 
     _inside: list[object]
 
     def __new__(cls, *arguments: object, **named: object) -> LeftOut:
-        """Take the arguments of the class it stands for."""
+        """Accept the arguments of the class it stands for.
+
+        Args:
+            arguments: positional arguments from the pickle.
+            named: keyword arguments from the pickle.
+        """
         self = super().__new__(cls)
         self._inside = [arguments, named]
         return self
@@ -63,12 +68,17 @@ class LeftOut:
 
 
 class LeftOutMapping:
-    """The stand-in of a class of mappings, which pickle fills item by item: calling it gives an
-    `OrderedDict`, marked.
+    """Stand in for a mapping class, which pickle fills item by item: calling it returns a marked
+    `OrderedDict`.
     """
 
     def __new__(cls, *arguments: object, **named: object) -> Any:
-        """Return the mapping for pickle to fill."""
+        """Return the mapping for pickle to fill.
+
+        Args:
+            arguments: positional arguments from the pickle.
+            named: keyword arguments from the pickle.
+        """
         mapping: Any = OrderedDict()
         mapping.__dict__[_MARK] = cls
         mapping.__dict__["_inside"] = [arguments, named]
@@ -76,18 +86,18 @@ class LeftOutMapping:
 
 
 def is_left_out(value: object) -> bool:
-    """Tell whether a value stands for an object that was read past."""
+    """Return whether a value stands for a skipped object."""
     return isinstance(value, LeftOut) or (type(value) is OrderedDict and _MARK in vars(value))
 
 
 def class_of(value: object) -> str:
-    """Return the name of the class a file asked for where this value stands."""
+    """Return the name of the class that a file named in place of this value."""
     kind = vars(value)[_MARK] if type(value) is OrderedDict else type(value)
     return str(getattr(kind, "__name__", kind))
 
 
 def holds_tensors_inside(value: object) -> bool:
-    """Tell whether an object that was read past was given a tensor, however deep."""
+    """Return whether a skipped object received a tensor, at any depth."""
     if not is_left_out(value):
         return False
     seen, waiting = set[int](), [value]
@@ -109,15 +119,14 @@ def holds_tensors_inside(value: object) -> bool:
 
 
 def compare_checksums(file: Path, data: BinaryIO | None = None) -> None:
-    """Refuse an archive whose contents do not match their checksums, which torch itself does not
-    compare.
+    """Check that an archive matches its checksums, which torch itself does not compare.
 
     Args:
-        file: that names it in messages.
-        data: its bytes, where they are a part of the file.
+        file: path of the file, also for messages.
+        data: bytes of the archive, if it is only a part of the file.
 
     Raises:
-        InputError: where it is damaged.
+        InputError: if it is damaged.
     """
     source = file if data is None else data
     if not zipfile.is_zipfile(source):
@@ -127,26 +136,26 @@ def compare_checksums(file: Path, data: BinaryIO | None = None) -> None:
         with zipfile.ZipFile(source) as archive:
             for record in archive.infolist():
                 with archive.open(record) as opened:
-                    while record.CRC and opened.read(2**20):  # 0 where torch was told to write none
+                    while record.CRC and opened.read(2**20):  # 0 if torch was told to write none
                         pass
     except Exception as error:
         name = record.filename if record else "its list of contents"
         raise InputError(
-            f"{file} is damaged: {name} is not what its checksum says ({type(error).__name__}). "
+            f"{file} is damaged: {name} does not match its checksum ({type(error).__name__}). "
             "Copy it again, or move it away."
         ) from None
 
 
 def unpickled(file: Path, data: BinaryIO | None = None) -> tuple[Any, list[str]]:
-    """Return the tensors and plain data that `torch.save` wrote, and a note on the objects of other
-    classes among them.
+    """Read the tensors and plain data that `torch.save` wrote, and a note on objects of other
+    classes.
 
     Args:
-        file: that it wrote.
-        data: what it wrote, where that is a part of the file.
+        file: path of the file, also for messages.
+        data: bytes that `torch.save` wrote, if they are only a part of the file.
 
     Raises:
-        InputError: where the file names a function or a class that can hold the weights themselves;
+        InputError: if the file names a function, or a class that can hold the weights themselves,
             or is damaged.
     """
     source = file if data is None else data
@@ -155,7 +164,7 @@ def unpickled(file: Path, data: BinaryIO | None = None) -> tuple[Any, list[str]]
     read_past = [name for name in globals_ if _is_read_past(name)]
     foreign = [name for name in read_past if not _HARMLESS.fullmatch(name)]
     refused: Exception | None = None
-    # of a class nobody knows, whether it is a mapping shows when it is filled
+    # only loading shows whether an unknown class is a mapping, so try both
     for mappings in ([], foreign) if foreign else ([],):
         stand_ins: list[Any] = [
             _stand_in(name, mapping=name in mappings or bool(_MAPPINGS.fullmatch(name)))
@@ -163,7 +172,7 @@ def unpickled(file: Path, data: BinaryIO | None = None) -> tuple[Any, list[str]]
         ]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about the age of a file
+                warnings.simplefilter("ignore")  # torch warns about old files
                 with torch.serialization.safe_globals(stand_ins):
                     if data is not None:
                         data.seek(0)
@@ -176,23 +185,22 @@ def unpickled(file: Path, data: BinaryIO | None = None) -> tuple[Any, list[str]]
             return saved, _notes(foreign)
         except Exception as error:
             refused = refused or error
-    raise _refusal(file, refused, [name for name in globals_ if name not in read_past], foreign)
+    others = [name for name in globals_ if name not in read_past]
+    raise InputError(_refusal(file, refused, others, foreign))
 
 
 def _notes(foreign: list[str]) -> list[str]:
     return (
         [
-            f"read past objects of {few(foreign, 6)} beside the weights: none of these classes is "
-            "imported, none is made"
+            f"skipped objects of {few(foreign, 6)} beside the weights: these classes are neither "
+            "imported nor called"
         ]
         if foreign
         else []
     )
 
 
-def _refusal(
-    file: Path, error: Exception | None, others: list[str], foreign: list[str]
-) -> InputError:
+def _refusal(file: Path, error: Exception | None, others: list[str], foreign: list[str]) -> str:
     if isinstance(error, pickle.UnpicklingError) or foreign:
         names = few(others or foreign)
         what = (
@@ -200,32 +208,32 @@ def _refusal(
             if names
             else "is damaged, or holds more than tensors and plain data"
         )
-        return InputError(
-            f"{file} {what}, and is not loaded: that could run any code. Where you trust it, load "
-            "it with weights_only=False where its modules can be imported, and save its state dict "
-            "alone with torch.save."
+        return (
+            f"{file} {what}, and is not loaded: that could run any code. If you trust it, load "
+            "it with weights_only=False where its modules can be imported, and save only its state "
+            "dict with torch.save."
         )
     what = (str(error).splitlines() or [""])[0][:200]
-    return InputError(
+    return (
         f"{file} cannot be read as a checkpoint ({type(error).__name__}: {what}). Save it again, "
         "or move it away."
     )
 
 
 def _stand_in(name: str, *, mapping: bool) -> tuple[Any, str]:
-    """Return a new stand-in class for a class that a file names: one for each, so that its name
-    tells what it stands for.
+    """Return a new stand-in class for each class that a file names, so that its name shows what it
+    stands for.
     """
     base = LeftOutMapping if mapping else LeftOut
     return type(name, (base,), {}), name
 
 
 def _is_read_past(name: str) -> bool:
-    """Tell whether a stand-in may take the place of a name that a file asks for.
+    """Return whether a stand-in may replace a name that a file contains.
 
-    It may for settings of the standard library, numpy and torch, listed by name, and for classes of
-    other packages and scripts, as far as names tell them from functions; never for a class of
-    tensors.
+    It may replace classes of the standard library, numpy and torch that are listed by name, and
+    classes of other packages and scripts, as far as names distinguish them from functions; never a
+    class of tensors.
     """
     if _HARMLESS.fullmatch(name):
         return True
@@ -240,8 +248,8 @@ def _is_read_past(name: str) -> bool:
 
 
 def _globals(source: Path | BinaryIO, is_archive: bool) -> list[str]:
-    """Return the functions and classes a pickle asks for beside those torch allows, without running
-    it.
+    """Return the functions and classes that a pickle names besides those torch allows, without
+    executing it.
     """
     try:
         if is_archive:
@@ -262,5 +270,5 @@ def _globals(source: Path | BinaryIO, is_archive: bool) -> list[str]:
             for name in names
             if _is_read_past(name) or not name.startswith(("torch.", "collections."))
         )
-    except Exception:  # damaged, or no pickle: loading it says so
+    except Exception:  # damaged, or not a pickle: loading it reports the error
         return []

@@ -1,5 +1,5 @@
-"""Write a series as safetensors files, one at a time, each whole or not at all, and continue where
-an earlier import stopped.
+"""Write a series as safetensors files, each atomically, and continue where an earlier import
+stopped.
 """
 
 from __future__ import annotations
@@ -36,15 +36,20 @@ from .series import SIZES, Iterate, Progress, Series, Tensors, headers_of
 Say = Callable[[str], None]
 
 _PARTIAL = ".import"
-# one entry alone: safetensors writes several in no fixed order, and a run knows its checkpoints by
-# their bytes; a file with a record beside it is laid out here
+# The only entry of the metadata: safetensors writes several in no fixed order, and a run identifies
+# checkpoints by their bytes. This module lays out files that need a second entry, the record.
 _SOURCE = "source"
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The outcome of an import: the steps of the series, the files it wrote, those there before,
-    and the bytes written.
+    """Report the outcome of an import.
+
+    Attributes:
+        steps: steps of the series.
+        written: number of iterates written.
+        present: number of iterates that existed before.
+        bytes: number of bytes written.
     """
 
     steps: list[int]
@@ -65,33 +70,30 @@ def convert(
     say: Say = print,
     progress: Progress = lambda what, done, total: None,
 ) -> Imported:
-    """Write the checkpoints of `source` as `step_*.safetensors` files, one at a time, each whole or
-    not at all.
+    """Write the checkpoints of `source` as `step_*.safetensors` files, each atomically.
 
-    Files of an earlier import stay as they are, so the same call continues after an interruption
-    and adds new checkpoints.
+    Files of an earlier import stay unchanged, so the same call continues after an interruption and
+    adds new checkpoints.
 
     Args:
-        source: a directory of checkpoints, a place with `{step}` in it, or a file that holds a
-            series.
-        directory: created where it does not exist; it holds nothing but this series.
-        key: the entry of each checkpoint that is the state dict, where that is not clear; a path
-            with dots for one inside others.
-        pattern: a regular expression with a group `step`, matched against each name; names it does
-            not match are left out.
-        steps: of a place with `{step}` in it, those to import, as for `open_trajectory`.
-        dataset: of an HDF5 file, the dataset with a row for every iterate (default `all_weights`).
-        task: of an HDF5 file, the task whose model says the order and the shapes of the parameters.
-        say: called with each note, on what is left out and why.
+        source: a directory of checkpoints, a template with `{step}`, or a file that holds a series.
+        directory: directory for the series, created if missing; it must hold nothing else.
+        key: entry of each checkpoint that is the state dict, if that is not clear; a dotted path
+            for a nested one.
+        pattern: regular expression with a group `step`, searched for in each name; names that do
+            not match are skipped.
+        steps: steps to import from a template with `{step}`, as for `open_trajectory`.
+        dataset: for an HDF5 file, the dataset with a row for every iterate (default `all_weights`).
+        task: for an HDF5 file, the task whose model gives order and shapes of the parameters.
+        say: called with each note.
         progress: called as `progress(what, done, total)`.
 
     Raises:
-        InputError: for anything wrong with the source or the present contents of the directory,
-            before anything is written; and for a checkpoint that is damaged inside or changes
-            meanwhile.
-        ResourceError: where space or a package is missing, or a file cannot be written.
+        InputError: if the source or the present contents of the directory are wrong, before
+            anything is written; also if a checkpoint is damaged inside or changes meanwhile.
+        ResourceError: if disk space or a package is missing, or a file cannot be written.
     """
-    what = "an import is from and to file systems. Copy the checkpoints here first."
+    what = "an import reads and writes file systems. Copy the checkpoints here first."
     named = place_of(source)
     origin, place = here(named.root, what), here(directory, what)
     options = {"key": key, "pattern": pattern, "dataset": dataset, "task": task}
@@ -112,8 +114,8 @@ def convert(
         count = "only one checkpoint" if series.iterates else "no checkpoint"
         which = f" whose name --pattern {pattern!r} matches" if pattern else ""
         raise InputError(
-            f"{named} holds {count}{which}; at least two are needed, for a segment runs from one "
-            "to the next."
+            f"{named} holds {count}{which}; at least two are needed, because a segment runs from "
+            "one to the next."
         )
     for note in [*series.notes, *_half(series)]:
         say(note)
@@ -132,12 +134,16 @@ def convert(
 
 
 def _without_steps(options: Mapping[str, object], steps: str | None) -> Mapping[str, object]:
-    """Return the options; refuse steps of what is no place with the step in it."""
+    """Return the options if there are no steps.
+
+    Raises:
+        InputError: if there are, because only a template with `{step}` takes them.
+    """
     if steps is not None:
         raise InputError(
-            f"--steps of an import chooses from a place with {STEP} in it, such as "
-            f"'ROOT/step{STEP}/pytorch_model.bin'. Leave it out; `lca run --steps` chooses from what "
-            "is imported."
+            f"--steps of an import needs a path with {STEP} in it, such as "
+            f"'ROOT/step{STEP}/pytorch_model.bin'. Leave it out; `lca run --steps` chooses among the "
+            "imported steps."
         )
     return options
 
@@ -145,12 +151,16 @@ def _without_steps(options: Mapping[str, object], steps: str | None) -> Mapping[
 def _of_place(
     place: Place, steps: str | None, options: Mapping[str, object], progress: Progress
 ) -> Series:
-    """Open the checkpoints of a place with the step in it."""
+    """Open the checkpoints of a template with `{step}`.
+
+    Raises:
+        InputError: if an option does not apply to a template.
+    """
     for option in options:
         if option != "key":
             raise InputError(
-                f"--{option} says nothing about {place}, which says the step where it has {STEP}. "
-                "Leave it out."
+                f"--{option} does not apply to {place}, where {STEP} stands for the step. Leave it "
+                "out."
             )
     key = options.get("key")
     wanted = parse_steps(":" if steps is None else steps)
@@ -167,8 +177,8 @@ def _opened(origin: Path, options: Mapping[str, object], progress: Progress) -> 
             for option in options:
                 if kind.options and option not in kind.options:
                     raise InputError(
-                        f"--{option} says nothing about {origin}, which holds {kind.name}. Leave "
-                        "it out."
+                        f"--{option} does not apply to {origin}, which holds {kind.name}. Leave it "
+                        "out."
                     )
             return kind.open(origin, progress, **options)
     raise InputError(
@@ -181,16 +191,20 @@ def _half(series: Series) -> list[str]:
     narrow = [name for name, header in series.tensors.items() if header.dtype in HALF]
     return [
         f"{len(narrow)} of {count(len(series.tensors), 'tensor')} "
-        f"{'is' if len(narrow) == 1 else 'are'} stored in half precision, in which most steps of "
-        "training are rounded away; `lca run` says how many. Save float32 weights where you can"
+        f"{'is' if len(narrow) == 1 else 'are'} stored in half precision, which rounds most steps "
+        "of training away; `lca run` says how many. Save float32 weights if you can"
     ] * bool(narrow)
 
 
 def _only_steps(place: Path) -> None:
-    """Refuse a directory that holds anything but what an import writes."""
+    """Check that a directory holds only what an import writes.
+
+    Raises:
+        InputError: if it holds something else, or is not a directory.
+    """
     if not place.is_dir():
         if os.path.lexists(place):
-            raise InputError(f"{place} is there and is no directory. Name another one.")
+            raise InputError(f"{place} exists and is not a directory. Name another one.")
         return
     foreign = sorted(
         path.name
@@ -206,7 +220,12 @@ def _only_steps(place: Path) -> None:
 
 @contextlib.contextmanager
 def _alone(place: Path) -> Iterator[None]:
-    """Lock the directory; remove files that this or an earlier import left unfinished."""
+    """Lock the directory; remove files that this or an earlier import left unfinished.
+
+    Raises:
+        ResourceError: if another import holds the lock.
+        InputError: if the directory cannot be created or opened.
+    """
     try:
         place.mkdir(parents=True, exist_ok=True)
         lock = DirectoryLock(place)
@@ -216,7 +235,7 @@ def _alone(place: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise InputError(
-            f"{place} cannot be made or opened: {error.strerror}. Name another directory."
+            f"{place} cannot be created or opened: {error.strerror}. Name another directory."
         ) from None
     shutil.rmtree(place / _PARTIAL, ignore_errors=True)
     try:
@@ -227,8 +246,10 @@ def _alone(place: Path) -> Iterator[None]:
 
 
 def _waiting(place: Path, series: Series) -> list[Iterate]:
-    """Return the iterates that have no file yet, or none of their moments; refuse files that are
-    not of this series.
+    """Return the iterates whose file, or file of moments, does not exist yet.
+
+    Raises:
+        InputError: if an existing file does not belong to this series.
     """
     present = {path.name for path in place.iterdir() if path.name not in (_PARTIAL, MOMENTS)}
     moments = {path.name for path in (place / MOMENTS).glob("*")}
@@ -245,7 +266,7 @@ def _waiting(place: Path, series: Series) -> list[Iterate]:
         if path.name in present:
             header = read_header(path)
             if header.tensors != series.tensors:
-                raise _of_another(path, iterate)
+                raise InputError(_of_another(path, iterate))
             _compare_source(path, _identity(iterate), iterate)
         if beside.name in moments:
             _compare_source(beside, _identity_of_moments(iterate), iterate)
@@ -255,7 +276,7 @@ def _waiting(place: Path, series: Series) -> list[Iterate]:
 
 
 def _identity(iterate: Iterate) -> str:
-    """Return the checksum of what a file of an iterate is made of."""
+    """Return a checksum of what an iterate's file is made from."""
     own, beside = iterate.identity(), iterate.beside
     return own if beside.record is None else f"{own}-{beside.identity}"
 
@@ -266,13 +287,13 @@ def _identity_of_moments(iterate: Iterate) -> str:
 
 def _compare_source(path: Path, identity: str, iterate: Iterate) -> None:
     if read_header(path).metadata.get(_SOURCE) != identity:
-        raise _of_another(path, iterate)
+        raise InputError(_of_another(path, iterate))
 
 
-def _of_another(path: Path, iterate: Iterate) -> InputError:
-    return InputError(
-        f"{path} is there and was not imported from {iterate.origin}, as it is now. Name a new "
-        "directory, or move the file away."
+def _of_another(path: Path, iterate: Iterate) -> str:
+    return (
+        f"{path} already exists and was not imported from the present {iterate.origin}. Name a "
+        "new directory, or move the file away."
     )
 
 
@@ -295,7 +316,11 @@ def _room(place: Path, series: Series, waiting: Sequence[Iterate]) -> None:
 
 
 def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> int:
-    """Write one iterate, its moments before it, and return the bytes of both."""
+    """Write the moments and then the tensors of one iterate, and return the size of both in bytes.
+
+    Raises:
+        InputError: if the source changed meanwhile.
+    """
     size = 0
     if iterate.beside.moments is not None:
         path = moments_path(place, iterate.step)
@@ -322,7 +347,7 @@ def _write(place: Path, iterate: Iterate, known: Mapping[str, TensorHeader]) -> 
 
 
 def _save_recorded(tensors: Tensors, path: Path, step: int, metadata: Mapping[str, str]) -> None:
-    """Write a file with several entries of metadata, in their order, as a recorder does."""
+    """Write a file with several entries of metadata in a fixed order, as a recorder does."""
     layout = Layout(tensors)
     with path.open("wb") as file:
         file.write(layout.header(step, metadata))
@@ -331,7 +356,11 @@ def _save_recorded(tensors: Tensors, path: Path, step: int, metadata: Mapping[st
 
 
 def _put(place: Path, path: Path, save: Callable[[Path], None]) -> int:
-    """Write a file under a temporary name, rename it, and return its size in bytes."""
+    """Write a file under a temporary name, rename it, and return its size in bytes.
+
+    Raises:
+        ResourceError: if it cannot be written.
+    """
     temporary = place / _PARTIAL / path.name
     umask = os.umask(0)
     os.umask(umask)
@@ -350,7 +379,7 @@ def _put(place: Path, path: Path, save: Callable[[Path], None]) -> int:
             errno.EFBIG,
         )
         raise ResourceError(
-            f"{path} cannot be written: {'no space left' if full else error}. What is there is "
-            "whole; put that right and run the same command again to go on."
+            f"{path} cannot be written: {'no space left' if full else error}. Existing files are "
+            "complete; fix the problem and run the same command again to continue."
         ) from error
     return size

@@ -1,1 +1,1 @@
-"""The mathematics: rules, objective, allocation, statistics. No disk, no Dask, no plots."""
+"""Define the mathematics: rules, objective, allocation, statistics. No disk, no Dask, no plots."""

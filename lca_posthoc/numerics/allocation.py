@@ -1,4 +1,4 @@
-r"""The mathematics: allocate the loss change of one segment, and of the segments of a span in turn.
+r"""Allocate the loss change of one segment, and of the segments of a span in turn.
 
 $A_i = (\theta'_i-\theta_i)\sum_q w_q\,\partial_i L(\theta + x_q(\theta'-\theta))$ and
 $L(\theta')-L(\theta) = \sum_i A_i + \text{residual}$, with $\theta,\theta'$ consecutive checkpoints
@@ -42,22 +42,22 @@ from .quadrature import COMPOSITE, Family, Rule
 from .segments import Axes, Evaluates, Nodes, Way, segment_of
 
 Gradient = Mapping[str, Tensor]
-Node = tuple[float, Gradient]  # a weight, and the gradient there
+Node = tuple[float, Gradient]  # weight of a node, and the gradient there
 
 
 @dataclass(frozen=True)
 class Method:
-    """A rule, and how far it is refined.
+    """Choose a rule and the tolerances that decide how far it is refined.
 
     Attributes:
         rule: integrates a segment.
-        tolerance: bounds |residual| of each segment and loss (of each of its groups), in units of
-            loss; one for all losses, or one by loss (none where it has no entry). Only rules of
+        tolerance: bound on |residual| of each segment and loss (of each of its groups), in units of
+            loss; one for all losses, or one by loss (none for a missing entry). Only rules of
             `family` are refined.
-        allocation_tolerance: bounds the allocation's own L1 error likewise.
-        calibration: turns Σ|(g₁ − g₀)·Δθ| into the trapezoid's L1 error, by loss.
+        allocation_tolerance: bound on the allocation's own L1 error, in the same form.
+        calibration: by loss, the factor from Σ|(g₁ − g₀)·Δθ| to the trapezoid's L1 error.
         never_refined: losses that stay at the rule's own level.
-        per_example: losses whose examples are told apart.
+        per_example: losses that keep their examples apart.
         family: the rules that refine `rule`.
     """
 
@@ -70,7 +70,9 @@ class Method:
     family: Family = COMPOSITE
 
     def bounds(self, loss: str) -> tuple[float, float]:
-        """Return the tolerance and the tolerance of the allocation of a loss, in units of loss."""
+        """Return the two tolerances of a loss, of the residual and of the allocation, in units of
+        loss.
+        """
         residual, allocation = (
             bound.get(loss, math.inf) if isinstance(bound, Mapping) else bound
             for bound in (self.tolerance, self.allocation_tolerance)
@@ -80,17 +82,19 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A piece of a row of tensors on a segment, float64, small enough to stay in the cache; the next one
-    overwrites it, and so may who takes it.
+    """Hold one piece of a row of tensors on a segment, in float64.
+
+    A piece is small enough to stay in the cache. Creating the next piece overwrites it, and its
+    consumer may overwrite it too.
 
     Attributes:
-        rows: which groups it has.
-        columns: which parameters, of all in a row.
+        rows: range of groups.
+        columns: range of parameters within the row.
         motion: θ′ − θ, (parameters,).
-        gradient: the weighted mean of the gradients at the nodes, (groups, parameters).
-        allocation: their product.
-        change: the product with what the last refining changed of the gradient; None where that is
-            not asked for.
+        gradient: weighted mean of the gradients at the nodes, (groups, parameters).
+        allocation: product of the two, (groups, parameters).
+        change: product of the motion with what the last refinement changed in the gradient; None if
+            not requested.
     """
 
     rows: slice
@@ -102,41 +106,41 @@ class Piece:
 
 
 class Gathers(Protocol):
-    """Gathers what is kept of every parameter on one segment, from the pieces from which sums are
-    computed: one pass over a row of tensors serves both.
+    """Collect results for every parameter on one segment, from the pieces from which sums are
+    computed.
+
+    One pass over a row of tensors then serves both.
     """
 
     def takes(self, name: str) -> bool:
-        """Tell whether a tensor is taken in."""
+        """Return whether a tensor is collected."""
 
     def cuts(self, row: Row) -> Sequence[slice] | None:
-        """Return the pieces in which a row of tensors that are taken in is summed; None where that
-        is all the same.
-        """
+        """Return the pieces in which to process a row of collected tensors; None for any pieces."""
 
     def take(self, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
-        """Take in a row of tensors.
+        """Collect a row of tensors.
 
         Args:
-            row: of the tensors.
-            weight: the sum of the elements' weights at the start, of each group.
-            pieces: of the row, all of each group before the next; numbers that are not finite are
-                refused later.
+            row: the tensors.
+            weight: sum of the elements' weights at the start, for each group.
+            pieces: pieces of the row, all of each group before the next. Numbers that are not
+                finite are rejected later.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleAllocation:
-    """The loss change of every example on one segment, float64, of shape (examples,); 0 of those
-    without weight.
+    """Hold the allocation of every example on one segment, in float64 of shape (examples,); 0 for
+    examples without weight.
 
     Attributes:
-        sums: what each tensor contributes to it, in units of loss.
-        uses: the same by use, (examples, uses), of tensors of which uses are told apart.
-        loss_start: at the first checkpoint.
-        loss_end: at the next one.
-        weight: the sum of the weights of an example's elements.
-        residual: the change of the loss less the sum over tensors.
+        sums: contribution of each tensor, in units of loss.
+        uses: the same by use, (examples, uses), for tensors whose uses are kept apart.
+        loss_start: loss at the first checkpoint.
+        loss_end: loss at the next checkpoint.
+        weight: sum of the weights of an example's elements.
+        residual: change of the loss minus the sum over tensors.
     """
 
     sums: Mapping[str, Numbers]
@@ -149,34 +153,35 @@ class ExampleAllocation:
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentAllocation:
-    """The allocation of one loss on one segment; numbers and tensors per group where it has groups.
+    """Hold the allocation of one loss on one segment; if the loss has groups, numbers and tensors
+    are per group.
 
-    Of every parameter there are the points and the gradients at the nodes alone. Motion, mean
-    gradient and allocation are computed from them whenever they are asked for, float64, with the
-    same bits each time.
+    For parameters, only the points and the gradients at the nodes are stored. Motion, mean gradient
+    and allocation are computed from them on request, in float64 and with the same bits each time.
 
-    Where sums are taken, a tensor stands for its units: the allocation of a unit is the sum over
-    its parameters, the gradient is that along the motion, and the motion is 1.
+    If only sums are computed, a tensor holds its units instead: the allocation of a unit is the sum
+    over its parameters, the gradient is the derivative along the motion, and the motion is 1.
 
     Attributes:
-        points: both ends of the segment, or ends that are 1 apart where sums are taken.
-        nodes: the gradients at the nodes, each with its weight.
-        sums: what each tensor is allocated, in units of loss.
+        points: both ends of the segment, or ends that are 1 apart if only sums are computed.
+        nodes: gradients at the nodes, each with its weight.
+        sums: allocation of each tensor, in units of loss.
         distance: Σ|θ′ − θ| of each tensor.
-        loss_start: at the first checkpoint.
-        loss_end: at the next one.
-        weight: the sum of the elements' weights at the start.
-        residual: the change of the loss less the sum of the allocation.
-        evaluations: of gradients, the start shared with the segment before left out.
-        level: of the family of rules; −1 for fixed rules.
+        loss_start: loss at the first checkpoint.
+        loss_end: loss at the next checkpoint.
+        weight: sum of the elements' weights at the start.
+        residual: change of the loss minus the sum of the allocation.
+        evaluations: number of gradient evaluations, without the start, which the previous segment
+            shares.
+        level: level in the family of rules; −1 for fixed rules.
         converged: whether the tolerances were reached.
-        error_bound: estimates Σ|A − A*|; NaN for fixed rules.
-        unreached: tensors the loss reached at no node.
-        examples: the same of every example, by tensor; None where they are not told apart.
-        parts: what the parts of each tensor's motion are allocated, ([groups, ]parts) float64,
-            before their factors; None where there are none.
-        path: by how much another path changes it; None where none is asked for, or known.
-        gathered: whether its pieces were taken in as the sums were computed, see `Gathers`.
+        error_bound: estimate of Σ|A − A*|; NaN for fixed rules.
+        unreached: tensors that the loss does not depend on at any node.
+        examples: allocation of every example; None if examples are not kept apart.
+        parts: allocation of the parts of each tensor's motion, ([groups, ]parts) float64, before
+            their factors; None if there are none.
+        path: change of the allocation along another path; None if not requested or unknown.
+        gathered: whether `Gathers` collected its pieces while sums were computed.
     """
 
     points: Motion
@@ -203,11 +208,11 @@ class SegmentAllocation:
         columns: Sequence[slice] | None = None,
         scratch: Scratch | None = None,
     ) -> Iterator[Piece]:
-        """Yield a row of tensors piece by piece: all of each group before the next.
+        """Yield a row of tensors piece by piece, all pieces of each group before the next group.
 
         Args:
-            row: of the tensors.
-            columns: where groups are cut that do not stay in the cache; anywhere by default.
+            row: the tensors.
+            columns: where to cut groups that do not fit in the cache; anywhere by default.
             scratch: memory for the pieces; new memory by default.
         """
         return _pieces(self.points, self.nodes, row, columns, scratch)
@@ -220,19 +225,19 @@ class SegmentAllocation:
 
     @property
     def mean_gradient(self) -> Mapping[str, Tensor]:
-        """Return the weighted mean of the gradients at the nodes, of each tensor."""
+        """Return the weighted mean of the gradients at the nodes, for each tensor."""
         return Computed(self.sums, lambda name: self._whole(name, "gradient"))
 
     @property
     def allocation(self) -> Mapping[str, Tensor]:
-        """Return what each tensor's parameters are allocated, in units of loss."""
+        """Return the allocation of each tensor's parameters, in units of loss."""
         return Computed(self.sums, lambda name: self._whole(name, "allocation"))
 
     def of_units(self) -> dict[str, Numbers]:
-        """Return what the units of each tensor are allocated, ([groups, ]units) float64, where sums
-        over them are taken.
+        """Return the allocation of each tensor's units, ([groups, ]units) float64, if sums over
+        units are computed.
         """
-        (mean,) = _weighted(self.nodes)  # along the motion, which is the allocation
+        (mean,) = _weighted(self.nodes)  # the derivative along the motion is the allocation
         numbers = Reading(mean.row).numbers
         return {name: numbers[..., place] for name, place in mean.units.places.items()}
 
@@ -248,7 +253,7 @@ class SegmentAllocation:
 def _of_every_example(
     start: Evaluation, end: Evaluation, nodes: Sequence[Node]
 ) -> ExampleAllocation:
-    """Return the allocation of every example from derivatives along the motion at nodes."""
+    """Return the allocation of every example from derivatives along the motion at the nodes."""
     (by_use,) = _weighted(nodes)
     by_tensor = by_use.totals()
     readings = Reading(by_tensor.row), Reading(by_use.row)
@@ -273,7 +278,7 @@ def _of_every_example(
 
 
 def sum_of(numbers: Iterable[Numbers]) -> Numbers:
-    """Return the exact sum of a few numbers, of each group; 0 of none."""
+    """Return the exact sum of a few numbers, for each group; 0 for none."""
     parts = list(numbers)
     if not parts:
         return np.float64(0.0)
@@ -290,16 +295,16 @@ def _pieces(
     scratch: Scratch | None = None,
     change: Sequence[float] = (),
 ) -> Iterator[Piece]:
-    """Yield motion, mean gradient and allocation of a row of tensors, see
+    """Yield motion, mean gradient and allocation of a row of tensors; see
     `SegmentAllocation.pieces`.
 
     Args:
         points: both ends of the segment.
-        nodes: the gradients at the nodes, each with its weight.
-        row: of the tensors.
-        columns: where groups are cut.
+        nodes: gradients at the nodes, each with its weight.
+        row: the tensors.
+        columns: where to cut groups.
         scratch: memory for the pieces; new memory by default.
-        change: factors of the gradients in what the last refining changed of their mean; none by
+        change: factors of the gradients in what the last refinement changed in their mean; none by
             default.
     """
     (start,), (end,) = row.of(points.start), row.of(points.end)
@@ -324,7 +329,7 @@ def _pieces(
 
 
 def _exact(values: Tensor, scratch: Scratch) -> Tensor:
-    """Return numbers in float64."""
+    """Convert numbers to float64."""
     if values.dtype == torch.float64:
         return values
     return scratch.room("exact", values.shape).copy_(values)
@@ -333,10 +338,10 @@ def _exact(values: Tensor, scratch: Scratch) -> Tensor:
 def _combinations(
     values: Sequence[Tensor], factors: Sequence[Sequence[float]], scratch: Scratch
 ) -> list[Tensor]:
-    """Return Σ factor · values, float64, for some lists of factors.
+    """Return Σ factor · values in float64 for several lists of factors.
 
-    Those that are first and have one factor, the ends of a segment, are added before they are
-    multiplied: opposite ones are then 0 together, and which comes first changes no bit.
+    Leading values with equal factors, the ends of a segment, are added before they are multiplied:
+    opposite values then cancel exactly, and their order does not change a bit.
     """
     alike = [
         len(list(itertools.takewhile(functools.partial(operator.eq, listed[0]), listed)))
@@ -361,16 +366,16 @@ def _combinations(
 
 
 def _groups(points: Motion, nodes: Sequence[Node], row: Row) -> tuple[int, ...]:
-    """Return the shape of what a tensor has one number of for each group: () without groups."""
+    """Return the shape of a quantity with one number per group: () without groups."""
     like = nodes[0][1][row.names[0]]
     return tuple(like.shape[: like.dim() - points.start[row.names[0]].dim()])
 
 
 class Scratch:
-    """Memory that is used over and over: fresh memory costs more than what is computed in it.
+    """Provide reusable memory, because new memory costs more than the computation in it.
 
     Args:
-        device: where it is.
+        device: device of the memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -379,12 +384,12 @@ class Scratch:
         self._flat: dict[str, Tensor] = {}
 
     def room(self, use: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return room for some numbers, which overwrite those of the same use before.
+        """Return memory for some numbers; it overwrites earlier numbers of the same use.
 
         Args:
-            use: names them; those of one use have one type.
-            shape: of the numbers.
-            dtype: their type.
+            use: name of the use; all its numbers have one type.
+            shape: shape of the numbers.
+            dtype: type of the numbers.
         """
         rooms = self._rooms.setdefault(use, {})
         if shape not in rooms:
@@ -398,12 +403,13 @@ class Scratch:
 
 @dataclass(frozen=True)
 class _Sums:
-    """The sums of what every tensor of a segment is allocated, and |·| of what the last refining changed.
+    """Hold the sum of each tensor's allocation on a segment, and Σ|·| of what the last refinement
+    changed.
 
     Attributes:
-        positions: of the tensors.
-        total: the sums, ([groups, ]tensors), on their device until they are wanted.
-        changed: Σ|·| of what the last refining changed, likewise; 0 where that is not asked for.
+        positions: position of each tensor.
+        total: the sums, ([groups, ]tensors), on their device until needed.
+        changed: Σ|·| of the change, in the same form; 0 if not requested.
     """
 
     positions: Mapping[str, int]
@@ -417,7 +423,7 @@ class _Sums:
 
     @property
     def changes(self) -> dict[str, Numbers]:
-        """Return Σ|·| of what the last refining changed, by tensor."""
+        """Return Σ|·| of what the last refinement changed, by tensor."""
         return self._by_tensor(self.changed)
 
     def _by_tensor(self, reading: Reading) -> dict[str, Numbers]:
@@ -432,15 +438,15 @@ def _sums(
     gather: Gathers | None,
     final: bool,
 ) -> _Sums:
-    """Return the sums of every tensor of a segment.
+    """Compute the sums of every tensor of a segment.
 
     Args:
         points: both ends.
-        nodes: the gradients at the nodes, each with its weight.
+        nodes: gradients at the nodes, each with its weight.
         change: see `_pieces`.
         start: the loss at the start.
-        gather: takes in the pieces where they are final, and says where tensors are cut.
-        final: whether they are.
+        gather: collects the pieces if they are final, and decides where to cut tensors.
+        final: whether they are final.
     """
     like = nodes[0][1]
     if isinstance(like, OfUnits):
@@ -459,7 +465,7 @@ def _sums(
         pieces = _added(_pieces(points, nodes, row, cuts, scratch, change), row, of_row)
         if final and gathering is not None:
             gathering.take(row, start.weight, pieces)
-        for _ in pieces:  # what was not taken
+        for _ in pieces:  # the rest, which nobody collected
             pass
         names += row.names
         sums.append(of_row.reshape(2, *groups, len(row.names)))
@@ -469,9 +475,7 @@ def _sums(
 
 
 def _rows(points: Motion, names: Iterable[str], gather: Gathers | None) -> list[Row]:
-    """Return the rows in which tensors are computed: those that are taken in are apart from the
-    others.
-    """
+    """Return the rows in which tensors are computed; collected tensors have separate rows."""
     chosen: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
     for name in names:
         chosen[gather is None or gather.takes(name)][name] = points.start[name]
@@ -479,8 +483,8 @@ def _rows(points: Motion, names: Iterable[str], gather: Gathers | None) -> list[
 
 
 def _added(pieces: Iterable[Piece], row: Row, sums: Tensor) -> Iterator[Piece]:
-    """Yield the pieces of a row of tensors as their allocation, and |·| of what the last refining
-    changed, are added to sums, (2, groups, tensors).
+    """Yield the pieces of a row of tensors while adding their allocation, and |·| of what the last
+    refinement changed, to sums, (2, groups, tensors).
     """
     total, changed = sums
     for piece in pieces:
@@ -491,7 +495,7 @@ def _added(pieces: Iterable[Piece], row: Row, sums: Tensor) -> Iterator[Piece]:
 
 
 def _sums_of_units(nodes: Sequence[Node], change: Sequence[float]) -> _Sums:
-    """Return the same where gradients are sums over units, which are those of the allocation."""
+    """Return the same if gradients are sums over units; they are then the allocation itself."""
     total, *changes = _weighted(nodes, change)
     totals = total.totals()
     changed = (
@@ -504,8 +508,8 @@ def _sums_of_units(nodes: Sequence[Node], change: Sequence[float]) -> _Sums:
 
 
 def _weighted(nodes: Sequence[Node], change: Sequence[float] = ()) -> list[OfUnits]:
-    """Return the weighted mean over nodes, float64; also what the last refining changed of it,
-    where its factors are given.
+    """Return the weighted mean over nodes in float64, and the change by the last refinement if its
+    factors are given.
     """
     rows: list[Tensor] = []
     like = nodes[0][1]
@@ -520,14 +524,14 @@ def _weighted(nodes: Sequence[Node], change: Sequence[float] = ()) -> list[OfUni
 
 @dataclass
 class _NodeSum:
-    """The sum of the gradients at nodes that weigh alike; `node` is one of them."""
+    """Hold the sum of the gradients at nodes with equal weights; `node` is one of them."""
 
     node: float
     gradient: Gradient
     _is_own: bool = False
 
     def add(self, gradient: Gradient) -> None:
-        """Add another one; sums are float64, a gradient alone is as it came."""
+        """Add another gradient; a sum is float64, a single gradient keeps its type."""
         if isinstance(self.gradient, InARow):
             assert isinstance(gradient, InARow), "at all nodes numbers lie in a row"
             own_row, other = self._own(self.gradient.row), gradient.in_order_of(self.gradient)
@@ -548,11 +552,12 @@ class _NodeSum:
 
 
 class _Refinement:
-    """One loss on one segment while its rule is refined.
+    """Refine the rule of one loss on one segment.
 
-    Nodes that weigh alike at all levels from the last one on are one sum of gradients: with the
-    composite family the ends, the fresh nodes, those of the level before and the older inner ones.
-    So sums carry every level and the one before it, and no old node is evaluated again.
+    Nodes that have equal weights at this and all later levels share one sum of gradients: in the
+    composite family these are the ends, the fresh nodes, those of the previous level, and the older
+    inner ones. These sums determine every level and the one before it, so no old node is evaluated
+    again.
     """
 
     def __init__(
@@ -570,7 +575,7 @@ class _Refinement:
         self.unreached = start.unreached & end.unreached
         self.level = 0
         self._sums: _Sums | None = None
-        # refined alike
+        # refined together with this one
         self._examples: _Refinement | None = None
         if start.examples is not None and end.examples is not None:
             self._examples = _Refinement(family, points, start.examples, end.examples)
@@ -579,7 +584,7 @@ class _Refinement:
             self._parts = _Refinement(family, points, _of_parts(start), _of_parts(end))
 
     def refine(self) -> None:
-        """Go on to the next level, whose fresh nodes are taken in next."""
+        """Advance to the next level; its fresh nodes must follow."""
         if self._examples is not None:
             self._examples.refine()
         if self._parts is not None:
@@ -591,7 +596,12 @@ class _Refinement:
         self.level += 1
 
     def take(self, node: float, evaluation: Evaluation) -> None:
-        """Take in the gradient at a fresh node."""
+        """Add the evaluation at a fresh node.
+
+        Args:
+            node: position of the node in [0, 1].
+            evaluation: the loss and its gradient there.
+        """
         if self._examples is not None and evaluation.examples is not None:
             self._examples.take(node, evaluation.examples)
         if self._parts is not None and evaluation.parts is not None:
@@ -608,7 +618,7 @@ class _Refinement:
 
     @property
     def nodes(self) -> list[Node]:
-        """The gradients at this level, each with its weight."""
+        """Return the gradients at this level, each with its weight."""
         return [
             *self._weighted(self.level, self._older),
             *((self.family.weight(self.level, part.node), part.gradient) for part in self._fresh),
@@ -624,8 +634,10 @@ class _Refinement:
         ]
 
     def _changes(self) -> list[float]:
-        """Return what the last refining changed of the mean gradient, as factors of the gradients
-        at nodes; at level 0 the difference of both ends.
+        """Return what the last refinement changed in the mean gradient, as factors of the gradients
+        at nodes.
+
+        At level 0, return the factors of the difference of both ends.
         """
         if self.level == 0:
             return [-1.0, 1.0]
@@ -636,14 +648,14 @@ class _Refinement:
         ]
 
     def measure(self, final: bool = False) -> bool:
-        """Compute what tensors are allocated at this level, and Σ|·| of what the last refining
+        """Compute the allocation of the tensors at this level, and Σ|·| of what the last refinement
         changed.
 
         Args:
-            final: whether the level is the last one in any case.
+            final: whether this level is certainly the last one.
 
         Returns:
-            Whether the pieces were gathered.
+            Whether the pieces were collected.
         """
         self._sums = _sums(
             self.points,
@@ -657,39 +669,39 @@ class _Refinement:
 
     @property
     def measured(self) -> _Sums:
-        """The sums that were computed."""
+        """Return the computed sums."""
         assert self._sums is not None, "nothing was measured"
         return self._sums
 
     @property
     def readings(self) -> list[Reading]:
-        """The numbers that decide whether the rule is refined."""
+        """Return the numbers that decide whether to refine further."""
         sums = self.measured
         return [self.start.totals, self.end.totals, sums.total, sums.changed]
 
     @property
     def residual(self) -> Numbers:
-        """The change of the loss less the sum of the allocation."""
+        """Return the change of the loss minus the sum of the allocation."""
         return self.end.loss - self.start.loss - sum_of(self.measured.totals.values())
 
     def examples(self) -> ExampleAllocation | None:
-        """Return the allocation of every example at this level; None where none is told apart."""
+        """Return the allocation of every example at this level; None if examples are not kept
+        apart.
+        """
         if self._examples is None:
             return None
         examples = self._examples
         return _of_every_example(examples.start, examples.end, examples.nodes)
 
     def parts(self) -> Mapping[str, Numbers] | None:
-        """Return what the parts of the motion are allocated at this level; None where there are
-        none.
-        """
+        """Return the allocation of the parts of the motion at this level; None if there are none."""
         if self._parts is None:
             return None
         return _weighted_sum(self._parts.nodes)
 
     def error_bound(self, calibration: float | None) -> Numbers:
-        """Estimate Σ|A − A*|: what the last refining changed; at level 0 a calibrated share of
-        Σ|(g₁ − g₀)·Δθ|.
+        """Estimate Σ|A − A*| by what the last refinement changed; at level 0 by a calibrated share
+        of Σ|(g₁ − g₀)·Δθ|.
         """
         change = sum_of(self.measured.changes.values())
         if self.level:
@@ -698,12 +710,12 @@ class _Refinement:
 
 
 def _of_parts(evaluation: Evaluation) -> Evaluation:
-    """Return the sums along parts of the motion in the place of the gradient."""
+    """Return an evaluation whose gradient is the sums along parts of the motion."""
     return Evaluation(evaluation.totals, evaluation.parts or {})
 
 
 def _weighted_sum(nodes: Iterable[Node]) -> dict[str, Numbers]:
-    """Return Σ weight · numbers of each tensor, float64."""
+    """Return Σ weight · numbers of each tensor in float64."""
     like: OfTensors | None = None
     rows: list[Tensor] = []
     for weight, of_node in nodes:
@@ -717,15 +729,15 @@ def _weighted_sum(nodes: Iterable[Node]) -> dict[str, Numbers]:
 def calibrate(
     start: Point, end: Point, objective: Evaluates, losses: list[str], axes: Axes | None = None
 ) -> dict[str, float]:
-    """Return the trapezoid's L1 error on one segment, against Simpson, as a share of Σ|(g₁ −
-    g₀)·Δθ|; for each loss.
+    """Compute the trapezoid's L1 error on one segment, relative to Σ|(g₁ − g₀)·Δθ|, for each loss;
+    Simpson is the reference.
 
     Args:
         start: every tensor of the model at the first checkpoint.
-        end: the same at the next one.
+        end: every tensor at the next checkpoint.
         objective: evaluates losses and gradients.
-        losses: names.
-        axes: of the units where sums over them are taken, see `allocate`.
+        losses: names of the losses.
+        axes: axes of units, if only sums over units are computed; see `allocate`.
     """
     segment = segment_of(Way(Motion(start, end)), objective, axes, lambda: None)
     first, middle = segment.at(0.0, losses), segment.at(0.5, losses)
@@ -763,27 +775,27 @@ def allocate(
 
     Args:
         start: every tensor of the model at the first checkpoint, on the device of the objective.
-        end: the same at the next one.
+        end: every tensor at the next checkpoint.
         objective: evaluates losses and gradients.
-        losses: names.
+        losses: names of the losses.
         method: the rule and its tolerances.
-        axes: for sums over units, for which no gradient is ever held: the axis of the units of
-            each tensor, None where a tensor is one unit. None: every parameter's allocation.
-        at_start: evaluations at `start` where the segment before has made them.
-        following: returns the checkpoint after `end`, whose segment will want evaluations at
-            `end`; None where there is none.
-        at_least: the level a rule is refined to in any case, where it is refined at all.
-        gather: takes in the pieces of a loss, where it has an entry.
-        split: the parts of the motion, for what they are allocated as well.
-        following_split: returns those of the motion after `end`, where there is one.
-        path: another one from `start` to `end`, for what it changes as well.
-        following_path: returns that of the segment after `end`, where there is one.
+        axes: by tensor, the axis of its units, or None if it is one unit. Only sums over units are
+            then computed, and no gradient is ever stored. None to allocate every parameter.
+        at_start: evaluations at `start`, if the previous segment made them.
+        following: returns the checkpoint after `end`, whose segment will need evaluations at `end`;
+            None if there is none.
+        at_least: lowest level of the rule, if it is refined at all.
+        gather: by loss, an object that collects its pieces.
+        split: parts of the motion to allocate to as well.
+        following_split: returns the parts of the motion after `end`, or None.
+        path: another path from `start` to `end`, whose effect is computed as well.
+        following_path: returns such a path for the segment after `end`, or None.
 
     Returns:
-        The allocation of each loss, and the evaluations at `end` for the segment that follows.
+        The allocation of each loss, and the evaluations at `end` for the next segment.
 
     Raises:
-        SpanError: where a loss or a gradient is not finite.
+        SpanError: if a loss or a gradient is not finite.
     """
     per_example = method.per_example.intersection(losses)
 
@@ -809,7 +821,19 @@ def allocate_nodes(
     at_least: int = 0,
     gather: Mapping[str, Gathers] = MappingProxyType({}),
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
-    """Allocate every loss on a segment by its evaluations at nodes, see `allocate`."""
+    """Allocate every loss on a segment from evaluations at its nodes; see `allocate`.
+
+    Args:
+        segment: evaluates losses at the nodes.
+        losses: names of the losses.
+        method: the rule and its tolerances.
+        at_start: as for `allocate`.
+        at_least: as for `allocate`.
+        gather: as for `allocate`.
+
+    Returns:
+        As for `allocate`.
+    """
     level = method.family.level_of(method.rule)
     if level is None:
         return _allocate_fixed(segment, losses, method, at_start, gather)
@@ -826,7 +850,7 @@ def _allocate_refined(
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
     first = at_start or segment.at(0.0, losses)
     segment.know_signal()
-    # those every loss will need, before the end, which may need the checkpoint after it as well
+    # nodes that every loss needs come before the end, which may also need the next checkpoint
     early = [
         (node, segment.at(node, losses))
         for node in (method.family.fresh_nodes(1) if lowest >= 1 else ())
@@ -848,7 +872,7 @@ def _allocate_refined(
                 name: states[name].measure(level == method.family.finest or _is_final(name, method))
                 for name in pending
             }
-            # whatever was computed of the segment comes to the host at once
+            # copy all results of the segment to the host at once
             readings = [reading for name in pending for reading in states[name].readings]
             read([*readings, *distance.readings])
             for name in pending:
@@ -888,14 +912,14 @@ def _middle(
     method: Method,
     nodes: Mapping[float, Mapping[str, Evaluation]],
 ) -> dict[str, dict[str, Numbers]]:
-    """Return the sums in the middle of a segment, with which those of another path are compared, of
-    the losses that want them.
+    """Return the sums at the middle of a segment, for comparison with another path, of the losses
+    that need them.
 
     Args:
-        segment: of which none are wanted where no other path is known.
-        losses: names.
-        method: says which are replicates, which want none.
-        nodes: evaluations that are there already.
+        segment: the segment; the result is empty if it has no other path.
+        losses: names of the losses.
+        method: names the replicates, which need none.
+        nodes: existing evaluations by node.
     """
     if not segment.bends:
         return {}
@@ -905,14 +929,14 @@ def _middle(
 
 
 def _with_path(segment: SegmentAllocation, shift: PathShift | None) -> SegmentAllocation:
-    """Return the same with what another path changes, and its evaluations counted."""
+    """Add the effect of another path, and count its evaluations."""
     if shift is None:
         return segment
     return replace(segment, path=shift, evaluations=segment.evaluations + shift.evaluations)
 
 
 def _is_final(name: str, method: Method) -> bool:
-    """Tell whether a loss is not refined in any case."""
+    """Return whether a loss is never refined."""
     return name in method.never_refined or all(map(math.isinf, method.bounds(name)))
 
 
@@ -955,9 +979,9 @@ def _allocate_fixed(
     at_start: Mapping[str, Evaluation] | None,
     gather: Mapping[str, Gathers],
 ) -> tuple[dict[str, SegmentAllocation], dict[str, Evaluation]]:
-    """Use a rule as it stands; end losses that no node gives come from forward passes."""
+    """Apply a fixed rule; forward passes evaluate the losses at ends that are not nodes."""
     rule = method.rule
-    apart = segment.has_paths  # which take gradients at both ends
+    apart = segment.has_paths  # paths need gradients at both ends
     first = at_start or segment.at(0.0, losses, gradient=rule.has_start or apart)
     segment.know_signal()
     nodes = [first if x == 0 else segment.at(x, losses) for x in rule.nodes]
@@ -1000,9 +1024,7 @@ def _allocate_fixed(
 def _fixed_examples(
     rule: Rule, first: Evaluation, last: Evaluation, nodes: Sequence[Evaluation]
 ) -> ExampleAllocation | None:
-    """Return the allocation of every example by a rule as it stands; None where none is told
-    apart.
-    """
+    """Return the allocation of every example by a fixed rule; None if examples are not kept apart."""
     if first.examples is None or last.examples is None:
         return None
     weighted = [
@@ -1014,9 +1036,7 @@ def _fixed_examples(
 
 
 def _fixed_parts(rule: Rule, nodes: Sequence[Evaluation]) -> dict[str, Numbers] | None:
-    """Return what the parts of the motion are allocated by a rule as it stands; None where there
-    are none.
-    """
+    """Return the allocation of the parts of the motion by a fixed rule; None if there are none."""
     of_nodes = [node.parts for node in nodes if node.parts is not None]
     return _weighted_sum(zip(rule.weights, of_nodes, strict=True)) if of_nodes else None
 
@@ -1039,10 +1059,10 @@ def _checked(segment: SegmentAllocation, name: str) -> SegmentAllocation:
 
 
 class _Ahead:
-    """The next of the points of a span, read when it is first asked for.
+    """Read the next point of a span when it is first needed.
 
     Attributes:
-        failure: why it could not be read; None where it could, or was not asked for.
+        failure: the error of the attempt to read it; None if there was none.
     """
 
     def __init__(self, walk: Iterator[tuple[int, Point]]) -> None:
@@ -1051,7 +1071,7 @@ class _Ahead:
         self.failure: Exception | None = None
 
     def item(self) -> tuple[int, Point] | None:
-        """Return its training step and its tensors; None where there is none."""
+        """Return its training step and tensors, or None at the end."""
         if not self._items:
             try:
                 self._items.append(next(self._walk, None))
@@ -1061,7 +1081,7 @@ class _Ahead:
         return self._items[0]
 
     def point(self) -> Point | None:
-        """Return its tensors; None where there is none."""
+        """Return its tensors, or None at the end."""
         item = self.item()
         return None if item is None else item[1]
 
@@ -1084,25 +1104,24 @@ def allocate_span(
 
     Args:
         points: training step and tensors of each checkpoint of the span, one more than there are
-            segments. A point is read when it is needed, and none stays longer than that.
+            segments. A point is read when it is needed, and released afterwards.
         objective: evaluates losses and gradients.
-        losses: names.
+        losses: names of the losses.
         method: the rule and its tolerances.
-        axes: of the units where sums over them are taken, see `allocate`.
-        at_least: for each segment, the level a rule is refined to in any case, where it is refined
-            at all; 0 where it ends early.
-        begin: called before each segment is allocated, when of the points only its ends are in
-            memory.
-        gathering: returns what takes in the pieces of losses on the segment at a position.
-        parts: returns the parts of the motion of the segment at a position; None where none are
-            wanted.
-        paths: returns another path between the ends of the segment at a position; None likewise.
+        axes: axes of units, if only sums over units are computed; see `allocate`.
+        at_least: for each segment, the lowest level of the rule, if it is refined at all; 0 once
+            this is exhausted.
+        begin: called before each segment, when only its ends are in memory.
+        gathering: returns the objects that collect pieces of losses on the segment at a position.
+        parts: returns the parts of the motion of the segment at a position; None for no parts.
+        paths: returns another path between the ends of the segment at a position; None for no
+            paths.
 
     Yields:
         The allocation of every loss on one segment.
 
     Raises:
-        SpanError: where a loss or a gradient is not finite, naming the segment.
+        SpanError: if a loss or a gradient is not finite; the message names the segment.
     """
     walk, lowest = iter(points), itertools.chain(at_least, itertools.repeat(0))
     (step, start), upcoming = next(walk), next(walk, None)
@@ -1134,27 +1153,31 @@ def allocate_span(
         except SpanError as error:
             if error is ahead.failure:
                 raise
-            raise between(error, step, next_step) from None
+            raise SpanError(between(error, step, next_step)) from None
         step, start = next_step, end
         yield done
-        del done  # gradients at nodes that the next segment has no use for
-        split = None  # the signal where it began
+        del done  # releases gradients that the next segment does not need
+        split = None  # releases the signal at its start
         upcoming = ahead.item()
         split = None if upcoming is None else next_split()
 
 
-def between(error: SpanError, step: int, next_step: int) -> SpanError:
-    """Return an error of a segment that says between which training steps it is."""
-    return SpanError(
-        f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps."
-    )
+def between(error: SpanError, step: int, next_step: int) -> str:
+    """Return the message of an error with the training steps of its segment.
+
+    Args:
+        error: the error.
+        step: step at the start of the segment.
+        next_step: step at its end.
+    """
+    return f"{error}, between steps {step} and {next_step}. Leave these steps out with --steps."
 
 
 def _split(parts: Callable[[int], Parts] | None, row: int) -> Split | None:
-    """Return the parts of the motion of the segment at a position, where they are wanted."""
+    """Return the parts of the motion of the segment at a position, if requested."""
     return None if parts is None else Split(parts(row))
 
 
 def _path(paths: Callable[[int], SegmentPath] | None, row: int) -> SegmentPath | None:
-    """Return another path of the segment at a position, where one is wanted."""
+    """Return another path of the segment at a position, if requested."""
     return None if paths is None else paths(row)

@@ -1,7 +1,7 @@
-r"""The loss along directions in the space of parameters.
+r"""Allocate the loss change along directions in parameter space.
 
-With $b$ orthonormal, $A_b = \langle b, \Delta\theta\rangle\langle b, \bar g\rangle$ is what the
-motion along $b$ did to the loss; what is left of the allocation is what the rest of the motion did.
+With $b$ orthonormal, $A_b = \langle b, \Delta\theta\rangle\langle b, \bar g\rangle$ is the effect
+of the motion along $b$ on the loss; the rest of the allocation belongs to the rest of the motion.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .parts import Computed, Parts, Point, displacement
 
 @dataclass(frozen=True, kw_only=True)
 class Moved:
-    """The motion of one segment along directions.
+    """Hold the motion of one segment along directions.
 
     Attributes:
         along: ⟨b, Δθ⟩ of each direction, (directions,).
@@ -33,10 +33,11 @@ class Moved:
 
 
 class SegmentDirections:
-    """Directions as parts of the motion of one segment.
+    """Use directions as parts of the motion of one segment.
 
     Args:
-        basis: of some tensors, (directions, *shape), orthonormal over all of them together.
+        basis: directions in some tensors, (directions, *shape), orthonormal over all of them
+            together.
         parameters: names of all parameters.
         start: every tensor of the model at the segment's start.
     """
@@ -75,7 +76,7 @@ class SegmentDirections:
         )
 
     def _squares(self, end: Point) -> Tensor:
-        """Return parts that Σ (end − start)² over parameters is made of, float64."""
+        """Return terms that add up to Σ (end − start)² over parameters, in float64."""
         squares = []
         for name in self._parameters:
             start, after = self._start[name].reshape(1, -1), end[name].reshape(1, -1)
@@ -86,11 +87,11 @@ class SegmentDirections:
 
 
 def allocated_along(moved: Moved, sums: Mapping[str, Numbers]) -> Numbers:
-    """Return what directions are allocated, ([groups, ]directions), in units of loss.
+    """Return the allocation of directions, ([groups, ]directions), in units of loss.
 
     Args:
         moved: how far the weights moved along them.
-        sums: of a loss's gradient along them, ([groups, ]directions) of each tensor.
+        sums: sums of a loss's gradient along them, ([groups, ]directions) for each tensor.
     """
     of_gradient: Numbers = np.zeros_like(moved.along)
     for values in sums.values():
@@ -99,10 +100,10 @@ def allocated_along(moved: Moved, sums: Mapping[str, Numbers]) -> Numbers:
 
 
 class Together:
-    """Several parts of one motion, as one.
+    """Combine several parts of one motion.
 
     Args:
-        parts: at most one of which needs a signal.
+        parts: the parts; at most one of them may need a signal.
     """
 
     def __init__(self, parts: Sequence[Parts]) -> None:
@@ -119,8 +120,8 @@ class Together:
         return [direction for directions in of_parts for direction in directions]
 
     def divided(self, sums: Mapping[str, Numbers]) -> list[dict[str, Numbers]]:
-        """Return sums along all directions, ([groups, ]directions) of each tensor, for each part
-        those along its own.
+        """Split sums along all directions, ([groups, ]directions) for each tensor, into those of
+        each part.
         """
         ends = np.cumsum(self._lengths)
         places = [slice(end - length, end) for end, length in zip(ends, self._lengths, strict=True)]

@@ -1,13 +1,13 @@
-r"""Split the motion of one optimiser step by what caused it.
+r"""Split the motion of one optimiser step by its causes.
 
 $\Delta\theta = u_\text{signal} + u_\text{noise} + u_\text{momentum} + u_\text{decay} +
-u_\text{rest}$, each part allocated as the motion is. *Signal* is the step that the gradient of the
-whole training loss would have made in this position of the optimiser, *noise* what the gradient it
-was given made beside that, *momentum* the memory of earlier gradients and of earlier decay, *decay*
-that of this step. *Rest* is what no formula explains.
+u_\text{rest}$, and each part gets an allocation like the motion. *Signal* is the step that the
+gradient of the whole training loss would have made in this state of the optimiser, *noise* what the
+actual gradient added to it, *momentum* the memory of earlier gradients and earlier decay, *decay*
+the decay of this step. *Rest* is what no formula explains.
 
-Formulas are torch's own, of its documentation of `torch.optim`. With $f$ a number for each tensor,
-and $P$ the numbers by which an adaptive optimiser multiplies, or 1:
+Formulas follow torch's documentation of `torch.optim`. $P$ are the numbers by which an adaptive
+optimiser multiplies, or 1:
 
 | optimiser | signal | momentum | decay |
 |---|---|---|---|
@@ -16,9 +16,10 @@ and $P$ the numbers by which an adaptive optimiser multiplies, or 1:
 | AdamW | the same | the same | $-\eta\lambda\,\theta$ |
 | RMSprop, Adagrad | $-\eta\,\tilde P g$ | | $-\eta\lambda\,P\theta$ |
 
-$\tau$ is the dampening, 0 in an optimiser's first step, $\kappa=\eta/(1-\beta_1^t)$. $\tilde P$ is made of the
-second moments as the full gradient would have left them: those of the real step are 0 where the
-mini-batch had no gradient, and a step divided by them would be none that the optimiser makes.
+$\tau$ is the dampening, 0 in an optimiser's first step, and $\kappa=\eta/(1-\beta_1^t)$. $\tilde P$
+comes from the second moments that the full gradient would have produced. Those of the actual step
+are 0 where the mini-batch had no gradient, and dividing by them would give a step that the
+optimiser never makes.
 """
 
 from __future__ import annotations
@@ -38,28 +39,28 @@ from .schema import CAUSES
 
 _NO_SUMS = np.zeros(0)
 _ADAM = ("Adam", "AdamW")
-# by how much the norm of a gradient that is reckoned from weights may differ from that of the real
-# one, as a share of it and in roundings of the weights; noise or momentum of which these are a larger
-# share than the last is lost in them
+# How much the norm of a gradient computed from weights may differ from that of the actual gradient,
+# relative to it and in roundings of the weights; noise or momentum is lost if rounding makes up a
+# larger share of it than the last number.
 _SAME_NORM, _ROUNDINGS, _LOST = 1e-4, 4.0, 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formula:
-    """The formula by which one step of an optimiser moved one tensor.
+    """Describe how one step of an optimiser moved one tensor.
 
     Attributes:
         signal: factor of the gradient, or of P times it.
-        factor: the same without clipping, of the gradient as the optimiser was given it.
-        momentum: factor of the motion before, or of P times the first moment.
-        decay: factor of the weights, or of P times them where `scales_decay`.
-        scale: the numbers P of second moments; None where P is 1.
-        renewed: second moments after a step, from those before it and a gradient.
-        first: β₁, where first moments are the momentum and tell the gradient that was given; None
-            where what no other cause explains is what that gradient did.
-        scales_decay: whether the decay came in through the gradient.
-        norm: of the gradient the optimiser was given; NaN where it is not known.
-        unknown: why nothing but the decay is known; "" where all is.
+        factor: the same factor for the gradient as the optimiser received it, without clipping.
+        momentum: factor of the previous motion, or of P times the first moment.
+        decay: factor of the weights, or of P times them if `scales_decay`.
+        scale: computes the numbers P from second moments; None if P is 1.
+        renewed: computes second moments after a step from those before it and a gradient.
+        first: β₁, if first moments are the momentum and reveal the gradient received; None if noise
+            is whatever the other causes do not explain.
+        scales_decay: whether the decay is part of the gradient.
+        norm: norm of the gradient the optimiser received; NaN if unknown.
+        unknown: why only the decay is known; "" if everything is.
     """
 
     signal: float = 0.0
@@ -75,20 +76,20 @@ class Formula:
 
     @property
     def follows_motion(self) -> bool:
-        """Tell whether the momentum is made of the motion before."""
+        """Return whether the momentum is computed from the previous motion."""
         return self.momentum != 0.0 and self.first is None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Moments:
-    """Reads the moments of tensors before and after a step; a function returns None where there are
-    none of a tensor.
+    """Read the moments of tensors before and after a step; each function returns None if a tensor
+    has none.
 
     Attributes:
-        first_before: Σ of earlier gradients, as Adam keeps it.
-        first_after: the same after the step.
-        second_before: of the squares of gradients.
-        second_after: the same after the step.
+        first_before: first moment before the step, as Adam stores it.
+        first_after: first moment after the step.
+        second_before: second moment before the step.
+        second_after: second moment after the step.
     """
 
     first_before: Callable[[str], Tensor | None]
@@ -99,7 +100,7 @@ class Moments:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredMoments:
-    """The names, as in the files, of the tensors that moments are stored of; as in `Moments`."""
+    """List the tensors, by their names in the files, for which each of the `Moments` is stored."""
 
     first_before: frozenset[str]
     second_before: frozenset[str]
@@ -116,11 +117,11 @@ def formulas(
     """Return how the tensors of a model moved on one segment, by their names in the files.
 
     Args:
-        step: the record of what led to its end; None where there is none.
-        before: of what led to its start; None where that is no step that followed on the checkpoint
-            before.
-        since: the training step of its start.
-        stored: the moments there are.
+        step: record of the step to its end; None if there is none.
+        before: record of the step to its start; None unless that is the step from the previous
+            checkpoint.
+        since: training step of its start.
+        stored: the stored moments.
     """
     if step is None or step.optimizer_steps != 1 or step.since != since:
         return {}
@@ -173,13 +174,13 @@ def _of_sgd(group: GroupStep, before: GroupStep | None, clip: float) -> Formula:
     )
     if not remembers:
         return known
-    # the motion before is what the momentum was, but for the rate
+    # the previous motion equals the momentum up to the learning rate
     if before is None or before.optimizer != "SGD" or not before.momentum or before.nesterov:
-        return replace(known, unknown="the step before it is not recorded")
+        return replace(known, unknown="the previous step is not recorded")
     if before.steps + 1 != group.steps:
-        return replace(known, unknown="it remembers a step that another one came after")
+        return replace(known, unknown="its memory is not of the previous step")
     if not before.lr:
-        return replace(known, unknown="the rate of the step before it was 0")
+        return replace(known, unknown="the learning rate of the previous step was 0")
     return replace(known, momentum=group.momentum * group.lr / before.lr)
 
 
@@ -199,7 +200,7 @@ def _of_adam(group: GroupStep, clip: float, has_second: bool, has_first: bool) -
         scales_decay=not group.decoupled,
     )
     if not has_first:
-        # without those before the step, the signal is not known either
+        # without the moments before the step, the signal is unknown too
         why = "no first moments are recorded, or none before the step"
         return replace(known, signal=0.0, unknown=why)
     momentum = -rate * beta1 if group.has_memory else 0.0
@@ -220,7 +221,7 @@ def _of_scaled(group: GroupStep, rate: float, clip: float, has_second: bool) -> 
 
 
 def _decay_alone(group: GroupStep, why: str) -> Formula:
-    """Return what is known of any optimiser: decay apart from the gradient."""
+    """Return what is known for any optimiser: decay apart from the gradient."""
     return Formula(decay=-group.lr * group.weight_decay if group.decoupled else 0.0, unknown=why)
 
 
@@ -229,19 +230,18 @@ def _signed(factor: float, group: GroupStep) -> float:
 
 
 class SegmentCauses:
-    """The causes of the motion of one segment, as `Parts` of it.
+    """Provide the causes of the motion of one segment, as `Parts` of it.
 
-    Directions of SGD are points that are held anyway. Those of an adaptive optimiser are computed
-    once, and held: three of every parameter, or four where decay comes in through the gradient.
+    Directions of SGD are existing points. Those of an adaptive optimiser are computed once and
+    stored: three numbers for every parameter, or four if decay is part of the gradient.
 
     Args:
-        signal: the training loss.
-        formulas: by tensor; a tensor without one moved by no known cause.
+        signal: name of the training loss.
+        formulas: formula of each tensor; a tensor without one moved for no known cause.
         start: every tensor of the model at the segment's start.
-        before: the same one checkpoint earlier; None where no formula needs it.
-        moments: of the tensors.
-        spacing: returns, of a tensor, the distance from 1 to the next number of the type that it is
-            stored in.
+        before: every tensor one checkpoint earlier; None if no formula needs it.
+        moments: moments of the tensors.
+        spacing: returns, for a tensor, the distance from 1 to the next number of its stored type.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ class SegmentCauses:
         self.needs_signal = any(formula.signal for formula in formulas.values())
         self._formulas, self._start, self._before = formulas, start, before
         self._moments, self._spacing = moments, spacing
-        self._told: dict[str, _Told] = {}  # the same for every loss
+        self._told: dict[str, _Told] = {}  # does not depend on the loss
         self._directions: dict[str, Motion] | None = None
 
     def directions(self, signal: Point | None) -> Sequence[Motion]:
@@ -269,8 +269,8 @@ class SegmentCauses:
         return list(self._directions.values())
 
     def _computed(self, signal: Point) -> dict[str, Motion]:
-        """Return the direction of each cause, and of the gradient the optimiser was given where
-        first moments tell it.
+        """Return the direction of each cause, and of the gradient the optimiser received if first
+        moments reveal it.
         """
         start, formulas = self._start, self._formulas
         scaled: dict[str, dict[str, Tensor]] = {
@@ -298,7 +298,9 @@ class SegmentCauses:
         if moved:
             assert self._before is not None, "the checkpoint before is read where it is needed"
             ends = only(start, moved, start)
-            others = scaled["momentum"]  # tensors of another optimiser, which begin at 0
+            others = scaled[
+                "momentum"
+            ]  # tensors of an adaptive optimiser, whose directions start at 0
             directions["momentum"] = Motion(
                 only(self._before, moved, start),
                 Computed(start, lambda name: others[name] if name in others else ends[name]),
@@ -345,13 +347,15 @@ class SegmentCauses:
     def shares(
         self, end: Point, allocated: Mapping[str, Numbers], sums: Mapping[str, Numbers]
     ) -> dict[str, Numbers]:
-        """Return what each cause is allocated, ([groups, ]causes) of each tensor, in units of loss;
-        the causes of a tensor add up to its allocation.
+        """Return the allocation of each cause, ([groups, ]causes) for each tensor, in units of
+        loss.
+
+        The causes of a tensor add up to its allocation.
 
         Args:
             end: every tensor at the end of the segment.
-            allocated: to each tensor.
-            sums: along the directions, ([groups, ]directions) of each tensor.
+            allocated: allocation of each tensor.
+            sums: sums along the directions, ([groups, ]directions) for each tensor.
         """
         return {
             name: self._of_tensor(name, end, numbers, sums.get(name, _NO_SUMS))
@@ -389,8 +393,8 @@ class SegmentCauses:
         return np.stack([np.asarray(known[cause]) for cause in CAUSES], -1)
 
     def _telling(self, name: str, formula: Formula, end: Point) -> _Told:
-        """Return what the motion of a tensor tells, by the norm of the gradient that the optimiser
-        was given; where this is not known, the formula is believed.
+        """Return what the motion of a tensor reveals, judging by the norm of the gradient the
+        optimiser received; if that is unknown, trust the formula.
         """
         if formula.unknown:
             return _Told(noise=False)
@@ -398,7 +402,7 @@ class SegmentCauses:
             return _Told()
         norms = self._norms(name, formula, end)
         if abs(norms["gradient"] - formula.norm) > _SAME_NORM * formula.norm + norms["lost"]:
-            # something else made a part of this motion, or of the one before
+            # something else contributed to this motion, or to the previous one
             return _Told(momentum=False, noise=False)
         lost = norms["rounding"]
         return _Told(
@@ -406,9 +410,8 @@ class SegmentCauses:
         )
 
     def _norms(self, name: str, formula: Formula, end: Point) -> dict[str, float]:
-        """Return the norm of the gradient that a tensor's motion tells, and how much of it roundings
-        of the weights may have lost; the norms of the motion that noise and momentum made, and of
-        those roundings.
+        """Return the norms of the gradient implied by a tensor's motion, of noise and momentum, and
+        of the rounding errors in each.
         """
         flat = [point[name].reshape(1, -1) for point in (self._start, end)]
         before = None if self._before is None else self._before[name].reshape(1, -1)
@@ -448,11 +451,11 @@ class SegmentCauses:
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
-    """Tells what is known of a tensor's motion; what is not is rest.
+    """State which causes of a tensor's motion are known; the others count as rest.
 
     Attributes:
-        momentum: whether that of the motion before is.
-        noise: whether what no other cause explains is.
+        momentum: whether momentum from the previous motion is known.
+        noise: whether the unexplained motion is noise.
     """
 
     momentum: bool = True

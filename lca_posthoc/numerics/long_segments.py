@@ -1,30 +1,30 @@
-"""Segments of more than one training step, and the lines of twice their length."""
+"""Identify segments of more than one training step, and lines of twice their length."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# training steps of the segment before one, of the segment, and of the one after it; None where there
-# is no such segment
+# training steps of the previous segment, of the segment, and of the next; None for a missing
+# segment
 Around = tuple[int | None, int, int | None]
 
 
 def is_long(length: int) -> bool:
-    """Tell whether the straight line of a segment of so many training steps need not be the path that
-    training took.
+    """Return whether training may have left the straight line of a segment of that many training
+    steps.
     """
     return length > 1
 
 
 def pairs(lengths: Sequence[int | None]) -> list[int]:
     """Return the segments that are the first half of a line of twice their length, by the positions
-    of the checkpoints they start from.
-
-    Args:
-        lengths: training steps from each checkpoint to the next; None where no segment follows it.
+    of the checkpoints where they start.
 
     >>> pairs([4, 4, 4, 1, 8, 8, None, 8, 8])
     [0, 4]
+
+    Args:
+        lengths: training steps from each checkpoint to the next; None if no segment follows.
     """
     return [
         index
@@ -36,12 +36,12 @@ def pairs(lengths: Sequence[int | None]) -> list[int]:
 def lengths_around(index: int, lengths: Sequence[int | None]) -> Around:
     """Return the training steps of a segment and of its neighbours.
 
-    Args:
-        index: position of the checkpoint it starts from.
-        lengths: training steps from each checkpoint to the next; None where no segment follows it.
-
     >>> lengths_around(0, [4, 2]), lengths_around(1, [4, 2])
     ((None, 4, 2), (4, 2, None))
+
+    Args:
+        index: position of the checkpoint where it starts.
+        lengths: training steps from each checkpoint to the next; None if no segment follows.
     """
     before, length, after = (
         lengths[place] if 0 <= place < len(lengths) else None
@@ -52,14 +52,14 @@ def lengths_around(index: int, lengths: Sequence[int | None]) -> Around:
 
 
 def half_of(index: int, around: Around) -> int | None:
-    """Return which half of a line of twice its length a segment is: 0, 1, or None for none.
-
-    Args:
-        index: position of the checkpoint it starts from.
-        around: training steps around it.
+    """Return which half of a line of twice its length a segment is: 0, 1, or None if neither.
 
     >>> [half_of(index, (4, 4, None)) for index in (2, 3)], half_of(2, (None, 4, 1))
     ([None, 1], None)
+
+    Args:
+        index: position of the checkpoint where it starts.
+        around: training steps around it.
     """
     half = index % 2
     other = around[0] if half else around[2]

@@ -1,9 +1,9 @@
-r"""Parts of the motion of a segment: directions along which the gradients at its nodes are taken as
-well.
+r"""Split the motion of a segment into parts: further directions along which the gradients at its
+nodes are taken.
 
-What a part $u$ of the motion did to the loss is $\sum_q w_q \langle g(\theta_q), u\rangle$, the
-same sum as for the motion itself. Directions are multiplied by their factors once the sums are
-there, so that points which are held anyway serve as directions.
+The effect of a part $u$ of the motion on the loss is $\sum_q w_q \langle g(\theta_q), u\rangle$,
+the same sum as for the motion itself. Directions are multiplied by their factors after summation,
+so that existing points can serve as directions.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ Point = Mapping[str, Tensor]
 
 
 class Parts(Protocol):
-    """The parts of the motion of one segment."""
+    """Define the parts of the motion of one segment."""
 
     @property
     def signal(self) -> str | None:
         """Return the loss whose gradient at the start of a segment is one of the directions; None
-        where it never is.
+        if it never is.
         """
 
     @property
     def needs_signal(self) -> bool:
-        """Tell whether it is on this segment."""
+        """Return whether this segment needs that gradient."""
 
     def directions(self, signal: Point | None) -> Sequence[Motion]:
-        """Return the directions, the same ones each time.
+        """Return the directions, the same objects each time.
 
         Args:
-            signal: the gradient of that loss, where it is needed.
+            signal: gradient of that loss, if needed.
         """
 
 
 @dataclass
 class Split:
-    """The parts of a segment's motion, and the gradient at its start once that is known.
+    """Hold the parts of a segment's motion, and the gradient at its start once it is known.
 
     Attributes:
-        parts: of the motion.
-        gradient: of the signal at the start of the segment; None until it is known, and where no
+        parts: parts of the motion.
+        gradient: gradient of the signal at the start of the segment; None until known, or if no
             part needs it.
     """
 
@@ -66,11 +66,11 @@ class Split:
 
 
 class Computed(Mapping[str, Tensor]):
-    """A tensor for each of some names, computed when it is asked for.
+    """Map names to tensors that are computed on access.
 
     Args:
-        names: of the tensors.
-        compute: returns one of them.
+        names: names of the tensors.
+        compute: returns the tensor of a name.
     """
 
     def __init__(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> None:
@@ -87,12 +87,12 @@ class Computed(Mapping[str, Tensor]):
 
 
 def only(values: Point, names: Collection[str], like: Point) -> Point:
-    """Return some tensors of a point; all others are 0.
+    """Return some tensors of a point; all others become 0.
 
     Args:
-        values: a point that has these.
-        names: of these.
-        like: tensors of the shapes of all.
+        values: point that contains these tensors.
+        names: their names.
+        like: tensors that give the shapes of all.
     """
     chosen = frozenset(names)
 
@@ -100,16 +100,16 @@ def only(values: Point, names: Collection[str], like: Point) -> Point:
         if name in chosen:
             return values[name]
         shape = like[name]
-        return shape.new_zeros(()).expand(shape.shape)  # takes no memory
+        return shape.new_zeros(()).expand(shape.shape)  # needs no memory
 
     return Computed(like, tensor)
 
 
 def displacement(values: Point, like: Point) -> Motion:
-    """Return a direction that is no difference of two points.
+    """Return a direction given by itself rather than as a difference of two points.
 
     Args:
-        values: of some tensors; it is 0 in all others.
-        like: tensors of the shapes of all.
+        values: some tensors of the direction; it is 0 in all others.
+        like: tensors that give the shapes of all.
     """
     return Motion(only({}, (), like), only(values, values.keys(), like))

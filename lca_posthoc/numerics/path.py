@@ -1,19 +1,19 @@
-r"""Another path through the same checkpoints, and what it changes of the allocation.
+r"""Compute how another path through the same checkpoints would change the allocation.
 
-Between checkpoints that are far apart training did not go straight. A cubic Hermite curve through
-the checkpoints, with tangents from their neighbours, is another path with the same ends:
-$\gamma(x) = \theta + x\Delta\theta + (x - 2x^2 + x^3)\,d_0 - (x^2 - x^3)\,d_1$ on [0, 1], where
-$d_0 = \dot\gamma(0) - \Delta\theta$ and $d_1 = \dot\gamma(1) - \Delta\theta$. In the middle it is
-$(d_0 - d_1)/8$ away from the line, and its motion is $\Delta\theta - (d_0 + d_1)/4$. The gradients
-at both ends are those of the segment, so that Simpson's rule takes one more evaluation. By how much
-its sums differ from those of the straight line, by the same rule, is the *shift*: in sum over all
-tensors it is what both rules miss, and of each tensor it says how much another path would change.
+Between distant checkpoints, training did not move straight. A cubic Hermite curve through the
+checkpoints, with tangents from their neighbours, is another path with the same ends: $\gamma(x) =
+\theta + x\Delta\theta + (x - 2x^2 + x^3)\,d_0 - (x^2 - x^3)\,d_1$ on [0, 1], where $d_0 =
+\dot\gamma(0) - \Delta\theta$ and $d_1 = \dot\gamma(1) - \Delta\theta$. At the middle it is $(d_0 -
+d_1)/8$ away from the line, and its motion is $\Delta\theta - (d_0 + d_1)/4$. The gradients at both
+ends are those of the segment, so Simpson's rule needs only one more evaluation. The *shift* is the
+difference of its sums from those of the straight line by the same rule. Summed over all tensors, it
+is what the two rules miss; for each tensor, it shows how much another path would change.
 
-*Doubling* leaves every second checkpoint out: the line from $\theta_{2k}$ to $\theta_{2k+2}$, again
-by Simpson's rule, is compared with both halves.
+*Doubling* skips every second checkpoint: the line from $\theta_{2k}$ to $\theta_{2k+2}$, again by
+Simpson's rule, is compared with both halves.
 
-A neighbour that is not finite tells no tangent, and a line with such an end is none: both are then
-as at the end of training.
+A neighbour that is not finite determines no tangent and is no end of a line; the path then looks as
+it does at the end of training.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from .nodes import Curve, Direction, Line, Node, Tangent
 from .objective import Along, Between, Evaluation, Motion, Numbers, OfUnits
 from .parts import Computed, Point, displacement
 
-BEFORE, AFTER = -1, 2  # the neighbours of a segment, counted from the checkpoint it starts from
+BEFORE, AFTER = -1, 2  # neighbours of a segment, relative to the checkpoint where it starts
 _SIMPSON = (1 / 6, 4 / 6, 1 / 6)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathShift:
-    """The change of a loss's allocation on one segment by another path, in units of loss.
+    """Hold the change of a loss's allocation on one segment by another path, in units of loss.
 
     Attributes:
-        shift: the sums along the curve less those along the line, of each tensor.
-        doubled: what the segment has of the sums along the line of twice its length, of each
-            tensor; those of both halves add up to them. None where it is no half of one.
-        evaluations: of gradients, beside those of the segment.
+        shift: sums along the curve minus those along the line, for each tensor.
+        doubled: the segment's part of the sums along the line of twice its length, for each tensor;
+            the parts of both halves add up to those sums. None if the segment is not a half of such
+            a line.
+        evaluations: number of gradient evaluations, besides those of the segment.
     """
 
     shift: Mapping[str, Numbers]
@@ -59,38 +60,40 @@ class _Evaluates(Protocol):
 
 
 class OtherPaths:
-    """The other paths of a segment that are known: the curve that bends by its neighbours, and the
-    line of twice its length.
+    """Determine the other paths of a segment: the curve through its neighbours, and the line of
+    twice its length.
 
-    A neighbour with a number that is not finite counts as if it were not there, as beside a gap.
+    A neighbour with a number that is not finite counts as missing, as at a gap.
 
     Args:
-        start: position of the checkpoint the segment starts from.
-        around: training steps of the segment before, of the segment, and of the one after it; None
-            where there is no such segment.
-        is_finite: tells whether all numbers of the checkpoint at a position are finite; it is asked
-            of neighbours where another path needs them.
+        start: position of the checkpoint where the segment starts.
+        around: training steps of the previous segment, of this one and of the next; None for a
+            missing segment.
+        is_finite: returns whether all numbers of the checkpoint at a position are finite; called
+            for neighbours that another path needs.
     """
 
     def __init__(self, start: int, around: Around, is_finite: Callable[[int], bool]) -> None:
         self._start, self._around, self._is_finite = start, around, is_finite
 
     def _is_there(self, beside: int) -> bool:
-        """Tell whether there is a neighbour, and its numbers are finite."""
+        """Return whether a neighbour exists and its numbers are finite."""
         length = self._around[0 if beside == BEFORE else 2]
         return length is not None and self._is_finite(self._start + beside)
 
     @property
     def is_known(self) -> bool:
-        """Tell whether there is another path: the segment is longer than one training step, and it
+        """Return whether there is another path: the segment is longer than one training step and
         has a neighbour.
         """
         return is_long(self._around[1]) and any(map(self._is_there, (BEFORE, AFTER)))
 
     @property
     def half(self) -> int | None:
-        """Return 0 where the segment is the first half of a line of twice its length, 1 where it is
-        the second one; None where it is no half: both are longer than one training step.
+        """Return 0 if the segment is the first half of a line of twice its length, 1 if it is the
+        second, None if it is neither.
+
+        Both halves must be longer than one training step.
         """
         half = half_of(self._start, self._around)
         if half is None:
@@ -98,13 +101,17 @@ class OtherPaths:
         return half if self._is_there((AFTER, BEFORE)[half]) else None
 
     def _beside(self, end: int) -> int:
-        """Return the neighbour that tells the tangent at an end: its own, or else the other one."""
+        """Return the neighbour that determines the tangent at an end: the one at that end, or else
+        the other.
+        """
         own, other = (BEFORE, AFTER) if end == 0 else (AFTER, BEFORE)
         return own if self._is_there(own) else other
 
     def directions(self, end: int) -> tuple[Direction, ...]:
-        """Return the directions along which the gradient at the start (0) or at the end (1) is
-        summed, beside the motion; none where no other path is known.
+        """Return the directions, besides the motion, along which the gradient at the start (0) or
+        end (1) is summed.
+
+        The result is empty if there is no other path.
         """
         if not self.is_known:
             return ()
@@ -117,8 +124,10 @@ class OtherPaths:
 
     @property
     def nodes(self) -> list[Node]:
-        """Return where losses are evaluated for other paths alone: in the middle of the curve, and,
-        with the first of both halves, in the middle of the line; none where no other path is known.
+        """Return the nodes that only other paths need: the middle of the curve and, for the first
+        of two halves, the middle of the line.
+
+        The result is empty if there is no other path.
         """
         if not self.is_known:
             return []
@@ -135,13 +144,13 @@ class OtherPaths:
         middle: Mapping[str, Numbers],
         along: Sequence[Mapping[str, Numbers]],
     ) -> PathShift:
-        """Return by how much another path changes the allocation of a loss.
+        """Compute how much another path changes the allocation of a loss.
 
         Args:
-            ends: the loss at the start and at the end, with the sums along `directions` beside it.
-            middle: the sums of its gradient in the middle of the segment along the motion, of each
+            ends: the loss at the start and at the end, with its sums along `directions`.
+            middle: sums of its gradient at the middle of the segment along the motion, for each
                 tensor.
-            along: those at each of `nodes`, along the sum of the directions there.
+            along: sums at each of `nodes`, along the sum of the directions there.
         """
         curve, *lines = along
         first, last = map(_beside, ends)
@@ -163,11 +172,11 @@ class OtherPaths:
 
 
 class Course:
-    """Points and directions of paths through the checkpoints of a training.
+    """Compute points and directions of paths through the checkpoints of a training run.
 
     Args:
-        point: returns the checkpoint at a position, read when it is asked for.
-        step: returns its training step.
+        point: returns the checkpoint at a position, read on demand.
+        step: returns the training step of the checkpoint at a position.
     """
 
     def __init__(self, point: Callable[[int], Point], step: Callable[[int], int]) -> None:
@@ -183,7 +192,7 @@ class Course:
         return Computed(start, lambda name: self._middle(name, path))
 
     def motion(self, direction: Direction) -> Motion:
-        """Return a direction, of the numbers that the checkpoints have."""
+        """Return a direction in the types of the checkpoints' tensors."""
         start = self._point(direction.start)
         if isinstance(direction, Line):
             return Motion(start, self._point(direction.end))
@@ -195,24 +204,24 @@ class Course:
 
     @torch.no_grad()
     def _beside_motion(self, name: str, direction: Tangent | Curve) -> Tensor:
-        """Return what a direction of a curve differs by from the motion, float64."""
+        """Return the difference between a direction of a curve and the motion, in float64."""
         if isinstance(direction, Tangent):
             return self._deviation(name, direction)
         first, last = self._deviations(name, direction)
         return (first + last) / -4
 
     def _deviations(self, name: str, curve: Curve) -> tuple[Tensor, Tensor]:
-        """Return what the tangents at both ends differ by from the motion, float64."""
+        """Return the differences between the tangents at both ends and the motion, in float64."""
         first, last = (
             self._deviation(name, Tangent(curve.start, end, curve.beside[end])) for end in (0, 1)
         )
         return first, last
 
     def _deviation(self, name: str, tangent: Tangent) -> Tensor:
-        """Return what a tangent differs by from the motion, float64.
+        """Return the difference between a tangent and the motion, in float64.
 
-        It is the derivative of the parabola through a checkpoint and both its neighbours; where
-        there is none on one side, that of the parabola through the next three.
+        The tangent is the derivative of the parabola through a checkpoint and both its neighbours;
+        at an end of the series, of the parabola through the nearest three checkpoints.
         """
         first, last = tangent.start, tangent.start + 1
         length = self._step(last) - self._step(first)
@@ -240,10 +249,10 @@ class Course:
 
 
 class SegmentPath:
-    """The other paths of a segment, on the checkpoints they go through.
+    """Evaluate the other paths of a segment on the checkpoints they pass through.
 
     Args:
-        paths: those that are known.
+        paths: the other paths.
         course: the checkpoints.
     """
 
@@ -252,7 +261,7 @@ class SegmentPath:
 
     @property
     def is_known(self) -> bool:
-        """Tell whether there is another path, see `OtherPaths`."""
+        """Return whether there is another path; see `OtherPaths`."""
         return self._paths.is_known
 
     @property
@@ -274,14 +283,14 @@ class SegmentPath:
         ends: tuple[Mapping[str, Evaluation], Mapping[str, Evaluation]],
         middle: Mapping[str, Mapping[str, Numbers]],
     ) -> dict[str, PathShift]:
-        """Return by how much another path changes the allocation of each loss.
+        """Compute how much another path changes the allocation of each loss.
 
         Args:
             objective: evaluates losses.
-            ends: the losses at the start and at the end, with the sums along `at_start` and
+            ends: the losses at the start and at the end, with their sums along `at_start` and
                 `at_end`.
-            middle: by loss, the sums of the gradient in the middle of the line along the motion, of
-                each tensor.
+            middle: by loss, the sums of the gradient at the middle of the line along the motion,
+                for each tensor.
         """
         losses = list(middle)
         along = [self._sums(objective, node, losses) for node in self._paths.nodes]
@@ -304,14 +313,14 @@ class SegmentPath:
 
 
 def summed_along(evaluation: Evaluation) -> dict[str, Numbers]:
-    """Return the sums of a gradient along the sum of some directions, ([groups]) of each tensor."""
+    """Return the sums of a gradient along the sum of some directions, ([groups]) for each tensor."""
     assert isinstance(evaluation.gradient, OfUnits), "sums along directions are of units"
     by_direction = evaluation.gradient.totals()
     return by_direction.like(by_direction.row.sum(-2)).numbers()
 
 
 def _beside(evaluation: Evaluation) -> dict[str, list[Numbers]]:
-    """Return the sums along each of the directions beside the motion, ([groups]) of each tensor."""
+    """Return the sums along each of the further directions, ([groups]) for each tensor."""
     beside = evaluation.beside
     assert beside is not None, "gradients at ends are summed along the directions of the path"
     return {

@@ -1,4 +1,4 @@
-"""The precisions of forward and backward passes, and how far values in them may be apart."""
+"""Define the precisions of forward and backward passes, and how far results in them may differ."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The precision that the error of a coarser one is measured against.
+    """Name the precision against which the error of a coarser one is measured.
 
     Attributes:
         precision: its name.
-        agree: as `Precision.agree`, where a batch and its parts are computed in it to tell a
-            rounding of the coarser precision from a loss that does not add up.
+        agree: bound like `Precision.agree` for computing a batch and its parts in it, which
+            distinguishes rounding in the coarser precision from a loss that is not additive.
     """
 
     precision: str
@@ -21,19 +21,19 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """One precision; its bounds are relative.
+    """Describe one precision; its bounds are relative.
 
     Attributes:
-        dtype: the type of the parameters and of the data, under torch's name.
-        reference: the precision its error is measured against; None for the highest.
-        rounding: the bound on the rounding of one number.
-        agree: the bound between two ways to compute one loss in one process, such as from a batch
-            and from its parts.
-        same_loss: the bound between a loss computed here and computed elsewhere, such as by another
-            worker, or in another precision.
-        refined: whether halving intervals mends more than the rounding of the losses at both ends
-            spoils, so that a tolerance is of use.
-        needs_gpu: whether only GPUs compute in it.
+        dtype: type of the parameters and of the data, by torch's name.
+        reference: precision against which its error is measured; None for the highest.
+        rounding: bound on the rounding of one number.
+        agree: bound between two ways to compute one loss in one process, such as from a batch and
+            from its parts.
+        same_loss: bound between losses computed in different places, such as by another worker or
+            in another precision.
+        refined: whether halving intervals reduces the error more than the rounding of the losses at
+            both ends adds, so that a tolerance is useful.
+        needs_gpu: whether only GPUs support it.
     """
 
     dtype: str

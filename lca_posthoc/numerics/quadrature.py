@@ -1,8 +1,9 @@
-r"""Rules on [0, 1]: $\int_0^1 f(x)\,dx \approx \sum_q w_q f(x_q)$.
+r"""Define rules on [0, 1]: $\int_0^1 f(x)\,dx \approx \sum_q w_q f(x_q)$.
 
 The composite family halves its intervals and keeps every old node: level 0 is the trapezoid (1
 interval), level 1 Simpson (2), then composite Simpson with 4, 8, 16 and 32 intervals. The fixed
-rules are used as they stand.
+rules are not refined.
+
 Source: any text on numerical quadrature, e.g. Davis and Rabinowitz, *Methods of Numerical
 Integration*, 1984, ch. 2.
 """
@@ -16,7 +17,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rule:
-    """Nodes and weights on [0, 1], exact for polynomials up to `degree`."""
+    """Hold nodes and weights on [0, 1], exact for polynomials up to `degree`."""
 
     name: str
     nodes: tuple[float, ...]
@@ -25,34 +26,34 @@ class Rule:
 
     @property
     def has_start(self) -> bool:
-        """Tell whether the first node is the start of the segment."""
+        """Return whether the first node is the start of the segment."""
         return self.nodes[0] == 0.0
 
     @property
     def has_end(self) -> bool:
-        """Tell whether the last node is the end of the segment."""
+        """Return whether the last node is the end of the segment."""
         return self.nodes[-1] == 1.0
 
 
 @dataclass(frozen=True)
 class Family:
-    """Rules of which each holds the nodes of the one before it, so that refining evaluates only
-    fresh nodes.
+    """Hold nested rules: each contains the nodes of the previous one, so that refining evaluates
+    only fresh nodes.
 
     Attributes:
-        rules: by level, coarsest first. Both ends of the segment are nodes of the first one, with
-            equal weights at every level.
+        rules: rules by level, coarsest first. Both ends of the segment are nodes of the first one,
+            with equal weights at every level.
     """
 
     rules: tuple[Rule, ...]
 
     @property
     def finest(self) -> int:
-        """The highest level."""
+        """Return the highest level."""
         return len(self.rules) - 1
 
     def fresh_nodes(self, level: int) -> tuple[float, ...]:
-        """Return the nodes of a level that the level before does not have.
+        """Return the nodes of a level that the previous level lacks.
 
         >>> COMPOSITE.fresh_nodes(2)
         (0.25, 0.75)
@@ -62,16 +63,26 @@ class Family:
         )
 
     def weight(self, level: int, node: float) -> float:
-        """Return the weight of a node at a level."""
+        """Return the weight of a node at a level.
+
+        Args:
+            level: level of the family.
+            node: position in [0, 1].
+        """
         rule = self.rules[level]
         return rule.weights[rule.nodes.index(node)]
 
     def weigh_alike(self, level: int, one: float, other: float) -> bool:
-        """Tell whether two nodes have equal weights at a level and at all higher ones, so that one
-        sum stands for both.
+        """Return whether two nodes have equal weights at a level and all higher ones, so that one
+        sum can represent both.
 
         >>> COMPOSITE.weigh_alike(2, 0.25, 0.75), COMPOSITE.weigh_alike(2, 0.25, 0.5), COMPOSITE.weigh_alike(3, 0.25, 0.5)
         (True, False, True)
+
+        Args:
+            level: lowest level to compare.
+            one: position of the first node.
+            other: position of the second node.
         """
         return all(
             self.weight(higher, one) == self.weight(higher, other)
@@ -79,7 +90,7 @@ class Family:
         )
 
     def level_of(self, rule: Rule) -> int | None:
-        """Return the level of a rule; None for one that is not of the family and never refined.
+        """Return the level of a rule; None if it is not in the family and thus never refined.
 
         >>> COMPOSITE.level_of(RULES["simpson"]), COMPOSITE.level_of(RULES["midpoint"])
         (1, None)

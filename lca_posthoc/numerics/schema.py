@@ -1,8 +1,8 @@
-"""The fields stored of every segment, the edges of the histogram, the totals, and how those of two
-stretches join.
+"""Define the fields stored for every segment, the edges of the histogram, and the totals, and join
+totals of two stretches.
 
-Totals are whole numbers: sums of a fixed unit, counts and signs. So the same come out however the
-trajectory was cut into spans and windows, and in whatever order they are added.
+Totals are whole numbers: sums in a fixed unit, counts and signs. They therefore do not depend on
+how the trajectory was cut into spans and windows, or on the order of addition.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import numpy as np
 
 from ..errors import InputError, SpanError
 
-# the levels of `--keep`, each of which holds what those before it hold
+# levels of `--keep`; each includes the previous ones
 KEEP = ("tensors", "units", "statistics", "parameters")
-KEEP_OF_A_SAMPLE = KEEP[:2]  # of a random part of the segments: sums alone
-# of `--path-band`
+KEEP_OF_A_SAMPLE = KEEP[:2]  # a random sample of the segments allows only sums
+# values of `--path-band`
 PATH_BAND = ("on", "off")
 STEP_FIELDS = {
     "loss_start": "float64",
@@ -34,7 +34,7 @@ STEP_FIELDS = {
 }
 PER_GROUP = ("loss_start", "loss_end", "weight", "residual", "remainder", "error_bound")
 MAY_BE_NAN = ("error_bound", "precision_error")
-# what a tensor's parameters come to on a segment, and the level from which on it is kept
+# results for a tensor on a segment: type, and lowest level that stores it
 TENSOR_FIELDS = {
     "allocated": ("float64", "tensors"),
     "motion": ("float64", "tensors"),
@@ -43,23 +43,23 @@ TENSOR_FIELDS = {
     "gradient": ("float64", "statistics"),
 }
 OF_MOTION = ("motion",)  # the same for every group
-# numbers of every example and segment, float32, beside what each tensor contributes to its loss
+# numbers of every example and segment, float32, besides the contribution of each tensor
 EXAMPLE_FIELDS = ("loss_start", "loss_end", "residual", "weight")
-# parts of the motion with a name, in the order in which they are stored
+# named parts of the motion, in the order of storage
 CAUSES = ("signal", "noise", "momentum", "decay", "rest")
-# numbers of every tensor and segment that another path through the checkpoints gives, see `path`
+# numbers of every tensor and segment from another path through the checkpoints, see `path`
 PATH_FIELDS = ("shift", "doubled")
-# torch's optimisers that divide by second moments, of which there are formulas
+# torch's optimisers that divide by second moments and are supported
 DIVIDE_BY_MOMENTS = ("Adam", "AdamW", "RMSprop", "Adagrad")
-MAGNITUDES = 510  # two bins an octave over all finite float32
+MAGNITUDES = 510  # two bins per octave over all finite float32
 BINS = 2 * MAGNITUDES
-# examples on which the error of a precision is measured: a 64th of all, at most 256
+# examples for measuring the error of a precision: a 64th of all, at most 256
 _SHARE_SAMPLED, _MOST_SAMPLED = 64, 256
 
 SIGNED = ("weight", "gradient", "allocation")
 TURNS = tuple(f"{signal}_turns" for signal in SIGNED)
 TOTALS = ("allocated", "helping", "hurting", *TURNS)
-# the arrays in which totals over time are stored: what they hold of every parameter, and as what
+# arrays of totals over time: their fields for every parameter, and their type
 TOTAL_FIELDS: Mapping[str, tuple[tuple[str, ...], str]] = {
     "totals": (("allocated",), "int64"),
     "counts": (("helping", "hurting", *TURNS), "int32"),
@@ -69,33 +69,38 @@ BYTES_OF_TOTALS = sum(
     len(names) * np.dtype(dtype).itemsize for names, dtype in TOTAL_FIELDS.values()
 )
 _MOST_SMALL = np.iinfo("int8").max
-# of a loss's size: as finely as float64 tells numbers of that size apart
+# relative to the size of a loss: the spacing of float64
 _FINEST = 2.0**-52
 _MUCH_LARGER = 64
-_LEAST = -970  # exponent of a loss, below which float64 is coarser than elsewhere
+_LEAST = -970  # exponent of a loss below which float64 loses relative precision
 
 Totals = dict[str, np.ndarray[Any, Any]]
 
 
 def holds(keep: str, level: str) -> bool:
-    """Tell whether a level of `--keep` holds what another one does.
+    """Return whether a level of `--keep` includes another one.
 
     >>> holds("statistics", "units"), holds("tensors", "units")
     (True, False)
+
+    Args:
+        keep: the level in use.
+        level: the level to look for.
     """
     return KEEP.index(keep) >= KEEP.index(level)
 
 
 def tensor_fields(keep: str) -> dict[str, str]:
-    """Return the types of the numbers a level of `--keep` holds of every tensor and segment, by
-    name.
+    """Return the fields that a level of `--keep` stores for every tensor and segment, with their
+    types.
     """
     return {name: dtype for name, (dtype, level) in TENSOR_FIELDS.items() if holds(keep, level)}
 
 
 def sampled_examples(examples: int) -> int:
-    """Return on how many examples of a split, at most, the error of a precision is measured: few
-    enough that it takes less than a hundredth of a run of nine segments.
+    """Return how many examples of a split, at most, are used to measure the error of a precision.
+
+    The sample takes less than a hundredth of the time of a run of nine segments.
 
     >>> [sampled_examples(examples) for examples in (50, 640, 60_000)]
     [1, 10, 256]
@@ -104,21 +109,24 @@ def sampled_examples(examples: int) -> int:
 
 
 def is_share(tolerance: float | str) -> bool:
-    """Tell whether a tolerance is a share of each loss, such as "0.1%", and not in units of
+    """Return whether a tolerance is a share of each loss, such as "0.1%", rather than in units of
     loss.
     """
     return isinstance(tolerance, str) and tolerance.endswith("%")
 
 
 def in_units_of_loss(tolerance: float | str, scale: float | None) -> float:
-    """Return a tolerance in units of loss.
-
-    Args:
-        tolerance: a positive number, "inf", or a share such as "0.1%".
-        scale: |loss| at the first checkpoint, of which a share is taken; needed for shares alone.
+    """Convert a tolerance to units of loss.
 
     >>> in_units_of_loss("0.1%", 2e10), in_units_of_loss(1e-3, None), in_units_of_loss("inf", None)
     (20000000.0, 0.001, inf)
+
+    Args:
+        tolerance: a positive number, "inf", or a share such as "0.1%".
+        scale: |loss| at the first checkpoint, which shares multiply; only needed for shares.
+
+    Raises:
+        InputError: if `tolerance` is a share and `scale` is None.
     """
     if not is_share(tolerance):
         return float(tolerance)
@@ -131,8 +139,8 @@ def in_units_of_loss(tolerance: float | str, scale: float | None) -> float:
 
 
 def histogram_edges() -> np.ndarray[Any, Any]:
-    """Return the BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins an octave; zeros are
-    counted apart.
+    """Return the BINS + 1 fixed edges: ±(0, 2⁻¹²⁷, … , 2¹²⁷·1.5, ∞), two bins per octave; zeros are
+    counted separately.
     """
     upper = (
         (np.arange(MAGNITUDES + 1, dtype=np.uint32) << np.uint32(22))
@@ -143,23 +151,23 @@ def histogram_edges() -> np.ndarray[Any, Any]:
 
 
 def unit_of_totals(losses: Iterable[float]) -> float:
-    """Return the unit in which a loss's allocations are added up over time: a power of two.
+    """Return the unit in which a loss's allocations are summed over time: a power of two.
 
-    Every allocation of a parameter is rounded to a multiple of it, so that sums are whole numbers
-    and do not depend on the order in which they are added. It is to the loss at the first
-    checkpoint what the spacing of float64 is to a number: an allocation is rounded by at most half
-    a unit, 2⁻⁵³ to 2⁻⁵² (about 1e-16) of that loss, as if it were added to it. Sums reach to 2¹¹
-    times that loss at least; those that go beyond 2⁶³ units are refused, see `TOO_LARGE`.
+    Every allocation of a parameter is rounded to a multiple of the unit, so that sums are whole
+    numbers and do not depend on the order of addition. The unit relates to the loss at the first
+    checkpoint as the spacing of float64 relates to a number: rounding changes an allocation by at
+    most half a unit, 2⁻⁵³ to 2⁻⁵² (about 1e-16) of that loss. Sums can reach at least 2¹¹ times
+    that loss; those beyond 2⁶³ units raise an error, see `TOO_LARGE`.
 
-    The loss at the last checkpoint counts only where it is so much larger that sums might go
-    beyond. So a run whose checkpoints came bit by bit has the unit of one that had all of them from
-    the beginning. A run records the unit of a loss when it is added, and keeps it.
-
-    Args:
-        losses: at the first and the last checkpoint; those that are not finite do not count.
+    The loss at the last checkpoint matters only if it is so much larger that sums might exceed the
+    limit. A run whose checkpoints arrived over time therefore has the same unit as one that had all
+    of them from the start. A run records the unit of a loss when the loss is added, and keeps it.
 
     >>> [unit_of_totals(losses) / 2.0**-52 for losses in ([2.3, 0.1], [2.3, 99.0], [2.3, 999.0])]
     [4.0, 4.0, 1024.0]
+
+    Args:
+        losses: losses at the first and the last checkpoint; those that are not finite are ignored.
     """
     size = 0.0
     for loss in map(abs, losses):
@@ -171,8 +179,8 @@ def unit_of_totals(losses: Iterable[float]) -> float:
 
 
 def types_of_totals(segments: int) -> dict[str, str]:
-    """Return the types of a parameter's totals over so many segments, by field: counts are as small
-    as they can be.
+    """Return the types of a parameter's totals over some segments, by field; counts use the
+    smallest sufficient type.
 
     >>> [types_of_totals(segments)["helping"] for segments in (127, 128)]
     ['int8', 'int32']
@@ -186,13 +194,18 @@ def types_of_totals(segments: int) -> dict[str, str]:
 
 
 def join(before: Totals, after: Totals, *, follows: bool = True) -> Totals:
-    """Return the totals of two stretches of segments; turns across the border count where the second
-    follows right after the first.
+    """Join the totals of two stretches of segments.
 
-    A turn is a change of sign between two non-zero values with only zeros between them.
+    A turn is a change of sign between two non-zero values with only zeros between them. Turns
+    across the border count if the second stretch directly follows the first.
+
+    Args:
+        before: totals of the first stretch, by field.
+        after: totals of the second stretch, by field.
+        follows: whether the second directly follows the first.
 
     Raises:
-        SpanError: where a sum is too large.
+        SpanError: if a sum is too large.
     """
     joined = {"allocated": _added(before["allocated"], after["allocated"])}
     for name in TOTAL_FIELDS["counts"][0]:
@@ -209,7 +222,11 @@ def join(before: Totals, after: Totals, *, follows: bool = True) -> Totals:
 
 
 def _added(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Add whole numbers; refuse a sum that is too large, whose sign is that of neither."""
+    """Add whole numbers.
+
+    Raises:
+        SpanError: if a sum overflows, which gives it a sign that neither number has.
+    """
     with np.errstate(over="ignore"):
         total: np.ndarray[Any, Any] = np.add(before, after)
     if (((before ^ total) & (after ^ total)) < 0).any():
@@ -218,18 +235,18 @@ def _added(before: np.ndarray[Any, Any], after: np.ndarray[Any, Any]) -> np.ndar
 
 
 TOO_LARGE = (
-    "what a parameter is allocated adds up to more than totals over time can hold, at least 32 "
-    "times the loss at the first and at the last checkpoint. Leave the steps out on which it is so "
-    "large, with --steps, or keep no totals in another run, with --keep units."
+    "the sum of a parameter's allocations exceeds what totals over time can hold, at least 32 "
+    "times the loss at the first and at the last checkpoint. Leave out the steps where it is so "
+    "large with --steps, or make another run without totals, with --keep units."
 )
 
 
 def join_all(stretches: Iterable[Totals], borders: Iterable[bool]) -> Totals:
-    """Return the totals of stretches of segments, joined one after the other.
+    """Join the totals of consecutive stretches of segments.
 
     Args:
-        stretches: one or more.
-        borders: for each but the first, whether it follows right after the one before.
+        stretches: totals of one or more stretches.
+        borders: for each stretch but the first, whether it directly follows the previous one.
     """
     rest = iter(stretches)
     joined = next(rest)
@@ -239,18 +256,18 @@ def join_all(stretches: Iterable[Totals], borders: Iterable[bool]) -> Totals:
 
 
 class SiteRecord(TypedDict):
-    """The place of the examples in what one operation of a model with its parameters computes, see
-    `objective.example_axis.ExampleAxis`.
+    """Record the axis of the examples in what one operation of a model computes from its
+    parameters; see `objective.example_axis.ExampleAxis`.
     """
 
     operation: str
-    tensors: list[str]  # which meet data there
-    axis: int | None  # None where no axis is that of the examples
+    tensors: list[str]  # parameters of the operation
+    axis: int | None  # None if there is no axis of examples
     is_inner: bool
 
 
 class DirectionsRecord(TypedDict):
-    """A file of directions as a run records it, see `checkpoints.directions_file`."""
+    """Record a file of directions in a run; see `checkpoints.directions_file`."""
 
     file: str  # absolute
     digest: int  # the CRC-32C of its bytes
@@ -259,8 +276,8 @@ class DirectionsRecord(TypedDict):
 
 
 class RecalibrationRecord(TypedDict):
-    """The settings of a recalibration as a run records them, see
-    `objective.recalibration.Recalibration` for those without a comment.
+    """Record the settings of a recalibration in a run; `objective.recalibration.Recalibration`
+    explains those without a comment.
     """
 
     loss: str
@@ -271,17 +288,17 @@ class RecalibrationRecord(TypedDict):
 
 
 def uses_of(calls: Iterable[tuple[str, Iterable[str]]]) -> dict[str, tuple[str, ...]]:
-    """Return how a model uses each tensor that an embedding looks up and another operation takes
-    too, as where input and output are tied.
-
-    Args:
-        calls: operations in which tensors meet data, with their names.
-
-    Returns:
-        The operations of each of these tensors, in the order of their first calls.
+    """Return how a model uses each tensor that serves both an embedding and another operation, such
+    as tied input and output embeddings.
 
     >>> uses_of([("embedding", ["wte"]), ("linear", ["up"]), ("linear", ["bias", "wte"])])
     {'wte': ('embedding', 'linear')}
+
+    Args:
+        calls: operations that use tensors, each with the names of these tensors.
+
+    Returns:
+        The operations of each of these tensors, in the order of their first calls.
     """
     operations: dict[str, dict[str, None]] = {}
     for operation, tensors in calls:

@@ -1,4 +1,4 @@
-"""One segment as the rules see it: evaluations of losses at its nodes, with gradients of every
+"""Present one segment to the rules: evaluations of losses at its nodes, with gradients of every
 parameter, or with sums of them along the motion and its parts.
 """
 
@@ -37,7 +37,7 @@ Axes = Mapping[str, int | None]
 
 
 class Evaluates(Protocol):
-    """Evaluates losses at a point: all the mathematics needs of an objective."""
+    """Evaluate losses at a point; this is all the mathematics needs from an objective."""
 
     def evaluate(
         self,
@@ -48,52 +48,70 @@ class Evaluates(Protocol):
         along: Along | None = None,
         examples: Sequence[Motion] | None = None,
     ) -> dict[str, Evaluation]:
-        """Return each loss at `point`, with its gradient, or sums of it along directions, unless
-        only the value is asked for; with those of its examples along other directions, where it
-        tells them apart and they are asked for.
+        """Evaluate losses at `point`.
+
+        Args:
+            point: every tensor of the model.
+            losses: names of the losses.
+            gradient: whether to compute the gradient.
+            along: directions along which to sum the gradient, instead of returning it.
+            examples: directions along which to differentiate the loss of each example, for losses
+                that keep examples apart; None to skip this.
         """
 
     def holding(
         self, point: MutableMapping[str, Tensor]
     ) -> contextlib.AbstractContextManager[None]:
-        """Hold a point in the model instead of beside it: inside the context, the point's tensors
-        are the model's own where these hold the same numbers.
+        """Keep a point only in the model: inside the context, the point's tensors are the model's
+        own, if these hold the same numbers.
         """
 
 
 class Nodes(Protocol):
-    """One segment as the rules see it: evaluations at its nodes, however they are come by."""
+    """Present one segment to the rules by evaluations at its nodes, whatever their origin."""
 
     @property
     def points(self) -> Motion:
-        """Return both ends; ends that are 1 apart where gradients are sums along the motion."""
+        """Return both ends; ends that are 1 apart if gradients are sums along the motion."""
 
     def distance(self, names: Iterable[str]) -> Distances:
         """Return Σ|θ′ − θ| of some tensors."""
 
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        """Return losses at θ + x(θ′ − θ), x < 1."""
+        """Return losses at θ + x(θ′ − θ).
+
+        Args:
+            x: position in [0, 1).
+            losses: names of the losses.
+            gradient: whether to compute the gradient.
+        """
 
     def know_signal(self) -> None:
-        """See to it that the gradient at θ is known that parts of the motion are made of, if any
-        are.
+        """Ensure that the gradient at θ that defines parts of the motion is known, if any part
+        needs it.
         """
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        """Return losses at θ′, for this segment and for the one that follows, see `Segment`."""
+        """Return losses at θ′, for this segment and for the next; see `Segment.at_end`.
+
+        Args:
+            losses: names of the losses.
+            here: as for `Segment.at_end`.
+            following: as for `Segment.at_end`.
+        """
 
     @property
     def has_paths(self) -> bool:
-        """Tell whether other paths are asked for."""
+        """Return whether other paths are requested."""
 
     @property
     def bends(self) -> bool:
-        """Tell whether another path through its ends is asked for and known."""
+        """Return whether another path through its ends is requested and known."""
 
     def middle(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Numbers]]:
-        """Return sums along the motion in the middle, see `Segment`."""
+        """Return sums along the motion at the middle; see `Segment.middle`."""
 
     def shifts(
         self,
@@ -101,13 +119,24 @@ class Nodes(Protocol):
         last: Mapping[str, Evaluation],
         middle: Mapping[str, Mapping[str, Numbers]],
     ) -> dict[str, PathShift]:
-        """Return by how much another path changes the allocation, see `Segment`."""
+        """Return how much another path changes the allocation; see `Segment.shifts`.
+
+        Args:
+            first: as for `Segment.shifts`.
+            last: as for `Segment.shifts`.
+            middle: as for `Segment.shifts`.
+        """
 
 
 @dataclass(frozen=True)
 class Way:
-    """A motion along which gradients are wanted, and its parts and another path; None where none
-    are. `beside` are further directions, at one of its ends alone.
+    """Describe a motion along which gradients are needed.
+
+    Attributes:
+        motion: the motion.
+        split: its parts, if any.
+        path: another path between its ends, if any.
+        beside: further directions at one of its ends.
     """
 
     motion: Motion
@@ -122,29 +151,29 @@ class Way:
 
     @property
     def directions(self) -> Sequence[Motion]:
-        """Return the motion, its parts, and what is beside them."""
+        """Return the motion, its parts, and the directions in `beside`."""
         return [self.motion, *self.parts, *self.beside]
 
     def at_start(self) -> Way:
-        """Return the same as it is wanted at its start."""
+        """Return the directions needed at its start."""
         return self if self.path is None else replace(self, beside=self.path.at_start)
 
     def at_end(self) -> Way:
-        """Return the same as it is wanted at its end."""
+        """Return the directions needed at its end."""
         return self if self.path is None else replace(self, beside=self.path.at_end)
 
 
 @dataclass(kw_only=True)
 class Segment:
-    """One segment as the rules see it: evaluations at its nodes, and the motion by which their
-    gradients are multiplied.
+    """Present one segment to the rules: evaluations at its nodes, and the motion that multiplies
+    their gradients.
 
     Args:
         own: its motion.
         objective: evaluates losses.
-        following: returns the motion after it; None where there is none. It is not asked for before
-            the gradients inside the segment are done, for which it is not needed.
-        per_example: losses that tell their examples apart.
+        following: returns the motion of the next segment, or None. It is not called before the
+            gradients inside the segment are computed, because they do not need it.
+        per_example: losses that keep their examples apart.
     """
 
     own: Way
@@ -154,7 +183,7 @@ class Segment:
 
     @property
     def points(self) -> Motion:
-        """Both ends; ends that are 1 apart where gradients are sums along the motion."""
+        """Return both ends; ends that are 1 apart if gradients are sums along the motion."""
         return self.own.motion
 
     def distance(self, names: Iterable[str]) -> Distances:
@@ -162,7 +191,13 @@ class Segment:
         return distances(self.own.motion, names)
 
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        """Evaluate losses at θ + x(θ′ − θ), x < 1."""
+        """Evaluate losses at θ + x(θ′ − θ).
+
+        Args:
+            x: position in [0, 1).
+            losses: names of the losses.
+            gradient: whether to compute the gradient.
+        """
         start, end = self.own.motion.start, self.own.motion.end
         point = start if x == 0 else Between(start, end, x)
         begins = self.own.split if x == 0 else None
@@ -170,20 +205,21 @@ class Segment:
         return self._evaluate(point, losses, [own] if gradient else [], begins)[0]
 
     def know_signal(self) -> None:
-        """Evaluate the gradient at θ that parts of the motion are made of, where it is not known
-        yet.
-        """
+        """Evaluate the gradient at θ that defines parts of the motion, if it is not known yet."""
         self._signal(self.own.motion.start, self.own.split)
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        """Evaluate losses at θ′, for this segment and for the one that follows.
+        """Evaluate losses at θ′, for this segment and for the next.
 
         Args:
-            losses: names.
-            here: whether this segment wants the gradient there.
-            following: whether the one that follows wants it, if one does.
+            losses: names of the losses.
+            here: whether this segment needs the gradient there.
+            following: whether the next segment, if any, needs it.
+
+        Returns:
+            The evaluations for this segment and for the next.
         """
         looks_ahead = following and self._looks_ahead(here)
         with self._held_once() if looks_ahead else contextlib.nullcontext():
@@ -196,17 +232,17 @@ class Segment:
 
     @property
     def has_paths(self) -> bool:
-        """Tell whether other paths are asked for."""
+        """Return whether other paths are requested."""
         return self.own.path is not None
 
     @property
     def bends(self) -> bool:
-        """Tell whether another path through its ends is asked for and known."""
+        """Return whether another path through its ends is requested and known."""
         return self.own.path is not None and self.own.path.is_known
 
     def middle(self, evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Numbers]]:
-        """Return, of losses in the middle of the segment, the sums of the gradient along the
-        motion, of each tensor.
+        """Return, for losses at the middle of the segment, the sums of the gradient along the
+        motion for each tensor.
         """
         return {
             name: self._along_motion(evaluation).numbers()
@@ -219,46 +255,46 @@ class Segment:
         last: Mapping[str, Evaluation],
         middle: Mapping[str, Mapping[str, Numbers]],
     ) -> dict[str, PathShift]:
-        """Return by how much another path changes the allocation of losses; of none where no other
-        one is known.
+        """Return how much another path changes the allocation of each loss; empty if no other path
+        is known.
 
         Args:
             first: the losses at θ.
-            last: those at θ′.
-            middle: of each, see `middle`.
+            last: the losses at θ′.
+            middle: for each loss, the result of `middle`.
         """
         if self.own.path is None or not self.own.path.is_known:
             return {}
         return self.own.path.shifts(self.objective, (first, last), middle)
 
     def _along_motion(self, evaluation: Evaluation) -> OfTensors:
-        """Return the sums of a gradient along the motion, ([groups]) of each tensor."""
+        """Return the sums of a gradient along the motion, ([groups]) for each tensor."""
         raise NotImplementedError
 
     def _looks_ahead(self, here: bool) -> bool:
-        """Tell whether the motion after this one is needed at θ′."""
+        """Return whether the next motion is needed at θ′."""
         raise NotImplementedError
 
     def _held_once(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the point after θ′ is in memory as well."""
+        """Return a context in which the point after θ′ is also in memory."""
         return contextlib.nullcontext()
 
     def _evaluate(
         self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
     ) -> list[dict[str, Evaluation]]:
-        """Return losses at a point, for each of some motions.
+        """Return losses at a point for each of some motions.
 
         Args:
-            point: where.
-            losses: names.
-            ways: the motions; none for losses alone.
-            begins: the parts of the motion that begins there.
+            point: the point.
+            losses: names of the losses.
+            ways: the motions; empty for losses only.
+            begins: parts of the motion that starts at the point.
         """
         raise NotImplementedError
 
     def _signal(self, point: Point, split: Split | None) -> Evaluation | None:
-        """Return the signal at a point where a motion begins; None where it is known already, or no
-        part is made of it.
+        """Return the signal at a point where a motion starts; None if it is already known, or no
+        part needs it.
         """
         if split is None or split.awaits is None:
             return None
@@ -269,10 +305,10 @@ class Segment:
 
 @dataclass(kw_only=True)
 class _Parameters(Segment):
-    """A segment on which every parameter has a gradient of its own."""
+    """Present a segment on which every parameter has its own gradient."""
 
     def _looks_ahead(self, here: bool) -> bool:
-        # where gradients alone are wanted, the next checkpoint need not be read yet
+        # if only gradients are needed, the next checkpoint need not be read yet
         alone = not self.per_example and self.own.split is None and self.own.path is None
         return not (alone and here)
 
@@ -307,8 +343,8 @@ class _Parameters(Segment):
 
 @torch.no_grad()
 def _with_parts(evaluation: Evaluation, way: Way) -> Evaluation:
-    """Return an evaluation with sums of its gradient along the parts of a motion, and along what is
-    beside them.
+    """Add the sums of an evaluation's gradient along the parts of a motion and the directions in
+    `beside`.
     """
     if way.parts:
         evaluation = replace(evaluation, parts=_summed(evaluation, way.parts))
@@ -318,7 +354,7 @@ def _with_parts(evaluation: Evaluation, way: Way) -> Evaluation:
 
 
 def _summed(evaluation: Evaluation, directions: Sequence[Motion]) -> OfTensors:
-    """Return the sums of a gradient along directions, ([groups, ]directions) of each tensor."""
+    """Return the sums of a gradient along directions, ([groups, ]directions) for each tensor."""
     gradient, start = evaluation.gradient, directions[0].start
     names, summed = list[str](), list[Tensor]()
     for row in rows_of({name: start[name] for name in gradient}).every:
@@ -332,10 +368,11 @@ def _summed(evaluation: Evaluation, directions: Sequence[Motion]) -> OfTensors:
 
 @dataclass(kw_only=True)
 class _Units(Segment):
-    """A segment on which gradients are summed along the motion, over units, and never held.
+    """Present a segment on which gradients are summed along the motion, over units, and never
+    stored.
 
     Args:
-        axes: of the units, by tensor; None where a tensor is one unit.
+        axes: axis of the units of each tensor; None if a tensor is one unit.
     """
 
     axes: Axes
@@ -354,8 +391,8 @@ class _Units(Segment):
         return evaluation.gradient.totals()
 
     def _held_once(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the end in the model alone, while the point after it is in memory as well; one that
-        is read where it is needed takes none.
+        """Keep the end only in the model while the next point is also in memory; an end that is
+        read on demand takes no memory.
         """
         end = self.own.motion.end
         if isinstance(end, MutableMapping):
@@ -365,7 +402,7 @@ class _Units(Segment):
     def _evaluate(
         self, point: Point, losses: list[str], ways: list[Way], begins: Split | None
     ) -> list[dict[str, Evaluation]]:
-        # first, for losses are summed along it as well
+        # first, because losses are also summed along it
         signal = self._signal(point, begins)
         if not ways:
             return [self._along(point, losses, [], [])]
@@ -392,8 +429,10 @@ class _Units(Segment):
         ]
 
     def _summed_whole(self, losses: list[str]) -> str | None:
-        """Return the loss whose sums at checkpoints are those of its whole gradient, which is there
-        where a motion begins; at all of them, so that bits do not depend on where spans end.
+        """Return the loss whose sums at checkpoints come from its whole gradient, which exists
+        where a motion starts.
+
+        It does so at every checkpoint, so that the bits do not depend on where spans end.
         """
         split = self.own.split
         name = None if split is None else split.parts.signal
@@ -407,10 +446,10 @@ class _Units(Segment):
         motions: list[Motion],
     ) -> dict[str, Evaluation]:
         """Return losses with sums along directions, and with the derivatives of their examples
-        along motions; no directions: losses alone.
+        along motions; without directions, only losses.
         """
         if self.own.split is None and self.own.path is None:
-            directions = motions  # the very ones, whose sums then come with those of the examples
+            directions = motions  # the same object, so that one pass computes both
         along = Along(self.axes, directions) if directions else None
         gradient = along is not None
         if not self.per_example:
@@ -420,7 +459,7 @@ class _Units(Segment):
         )
 
     def _summed(self, signal: Evaluation, directions: list[Motion]) -> Evaluation:
-        """Return an evaluation with the sums of its gradient along directions in its place."""
+        """Replace the gradient of an evaluation by its sums along directions."""
         sums = {
             name: sums_along(name, gradient, directions, self.axes[name])
             for name, gradient in signal.gradient.items()
@@ -436,7 +475,16 @@ def segment_of(
     following: Callable[[], Way | None],
     per_example: frozenset[str] = frozenset(),
 ) -> Segment:
-    """Return a segment on which parameters have gradients of their own, or units sums of them."""
+    """Return a segment with a gradient for every parameter, or with sums over units.
+
+    Args:
+        own: motion of the segment.
+        objective: evaluates losses.
+        axes: by tensor, the axis of its units, or None if it is one unit; None for a gradient of
+            every parameter.
+        following: as for `Segment`.
+        per_example: as for `Segment`.
+    """
     if axes is None:
         return _Parameters(
             own=own, objective=objective, following=following, per_example=per_example
@@ -450,8 +498,8 @@ def unit_motion(like: Mapping[str, Tensor], units: Mapping[str, int]) -> Motion:
     """Return ends that are 1 apart, by which sums along a motion are multiplied.
 
     Args:
-        like: tensors of the device they are on.
-        units: of each of them.
+        like: tensors on the same device.
+        units: number of units of each tensor.
     """
     row, device = Units(units), next(iter(like.values())).device
     start, end = (

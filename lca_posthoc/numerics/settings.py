@@ -1,5 +1,5 @@
-"""The settings that decide a run's results, in one table: what each may be, its default, and what
-`--help` says of it; and that a recorded one is never changed.
+"""Define the settings that determine a run's results in one table: allowed values, default and help
+text; recorded settings never change.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Value = str | int | float | list[str] | None
 
 
 def option_of(name: str) -> str:
-    """Return the option of the command line for a setting.
+    """Return the command line option of a setting.
 
     >>> option_of("batch_size")
     '--batch-size'
@@ -33,7 +33,11 @@ def option_of(name: str) -> str:
 
 
 def _as_tolerance(name: str, value: object) -> Value:
-    """Return a tolerance as it is recorded: a number, "inf", or a share such as "0.1%"."""
+    """Return a tolerance in its recorded form: a number, "inf", or a share such as "0.1%".
+
+    Raises:
+        InputError: if it is none of these.
+    """
     text = str(value).strip()
     share = text.endswith("%")
     try:
@@ -51,7 +55,11 @@ def _as_tolerance(name: str, value: object) -> Value:
 
 
 def _as_batch_size(name: str, value: object) -> Value:
-    """Return the examples of a batch."""
+    """Return a valid batch size.
+
+    Raises:
+        InputError: if it is less than 1.
+    """
     size = cast("int", value)
     if size < 1:
         raise InputError(f"{option_of(name)} must be 1 or more, got {size}.")
@@ -59,12 +67,16 @@ def _as_batch_size(name: str, value: object) -> Value:
 
 
 def _as_segments(name: str, value: object) -> Value:
-    """Return a random part of the segments."""
+    """Return the recorded form of a random sample of the segments."""
     return str(SegmentSample.parse(str(value)))
 
 
 def _as_shards(name: str, value: object) -> Value:
-    """Return a number of shards, given as a number or as text."""
+    """Return a number of shards, given as a number or as text.
+
+    Raises:
+        InputError: if it is neither.
+    """
     text = str(value).strip()
     if not text.isdecimal() or int(text) < 1:
         raise InputError(f"{option_of(name)} must be auto, or a number from 1 on, got {value}.")
@@ -72,7 +84,7 @@ def _as_shards(name: str, value: object) -> Value:
 
 
 def _as_list(name: str, value: object) -> Value:
-    """Return the values of a setting that may be repeated."""
+    """Return the values of a repeatable setting."""
     return list(cast("list[str]", value))
 
 
@@ -82,18 +94,18 @@ def _as_it_is(name: str, value: object) -> Value:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """The values a setting may have, and what `--help` says of it.
+    """Describe a setting: its values and its help text.
 
     Attributes:
-        help: what it is, in a sentence.
-        default: what is recorded where nothing is asked for; None where that is chosen later, or
-            where there is nothing to record.
-        shown_default: how `--help` says the default; empty for none.
-        choices: all it may be; empty where they cannot be listed.
-        automatic: whether the command line has the word "auto" for the default.
-        metavar: the form of its value in `--help`; None where choices or the type show it.
-        type: the type the command line reads it as.
-        normalise: refuses a value it may not have, and returns it as it is recorded.
+        help: the help text, one sentence.
+        default: value recorded if nothing is requested; None if it is chosen later or there is
+            nothing to record.
+        shown_default: the default in the help text; empty for none.
+        choices: all allowed values; empty if they cannot be listed.
+        automatic: whether the command line accepts "auto" for the default.
+        metavar: placeholder of the value in the help text; None if choices or type suffice.
+        type: type that the command line converts the value to.
+        normalise: checks a value and returns its recorded form.
     """
 
     help: str
@@ -107,16 +119,16 @@ class Setting:
 
     @property
     def repeatable(self) -> bool:
-        """Tell whether it has any number of values."""
+        """Return whether it takes any number of values."""
         return isinstance(self.default, list)
 
 
 class Settings(TypedDict):
-    """The settings a run records, in their order; `SETTINGS` reads the table off this class.
+    """Define the settings that a run records, in order; `SETTINGS` is derived from this class.
 
-    `statistics` is what recalibration settled when the run was created; runs in other modes have
-    none. `directions` is the file of `--along`, where one was given. `places` are where the
-    checkpoints were found, below their root; a run of one directory has none.
+    `statistics` holds what recalibration determined when the run was created; other modes have
+    none. `directions` is the file of `--along`, if given. `places` are the places of the
+    checkpoints below their root; a run of one directory has none.
     """
 
     rule: Annotated[
@@ -131,8 +143,8 @@ class Settings(TypedDict):
     tolerance: Annotated[
         float | str,
         Setting(
-            help="Bound on |residual| per segment and loss, in units of loss, or such as 0.1%, of "
-            "the loss at the first checkpoint; inf never refines.",
+            help="Bound on |residual| per segment and loss, in units of loss, or as a share of the "
+            "loss at the first checkpoint, such as 0.1%; inf never refines.",
             default=1e-3,
             shown_default="1e-3; inf for bfloat16",
             metavar="NUMBER|SHARE%",
@@ -142,7 +154,7 @@ class Settings(TypedDict):
     allocation_tolerance: Annotated[
         float | str,
         Setting(
-            help="Bound on the allocation's own error, Σ|A − A*|, given alike.",
+            help="Bound on the allocation's own error, Σ|A − A*|, in the same form.",
             default="inf",
             shown_default="inf",
             metavar="NUMBER|SHARE%",
@@ -161,8 +173,8 @@ class Settings(TypedDict):
     shards: Annotated[
         int | None,
         Setting(
-            help="At --keep tensors or units: cut the data of every segment into so many shards, "
-            "so that few segments keep many workers busy; 1 cuts nothing.",
+            help="With --keep tensors or units: cut the data of every segment into N shards, so that "
+            "few segments keep many workers busy; 1 cuts nothing.",
             shown_default="auto: one for each worker where segments are few",
             metavar="auto|N",
             normalise=_as_shards,
@@ -189,7 +201,7 @@ class Settings(TypedDict):
     precision: Annotated[
         str,
         Setting(
-            help="Of forward and backward passes; its error is measured.",
+            help="Precision of forward and backward passes; its error is measured.",
             default="float32",
             shown_default="float32",
             choices=tuple(PRECISIONS),
@@ -198,8 +210,8 @@ class Settings(TypedDict):
     precision_check: Annotated[
         str,
         Setting(
-            help="Examples on which the error of the precision is measured, on a few segments: a "
-            "sample, or all of them.",
+            help="Examples for measuring the error of the precision on a few segments: a sample, or "
+            "all of them.",
             default="sample",
             shown_default="sample",
             choices=("sample", "full"),
@@ -246,8 +258,8 @@ class Settings(TypedDict):
     path_band: Annotated[
         str | None,
         Setting(
-            help="How much another path through the same checkpoints would change, on segments "
-            "longer than one step; takes one to two evaluations more on each.",
+            help="Estimate how much another path through the same checkpoints would change, on "
+            "segments longer than one step; takes one or two more evaluations for each.",
             shown_default="auto: on where there are such segments",
             choices=PATH_BAND,
             automatic=True,
@@ -256,17 +268,16 @@ class Settings(TypedDict):
     steps: Annotated[
         str | None,
         Setting(
-            help="Training steps: ranges with both ends included, of which every K-th checkpoint, "
-            "and single steps, with commas between them. Nothing is replayed from one range to the "
-            "next.",
+            help="Training steps: comma-separated ranges, which include both ends and take every K-th "
+            "checkpoint, and single steps. Nothing is replayed between two ranges.",
             metavar="A:B[:K],S,…",
         ),
     ]
     segments: Annotated[
         str | None,
         Setting(
-            help="Replay a random part of the segments, such as 0.1@7, a tenth; totals get standard "
-            "errors. A larger part of the same seed adds to it.",
+            help="Replay a random sample of the segments, such as 0.1@7 for a tenth; totals get "
+            "standard errors. A larger fraction with the same seed extends the sample.",
             shown_default="all",
             metavar="FRACTION@SEED",
             normalise=_as_segments,
@@ -274,13 +285,13 @@ class Settings(TypedDict):
     ]
     pattern: Annotated[
         str | None,
-        Setting(help=r"Finds (?P<step>\d+) in names of checkpoints.", metavar="REGEX"),
+        Setting(help=r"Find (?P<step>\d+) in names of checkpoints.", metavar="REGEX"),
     ]
     rename: Annotated[
         list[str],
         Setting(
-            help="Map tensor names; OLD is a regular expression; what is left without a name is "
-            "left out (repeatable).",
+            help="Rename tensors; OLD is a regular expression; an empty new name leaves a tensor out "
+            "(repeatable).",
             default=[],
             metavar="OLD=NEW",
             normalise=_as_list,
@@ -301,15 +312,15 @@ DEFAULTS: dict[str, Value] = {name: setting.default for name, setting in SETTING
 
 
 def resolve(requested: Mapping[str, object], recorded: Settings | None) -> Settings:
-    """Return the settings that were asked for, over the recorded ones or the defaults; a recorded
-    setting is never changed.
+    """Merge requested settings with the recorded ones or the defaults; a recorded setting never
+    changes.
 
     Args:
-        requested: by name; None, "auto" or no values at all ask for nothing.
-        recorded: those of the run that is there already; None where there is none.
+        requested: settings by name; None, "auto" or an empty list request nothing.
+        recorded: settings of an existing run, or None.
 
     Raises:
-        InputError: where a setting is not one of its choices, or differs from what is recorded.
+        InputError: if a setting is not one of its choices, or differs from the recorded one.
     """
     chosen = {name: _checked(name, value) for name, value in requested.items() if _is_asked(value)}
     if recorded is not None:
@@ -324,50 +335,58 @@ def resolve(requested: Mapping[str, object], recorded: Settings | None) -> Setti
 
 
 def _grown(asked: Value, recorded: str | None) -> str | None:
-    """Return the part of the segments a run is to have: the recorded one, or a larger one of the same
-    seed.
+    """Return the sample of the segments that a run shall have: the recorded one, or a larger one
+    with the same seed.
 
     Raises:
-        InputError: where another part is asked for.
+        InputError: if another sample is requested.
     """
     if asked is None or asked == recorded:
         return recorded
     if recorded is None:
         raise InputError(
             f"this run was made with all segments, not with --segments {asked}. Leave --segments out "
-            "to go on with it, or write another run with --out."
+            "to resume it, or write another run with --out."
         )
     before, now = SegmentSample.parse(recorded), SegmentSample.parse(str(asked))
     if before.seed != now.seed:
         raise InputError(
             f"this run was made with --segments {recorded}, and another seed than {before.seed} "
-            "draws other segments. Leave --segments out to go on with it, give a larger fraction of "
-            "its seed to add to it, or write another run with --out."
+            "draws other segments. Leave --segments out to resume it, give a larger fraction with "
+            "its seed to extend it, or write another run with --out."
         )
     if now.fraction < before.fraction:
         raise InputError(
-            f"this run was made with --segments {recorded}, of which {asked} is a part: there is "
-            "nothing to do. Leave --segments out to go on with it, give a larger fraction to add to "
+            f"this run was made with --segments {recorded}, which includes {asked}: there is "
+            "nothing to do. Leave --segments out to resume it, give a larger fraction to extend "
             "it, or write another run with --out."
         )
     return str(now)
 
 
 def _refuse_levels_of_a_sample(settings: Settings) -> None:
-    """Refuse to keep of a random part of the segments what needs all of them."""
+    """Reject a level of `--keep` that needs all segments if only a random sample is replayed.
+
+    Raises:
+        InputError: if the settings combine the two.
+    """
     if settings["segments"] is not None and settings["keep"] not in (None, *KEEP_OF_A_SAMPLE):
         raise InputError(
-            f"--keep {settings['keep']} needs every segment: a random part of them, --segments "
-            f"{settings['segments']}, does not tell what parameters do over time, how often they "
-            f"help and turn. Give --keep {' or '.join(KEEP_OF_A_SAMPLE)}, or leave --segments out."
+            f"--keep {settings['keep']} needs every segment: a random sample, --segments "
+            f"{settings['segments']}, does not show how often parameters help and turn over time. "
+            f"Give --keep {' or '.join(KEEP_OF_A_SAMPLE)}, or leave --segments out."
         )
 
 
 def on_device(settings: Settings, device: str | None) -> Settings:
     """Return settings with the device they are for, once it is known.
 
+    Args:
+        settings: the settings.
+        device: "cuda" or "cpu"; None if not known yet.
+
     Raises:
-        InputError: where the precision needs another device.
+        InputError: if the precision needs another device.
     """
     precision = settings["precision"]
     if PRECISIONS[precision].needs_gpu and device != "cuda":
@@ -376,12 +395,16 @@ def on_device(settings: Settings, device: str | None) -> Settings:
 
 
 def _is_asked(value: object) -> bool:
-    """Tell whether a value asks for something, and not for the default."""
+    """Return whether a value requests something other than the default."""
     return not (value is None or value == "auto" or (isinstance(value, list | tuple) and not value))
 
 
 def _checked(name: str, value: object) -> Value:
-    """Return what was asked for of a setting as it is recorded."""
+    """Return the recorded form of a requested setting.
+
+    Raises:
+        InputError: if the setting does not exist or its value is invalid.
+    """
     if name not in SETTINGS:
         raise InputError(f"{name} is not a setting of a run. Those are {', '.join(SETTINGS)}.")
     setting = SETTINGS[name]
@@ -391,14 +414,18 @@ def _checked(name: str, value: object) -> Value:
 
 
 def _refuse_another(chosen: Mapping[str, Value], recorded: Mapping[str, object]) -> None:
-    """Refuse settings that differ from those a run was made with."""
+    """Reject settings that differ from those a run was made with.
+
+    Raises:
+        InputError: if any do.
+    """
     other = [name for name, value in chosen.items() if recorded[name] != value]
     if other:
         before = " ".join(_shown(name, recorded[name]) for name in other)
         asked_for = " ".join(_shown(name, chosen[name]) for name in other)
         raise InputError(
             f"this run was made with {before}, not {asked_for}. Leave "
-            f"{' and '.join(map(option_of, other))} out to go on with it, or write another run "
+            f"{' and '.join(map(option_of, other))} out to resume it, or write another run "
             "with --out."
         )
 
@@ -407,6 +434,6 @@ def _shown(name: str, value: object) -> str:
     option = option_of(name)
     if isinstance(value, list):
         return " ".join(f"{option} {item}" for item in value) or f"no {option}"
-    if name == "shards" and value == 1:  # a number that says little by itself
+    if name == "shards" and value == 1:  # explain the number
         return f"{option} 1 (its data not cut)"
     return f"no {option}" if value is None else f"{option} {value}"

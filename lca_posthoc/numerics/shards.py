@@ -1,9 +1,8 @@
-"""A span whose data is cut into shards: the sums over shards that are known at nodes, and the
-allocation that follows from them.
+"""Allocate a span whose data is cut into shards, from the sums over shards at its nodes.
 
-A loss is a mean over all elements, and so is the sum of its gradient along a motion: both follow
-from sums over shards of the data, which are added in the order of the shards, in float64. Bits
-depend on the number of shards, and on nothing else of how the work was spread.
+A loss is a mean over all elements, and so is the sum of its gradient along a motion. Both follow
+from sums over shards of the data, added in the order of the shards in float64. The bits depend on
+the number of shards, and not on how the work was distributed.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from .segments import unit_motion
 
 
 class Wanted(Exception):
-    """Sums of shards are wanted before a segment can be allocated.
+    """Request sums of shards that are needed before a segment can be allocated.
 
     Attributes:
-        nodes: at which.
-        losses: of which losses.
-        distance: the segment of which Σ|θ′ − θ| is wanted too; None where it is known.
+        nodes: nodes where sums are needed.
+        losses: losses whose sums are needed.
+        distance: segment whose Σ|θ′ − θ| is needed too; None if it is known.
     """
 
     def __init__(self, nodes: list[Node], losses: list[str], distance: int | None = None) -> None:
@@ -38,16 +37,16 @@ class Wanted(Exception):
 
 
 class ShardedSpan:
-    """The sums of shards that are known of one span, and its segments allocated from them.
+    """Collect the sums of shards of one span, and allocate its segments from them.
 
     Args:
-        starts: the segments of the span, by the positions of the checkpoints they start from.
-        steps: the training step of each of its checkpoints, by their position.
-        shards: of each loss, the number of its shards.
-        units: of each tensor that takes part in the allocation, the number of its units.
+        starts: segments of the span, by the positions of the checkpoints where they start.
+        steps: position → training step of each checkpoint of the span.
+        shards: loss → number of its shards.
+        units: tensor → number of its units, for tensors that take part in the allocation.
         method: the rule and its tolerances.
-        lengths: training steps from each checkpoint to the next, None where no segment follows it,
-            where other paths are told; None where they are not.
+        lengths: training steps from each checkpoint to the next, None if no segment follows; None
+            as a whole if other paths are not computed.
     """
 
     def __init__(
@@ -74,30 +73,45 @@ class ShardedSpan:
     # --- what is known
 
     def take(self, loss: str, node: Node, shard: int, sums: PartialSums) -> None:
-        """Take in the sums of a loss over one shard at a node."""
+        """Add the sums of a loss over one shard at a node.
+
+        Args:
+            loss: name of the loss.
+            node: the node.
+            shard: index of the shard.
+            sums: sums over the shard.
+        """
         self._sums.setdefault((loss, node), {})[shard] = sums
 
     def take_distance(self, start: int, distance: Mapping[str, float]) -> None:
-        """Take in Σ|θ′ − θ| of each tensor on a segment."""
+        """Add Σ|θ′ − θ| of each tensor on a segment.
+
+        Args:
+            start: position of the checkpoint where the segment starts.
+            distance: Σ|θ′ − θ| by tensor.
+        """
         self._distances[start] = distance
 
     def take_not_finite(self, checkpoint: int) -> None:
-        """Take in that a checkpoint beside the span holds a number that is not finite."""
+        """Note that a checkpoint next to the span holds a number that is not finite."""
         self._not_finite.add(checkpoint)
 
     def missing(self, loss: str, node: Node) -> list[int]:
-        """Return the shards of a loss of which no sums are known at a node."""
+        """Return the shards of a loss whose sums at a node are not known.
+
+        Args:
+            loss: name of the loss.
+            node: the node.
+        """
         known = self._sums.get((loss, node), {})
         return [shard for shard in range(self.shards[loss]) if shard not in known]
 
     def has_distance(self, start: int) -> bool:
-        """Tell whether Σ|θ′ − θ| is known of a segment."""
+        """Return whether Σ|θ′ − θ| of a segment is known."""
         return start in self._distances
 
     def counts(self, loss: str) -> tuple[int, int]:
-        """Return how often a loss was evaluated over all of its data with a gradient, and
-        without.
-        """
+        """Return how often a loss was evaluated over all of its data, with a gradient and without."""
         whole = [node for name, node in self._sums if name == loss and not self.missing(loss, node)]
         with_gradient = sum(bool(node.along) for node in whole)
         return with_gradient, len(whole) - with_gradient
@@ -107,9 +121,13 @@ class ShardedSpan:
     def allocate(self, start: int, losses: list[str]) -> dict[str, SegmentAllocation]:
         """Allocate losses on one segment.
 
+        Args:
+            start: position of the checkpoint where the segment starts.
+            losses: names of the losses.
+
         Raises:
-            Wanted: where sums are missing.
-            SpanError: where a loss or a gradient is not finite.
+            Wanted: if sums are missing.
+            SpanError: if a loss or a gradient is not finite.
         """
         segment = _Segment(self, start)
         step, next_step = (self._steps[end] for end in ends_of(start))
@@ -117,12 +135,12 @@ class ShardedSpan:
         try:
             return allocate_nodes(segment, losses, self.method)[0]
         except SpanError as error:
-            raise between(error, step, next_step) from None
+            raise SpanError(between(error, step, next_step)) from None
 
     def paths(self, start: int) -> OtherPaths | None:
-        """Return the other paths of a segment; None where none are told.
+        """Return the other paths of a segment; None if they are not computed.
 
-        A neighbour beside the span counts as finite until a worker that read it says otherwise.
+        A neighbour outside the span counts as finite until a worker that read it reports otherwise.
         """
         if self._lengths is None:
             return None
@@ -130,8 +148,8 @@ class ShardedSpan:
         return OtherPaths(start, around, lambda index: index not in self._not_finite)
 
     def at_checkpoint(self, checkpoint: int) -> Node:
-        """Return the node at a checkpoint, where the sums along the motions of both segments that
-        meet there are taken at once, and those along what is beside them.
+        """Return the node at a checkpoint, which combines the directions of both segments that meet
+        there.
         """
         along = [
             direction
@@ -142,8 +160,8 @@ class ShardedSpan:
         return Node(Line(checkpoint, 0), 0.0, tuple(along))
 
     def _directions(self, start: int, end: int) -> list[Direction]:
-        """Return the directions of a segment at its start (0) or at its end (1): its motion where the
-        rule takes it, or other paths are told, and what is beside it.
+        """Return the directions of a segment at its start (0) or end (1): its motion if the rule or
+        other paths need it, and further directions of other paths.
         """
         rule, paths = self.method.rule, self.paths(start)
         if paths is not None:
@@ -151,7 +169,12 @@ class ShardedSpan:
         return [Line(start)] if (rule.has_start, rule.has_end)[end] else []
 
     def evaluation(self, loss: str, node: Node) -> Evaluation:
-        """Return a loss over all of its data at a node whose sums are known."""
+        """Return a loss over all of its data at a node whose sums are known.
+
+        Args:
+            loss: name of the loss.
+            node: the node.
+        """
         key = (loss, node)
         if key not in self._means:
             known = self._sums[key]
@@ -167,17 +190,17 @@ class ShardedSpan:
 
     @cached_property
     def unit_motion(self) -> Motion:
-        """Ends that are 1 apart, by which sums along a motion are multiplied."""
+        """Return ends that are 1 apart, by which sums along a motion are multiplied."""
         like: dict[str, Tensor] = {name: torch.empty(0, device="cpu") for name in self.units}
         return unit_motion(like, self.units)
 
 
 class _Segment:
-    """One segment of a sharded span, as `Nodes`.
+    """Present one segment of a sharded span as `Nodes`.
 
     Args:
-        span: knows the sums.
-        start: of the segment.
+        span: holds the sums.
+        start: position of the checkpoint where the segment starts.
     """
 
     def __init__(self, span: ShardedSpan, start: int) -> None:
@@ -195,10 +218,10 @@ class _Segment:
         return Distances.known({name: known[name] for name in names})
 
     def expect(self, losses: list[str]) -> None:
-        """Ask for all that the rule and other paths need in any case.
+        """Request everything that the rule and other paths certainly need.
 
         Raises:
-            Wanted: where it is not known.
+            Wanted: if something is missing.
         """
         method = self._span.method
         level = method.family.level_of(method.rule)
@@ -217,8 +240,11 @@ class _Segment:
             raise Wanted(missing, losses, distance)
 
     def at(self, x: float, losses: list[str], *, gradient: bool = True) -> dict[str, Evaluation]:
-        """See `Nodes.at`; where sums at a fresh node of a level are missing, those at all of them
-        are asked for.
+        """See `Nodes.at`; if sums at a fresh node of a level are missing, request those at all
+        fresh nodes of the level.
+
+        Raises:
+            Wanted: if sums are missing.
         """
         if x == 0:
             return self._at_checkpoint(self._start, losses, gradient=gradient)
@@ -230,12 +256,12 @@ class _Segment:
         return {loss: self._span.evaluation(loss, node).along(0) for loss in losses}
 
     def know_signal(self) -> None:
-        """See `Nodes.know_signal`: no motion of a sharded span has parts."""
+        """See `Nodes.know_signal`: motions of a sharded span have no parts."""
 
     def at_end(
         self, losses: list[str], *, here: bool, following: bool
     ) -> tuple[dict[str, Evaluation], dict[str, Evaluation]]:
-        """See `Nodes.at_end`; the segment that follows looks up what it needs itself."""
+        """See `Nodes.at_end`; the next segment looks up its own evaluations."""
         return self._at_checkpoint(self._end, losses, gradient=here), {}
 
     @property
@@ -298,5 +324,5 @@ class _Segment:
         }
 
     def _missing(self, nodes: Sequence[Node], losses: list[str]) -> list[Node]:
-        """Return the nodes at which sums are missing."""
+        """Return the nodes with missing sums."""
         return [node for node in nodes if any(self._span.missing(loss, node) for loss in losses)]

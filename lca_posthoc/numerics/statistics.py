@@ -1,5 +1,5 @@
-"""Statistics of the allocations of a span: sums, counts, a histogram, units, per-parameter totals.
-No disk, no plots.
+"""Compute statistics of the allocations of a span: sums, counts, a histogram, units, per-parameter
+totals. No disk, no plots.
 """
 
 from __future__ import annotations
@@ -44,30 +44,32 @@ from .schema import (
 )
 from .segments import Axes
 
-_LARGEST = 0.999 * 2.0**63  # of sums
-_EXACT = 2.0**53  # of whole numbers that float64 holds
-# a number is smaller than its rounding to float32, plus the first, times the second
+_LARGEST = 0.999 * 2.0**63  # bound on sums
+_EXACT = 2.0**53  # bound on whole numbers that float64 represents exactly
+# |number| < (|its rounding to float32| + _TINY) * _ROUNDED
 _TINY, _ROUNDED = 2.0**-149, 1.001
 Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def is_looked_at(device: torch.device) -> bool:
-    """Tell whether numbers on a device decide at once what is computed next; elsewhere each look at
-    them waits for all that the device was asked to do before.
+    """Return whether the code may inspect numbers on a device before it decides what to compute
+    next.
+
+    On other devices, each inspection waits for all queued work.
     """
     return device.type == "cpu"
 
 
 def histogram(values: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Count finite float32 values per bin and row, from the top bits of their patterns; exact zeros
-    are left out.
+    are not counted.
 
     Args:
-        values: (rows, n).
+        values: numbers, (rows, n).
         scratch: memory to compute in; new memory by default.
 
     Returns:
-        (rows, BINS), int64.
+        The counts, (rows, BINS), int64.
     """
     rows, scratch = values.shape[0], Scratch(values.device) if scratch is None else scratch
     room = scratch.room("counted", values.shape, torch.float32)
@@ -78,7 +80,7 @@ def histogram(values: Tensor, scratch: Scratch | None = None) -> Tensor:
     looks = is_looked_at(values.device)
     if looks:
         counts = torch.bincount(top.reshape(-1), minlength=1024 * rows)
-    else:  # whose size is known beforehand
+    else:  # its size is known in advance
         places = top.reshape(-1).long()
         counts = places.new_zeros(1024 * rows).scatter_add_(0, places, torch.ones_like(places))
     counts = counts.reshape(rows, 1024)
@@ -89,13 +91,13 @@ def histogram(values: Tensor, scratch: Scratch | None = None) -> Tensor:
 
 
 class UnitSums:
-    """Sums over all axes of a tensor but those of groups and units, from its pieces.
+    """Sum a tensor's pieces over all axes except those of groups and units.
 
     Args:
-        groups: their number.
-        shape: of the tensor.
-        axis: of the units; None where all of it is one.
-        device: where it is.
+        groups: number of groups.
+        shape: shape of the tensor.
+        axis: axis of the units; None if the whole tensor is one unit.
+        device: device of the tensor.
     """
 
     def __init__(
@@ -109,8 +111,8 @@ class UnitSums:
         self.cuts: Sequence[slice] = self._cuts(before)
 
     def _cuts(self, before: int) -> list[slice]:
-        """Return pieces of the tensor, in a row, none of which has parts of several units without
-        having all of the units it has.
+        """Return pieces of the flattened tensor; a piece with parts of several units contains whole
+        units only.
         """
         if before == 1:
             return [
@@ -129,23 +131,29 @@ class UnitSums:
         ]
 
     def add(self, rows: slice, columns: slice, values: Tensor) -> None:
-        """Add the values of some groups at one of the pieces, (groups, values)."""
+        """Add the values of some groups at one of the pieces.
+
+        Args:
+            rows: range of groups.
+            columns: one of `cuts`.
+            values: the values, (groups, parameters).
+        """
         first, count = columns.start // self._after, values.shape[1]
-        runs = max(1, count // self._after)  # of parameters of one unit that are next to each other
+        runs = max(1, count // self._after)  # number of runs of parameters of one unit
         by_unit = values.reshape(values.shape[0], -1, min(runs, self._units), count // runs)
         units = slice(first, first + runs) if runs < self._units else slice(None)
         self.total[rows, units] += by_unit.sum((1, 3))
 
 
 class _Signals:
-    """Turns of some numbers of every parameter of one tensor, their changes of sign from segment to
-    segment, and their first and last signs.
+    """Count sign changes of some numbers of every parameter of one tensor from segment to segment,
+    and keep their first and last signs.
 
     Args:
-        names: of the numbers.
-        elements: of the tensor.
-        counts: type of counts.
-        device: where they are.
+        names: names of the numbers.
+        elements: number of parameters.
+        counts: type of the counts.
+        device: device of the numbers.
     """
 
     def __init__(
@@ -154,29 +162,35 @@ class _Signals:
         self.names = names
         self._turns = torch.zeros((len(names), elements), dtype=counts, device=device)
         self._last = torch.zeros((len(names), elements), dtype=torch.int8, device=device)
-        self._first: Tensor | None = None  # once segments do not follow each other
+        self._first: Tensor | None = None  # set once there is a gap between segments
 
     def cut(self) -> None:
-        """Count no turn from here to what is added next, which does not follow on it."""
+        """Do not count a turn between the last segment and the next one, which does not follow it."""
         if self._first is None:
             self._first = torch.stack(list(map(self._followed_back, range(len(self.names)))))
         self._last.zero_()
 
     def _followed_back(self, row: int) -> Tensor:
-        """Return the first signs of one of the numbers: each turn changes the sign, so they follow
-        from the last ones.
+        """Reconstruct the first signs of one of the numbers from the last signs and the number of
+        turns.
         """
         return (self._turns[row] & 1).to(torch.int8).mul_(-2).add_(1).mul_(self._last[row])
 
     def add(self, part: slice, signs: Tensor, scratch: Scratch) -> None:
-        """Add the signs of some of the parameters on the next segment, (names, parameters); they
-        are numbers of one byte, with which to compute is faster than to compare and choose.
+        """Add the signs of some of the parameters on the next segment.
+
+        The arithmetic on one-byte numbers is faster than comparing and selecting.
+
+        Args:
+            part: range of the parameters.
+            signs: −1, 0 or 1, (names, parameters), int8.
+            scratch: memory to compute in.
         """
         last = self._last[:, part]
         both = torch.mul(last, signs, out=scratch.room("both", signs.shape, torch.int8))
         replaced = torch.mul(both, signs, out=scratch.room("replaced", signs.shape, torch.int8))
         last.sub_(replaced).add_(signs)
-        self._turns[:, part] -= both.clamp_(max=0)  # −1 where they differ
+        self._turns[:, part] -= both.clamp_(max=0)  # −1 if the signs differ
 
     def arrays(self, name: str) -> dict[str, Tensor]:
         """Return turns and signs of one of the numbers, by field."""
@@ -187,18 +201,18 @@ class _Signals:
 
 
 class _Running:
-    """Totals of the parameters of a row of tensors, segment by segment.
+    """Accumulate totals of the parameters of a row of tensors, segment by segment.
 
     Args:
-        row: of the tensors.
-        length: segments at most, which decide how small counts are.
-        device: where they are.
-        unit: of the sums, a power of two.
+        row: the tensors.
+        length: maximum number of segments, which determines the type of counts.
+        device: device of the tensors.
+        unit: unit of the sums, a power of two.
         scratch: memory to compute in.
-        like: totals of another loss, which counts how weights turn for this one as well.
+        like: totals of another loss, which counts the turns of weights for this loss too.
 
     Attributes:
-        unseen: how much further from 0 sums may be since the last look, on the device.
+        unseen: how much sums may have grown since the last inspection, on the device.
     """
 
     def __init__(
@@ -212,12 +226,12 @@ class _Running:
     ) -> None:
         small = getattr(torch, types_of_totals(length)["helping"])
         self._row, self._unit, self._scratch = row, unit, scratch
-        # whole numbers, in float64 as long as that holds them
+        # whole numbers, stored as float64 while that is exact
         self._looks = is_looked_at(device)
         exact = torch.float64 if self._looks else torch.int64
         self._sum = torch.zeros(row.numbers, dtype=exact, device=device)
-        self._reach = 0.0  # no sum is further from 0
-        # likewise, of what was added since the last look
+        self._reach = 0.0  # bound on the size of every sum
+        # the same bound for what was added since the last inspection
         self.unseen = torch.zeros((), dtype=torch.float64, device=device)
         self._helping, self._hurting = torch.zeros((2, row.numbers), dtype=small, device=device)
         names = SIGNED if like is None else SIGNED[1:]
@@ -235,19 +249,20 @@ class _Running:
         """Add the next segment of a part of the parameters.
 
         Args:
-            part: which of them, of all in a row.
-            motion: of each, (parameters,). It is overwritten, as are the following two.
-            gradient: the same.
-            exact: what each is allocated, float64.
-            stored: the same, rounded to float32, whose signs count.
+            part: range of parameters within the row.
+            motion: motion of each parameter, (parameters,). The call overwrites it and the two
+                arguments that follow.
+            gradient: mean gradient of each parameter.
+            exact: allocation of each parameter, float64.
+            stored: allocation rounded to float32, whose signs are counted.
 
         Raises:
-            SpanError: where a sum is too large.
+            SpanError: if a sum is too large.
         """
         room, names = self._scratch.room, self._signals.names
         numbers = {"weight": motion, "gradient": gradient, "allocation": stored}
         signs = room("signs", (len(names), *motion.shape), torch.int8)
-        largest = _largest(stored)  # before signs take its place
+        largest = _largest(stored)  # before signs overwrite it
         for row, name in zip(signs, names, strict=True):
             row.copy_(numbers[name].sign_())
         self._signals.add(part, signs, self._scratch)
@@ -258,12 +273,14 @@ class _Running:
         self._add_up(part, exact, largest)
 
     def cut(self) -> None:
-        """Count no turn of own signals from here to the next segment."""
+        """Do not count turns of own signals between the last segment and the next one."""
         self._signals.cut()
 
     def _add_up(self, part: slice, exact: Tensor, most_stored: Tensor) -> None:
-        """Add to the sums; `most_stored` is the largest size of the numbers in float32, which takes
-        less time to find than that of the sums.
+        """Add to the sums.
+
+        `most_stored` is the largest size of the numbers in float32, which is faster to find than
+        that of the sums.
         """
         if not self._looks:
             self._sum[part] += exact.mul_(1.0 / self._unit).round_().to(torch.int64)
@@ -271,7 +288,7 @@ class _Running:
             return
         largest = float(most_stored)
         if not math.isfinite(largest) and not bool(torch.isfinite(exact).all()):
-            return  # the tensor's own sum is not finite either, and refused
+            return  # the tensor's own sum is not finite either, which raises an error later
         whole = exact.mul_(1.0 / self._unit).round_()
         most = _ROUNDED * (largest + _TINY) / self._unit + 1.0
         if not self._reach + most < _EXACT:
@@ -281,18 +298,22 @@ class _Running:
         self._reach += most
 
     def look(self, unseen: float) -> None:
-        """See to it that no sum has grown too large, once it is known how far they may have grown.
+        """Check that no sum is too large, after learning how much sums may have grown.
 
         Raises:
-            SpanError: where one may have.
+            SpanError: if one may be too large.
         """
         self.unseen.zero_()
         self._reach += unseen
         if not self._reach < _LARGEST:
-            raise self._too_large(self._sum.double())
+            raise SpanError(self._too_large(self._sum.double()))
 
     def _make_room(self, most: float, part: slice, added: Tensor) -> None:
-        """See to it that sums can grow by so much as numbers are added to a part of them."""
+        """Ensure that sums can grow by `most` while numbers are added to a part of them.
+
+        Raises:
+            SpanError: if they cannot.
+        """
         if self._reach + most < _EXACT:
             return
         self._sum = self._integers()
@@ -301,15 +322,15 @@ class _Running:
             self._reach = float(sums.abs().max())
             if not self._reach + most < _LARGEST:
                 sums[part] += added
-                raise self._too_large(sums)
+                raise SpanError(self._too_large(sums))
 
-    def _too_large(self, sums: Tensor) -> SpanError:
-        """Return the error of sums, of which one may be too large: that of the largest."""
+    def _too_large(self, sums: Tensor) -> str:
+        """Return the error message for sums of which one may be too large; it names the largest."""
         sizes = {name: float(_largest(sums[place])) for name, place in self._row.places.items()}
-        return SpanError(f"tensor {max(sizes, key=sizes.__getitem__)!r}: {TOO_LARGE}")
+        return f"tensor {max(sizes, key=sizes.__getitem__)!r}: {TOO_LARGE}"
 
     def _integers(self) -> Tensor:
-        """Return the sums as integers, in the memory they are in."""
+        """Convert the sums to integers in place."""
         if self._sum.dtype == torch.int64:
             return self._sum
         integers = self._sum.view(torch.int64)
@@ -335,7 +356,7 @@ class _Running:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Return the largest size of some numbers; 0 of none."""
+    """Return the largest absolute value; 0 for no values."""
     if not values.numel():
         return values.new_zeros(())
     smallest, largest = torch.aminmax(values)
@@ -345,12 +366,12 @@ def _largest(values: Tensor) -> Tensor:
 def unit_axes(
     allocated: Iterable[TensorSpec], table: Collection[TensorSpec], keep: str
 ) -> Axes | None:
-    """Return the axes over whose units a level of `--keep` needs sums of allocations, and no more;
-    None where it needs more.
+    """Return the axes of units if a level of `--keep` needs only sums over units; None if it needs
+    more.
 
     Args:
         allocated: every tensor that takes part in the allocation.
-        table: those that are stored; each of the others is one unit.
+        table: tensors that are stored; each other tensor is one unit.
         keep: a level of `--keep`.
     """
     if holds(keep, "statistics"):
@@ -360,33 +381,32 @@ def unit_axes(
 
 
 class SpanSums:
-    """The segments of one span for one loss, gathered as the arrays a run stores: losses, and sums
-    over tensors and units.
+    """Collect the segments of one span for one loss in the arrays that a run stores: losses, and
+    sums over tensors and units.
 
-    A loss with groups has an axis of groups behind that of segments. Groups may be added in blocks,
-    one after the other, each over all segments.
+    If a loss has groups, the axis of groups follows that of segments. Groups may be added in
+    blocks, one after the other, each over all segments.
 
     Args:
-        table: the allocated tensors that are stored; the allocation of the others is the remainder.
-        length: segments in the span.
+        table: allocated tensors that are stored; the allocation of the others is the remainder.
+        length: number of segments in the span.
         keep: a level of `--keep`.
-        device: where allocations are.
-        groups: their number; None for a loss without groups.
-        examples: of a loss that tells them apart, by the position of the group of each, which is 0
-            without groups; None for others.
-        uses: those that are told apart of tensors of the table, see `schema.uses_of`.
-        causes: whether what moved the weights is told.
-        directions: how many are told apart; 0 for none.
-        path: whether it is told what another path changes.
+        device: device of the allocations.
+        groups: number of groups; None for a loss without groups.
+        examples: for a loss that keeps examples apart, the group of each example (0 without
+            groups); None for other losses.
+        uses: the uses that are kept apart, by tensor of the table, see `schema.uses_of`.
+        causes: whether to store the allocation of causes.
+        directions: number of directions that are kept apart; 0 for none.
+        path: whether to store the effect of another path.
 
     Attributes:
-        since: the first segment of the span whose parameters are counted in `totals`: none of sums.
-        examples: numbers of every example, by name: none where they are not told apart.
-        causes: what each cause of the motion is allocated, by name: none where that is not told.
-        along: what directions are allocated, and how far the weights moved along them, by name:
-            none without directions.
-        path: what another path changes, by name: none where that is not told, zeros on segments on
-            which none is known.
+        since: first segment of the span that `totals` includes; sums have none.
+        examples: numbers of every example, by name; empty if examples are not kept apart.
+        causes: allocation of each cause of the motion, by name; empty if causes are not stored.
+        along: allocation of directions and motion along them, by name; empty without directions.
+        path: effect of another path, by name; empty if not stored, and zero on segments without
+            another path.
     """
 
     def __init__(
@@ -448,9 +468,7 @@ class SpanSums:
         return (self._groups,) if grouped and self._groups is not None else ()
 
     def begin(self, block: range) -> None:
-        """Allocate the large arrays of a block of groups; those of the block before are
-        released.
-        """
+        """Allocate the large arrays of a block of groups and release those of the previous block."""
         self.block = block
         self.units: Arrays = {}
         for spec in self._table if holds(self._keep, "units") else ():
@@ -459,7 +477,7 @@ class SpanSums:
 
     @property
     def allocation(self) -> Arrays:
-        """Return every parameter's allocation on the segments of the block, by tensor: none of
+        """Return every parameter's allocation on the segments of the block, by tensor; empty for
         sums.
         """
         return {}
@@ -469,9 +487,7 @@ class SpanSums:
         return () if self._groups is None else (len(self.block),)
 
     def _of_block(self, column: np.ndarray[Any, Any], row: int) -> np.ndarray[Any, Any]:
-        """Return the block's part of one segment of an array, with an axis of groups also where
-        there are none.
-        """
+        """Return the block's part of one segment of an array, always with an axis of groups."""
         return (
             column[row : row + 1]
             if self._groups is None
@@ -479,7 +495,12 @@ class SpanSums:
         )
 
     def add(self, row: int, segment: SegmentAllocation) -> None:
-        """Add the block's part of the segment at position `row` of the span."""
+        """Add the block's part of a segment.
+
+        Args:
+            row: position of the segment in the span.
+            segment: its allocation.
+        """
         names = {spec.name for spec in self._table}
         remainder = sum_of(total for name, total in segment.sums.items() if name not in names)
         before = self.steps["converged"][row]
@@ -489,7 +510,7 @@ class SpanSums:
                 self._of_block(column, row)[:] = value
             elif name not in MAY_BE_NAN:
                 column[row] = getattr(segment, name)
-        if self.block.start:  # a segment has converged where it has in every block
+        if self.block.start:  # a segment has converged if it has in every block
             self.steps["converged"][row] &= before
         self._unreached[row] &= segment.unreached
         for position, spec in enumerate(self._table):
@@ -509,16 +530,24 @@ class SpanSums:
                     place[..., position] = sums[spec.name]
 
     def add_causes(self, row: int, shares: Mapping[str, Numbers]) -> None:
-        """Add what each cause is allocated on the segment at position `row` of the span, of the
-        groups of the block: ([groups, ]causes) of each tensor.
+        """Add the allocation of causes on a segment, for the groups of the block.
+
+        Args:
+            row: position of the segment in the span.
+            shares: by tensor, ([groups, ]causes).
         """
         place = self._of_block(self.causes["allocated"], row)
         for position, spec in enumerate(self._table):
             place[..., position] = shares[spec.name]
 
     def add_along(self, row: int, allocated: Numbers, motion: Numbers, distance: float) -> None:
-        """Add what directions are allocated on the segment at position `row` of the span, of the
-        groups of the block, ([groups, ]directions), and the motion along each and in all.
+        """Add the allocation of directions on a segment, for the groups of the block.
+
+        Args:
+            row: position of the segment in the span.
+            allocated: allocation of each direction, ([groups, ]directions).
+            motion: motion along each direction, (directions,).
+            distance: length of the whole motion.
         """
         self._of_block(self.along["allocated"], row)[:] = allocated
         self.along["motion"][row] = motion
@@ -534,15 +563,15 @@ class SpanSums:
             self.examples["uses"][row] = np.concatenate(by_use, axis=-1)
 
     def _add_units(self, row: int, segment: SegmentAllocation) -> None:
-        """Add what the units of each tensor are allocated."""
+        """Add the allocation of each tensor's units."""
         of_units = segment.of_units() if self.units else {}
         for name, place in self.units.items():
             place[row] = of_units[name]
 
     @property
     def moved_unused(self) -> set[str]:
-        """The tensors that moved while the loss of no group depended on them: parameters
-        throughout, buffers on a segment.
+        """Return the tensors that moved while the loss of no group depended on them: parameters on
+        all segments, buffers on one.
         """
         throughout = frozenset.intersection(*self._unreached)
         return {
@@ -554,22 +583,22 @@ class SpanSums:
         }
 
     def cut(self, row: int) -> None:
-        """Note that the segment at position `row` of the span does not start where the one before
-        ends: from the one to the other nothing turns.
+        """Note that a segment does not start where the previous one ends: no turn is counted
+        between them.
         """
 
     def totals(self) -> dict[str, Arrays]:
-        """Return the per-parameter totals over the span, by tensor: none of sums."""
+        """Return the per-parameter totals over the span, by tensor; empty for sums."""
         return {}
 
 
 @dataclass(frozen=True)
 class _Waiting:
-    """Numbers of a row of tensors on a segment, on their device until those of all rows are there.
+    """Hold numbers of a row of tensors on a segment, on their device until all rows are complete.
 
     Attributes:
-        units: what units are allocated, (groups, units) float64.
-        counts: of parameters that help and that hurt, (groups, 2, tensors) float64.
+        units: allocation of units, (groups, units) float64.
+        counts: number of parameters that help and that hurt, (groups, 2, tensors) float64.
         slopes: Σ|gradient|, (groups, tensors) float64.
     """
 
@@ -579,12 +608,12 @@ class _Waiting:
 
 
 class _OfTensor:
-    """Sums over one tensor on a segment, from its pieces.
+    """Sum over one tensor on a segment from its pieces.
 
     Args:
-        spec: of the tensor.
-        groups: their number.
-        device: where they are.
+        spec: the tensor.
+        groups: number of groups.
+        device: device of the tensor.
         scratch: memory to compute in.
     """
 
@@ -605,7 +634,7 @@ class _OfTensor:
 
     @property
     def bins(self) -> Tensor | None:
-        """Return the histogram, (groups, BINS) int64; None of a buffer."""
+        """Return the histogram, (groups, BINS) int64; None for a buffer."""
         return self._bins if self._is_parameter else None
 
     def waiting(self) -> _Waiting:
@@ -615,13 +644,13 @@ class _OfTensor:
 
 
 class _OfTensors:
-    """The same of small tensors in a row, all of which is one piece of each group.
+    """Sum over small tensors in a row, which form a single piece for each group.
 
     Args:
-        bundle: of the tensors.
-        parameters: how many numbers, from the first on, are no buffers'.
-        groups: their number.
-        device: where they are.
+        bundle: the tensors.
+        parameters: number of leading elements that do not belong to buffers.
+        groups: number of groups.
+        device: device of the tensors.
         scratch: memory to compute in.
     """
 
@@ -654,7 +683,7 @@ class _OfTensors:
 
     @property
     def bins(self) -> Tensor | None:
-        """Return the histogram, (groups, BINS) int64; None of buffers alone."""
+        """Return the histogram, (groups, BINS) int64; None if all are buffers."""
         return self._bins if self._parameters else None
 
     def waiting(self) -> _Waiting:
@@ -663,16 +692,16 @@ class _OfTensors:
 
 
 class _TableRow:
-    """A row of tensors of a table, of whose parameters something is kept.
+    """Describe a row of stored tensors whose parameters are processed one by one.
 
     Args:
-        row: of the tensors.
-        specs: of each.
-        device: where they are.
+        row: the tensors.
+        specs: specification of each.
+        device: device of the tensors.
         scratch: memory to compute in.
 
     Attributes:
-        cuts: the pieces in which it is taken in; None for all of it at once.
+        cuts: pieces in which to process it; None for a single piece.
     """
 
     def __init__(
@@ -690,7 +719,7 @@ class _TableRow:
         self._parameters = sum(spec.elements for spec in specs if spec.kind == "parameter")
 
     def sums(self, groups: int) -> _OfTensor | _OfTensors:
-        """Return sums of a segment, to which pieces are added."""
+        """Return empty sums for a segment, to which pieces are added."""
         if self._bundle is None:
             return _OfTensor(self.specs[0], groups, self._device, self._scratch)
         return _OfTensors(self._bundle, self._parameters, groups, self._device, self._scratch)
@@ -699,7 +728,7 @@ class _TableRow:
 def _rows_of_table(
     table: Sequence[TensorSpec], device: torch.device, scratch: Scratch
 ) -> dict[tuple[str, ...], _TableRow]:
-    """Return the rows in which the tensors of a table are taken in, by their names."""
+    """Return the rows in which to process the tensors of a table, by their names."""
     shapes = tuple((spec.name, torch.Size(spec.shape)) for spec in table)
     specs = {spec.name: spec for spec in table}
     return {
@@ -709,18 +738,27 @@ def _rows_of_table(
 
 
 class SpanStatistics(SpanSums):
-    """The same with what is kept of every parameter over time, and where asked for, with every
+    """Extend `SpanSums` by statistics of every parameter over time and, on request, every
     parameter's allocation.
 
     The totals of a loss with groups are those of its weighted mean over the groups, the loss of the
     whole split.
 
     Args:
-        unit: of totals, see `schema.unit_of_totals`.
-        since: the first segment of the span whose totals are not counted yet; those of the segments
-            before are stored.
-        like: statistics of another loss over the same segments, which count from the same one on
-            how weights turn, for this one as well.
+        table: as for `SpanSums`.
+        length: as for `SpanSums`.
+        keep: as for `SpanSums`.
+        device: as for `SpanSums`.
+        groups: as for `SpanSums`.
+        examples: as for `SpanSums`.
+        uses: as for `SpanSums`.
+        causes: as for `SpanSums`.
+        directions: as for `SpanSums`.
+        path: as for `SpanSums`.
+        unit: unit of totals, see `schema.unit_of_totals`.
+        since: first segment of the span whose totals are not stored yet.
+        like: statistics of another loss over the same segments; from the same `since` on, they
+            count the turns of weights for this loss too.
     """
 
     def __init__(
@@ -764,9 +802,9 @@ class SpanStatistics(SpanSums):
             for names, table_row in (self._rows.items() if since < length else ())
         }
         self._pooled: list[dict[tuple[str, ...], Tensor]] = [{} for _ in range(length)]
-        # of the segment that is taken in
+        # of the segment that is being processed
         self._waiting: dict[tuple[str, ...], _Waiting] = {}
-        self._bins: Tensor | None = None  # of its parameters
+        self._bins: Tensor | None = None  # histogram of its parameters
 
     def begin(self, block: range) -> None:
         """Allocate the large arrays of a block of groups, as `SpanSums` does."""
@@ -785,32 +823,32 @@ class SpanStatistics(SpanSums):
 
     @property
     def allocation(self) -> Arrays:
-        """Return every parameter's allocation, once all of it is on the host."""
+        """Return every parameter's allocation, after waiting until all of it is on the host."""
         self._leaving.finish()
         return self._allocation
 
     def cut(self, row: int) -> None:
-        """Count no turns between a segment and the one before, see `SpanSums.cut`."""
+        """Count no turns between a segment and the previous one; see `SpanSums.cut`."""
         if row > self.since and self.block.stop == (self._groups or 1):
             for running in self._running.values():
                 running.cut()
 
     def gathering(self, row: int) -> Gathers:
-        """Return what takes in a segment, at position `row` of the span, while its sums are
-        computed; `add` leaves out then what was taken in.
+        """Return the object that collects a segment while its sums are computed; `add` then skips
+        what it collected.
         """
         return _Segment(self, row)
 
     def takes(self, name: str) -> bool:
-        """Tell whether a tensor is stored."""
+        """Return whether a tensor is stored."""
         return name in self._positions
 
     def cuts(self, row: Row) -> Sequence[slice] | None:
-        """Return the pieces in which a row of stored tensors is taken in, see `Gathers.cuts`."""
+        """Return the pieces in which to process a row of stored tensors; see `Gathers.cuts`."""
         return self._rows[row.names].cuts
 
     def _add_units(self, row: int, segment: SegmentAllocation) -> None:
-        """Add what is kept of every parameter, and all sums that were waiting for it."""
+        """Add the statistics of every parameter, and all sums that wait for them."""
         if not segment.gathered:
             for table_row in self._rows.values():
                 pieces = segment.pieces(table_row.row, table_row.cuts, self._scratch)
@@ -818,8 +856,13 @@ class SpanStatistics(SpanSums):
         self._settle(row)
 
     def take(self, index: int, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
-        """Take in a row of stored tensors on the segment at position `index` of the span, see
-        `Gathers.take`.
+        """Collect a row of stored tensors on a segment; see `Gathers.take`.
+
+        Args:
+            index: position of the segment in the span.
+            row: as for `Gathers.take`.
+            weight: as for `Gathers.take`.
+            pieces: as for `Gathers.take`.
         """
         names, counted = row.names, index >= self.since
         sums = self._rows[names].sums(len(self.block))
@@ -851,18 +894,18 @@ class SpanStatistics(SpanSums):
             self._add_pooled(index, row, pooled, moved)
 
     def _place_of(self, names: tuple[str, ...], index: int) -> Tensor | None:
-        """Return where the allocation of a row on a segment is kept, (groups, parameters) on the
-        host; None where it is not.
+        """Return where to store the allocation of a row on a segment, (groups, parameters) on the
+        host; None if it is not stored.
         """
         if names not in self._kept:
             return None
-        if index != self._leaving_from:  # those of one segment at most are on their way
+        if index != self._leaving_from:  # allow copies in flight from one segment only
             self._leaving.finish()
             self._leaving_from = index
         return torch.from_numpy(self._kept[names][index])
 
     def _settle(self, row: int) -> None:
-        """Bring to the host what was taken in of the tensors of a segment, at once."""
+        """Copy all results for the tensors of a segment to the host at once."""
         waiting = [self._waiting.pop(names) for names in self._rows]
         units, counts, slopes = (
             Reading(torch.cat(of_rows, -1))
@@ -897,7 +940,9 @@ class SpanStatistics(SpanSums):
             self._of_block(self.histogram["zero"], row)[:] += zeros.astype("int64")
 
     def _add_units_in_rows(self, row: int, units: np.ndarray[Any, Any]) -> None:
-        """Add what units are allocated, (groups, units), those of one row after those of another."""
+        """Add the allocation of units, (groups, units), with the units of one row after those of
+        another.
+        """
         first = 0
         for table_row in self._rows.values():
             for spec in table_row.specs:
@@ -907,8 +952,8 @@ class SpanStatistics(SpanSums):
                 first = last
 
     def _pool_of(self, index: int, row: Row) -> Tensor:
-        """Return the gradient and the allocation of each parameter of a row, multiplied by the
-        weights of groups and added up over the blocks before: (2, parameters), float64.
+        """Return gradient and allocation of each parameter of a row, summed over earlier blocks of
+        groups with the groups' weights: (2, parameters), float64.
         """
         before = self._pooled[index].pop(row.names, None)
         if before is not None:
@@ -916,8 +961,9 @@ class SpanStatistics(SpanSums):
         return torch.zeros((2, row.numbers), dtype=torch.float64, device=self._device)
 
     def _add_pooled(self, index: int, row: Row, pooled: Tensor, moved: Tensor) -> None:
-        """Add the weighted mean over the groups to the totals after the last block of them; `moved`
-        are the signs of the motion.
+        """Add the weighted mean over the groups to the totals, after the last block of groups.
+
+        `moved` holds the signs of the motion.
         """
         assert self._groups is not None
         if self.block.stop < self._groups:
@@ -930,8 +976,8 @@ class SpanStatistics(SpanSums):
             )
 
     def totals(self) -> dict[str, Arrays]:
-        """Return the per-parameter totals over the span from `since` on, by tensor; none where
-        nothing is left of it.
+        """Return the per-parameter totals over the span from `since` on, by tensor; empty if no
+        segment remains.
         """
         totals = {
             name: arrays
@@ -942,31 +988,31 @@ class SpanStatistics(SpanSums):
 
 
 def _pool(pooled: Tensor, piece: Piece, weight: Numbers) -> None:
-    """Add a piece of gradient and allocation, multiplied by the weights of its groups."""
+    """Add gradient and allocation of a piece, multiplied by the weights of its groups."""
     weights = torch.as_tensor(weight, device=pooled.device)[piece.rows]
     for total, values in zip(pooled, (piece.gradient, piece.allocation), strict=True):
         total[piece.columns] += weights @ values
 
 
 class _Segment:
-    """A segment of statistics, as `Gathers`.
+    """Collect one segment of statistics, as `Gathers`.
 
     Args:
-        statistics: of its span.
-        row: its position in the span.
+        statistics: statistics of its span.
+        row: position of the segment in the span.
     """
 
     def __init__(self, statistics: SpanStatistics, row: int) -> None:
         self._statistics, self._row = statistics, row
 
     def takes(self, name: str) -> bool:
-        """Tell whether a tensor is stored."""
+        """Return whether a tensor is stored."""
         return self._statistics.takes(name)
 
     def cuts(self, row: Row) -> Sequence[slice] | None:
-        """Return the pieces in which a row is taken in, see `Gathers.cuts`."""
+        """Return the pieces in which to process a row; see `Gathers.cuts`."""
         return self._statistics.cuts(row)
 
     def take(self, row: Row, weight: Numbers, pieces: Iterable[Piece]) -> None:
-        """Take in a row, see `Gathers.take`."""
+        """Collect a row; see `Gathers.take`."""
         self._statistics.take(self._row, row, weight, pieces)

@@ -1,7 +1,7 @@
-"""The training side: every iterate saved as one safetensors file, off the critical path.
+"""Save every iterate during training as one safetensors file, off the critical path.
 
-`Recorder` fits any loop; `transformers` and `lightning` beside it hold callbacks for these
-trainers, which are imported only there.
+`Recorder` fits any loop. The modules `transformers` and `lightning` hold callbacks for those
+trainers and import them only there.
 """
 
 from .recorder import Recorder as Recorder

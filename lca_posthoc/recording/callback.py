@@ -1,6 +1,4 @@
-"""The part that the callbacks of all trainers share: a recorder that lives as long as a
-training.
-"""
+"""Share among the callbacks of all trainers a recorder that lives as long as training."""
 
 from __future__ import annotations
 
@@ -15,12 +13,12 @@ from .recorder import Recorder
 
 
 class Recording:
-    """Hold a recorder from the beginning of a training to its end.
+    """Hold a recorder from the start of training to its end.
 
     Args:
-        directory: as `Recorder`'s.
-        frozen: True to write parameters that are frozen when training begins too; False for trained
-            ones and buffers alone.
+        directory: as for `Recorder`.
+        frozen: whether to write parameters that are frozen when training starts; False writes
+            trained parameters and buffers only.
         save: as for `Recorder.attach`.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
@@ -41,8 +39,16 @@ class Recording:
     def begin(
         self, model: nn.Module, step: int, last: int, optimizers: Iterable[Optimizer]
     ) -> None:
-        """Save the weights that training begins with, where there is space for all up to the step
-        `last` (0 or less: unknown), and follow the optimisers.
+        """Save the initial weights and start to follow the optimisers; first check the disk space.
+
+        Args:
+            model: the module that is trained.
+            step: the optimiser step at which training starts.
+            last: the last step; 0 or less if unknown, which skips the check.
+            optimizers: optimisers that train the model.
+
+        Raises:
+            ResourceError: if the disk lacks the space for all iterates up to `last`.
         """
         self.end()
         self._recorder = Recorder(self._directory, model, **self._options)
@@ -57,19 +63,17 @@ class Recording:
             self._recorder.save(step)
 
     def note_clipping(self, factor: float | Tensor) -> None:
-        """Note the factor that gradients were clipped by before the step that follows; NaN where it
-        is not known.
-        """
+        """Note the factor that clips gradients before the next step; NaN if unknown."""
         if self._recorder is not None:
             self._recorder.note_clipping(factor)
 
     def flush(self) -> None:
-        """Flush the iterates before a checkpoint that training may be resumed from."""
+        """Flush the iterates to disk before the trainer writes a checkpoint it may resume from."""
         if self._recorder is not None:
             self._recorder.flush()
 
     def end(self) -> None:
-        """Close the recorder, which finishes the files."""
+        """Close the recorder, which completes the files."""
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             recorder.close()

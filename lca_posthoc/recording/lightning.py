@@ -1,4 +1,6 @@
-"""For the Trainer of Lightning: `Trainer(..., callbacks=[RecorderCallback("checkpoints")])`."""
+"""Record training by Lightning's Trainer: `Trainer(...,
+callbacks=[RecorderCallback("checkpoints")])`.
+"""
 
 from __future__ import annotations
 
@@ -22,20 +24,20 @@ if TYPE_CHECKING:
 class RecorderCallback(Recording, Callback):
     """Record the weights at the start of training and after every optimiser step.
 
-    Steps are the trainer's own `global_step`, which counts those of all optimisers: gradient
-    accumulation counts once, and training resumed from a checkpoint goes on with the series.
-    Weights are saved at the end of a batch. Tensors are named as in the `LightningModule`. There
-    must be space for `max_steps` iterates, where that is set, when training begins.
+    Steps are the trainer's own `global_step`, which counts the steps of all optimisers: gradient
+    accumulation counts once, and training resumed from a checkpoint continues the series. Weights
+    are saved at the end of a batch. Tensors have the names of the `LightningModule`. When training
+    starts, the disk must have space for `max_steps` iterates, if that is set.
 
-    What the optimisers did is recorded with every iterate, see `Recorder.attach`; of clipping, the
-    factor where the trainer clips the norm itself (`gradient_clip_val`), and none where it clips
-    values or the module clips, as it may under manual optimisation.
+    Every iterate also records what the optimisers did, see `Recorder.attach`. The factor of
+    gradient clipping is recorded if the trainer clips the norm itself (`gradient_clip_val`), but
+    not if it clips values or the module clips, as it may under manual optimisation.
 
     Args:
-        directory: as `Recorder`'s.
-        frozen: False leaves out what is frozen when training begins (an adapter's base), which `lca
-            run` then takes from the task's model; parameters that a callback unfreezes later could
-            not be recorded.
+        directory: as for `Recorder`.
+        frozen: False leaves out parameters that are frozen when training starts (an adapter's
+            base); `lca run` then takes them from the task's model. Parameters that a callback
+            unfreezes later could not be recorded.
         save: "scalars" or "moments", as for `Recorder.attach`.
         options: `every`, `steps`, `until`, `on_full` of `Recorder`.
     """
@@ -51,14 +53,25 @@ class RecorderCallback(Recording, Callback):
         super().__init__(directory, frozen=frozen, save=save, **options)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the weights that training begins with."""
+        """Save the initial weights.
+
+        Args:
+            trainer: the trainer, given by Lightning.
+            pl_module: the module that is trained.
+        """
         self.begin(pl_module, trainer.global_step, trainer.max_steps, trainer.optimizers)
         self._saved = trainer.global_step
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """Note the factor of the clipping that follows."""
+        """Note the factor of the clipping that follows.
+
+        Args:
+            trainer: the trainer, given by Lightning.
+            pl_module: the module that is trained.
+            optimizer: the optimiser that is about to step.
+        """
         clips_itself = is_overridden("configure_gradient_clipping", pl_module)
         if clips_itself or not pl_module.automatic_optimization:
             factor = torch.tensor(math.nan)
@@ -81,7 +94,15 @@ class RecorderCallback(Recording, Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
-        """Save the weights after an optimiser step."""
+        """Save the weights if the batch ended with an optimiser step.
+
+        Args:
+            trainer: the trainer, given by Lightning.
+            pl_module: the module that is trained.
+            outputs: unused.
+            batch: unused.
+            batch_idx: unused.
+        """
         if trainer.global_step > self._saved:
             self.take(trainer.global_step)
             self._saved = trainer.global_step
@@ -89,17 +110,35 @@ class RecorderCallback(Recording, Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        """Flush the iterates before a checkpoint that training may be resumed from."""
+        """Flush the iterates to disk before the trainer writes a checkpoint it may resume from.
+
+        Args:
+            trainer: the trainer, given by Lightning.
+            pl_module: the module that is trained.
+            checkpoint: unused.
+        """
         self.flush()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Close the recorder, which finishes the files."""
+        """Close the recorder, which completes the files.
+
+        Args:
+            trainer: the trainer, given by Lightning.
+            pl_module: the module that is trained.
+        """
         self.end()
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Finish the files; add an error of the recorder to that of the training as a note."""
+        """Close the recorder; add its error, if any, as a note to the exception that ended
+        training.
+
+        Args:
+            trainer: the trainer, given by Lightning.
+            pl_module: the module that is trained.
+            exception: the exception that ended training.
+        """
         try:
             self.end()
         except LCAError as error:

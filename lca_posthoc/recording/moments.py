@@ -1,4 +1,4 @@
-"""The moments of optimisers, copied into memory beside an iterate."""
+"""Copy the moments of optimisers into memory beside an iterate."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from .writer import Pool, Staged
 
 
 class MomentStager:
-    """Copy moments into staging memory, as a `Stager` does a model's tensors.
+    """Copy moments into staging memory, as a `Stager` does for a model's tensors.
 
-    There may be more of them from one step to the next, where a tensor gets its first gradient:
-    these have memory of their own, and the memory of those before goes as they are written.
+    Moments may appear from one step to the next, when a tensor gets its first gradient. The larger
+    set gets new memory, and the old memory is freed once it is written.
     """
 
     def __init__(self) -> None:
@@ -22,17 +22,20 @@ class MomentStager:
         self._stager: Stager | None = None
 
     def stage(self, moments: Mapping[str, Tensor]) -> Staged | None:
-        """Take the moments as they are now; None where there are none.
+        """Copy the current moments; return None if there are none.
+
+        Args:
+            moments: name in the file → moment.
 
         Raises:
-            InputError: where a file cannot hold one of them.
+            InputError: if a file cannot hold one of them.
         """
         if not moments:
             return None
         if self._pool is None or self._stager is None or not self._pool.layout.fits(moments):
             layout = Layout(moments)
             if self._stager is not None:
-                self._stager.wait()  # it is copied from memory on the device that goes now
+                self._stager.wait()  # the copy must finish before its buffer on the device is freed
             self._pool, self._stager = Pool(layout), Stager(layout)
         staging = self._pool.take()
         try:

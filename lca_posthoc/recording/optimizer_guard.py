@@ -1,5 +1,5 @@
-"""Follow which optimisers train a model, and warn where one that is not recorded takes over from
-those that are.
+"""Follow which optimisers train a model, and warn if an unrecorded one takes over from the recorded
+ones.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-# from the line that makes a step to the hook
+# files between the line that calls `step` and the hook
 BETWEEN = (__file__, os.path.join(os.path.dirname(torch.__file__), ""))
 
 
 def trains(optimizer: Optimizer, model: nn.Module) -> bool:
-    """Tell whether an optimiser has any of the model's parameters."""
+    """Return whether an optimiser has any of the model's parameters.
+
+    Args:
+        optimizer: the optimiser.
+        model: the model.
+    """
     identities = {id(parameter) for parameter in model.parameters()}
     return any(
         id(parameter) in identities
@@ -29,20 +34,21 @@ def trains(optimizer: Optimizer, model: nn.Module) -> bool:
 
 
 class Trainers:
-    """Tell which optimisers train a model; neither they nor the model are kept alive.
+    """Determine which optimisers train a model, without keeping any of them alive.
 
     Args:
-        model: the one that is recorded.
+        model: the recorded model.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = weakref.ref(model)
-        # by id: the number of groups, and whether they train the model
+        # id → the optimiser, its number of groups, and whether it trains the model
         self._known: dict[int, tuple[weakref.ref[Optimizer], int, bool]] = {}
 
     def include(self, optimizer: Optimizer) -> bool:
-        """Tell whether an optimiser trains the model; computed anew only where groups were added,
-        for every step of every one asks.
+        """Return whether an optimiser trains the model.
+
+        Every step of every optimiser asks, so recompute only when groups were added.
         """
         groups = len(optimizer.param_groups)
         known = self._known.get(id(optimizer))
@@ -58,12 +64,12 @@ class Trainers:
 class Takeover:
     """Warn once when another optimiser trains the model in place of the attached ones.
 
-    Steps that others make inside a step of an attached optimiser, as the parts of a composed one
-    do, belong to that step. Optimisers are told apart by identity, whatever they say they equal,
+    Steps that others make inside a step of an attached optimiser, as the parts of a composed
+    optimiser do, belong to that step. Optimisers are distinguished by identity, whatever `==` says,
     and are not kept alive.
 
     Args:
-        trainers: tells which optimisers train the model.
+        trainers: determines which optimisers train the model.
         attached: the optimisers whose steps are recorded.
     """
 
@@ -80,13 +86,13 @@ class Takeover:
         self._handle.remove()
 
     def begin(self) -> None:
-        """Count steps of others as parts of a step of an attached optimiser, in `inner_steps`,
-        until `finish`.
+        """Start to count steps of other optimisers in `inner_steps`, as parts of a step of an
+        attached one, until `finish`.
         """
         self._inside = True
 
     def finish(self) -> None:
-        """Note that a step of an attached optimiser is done."""
+        """Mark the end of a step of an attached optimiser."""
         self._inside, self._alone = False, 0
 
     def _after_any(self, optimizer: Optimizer, *_: object) -> None:
@@ -98,12 +104,12 @@ class Takeover:
         if self._said:
             return
         self._alone += 1
-        if self._alone == 2:  # two in a row, with no step of an attached one between them
+        if self._alone == 2:  # two foreign steps in a row, none of ours between: it has taken over
             self._said = True
             warnings.warn(
-                "an optimiser that the recorder is not attached to makes steps of the model: they "
-                "are not recorded. Where it replaces the one that is, close this recorder and "
-                "attach another one to it, with the step: attach(optimizer, step=…)",
+                "an optimiser that the recorder is not attached to trains the model; its steps "
+                "are not recorded. If it replaces the attached one, close this recorder and "
+                "attach a new one to it, with the step: attach(optimizer, step=…)",
                 stacklevel=_level_of_step(),
             )
 
@@ -112,9 +118,7 @@ class Takeover:
 
 
 def _level_of_step() -> int:
-    """Return the `stacklevel`, for the caller of this function, of the line outside torch that
-    makes the step.
-    """
+    """Return the `stacklevel`, seen from the caller, of the line outside torch that calls `step`."""
     frame, level = sys._getframe(1), 1
     while frame.f_code.co_filename.startswith(BETWEEN) and frame.f_back is not None:
         frame, level = frame.f_back, level + 1

@@ -1,10 +1,10 @@
-"""Take down an optimiser's numbers at the moment it makes a step: learning rate, decay, the norms of
-the gradients, and its moments.
+"""Record an optimiser's numbers at the moment of its step: learning rate, decay, gradient norms,
+and moments.
 
 A scheduler changes the learning rate after the step, and some optimisers overwrite gradients in it,
-so that both are read before; a closure makes the gradients during the step, so that they are read
-after its call. Numbers that lie on a CUDA device stay there until the iterate's bytes are copied:
-nothing here waits for the device.
+so both are read before. A closure computes the gradients during the step, so then they are read
+after its call. Numbers on a CUDA device stay there until the iterate's bytes are copied: nothing
+here waits for the device.
 """
 
 from __future__ import annotations
@@ -42,25 +42,26 @@ from .optimizer_guard import Trainers
 from .outermost import Call, optimizers_in
 
 _MOMENTS = {FIRST: ("exp_avg",), SECOND: ("exp_avg_sq", "square_avg", "sum")}
-# the moments that each weight will have, of optimisers that have made no step yet
+# number of moments per weight, for optimisers that have not made a step yet
 _MOMENTS_OF: tuple[tuple[tuple[type[Optimizer], ...], int], ...] = (
     ((Adam, NAdam, RAdam, SparseAdam), 2),
     ((Adamax, RMSprop, Adagrad, Adadelta), 1),
 )
-_DECOUPLED = ("AdamW", "Muon", "Adafactor")  # always; others say so in their groups
+_DECOUPLED = ("AdamW", "Muon", "Adafactor")  # always decoupled; others state it in their groups
 _NUMBERS = ("lr", "weight_decay", "momentum", "dampening", "eps", "alpha", "lr_decay")
 _WIDE = frozenset((torch.float32, torch.float64))
-_PIECE = 2**18  # numbers whose squares a CPU adds up in float32 without losing digits that count
-_MOST_CLIPS = 64  # that are remembered, of different tensors
+_PIECE = 2**18  # numbers whose squares a CPU sums in float32 with enough accuracy
+_MOST_CLIPS = 64  # remembered clippings, of different tensors
 _FLAGS = ("nesterov", "maximize", "amsgrad", "centered", "decoupled_weight_decay")
 
 
 class _Held:
-    """Copies of numbers as they are now, which are on their way to the host where a CUDA device has
-    them; `read` waits for them.
+    """Hold copies of scalars; those from a CUDA device may still be on their way to the host.
+
+    `read` waits for them.
 
     Args:
-        tensors: of one number each, on any devices.
+        tensors: tensors of one number each, on any devices.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -79,7 +80,7 @@ class _Held:
 
     @torch.no_grad()
     def _hold(self, indices: Sequence[int], scalars: list[Tensor]) -> None:
-        part = torch.stack(scalars)  # of types unlike each other, of one that holds them all
+        part = torch.stack(scalars)  # promotes mixed types to a common one
         if part.is_cuda:
             device = part.device
             part = part.to("cpu", non_blocking=True)
@@ -89,7 +90,7 @@ class _Held:
         self._parts.append((indices, part))
 
     def read(self) -> list[float]:
-        """Return the numbers, in the order they were given in."""
+        """Return the numbers in the order they were given."""
         for event in self._copied:
             event.synchronize()
         numbers = [math.nan] * self._count
@@ -101,7 +102,7 @@ class _Held:
 
 @dataclass(eq=False)
 class _Member:
-    """A trained tensor: how many steps were made with it, and how many since the iterate before."""
+    """Count the steps made with a trained tensor: all of them, and those since the last iterate."""
 
     reference: weakref.ref[Tensor]
     steps: int
@@ -110,12 +111,12 @@ class _Member:
 
 @dataclass(eq=False)
 class _Clip:
-    """A factor that gradients were multiplied by.
+    """Hold a factor that multiplied gradients.
 
     Args:
-        tensors: the ids of those it is of; None for all.
-        factor: one number, perhaps on its way to the host.
-        used: the ids of the optimisers that have made a step since.
+        tensors: ids of the tensors it applies to; None for all.
+        factor: one number, perhaps still on its way to the host.
+        used: ids of the optimisers that have made a step since.
     """
 
     tensors: frozenset[int] | None
@@ -125,15 +126,15 @@ class _Clip:
 
 @dataclass(eq=False)
 class _Group:
-    """The tensors of a group that a step moves.
+    """Hold the tensors of a parameter group that a step moves.
 
     Args:
-        numbers: the group's settings.
-        indices: settings that are tensors: the index of each among the numbers held.
-        flags: settings that are true or false.
-        members: the tensors that have a gradient.
-        has_memory: of each, whether the optimiser remembers earlier gradients of it.
-        norms: the index of the first one's norm among the numbers held; None where it is not known.
+        numbers: numeric settings of the group.
+        indices: settings that are tensors → index among the held numbers.
+        flags: boolean settings.
+        members: tensors that have a gradient.
+        has_memory: for each member, whether the optimiser remembers earlier gradients.
+        norms: index of the first member's norm among the held numbers; None if unknown.
     """
 
     numbers: dict[str, float]
@@ -145,29 +146,31 @@ class _Group:
 
 
 class _Step:
-    """A step of one optimiser, in progress or made.
+    """Record a step of one optimiser, in progress or finished.
 
     Args:
-        optimizer: the one that makes it.
-        measures: False to leave the norms out, of a step that no iterate will follow.
+        optimizer: the optimiser.
+        measures: False to skip the norms, for a step that no iterate will follow.
     """
 
     def __init__(self, optimizer: Optimizer, measures: bool) -> None:
         kind = type(optimizer)
         is_torch = kind.__module__.startswith("torch.optim.")
         self.name = kind.__name__ if is_torch else f"{kind.__module__}.{kind.__qualname__}"
-        self.depth = 1  # of calls of `step` within one another
+        self.depth = 1  # of nested calls of `step`
         self.clip: _Clip | None = None
         self.groups: list[_Group] = []
         self._optimizer = weakref.ref(optimizer)
         self._measures = measures
         self._before = _Held([])
-        self._scaler: dict[str, int] = {}  # the index of each number that a gradient scaler gives
+        self._scaler: dict[str, int] = {}  # index of each number set by a gradient scaler
         self._after = _Held([])
-        self._counts: list[int | None] = []  # of steps with each tensor; None for one that is held
+        self._counts: list[int | None] = []  # steps of each tensor; None if among the held numbers
 
     def measure(self, member_of: Callable[[Tensor], _Member]) -> None:
-        """Take the numbers that the step is made with; once more where gradients are made anew."""
+        """Read the numbers that the step uses; called again whenever a closure recomputes the
+        gradients.
+        """
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -200,14 +203,17 @@ class _Step:
             scalars += tensors.values()
         scaler = {
             name: number
-            for name in ("grad_scale", "found_inf")  # of one that unscales gradients itself
+            for name in (
+                "grad_scale",
+                "found_inf",
+            )  # set if the optimiser unscales gradients itself
             if isinstance(number := getattr(optimizer, name, None), Tensor)
         }
         self._scaler = _indices(scaler, len(scalars))
         self._before = _Held([*scalars, *scaler.values()])
 
     def finish(self) -> None:
-        """Take the counts of steps, once the step is made."""
+        """Read the step counts after the step."""
         optimizer = self._optimizer()
         scalars: list[Tensor] = []
         self._counts = []
@@ -226,11 +232,12 @@ class _Step:
         self._after = _Held(scalars)
 
     def resolve(self, names: Mapping[int, str]) -> dict[str, tuple[GroupStep, float]] | None:
-        """Return, for every tensor, its settings as a group without tensors, and its norm; None
-        where a gradient scaler skipped the step on the device.
+        """Return the settings of each tensor, as a group without tensors, and its norm.
+
+        Return None if a gradient scaler skipped the step on the device.
 
         Args:
-            names: those in the file, by the ids of members.
+            names: id of a member → its name in the file.
         """
         before, after = self._before.read(), iter(self._after.read())
         if "found_inf" in self._scaler and before[self._scaler["found_inf"]]:
@@ -254,24 +261,24 @@ class _Step:
 
 
 def _indices(names: Iterable[str], first: int) -> dict[str, int]:
-    """Return consecutive indices of some names, from the first one on."""
+    """Number names consecutively, starting at `first`."""
     return {name: index for index, name in enumerate(names, first)}
 
 
 def _state_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """Return the state that an optimiser has of a tensor, without making one."""
+    """Return the optimiser's state of a tensor without creating one."""
     state = optimizer.state.get(parameter)
     return state if isinstance(state, dict) else {}
 
 
 def _remembers(state: Mapping[str, object]) -> bool:
-    """Tell whether a state holds earlier gradients."""
+    """Return whether a state holds earlier gradients."""
     return state.get("exp_avg") is not None or state.get("momentum_buffer") is not None
 
 
 @torch.no_grad()
 def _norms(gradients: list[Tensor]) -> list[Tensor]:
-    """Return ‖g‖₂ of each gradient, on its device; NaN of a sparse one."""
+    """Return ‖g‖₂ of each gradient on its device; NaN for a sparse one."""
     if all(
         gradient.layout is torch.strided and gradient.dtype in _WIDE and not _is_long(gradient)
         for gradient in gradients
@@ -298,14 +305,16 @@ def _norm(gradient: Tensor) -> Tensor:
 
 
 def _is_long(gradient: Tensor) -> bool:
-    """Tell whether float32 is too short for the sum of a gradient's squares: of a million it is off
-    by 1e-5, of fifty million by 4e-3, on a CPU, where they are added one to another.
+    """Return whether float32 is too narrow for the sum of a gradient's squares.
+
+    On a CPU, which adds them one by one, the error is 1e-5 for a million numbers and 4e-3 for fifty
+    million.
     """
     return gradient.device.type == "cpu" and gradient.numel() > _PIECE and type(gradient) is Tensor
 
 
 def _numbers(group: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tensor]]:
-    """Return the settings of a group that are numbers, and those that are tensors of one number."""
+    """Return the numeric settings of a group, and those that are tensors of one number."""
     settings = {name: group.get(name) for name in _NUMBERS}
     betas = group.get("betas")
     if isinstance(betas, tuple | list) and len(betas) == 2:
@@ -326,8 +335,9 @@ def _numbers(group: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, Tens
 def _without_tensors(
     name: str, numbers: Mapping[str, float], flags: Mapping[str, bool], steps: int, has_memory: bool
 ) -> GroupStep | None:
-    """Return the settings of a step as a group without tensors; None where they are none that a
-    record can hold, as of a wrapper that has its own elsewhere.
+    """Return the settings of a step as a group without tensors.
+
+    Return None if a record cannot hold them, as for a wrapper that keeps its settings elsewhere.
     """
     if "lr" not in numbers or not all(map(math.isfinite, numbers.values())):
         return None
@@ -355,9 +365,7 @@ def _without_tensors(
 
 
 def total_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """Return ‖g‖₂ of the gradients of all parameters together, one number on their device; 0 where
-    there are none.
-    """
+    """Return ‖g‖₂ of all gradients together, as a scalar on their device; 0 if there are none."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if not gradients:
         return torch.zeros(())
@@ -369,7 +377,12 @@ def total_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """Return the factor by which torch clips gradients of a norm."""
+    """Return the factor by which torch clips gradients.
+
+    Args:
+        norm: ‖g‖₂ of all gradients together, a scalar.
+        max_norm: the largest norm that is left unchanged.
+    """
     return torch.clamp(torch.div(max_norm, norm.detach() + 1e-6), max=1.0)
 
 
@@ -380,8 +393,10 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 class PendingRecord:
-    """A record of the step that led to an iterate, some of whose numbers may be on their way to the
-    host still; `resolve` waits for them.
+    """Hold a record of the step that led to an iterate; some numbers may still be on their way to
+    the host.
+
+    `resolve` waits for them.
     """
 
     def __init__(
@@ -393,13 +408,13 @@ class PendingRecord:
         self._clip = next(iter(clips.values())) if len(clips) == 1 else None
 
     def resolve(self) -> OptimizerStep | None:
-        """Return the record; None where nothing is known of any tensor."""
+        """Return the record, or None if nothing is known of any tensor."""
         latest: dict[str, tuple[GroupStep, float]] = {}
         for step in self._steps:
             resolved = step.resolve(self._names)
             if resolved is None:
                 return None
-            latest |= resolved  # of a tensor that took part twice, the later step counts
+            latest |= resolved  # the last step of each tensor counts
         tensors: dict[GroupStep, list[str]] = {}
         for name, (kind, _) in latest.items():
             tensors.setdefault(kind, []).append(name)
@@ -426,17 +441,16 @@ class PendingRecord:
 
 
 class StepNumbers:
-    """Follow the numbers of every optimiser that trains a model.
-
-    The model, the optimisers and the recorder are not kept alive.
+    """Follow the numbers of every optimiser that trains a model, without keeping any of them alive.
 
     Args:
-        model: the one that is recorded.
-        trainers: tells which optimisers train it.
-        measures: a method that tells whether the next step is one whose norms are wanted.
-        step: the number of steps made before, for optimisers that do not count theirs.
-        announced: those whose steps `begin` is called for; the steps of others are seen.
-        optimizers: those whose moments there are before any step.
+        model: the recorded model.
+        trainers: determines which optimisers train it.
+        measures: method that returns whether the next step needs norms.
+        step: number of earlier steps, for optimisers that do not count their own.
+        announced: optimisers whose steps are reported by calls of `begin`; hooks detect the steps
+            of others.
+        optimizers: optimisers that may already have moments.
     """
 
     def __init__(
@@ -457,7 +471,7 @@ class StepNumbers:
             id(parameter): _Member(weakref.ref(parameter), step) for parameter in model.parameters()
         }
         self._running: dict[int, _Step] = {}  # by ids of optimisers
-        self._made: dict[int, _Step] = {}  # the last of each, in the order they were made
+        self._made: dict[int, _Step] = {}  # the last step of each optimiser, in order of time
         self._clips: list[_Clip] = []
         self._handles = [
             register_optimizer_step_pre_hook(self._before_any),
@@ -486,18 +500,18 @@ class StepNumbers:
     def begin(
         self, optimizer: Optimizer, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> Call | None:
-        """Take the numbers of a step that begins, now or after the call of its closure.
+        """Read the numbers of a step that starts, now or after its closure ran.
 
         Args:
-            optimizer: the one that makes the step.
-            arguments: those of `step`, the optimiser first.
-            options: its named arguments.
+            optimizer: the optimiser.
+            arguments: positional arguments of `step`, the optimiser first.
+            options: keyword arguments of `step`.
 
         Returns:
-            What `step` is to be called with instead; None for no change.
+            The arguments to call `step` with instead; None for no change.
         """
         running = self._running.get(id(optimizer))
-        if running is not None:  # of a class whose `step` calls that of its base
+        if running is not None:  # a `step` that calls the `step` of its base class
             running.depth += 1
             return None
         measures = self._measures()
@@ -516,8 +530,8 @@ class StepNumbers:
     def _followed(
         self, closure: Callable[..., Any], step: _Step, identity: int
     ) -> Callable[..., Any]:
-        """Return a closure that takes numbers of the gradients it has made; where it fails, there
-        is no step.
+        """Wrap a closure so that the numbers are read after it computed the gradients; if it fails,
+        there is no step.
         """
 
         @functools.wraps(closure)
@@ -555,16 +569,21 @@ class StepNumbers:
     # --- clipping ---------------------------------------------------------------------------------
 
     def note_clipping(self, factor: float | Tensor, parameters: Iterable[Tensor] | None) -> None:
-        """Note the factor that the gradients of some tensors, or of all, were multiplied by."""
+        """Note the factor that multiplied gradients.
+
+        Args:
+            factor: the factor, a scalar.
+            parameters: the parameters it applies to; None for all.
+        """
         tensors = None if parameters is None else frozenset(map(id, parameters))
         number = factor if isinstance(factor, Tensor) else torch.tensor(factor, dtype=torch.float64)
-        # where a gradient scaler skipped a step, that of the skipped one is still there
+        # if a gradient scaler skipped a step, the clipping of that step is still here
         others = [clip for clip in self._clips if clip.tensors != tensors]
         self._clips = [*others, _Clip(tensors, _Held([_whole(number)]))][-_MOST_CLIPS:]
 
     def _clip_of(self, identity: int, step: _Step) -> _Clip | None:
-        """Return the clipping before a step; None where there was none, or not one for all of its
-        tensors.
+        """Return the clipping before a step; None if there was none, or not a single one for all of
+        its tensors.
         """
         if not self._clips:
             return None
@@ -582,13 +601,13 @@ class StepNumbers:
     # --- the recorder's side ----------------------------------------------------------------------
 
     def take(self, since: int | None, names: Mapping[int, str]) -> PendingRecord | None:
-        """Return the record of the steps made since `forget`; None where there were none.
+        """Return the record of the steps made since `forget`, or None if there were none.
 
         Args:
-            since: the training step of the iterate before; None where there is none.
-            names: of tensors in the file, by id.
+            since: training step of the previous iterate; None if there is none.
+            names: id of a tensor → its name in the file.
         """
-        for identity in list(self._running):  # of which the hook comes after the recorder's own
+        for identity in list(self._running):  # whose hook would run after the recorder's
             self._finish(identity)
         if since is None or not self._made:
             return None
@@ -601,18 +620,18 @@ class StepNumbers:
         return PendingRecord(since, most, [*self._made.values()], named)
 
     def forget(self) -> None:
-        """Begin anew to count steps, once an iterate is saved."""
+        """Restart counting steps, after an iterate is saved."""
         self._made = {}
         for member in self._members.values():
             member.recent = 0
 
     def moments(self, names: Mapping[int, str]) -> dict[str, Tensor]:
-        """Return the moments that the optimisers have now, by their names in the file.
+        """Return the current moments by their names in the file.
 
-        Those that are sharded over processes are gathered, so every process must call this.
+        Moments sharded over processes are gathered, so every process must call this.
 
         Args:
-            names: of tensors in the file, by id.
+            names: id of a tensor → its name in the file.
         """
         moments = {}
         for optimizer in self._living():
@@ -626,8 +645,8 @@ class StepNumbers:
         return moments
 
     def moment_bytes(self, model: nn.Module) -> int:
-        """Return the bytes that the moments of an iterate take, those included that the first step
-        will make.
+        """Return the size of an iterate's moments in bytes, including those that the first step
+        will create.
         """
         identities = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
         sizes: dict[int, int] = {}
@@ -655,7 +674,7 @@ def _is_moment(value: object, parameter: Tensor) -> bool:
 
 
 def stateful(optimizers: Iterable[object]) -> list[Optimizer]:
-    """Return those of some optimisers, and of the ones they wrap, that keep a state."""
+    """Return the optimisers that keep a state, among those given and those they wrap."""
     every = itertools.chain.from_iterable((outer, *optimizers_in(outer)) for outer in optimizers)
     return [
         optimizer

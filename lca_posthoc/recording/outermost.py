@@ -1,10 +1,10 @@
-"""Follow optimisers through what wraps them: a step is over when the outermost call that made it
+"""Follow optimisers through their wrappers: a step ends when the outermost call that made it
 returns.
 
-Lookahead moves the weights once more after its inner optimiser's step, others average them between
+Lookahead moves the weights again after its inner optimiser's step, others average them between
 processes, and SAM steps in a method of its own. Wrappers that do not call `Optimizer.__init__` run
-none of torch's hooks; their methods are replaced on the instance, as torch's schedulers do with
-`step`, for as long as a recorder is attached.
+none of torch's hooks. Their methods are replaced on the instance while a recorder is attached, as
+torch's schedulers do with `step`.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.optim import Optimizer
 from .optimizer_guard import Takeover
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments that `step` is called with
-_DEPTH = 3  # of wrappers within wrappers that are looked into
+_DEPTH = 3  # levels of nested wrappers that are searched
 
 
 def runs_hooks(optimizer: object) -> bool:
-    """Tell whether `step` of an object runs torch's hooks, and the object has a place for them."""
+    """Return whether `step` of an object runs torch's hooks, and hooks can be registered on it."""
     hooks = [getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post")]
     is_hooked = getattr(getattr(type(optimizer), "step", None), "hooked", False)
     return is_hooked and all(isinstance(hook, OrderedDict) for hook in hooks)
 
 
 def is_optimizer(thing: object) -> bool:
-    """Tell whether a training loop can use an object as an optimiser."""
+    """Return whether a training loop can use an object as an optimiser."""
     methods = [getattr(thing, name, None) for name in ("step", "zero_grad")]
     return (
         all(map(callable, methods))
@@ -47,8 +47,8 @@ def is_optimizer(thing: object) -> bool:
 
 
 def can_follow(thing: object) -> bool:
-    """Tell whether the steps of an object can be seen: by torch's hooks, or because its methods can
-    be replaced.
+    """Return whether the steps of an object can be detected, by torch's hooks or by replacing its
+    methods.
     """
     replaceable = hasattr(thing, "__dict__") and hasattr(type(thing), "__weakref__")
     return is_optimizer(thing) and (runs_hooks(thing) or replaceable)
@@ -56,8 +56,13 @@ def can_follow(thing: object) -> bool:
 
 @dataclass(frozen=True)
 class Told:
-    """Functions to call when an attached optimiser begins a step, as torch's hooks are called, when
-    it has made one, when the end of the step will not be seen, and when it is over.
+    """Hold the functions to call about a step of an attached optimiser.
+
+    Attributes:
+        begins: called when it begins, with the arguments of torch's hooks.
+        stepped: called when the optimiser has stepped.
+        unseen: called if the end of the step will not be detected.
+        over: called when the step is over.
     """
 
     begins: Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], Call | None]
@@ -69,14 +74,14 @@ class Told:
 class Outermost:
     """Report every step of the attached optimisers, and when it is over.
 
-    A wrapper around an attached optimiser is noticed in its first step. The end of that one is not
-    seen: the step counts as over at the next call of any method of the wrapper, at the latest at
-    the next step. From then on the end is seen.
+    A wrapper around an attached optimiser is first noticed during a step. The end of that step goes
+    undetected: the step counts as over at the next call of any method of the wrapper, at the latest
+    at the next step. Later steps end visibly.
 
     Args:
-        listener: the functions to call; the optimisers keep them alive.
+        listener: functions to call; the optimisers keep them alive.
         takeover: counts the steps of optimisers that are not attached.
-        attached: the optimisers, all of which `can_follow`.
+        attached: the optimisers, each of which `can_follow` accepts.
     """
 
     def __init__(self, listener: Told, takeover: Takeover, attached: tuple[Optimizer, ...]) -> None:
@@ -84,8 +89,8 @@ class Outermost:
         self._attached = [weakref.ref(optimizer) for optimizer in attached]
         self._watched: list[weakref.ref[object]] = []
         self._replaced: list[tuple[weakref.ref[object], str, object, object]] = []
-        self._plain: dict[int, types.CodeType] = {}  # by id: code of methods that are no wrapper's
-        # in progress: of watched methods, and of those of attached ones
+        self._plain: dict[int, types.CodeType] = {}  # id → code of methods of other objects
+        # depth of the calls in progress: of watched methods, and of attached optimisers' methods
         self._calls = self._own_calls = 0
         self._counted = False
         self._handles = []
@@ -101,13 +106,13 @@ class Outermost:
                 self._watch(optimizer, counts_all)
 
     def end(self) -> None:
-        """Remove every hook, and put every replaced method back."""
+        """Remove every hook and restore every replaced method."""
         self._watched = []
         for handle in self._handles:
             handle.remove()
         for reference, name, method, before in self._replaced:
             owner = reference()
-            # a scheduler that has replaced it since goes on calling it, and it does nothing more
+            # a scheduler may have replaced it since; it still calls ours, which only passes on
             if owner is not None and vars(owner).get(name) is method:
                 vars(owner).pop(name)
                 if before is not None:
@@ -123,7 +128,7 @@ class Outermost:
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         callers = list(self._callers())
         if any(owner is optimizer and code is _code_of_step(optimizer) for owner, code in callers):
-            return  # of a class whose `step` calls that of its base: torch runs the hooks of both
+            return  # this `step` is called by a subclass's `step`: torch runs the hooks of both
         self._takeover.finish()
         self._counted = True
         self._listener.stepped()
@@ -131,8 +136,8 @@ class Outermost:
             self._finish([owner for owner, _ in callers])
 
     def _finish(self, wrappers: Collection[object]) -> None:
-        """Report that a step is over, unless calls of unknown wrappers are in progress: watch these
-        from here on.
+        """Report that a step is over, unless calls of unknown wrappers are in progress; then start
+        to watch these.
         """
         if not wrappers:
             self._listener.over()
@@ -145,8 +150,10 @@ class Outermost:
     # --- the methods of wrappers ------------------------------------------------------------------
 
     def _watch(self, wrapper: object, counts_all: bool) -> None:
-        """Replace the methods of a wrapper; with `counts_all` every call of its `step` counts, for
-        nothing else shows its steps.
+        """Replace the methods of a wrapper.
+
+        With `counts_all`, every call of its `step` counts as a step, because nothing else reveals
+        its steps.
         """
         reference = weakref.ref(wrapper)
         self._watched.append(reference)
@@ -172,14 +179,14 @@ class Outermost:
         @functools.wraps(shown)
         def method(this: object, *arguments: object, **options: object) -> Any:
             call = before or _own_method(this, name)
-            # a copy of it, or nothing is attached any more
+            # a copy of the wrapper, or nothing is attached any more
             if this is not wrapper() or not self._is_watched(this):
                 return call(*arguments, **options)
             with self._in_progress(this, counts_all):
                 return call(*arguments, **options)
 
         with contextlib.suppress(TypeError, ValueError):  # a builtin without a signature
-            # of a bound method, without its first argument, which binding takes off once more
+            # `shown` is bound, so its signature lacks `self`; add one for binding to remove again
             signature = inspect.signature(shown)
             first = inspect.Parameter("this", inspect.Parameter.POSITIONAL_ONLY)
             parameters = [first, *signature.parameters.values()]
@@ -192,7 +199,7 @@ class Outermost:
         begins = is_attached and not self._own_calls
         if (begins or not self._calls) and next(
             self._callers(), None
-        ) is None:  # else inside a call whose end is not seen
+        ) is None:  # otherwise inside a call whose end goes undetected
             self._listener.over()
         inner_before = self._takeover.inner_steps
         if begins:
@@ -217,7 +224,9 @@ class Outermost:
         return any(reference() is thing for reference in self._watched)
 
     def _callers(self) -> Iterator[tuple[object, types.CodeType]]:
-        """Yield the optimisers whose methods called this, the innermost first, with their code."""
+        """Yield the optimisers whose methods are on the call stack, the innermost first, with their
+        code.
+        """
         frame = sys._getframe(1)
         while frame.f_back is not None:
             frame = frame.f_back
@@ -226,7 +235,7 @@ class Outermost:
                 yield owner, frame.f_code
 
     def _optimizer_of(self, frame: types.FrameType) -> object | None:
-        """Return the optimiser whose method a frame runs, None for other code, which is looked at
+        """Return the optimiser whose method a frame runs, or None for other code, which is examined
         only once.
         """
         code = frame.f_code
@@ -235,7 +244,7 @@ class Outermost:
         variables = frame.f_locals
         owner: object = variables.get("self")
         if sys.version_info < (3, 13):
-            variables.clear()  # a copy of the frame's variables, which would keep its tensors alive
+            variables.clear()  # this copy of the frame's variables would keep tensors alive
         if is_optimizer(owner):
             return owner
         self._plain[id(code)] = code
@@ -243,13 +252,13 @@ class Outermost:
 
 
 def _code_of_step(optimizer: Optimizer) -> types.CodeType | None:
-    """Return the code that torch runs hooks around."""
+    """Return the code of `step` without torch's hooks."""
     return getattr(inspect.unwrap(type(optimizer).step), "__code__", None)
 
 
 def _own_method(owner: Any, name: str) -> Callable[..., Any]:
-    """Return a method of an object's class, or the one its `__getattr__` takes from what it
-    wraps.
+    """Return a method of an object's class, or the one that `__getattr__` forwards to the wrapped
+    object.
     """
     function = getattr(type(owner), name, None)
     bound: Callable[..., Any] = (
@@ -259,8 +268,8 @@ def _own_method(owner: Any, name: str) -> Callable[..., Any]:
 
 
 def _methods_of(wrapper: object) -> list[str]:
-    """Return the names of the public methods that a wrapper's own classes have, `step` and
-    `zero_grad` always.
+    """Return the names of the public methods defined by a wrapper's own classes, always with `step`
+    and `zero_grad`.
     """
     names = {"step": None, "zero_grad": None}
     for kind in type(wrapper).__mro__:
@@ -283,8 +292,12 @@ def _methods_of(wrapper: object) -> list[str]:
 
 
 def optimizers_in(wrapper: object, depth: int = _DEPTH) -> Iterator[object]:
-    """Yield the optimisers that an object has as attributes, or in a list or table among these, and
-    those in them.
+    """Yield the optimisers in an object's attributes, also inside lists and dictionaries,
+    recursively.
+
+    Args:
+        wrapper: the object.
+        depth: levels of nested wrappers to search.
     """
     for value in list(vars(wrapper).values()) if depth and hasattr(wrapper, "__dict__") else ():
         parts = (

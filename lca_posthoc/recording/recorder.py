@@ -1,4 +1,4 @@
-"""Save every iterate of a training run, while it goes on."""
+"""Save every iterate of a training run while it proceeds."""
 
 from __future__ import annotations
 
@@ -42,45 +42,43 @@ from .writer import Writer
 class Recorder:
     """Save a model's parameters and persistent buffers, one safetensors file per optimiser step.
 
-    `save` copies them into memory and returns; a thread writes them under a temporary name and
-    renames, so that a file that is there is whole, also when training is killed. At most three
-    iterates, or 64 MiB, wait in memory; a disk that is slower than training slows it down, and
-    nothing is left out. Once a second, and at `flush` and `close`, files are flushed to the disk: a
-    power failure may damage those of the last second. What cannot be written is an error of the
-    next `save`, `flush` or `close`.
+    `save` copies them into memory and returns. A thread writes each file under a temporary name and
+    renames it, so that an existing file is complete even if training is killed. At most three
+    iterates, or 64 MiB, wait in memory; a disk slower than training slows training down, and
+    nothing is left out. Files are flushed to the disk once a second, and at `flush` and `close`: a
+    power failure may damage those of the last second. If an iterate cannot be written, the next
+    `save`, `flush` or `close` raises the error.
 
-    Where several processes train together (`torch.distributed`), all make a recorder and the first
+    If several processes train together (`torch.distributed`), each makes a recorder and the first
     one writes.
 
     Args:
-        directory: created with the first iterate; gets `step_00000000.safetensors` and so on. A
-            directory that holds iterates is continued: a step it has already must have the same
-            weights, and its file stays as it is.
-        model: the module that is being trained; tied tensors are written once, under their first
-            name. Keep it in float32 (under `torch.autocast` it is): most of the motion is lost in
-            fewer bits.
-        every: only steps that are multiples of it.
-        bursts: `(every, length)`: `length` consecutive iterates every `every` steps, from step 0
-            on. A replay takes the bursts and leaves out the gaps between them.
-        steps: only these.
-        until: only steps up to this one.
-        frozen: True to write parameters that have no gradient when recording begins too. Buffers
-            are always written.
-        on_full: "stop" raises an error where the disk is full; "pause" lets training go on and
+        directory: created with the first iterate; receives `step_00000000.safetensors` and so on. A
+            directory that already holds iterates is continued: a step it has must have the same
+            weights, and its file is not rewritten.
+        model: the module that is trained; tied tensors are written once, under their first name.
+            Keep it in float32 (under `torch.autocast` it is): fewer bits lose most of the motion.
+        every: record only the steps that are multiples of it.
+        bursts: `(every, length)`: record `length` consecutive iterates every `every` steps,
+            starting at step 0. A replay uses the bursts and skips the gaps between them.
+        steps: record only these steps.
+        until: record only steps up to this one.
+        frozen: whether to write parameters that have no gradient when recording starts. Buffers are
+            always written.
+        on_full: "stop" raises an error if the disk is full; "pause" lets training continue and
             leaves iterates out, with a warning, until there is space.
-        at_most: a number of iterates, or of bytes such as "20 GB", that may wait for a replay:
-            `lca run DIRECTORY --follow --consume`, beside the training, removes those it has done
-            with. Where there is no room, recording waits for it, and training with it. None for no
-            bound.
+        at_most: the number of iterates, or of bytes such as "20 GB", that may wait for a replay.
+            `lca run DIRECTORY --follow --consume`, running beside training, removes iterates it no
+            longer needs. While there is no room, recording and training wait. None for no limit.
 
     Raises:
-        InputError: where an argument is not as described, or `at_most` too small for a replay.
-        ResourceError: where `steps` or `until` tell how many iterates will come and there is no
+        InputError: if an argument is invalid, or `at_most` is too small for a replay.
+        ResourceError: if `steps` or `until` determine the number of iterates and the disk lacks the
             space for them.
 
     ```python
     with Recorder("checkpoints", model) as recorder:
-        recorder.attach(optimizer)             # the initial weights, and every step from here on
+        recorder.attach(optimizer)             # saves the initial weights, and every step from now on
         train()
     ```
     """
@@ -111,16 +109,16 @@ class Recorder:
         self._frozen = bool(frozen)
         self._pauses = on_full == "pause"
         self._last = -1
-        self._saved: int | None = None  # the last step that was one of those to be recorded
+        self._saved: int | None = None  # the last step that was recorded
         self._numbers: StepNumbers | None = None
         self._moments: MomentStager | None = None
         self._ends_following: Callable[[], object] | None = None
-        self._attached: list[Callable[[], object]] = []  # what detaches
+        self._attached: list[Callable[[], object]] = []  # functions that detach
         self._series: _Series | None = None
         self._closed = False
-        # of the attached optimisers; whether the last one is to be saved yet
+        # step of the attached optimisers; whether its iterate is still to be saved
         self._step, self._is_due = 0, False
-        self._buffers: dict[str, Tensor] = {}  # of a step that is over at a time which is not seen
+        self._buffers: dict[str, Tensor] = {}  # buffers of a step whose end goes undetected
         self._require_space_for_all()
 
     def __enter__(self) -> Self:
@@ -144,7 +142,7 @@ class Recorder:
 
     @property
     def left_out(self) -> list[int]:
-        """Return the steps that were left out for lack of space, under `on_full="pause"`."""
+        """Return the steps left out for lack of space under `on_full="pause"`."""
         return [] if self._series is None else self._series.left_out
 
     def attach(
@@ -153,32 +151,34 @@ class Recorder:
         step: int = 0,
         save: Literal["scalars", "moments"] = "scalars",
     ) -> Self:
-        """Save the model as it is now, and from here on after every step of the optimisers, in any
-        loop; and with each what the optimisers did.
+        """Save the model now, and after every step of the optimisers, in any training loop.
 
-        Gradient accumulation counts once; a step that `torch.amp.GradScaler` skips does not count,
-        but for one that a `fused` optimiser skips on the device itself: its iterate equals the one
-        before and has no record. Steps of several optimisers are counted together. Where something
-        wraps an optimiser (Lookahead, SAM, accelerate's), give the wrapper or the optimiser inside:
-        the model is saved once the outermost of them is done with the step.
+        Each iterate also records what the optimisers did.
+
+        Gradient accumulation counts once. A step that `torch.amp.GradScaler` skips does not count,
+        unless a `fused` optimiser skips it on the device itself: its iterate then equals the
+        previous one and has no record. Steps of several optimisers are counted together. If
+        something wraps an optimiser (Lookahead, SAM, accelerate's), give the wrapper or the
+        optimiser inside: the model is saved once the outermost of them finishes the step.
 
         Args:
-            optimizers: those that train the model; a wrapper has `step`, `zero_grad` and
+            optimizers: optimisers that train the model; a wrapper needs `step`, `zero_grad` and
                 `param_groups`.
-            step: the number of optimiser steps before this call, where training is resumed.
-            save: "scalars" writes the numbers of the step into the file of the iterate it led to:
-                learning rate, decay, momentum or betas of each parameter group, the norm of each
-                gradient. "moments" saves `exp_avg` and `exp_avg_sq` of the Adam family too (of
-                RMSprop and Adagrad the one they have) in files of their own in the folder
-                `moments`: three times the bytes of iterates alone, on the disk, in flight (three
-                sets, or 64 MiB of iterates and as much of moments) and, for what a CUDA device
-                has, once on the device. Optimisers without moments are recorded as by "scalars".
+            step: number of optimiser steps before this call, if training is resumed.
+            save: "scalars" writes the numbers of each step into the file of the iterate it led to:
+                learning rate, decay, momentum or betas of each parameter group, and the norm of
+                each gradient. "moments" also saves `exp_avg` and `exp_avg_sq` of the Adam family
+                (for RMSprop and Adagrad, the one they have) in separate files in the directory
+                `moments`. That takes three times the bytes of iterates alone, on disk, in flight
+                (three sets, or 64 MiB of iterates and as much of moments) and, for tensors on a
+                CUDA device, once on the device. Optimisers without moments are recorded as with
+                "scalars".
 
         Raises:
-            InputError: where an optimiser does not train the model, or one is attached already;
-                further as `save`.
-            ResourceError: where `steps` or `until` tell how many moments will come and there is no
-                space for them.
+            InputError: if an optimiser does not train the model, or one is already attached; also
+                as for `save`.
+            ResourceError: if `steps` or `until` determine the number of iterates and the disk lacks
+                the space for their moments.
         """
         self._refuse_optimizers(optimizers)
         trainers = Trainers(self._model)
@@ -206,17 +206,19 @@ class Recorder:
         step: int = 0,
         save: Literal["scalars", "moments"] = "scalars",
     ) -> Self:
-        """Record what optimisers do, as `attach`, and leave it to the caller to `save` each
-        iterate. The first iterate saved from here on has no record, for nobody saw what led to it.
+        """Record what optimisers do, as `attach` does, but leave it to the caller to `save` each
+        iterate.
+
+        The next iterate saved has no record, because nobody observed the steps that led to it.
 
         Args:
-            optimizers: those that have moments to be saved with that iterate already; the steps
-                of all that train the model are seen.
+            optimizers: optimisers whose existing moments the next iterate saves; the steps of all
+                optimisers that train the model are detected.
             step: as for `attach`.
             save: as for `attach`.
 
         Raises:
-            InputError: where `save` is neither of the two.
+            InputError: if `save` is neither "scalars" nor "moments".
         """
         self._follow(optimizers, save, Trainers(self._model), step)
         return self
@@ -264,15 +266,15 @@ class Recorder:
         self, parameters: Tensor | Iterable[Tensor], max_norm: float, **options: Any
     ) -> Tensor:
         """Clip gradients as `torch.nn.utils.clip_grad_norm_` does, and note the factor in the
-        record of the step that follows.
+        record of the next step.
 
         Args:
-            parameters: those whose gradients are clipped, all together.
-            max_norm: the largest norm that stays as it is.
-            options: further ones of torch's function.
+            parameters: parameters whose gradients are clipped together.
+            max_norm: the largest norm that is left unchanged.
+            options: further options of torch's function.
 
         Returns:
-            The norm before clipping, one number.
+            The norm before clipping, a scalar.
         """
         parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         norm = nn.utils.clip_grad_norm_(parameters, max_norm, **options)
@@ -281,8 +283,9 @@ class Recorder:
         return norm
 
     def note_clipping(self, factor: float | Tensor) -> None:
-        """Note the factor that all gradients were multiplied by before the step that follows: for
-        clipping by other means than `clip_grad_norm_`; 1 where they stayed as they were.
+        """Note the factor that multiplied all gradients before the next step.
+
+        Call this for clipping by other means than `clip_grad_norm_`; 1 means unchanged.
         """
         if self._numbers is not None:
             self._numbers.note_clipping(factor, None)
@@ -292,52 +295,51 @@ class Recorder:
             names = ", ".join(type(optimizer).__name__ for optimizer in optimizers) or "nothing"
             raise InputError(
                 f"attach was given {names}; it takes the optimisers, as attach(first, second), or "
-                "what wraps them and has step, zero_grad and param_groups. For anything else save "
-                "by hand: recorder.save(0), then recorder.save(step) after each step."
+                "wrappers that have step, zero_grad and param_groups. For anything else save "
+                "explicitly: recorder.save(0), then recorder.save(step) after each step."
             )
         if self._attached:
             raise InputError(
-                "this recorder is attached already. Give all optimisers at once: attach(first, "
+                "this recorder is already attached. Give all optimisers at once: attach(first, "
                 "second)."
             )
         if not all(trains(optimizer, self._model) for optimizer in optimizers):
             raise InputError(
                 "the optimiser has none of the model's parameters. Give the recorder the very "
-                "model that is trained, and attach once model and optimiser are made."
+                "model that is trained, and attach after creating model and optimiser."
             )
 
     def _made_step(self) -> None:
-        # whatever happens to this one, an interrupt perhaps, the next has its own number
+        # count first: even if an interrupt prevents saving, the next step has its own number
         self._step += 1
         self._is_due = True
 
     def _hold_buffers(self) -> None:
-        """Copy the buffers now, before a forward pass moves them; the weights follow once the step
-        is over.
+        """Copy the buffers now, before a forward pass changes them; the weights follow when the
+        step is over.
         """
         if self._is_due and self._series is not None and self._is_wanted(self._step):
             self._buffers = self._series.copied_buffers()
 
     def _save_step(self) -> None:
-        """Save the step that is not saved yet, if there is one."""
+        """Save the last step if it is not saved yet."""
         if self._is_due:
             self._is_due = False
             buffers, self._buffers = self._buffers, {}
             self._save(self._step, buffers)
 
     def save(self, step: int) -> None:
-        """Save the model as it is now as the iterate of `step`, where it is one of those to be
-        recorded.
+        """Save the current model as the iterate of `step`, if that step is to be recorded.
 
         Raises:
-            InputError: where the step does not come after the one before, the model's tensors have
-                changed, or the directory holds another iterate of an earlier step.
-            ResourceError: where an earlier iterate could not be written, or another process records
+            InputError: if the step does not come after the previous one, the model's tensors have
+                changed, or the directory holds a different iterate of the step.
+            ResourceError: if an earlier iterate could not be written, or another process records
                 into the directory.
         """
         if self._closed:
             raise InputError(
-                "this recorder is closed. Make another one, which goes on with the directory."
+                "this recorder is closed. Make a new one, which continues the directory."
             )
         self._save_step()
         self._save(step, {})
@@ -364,7 +366,7 @@ class Recorder:
         self._last = step
 
     def _begun_series(self, step: int) -> _Series:
-        """Begin to write into the directory, from a step on."""
+        """Open the directory for writing, from a step on."""
         beside = 0
         if self._numbers is not None and self._moments is not None:
             beside = self._numbers.moment_bytes(self._model)
@@ -379,8 +381,8 @@ class Recorder:
         )
 
     def _segments_in_the_end(self, step: int) -> int | None:
-        """Return how many segments the iterates of the directory will have where recording begins
-        at a step; None where nothing tells.
+        """Return how many segments the directory will finally have if recording starts at a step;
+        None if unknown.
         """
         if self._until is None and self._steps is None:
             return None
@@ -390,30 +392,32 @@ class Recorder:
         return segments_between([*before, *coming], self._bursts)
 
     def flush(self) -> None:
-        """Wait until every iterate saved so far is on the disk: before a checkpoint that training
-        may be resumed from.
+        """Wait until every saved iterate is on the disk; call this before writing a checkpoint to
+        resume from.
 
         Raises:
-            ResourceError, InputError: as `save`.
+            ResourceError: as for `save`.
+            InputError: as for `save`.
         """
         self._save_step()
         if self._series is not None:
             self._series.flush()
 
     def close(self) -> None:
-        """Detach from the optimisers, then `flush`; the end of a `with` block does so, and at the
-        latest the exit of Python.
+        """Detach from the optimisers, then `flush`.
 
-        An error that leaves the block, Ctrl-C too, is no end of training: a replay that follows waits
-        for it to be resumed.
+        The end of a `with` block calls this, or at the latest the exit of Python. If an error,
+        including Ctrl-C, ends the block, training does not count as finished: a replay that follows
+        waits until training resumes.
 
         Raises:
-            ResourceError, InputError: as `save`.
+            ResourceError: as for `save`.
+            InputError: as for `save`.
         """
         self._close(finished=True)
 
     def _close(self, *, finished: bool) -> None:
-        """Close, and say whether training came to its end."""
+        """Close, and state whether training finished."""
         for detach in self._attached:
             detach()
         self._attached = []
@@ -426,8 +430,8 @@ class Recorder:
                 self._series.close(finished=finished)
 
     def _require_space_for_all(self) -> None:
-        """Refuse to record, or warn, where it is known how many iterates will come and there is no
-        space for them.
+        """Raise an error or warn if the number of iterates is known and the disk lacks the space
+        for them.
         """
         if self._until is not None or self._steps is not None:
             self.require_space(
@@ -435,8 +439,8 @@ class Recorder:
             )
 
     def require_space(self, until: int) -> None:
-        """Refuse to record up to a step for which there is no space; where recording pauses on a
-        full disk, warn.
+        """Raise an error if the disk lacks the space for all iterates up to a step; only warn if
+        recording pauses on a full disk.
 
         Raises:
             ResourceError: with the space needed and the space free.
@@ -466,7 +470,7 @@ class Recorder:
             warnings.warn(text, stacklevel=2)
 
     def _wanted_up_to(self, step: int) -> int:
-        """Return how many iterates there are from step 0 to one, where `steps` does not choose."""
+        """Return the number of iterates from step 0 to `step`, if `steps` is not given."""
         if self._bursts is None:
             return step // self._every + 1
         bursts, rest = divmod(step + 1, self._bursts[0])
@@ -484,7 +488,11 @@ class Recorder:
 def _refuse_arguments(
     model: nn.Module, every: int, steps: Collection[int] | None, until: int | None, on_full: str
 ) -> None:
-    """Refuse arguments of a recorder that are not as described."""
+    """Check the arguments of a recorder.
+
+    Raises:
+        InputError: if one is invalid.
+    """
     if not isinstance(model, nn.Module):
         raise InputError(f"the model is a {type(model).__name__}, not an nn.Module.")
     if not _is_step(every) or every < 1:
@@ -498,7 +506,11 @@ def _refuse_arguments(
 
 
 def _refuse_bursts(bursts: object, every: int) -> None:
-    """Refuse bursts that have no segment or no gap, or that go with `every`."""
+    """Check that bursts have a segment and a gap, and are not combined with `every`.
+
+    Raises:
+        InputError: otherwise.
+    """
     if bursts is None:
         return
     pair = bursts if isinstance(bursts, (tuple, list)) and len(bursts) == 2 else (0, 0)
@@ -515,8 +527,11 @@ def _refuse_bursts(bursts: object, every: int) -> None:
 
 
 def _locked(directory: Path) -> DirectoryLock:
-    """Make a directory that no other recorder writes into, and remove what a killed process left
-    there.
+    """Create and lock a directory for one recorder, and remove files that a killed process left
+    unfinished.
+
+    Raises:
+        ResourceError: if it cannot be created, or another recorder has the lock.
     """
     try:
         make_directory(directory)
@@ -532,7 +547,7 @@ def _locked(directory: Path) -> DirectoryLock:
             "directory; where several processes train together, make the recorder after "
             "torch.distributed.init_process_group."
         ) from None
-    # of a process that was killed
+    # left by a killed process
     unfinished = (
         *directory.glob(".step_*.safetensors.*.tmp"),
         *(directory / MOMENTS).glob(".step_*.safetensors.*.tmp"),
@@ -545,8 +560,12 @@ def _locked(directory: Path) -> DirectoryLock:
 
 @dataclass(frozen=True)
 class _RingAsked:
-    """The room a series has: the bound on what waits for a replay, bytes of the moments of an
-    iterate, and how many segments there will be in the end; None where nothing tells.
+    """Hold what a series needs to limit the iterates that wait for a replay.
+
+    Attributes:
+        bound: the limit.
+        moments: size of an iterate's moments in bytes.
+        segments: final number of segments; None if unknown.
     """
 
     bound: Bound
@@ -555,8 +574,9 @@ class _RingAsked:
 
 
 class _Series:
-    """The files of one directory, from the first iterate on; a process that does not write only
-    helps to gather the tensors.
+    """Write the files of one directory, from the first iterate on.
+
+    A process that does not write only helps to gather the tensors.
     """
 
     def __init__(
@@ -602,41 +622,45 @@ class _Series:
     def _refuse_reserved(self) -> None:
         for name in reserved(self._contents.allocated):
             raise InputError(
-                f"the model has a tensor called {name!r}, a name that results have for a "
+                f"the model has a tensor called {name!r}, which results use as the name of a "
                 "dimension: `lca run` could not allocate to it. Rename it in the model before you "
-                "train; a count may keep the name as an integer."
+                "train; an integer tensor, such as a counter, may keep the name."
             )
 
     def _warn_of_contents(self, tensors: int) -> None:
-        """Warn of what is not recorded, and of weights in which little of the motion shows."""
+        """Warn about entries that are not recorded, and about weights of low precision."""
         if self._contents.unwritten:
             entries = ", ".join(
                 f"{name!r} (a {kind})" for name, kind in self._contents.unwritten.items()
             )
             warnings.warn(
-                f"the model's state dict holds {entries}: no tensor of numbers, so that it is not "
-                "recorded. A replay has it as the task's model builds it.",
+                f"the model's state dict holds {entries}, which is not a tensor of numbers and is "
+                "not recorded. A replay uses what the task's model builds.",
                 stacklevel=6,
             )
         if self._layout.half_precision:
             warnings.warn(
-                f"{self._layout.half_precision[0]} has fewer than 32 bits a number, as "
-                f"{len(self._layout.half_precision)} of {count(tensors, 'tensor')}: a step smaller "
-                "than its spacing is lost, and most of them are. Keep the weights in float32 and "
-                "train under torch.autocast.",
+                f"{self._layout.half_precision[0]} has fewer than 32 bits per number, like "
+                f"{len(self._layout.half_precision)} of {count(tensors, 'tensor')}: steps smaller "
+                "than the spacing of its numbers are lost, and most are smaller. Keep the weights in "
+                "float32 and train under torch.autocast.",
                 stacklevel=6,
             )
 
     def warn_of_gap(self, step: int, is_wanted: Callable[[int], bool]) -> None:
-        """Warn where iterates are missing between those of the directory and the first one now."""
+        """Warn if iterates are missing between the directory's last one and the first one now.
+
+        Args:
+            step: step of the first iterate now.
+            is_wanted: returns whether a step is to be recorded.
+        """
         if self._before < 0:
             return
         missing = [number for number in range(self._before + 1, step) if is_wanted(number)]
         if missing:
             warnings.warn(
-                f"the directory ends at step {self._before} and is gone on with at step {step}: "
-                f"the {len(missing)} between are missing, and the segment across them is a long "
-                "one",
+                f"the directory ends at step {self._before} and continues at step {step}: the "
+                f"{len(missing)} iterates between are missing, and one long segment spans them",
                 stacklevel=5,
             )
 
@@ -655,8 +679,14 @@ class _Series:
         moments: MomentStager | None,
         since: int | None,
     ) -> None:
-        """Save an iterate, with the numbers of the steps since the one before and, where there is a
-        stager of them, the moments.
+        """Save an iterate.
+
+        Args:
+            step: training step.
+            buffers: buffers copied earlier, by name; they replace the current ones.
+            numbers: follows the optimisers; None if nothing does.
+            moments: stages the moments; None if they are not saved.
+            since: step of the previous iterate; None if there is none.
         """
         self.check()
         tensors = {**self._contents.tensors(), **buffers}
@@ -686,19 +716,19 @@ class _Series:
             self._writer.flush()
 
     def _warn_of_moved(self) -> None:
-        """Warn once of parameters that move without a gradient and are in no file."""
+        """Warn once about parameters that move without a gradient and are not written."""
         moved = [] if self._writer is None or self._said_moved else self._contents.moved_unwritten()
         if moved:
             self._said_moved = True
             warnings.warn(
-                f"parameter {few([*map(repr, moved)], 1)} moved although frozen (as the average of "
-                "a teacher does), and is in no file, since frozen=False leaves frozen parameters "
-                "out: a replay would not see it move. Record again with frozen=True.",
+                f"parameter {few([*map(repr, moved)], 1)} moved although frozen (as a teacher's "
+                "moving average does), and frozen=False leaves it out of the files: a replay would "
+                "not see it move. Record again with frozen=True.",
                 stacklevel=4,
             )
 
     def finish(self) -> None:
-        """Close where the user did not, without raising an error a second time."""
+        """Close if the user did not, without raising an error a second time."""
         if self._writer is not None and self._writer.raised:
             with contextlib.suppress(LCAError):
                 self.close(finished=True)
@@ -716,7 +746,7 @@ class _Series:
             try:
                 self._writer.close()
             except BaseException:
-                with contextlib.suppress(LCAError):  # the error itself tells
+                with contextlib.suppress(LCAError):  # the original error matters more
                     self._put_sign(replace(self._sign, state="failed"))
                 raise
             else:
@@ -739,7 +769,7 @@ def _is_step(value: object) -> bool:
 
 
 def _writes() -> bool:
-    """Tell whether this process is the one that writes."""
+    """Return whether this process writes the files."""
     distributed = torch.distributed
     return (
         not (distributed.is_available() and distributed.is_initialized())
@@ -748,11 +778,11 @@ def _writes() -> bool:
 
 
 def _end(outermost: weakref.ref[Outermost]) -> None:
-    """Stop following the optimisers, where they still exist."""
+    """Stop following the optimisers, if they still exist."""
     if (following := outermost()) is not None:
         following.end()
 
 
 def _highest(directory: Path) -> int:
-    """Return the last step that has a file; −1 where there is none."""
+    """Return the last step that has a file, or −1."""
     return max(steps_there(directory), default=-1)

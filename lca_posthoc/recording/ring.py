@@ -1,4 +1,4 @@
-"""A bound on what waits for a replay: the recorder writes no iterate for which there is no room."""
+"""Limit what waits for a replay: the recorder writes an iterate only if there is room for it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..base.text import count
 from ..checkpoints.recorded import bytes_of, read_release, steps_there
 from ..errors import InputError, ResourceError, amount
 
-# a segment has two ends, and the motion before it, its momentum, a third
+# a segment has two ends, and momentum needs the iterate before it
 FEWEST = 3
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "KiB": 2**10,
@@ -22,26 +22,27 @@ _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12} | {
     "TiB": 2**40,
 }
 _BYTES = re.compile(rf"(\d+(?:\.\d+)?)\s*({'|'.join(_UNITS)})")
-_SOONEST, _LATEST = 0.01, 0.5  # seconds between two looks whether there is room
+_SOONEST, _LATEST = 0.01, 0.5  # seconds between two checks for room
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The most that waits for a replay: so many iterates, or bytes of them and their moments."""
+    """Limit what may wait for a replay: a number of iterates, or bytes of iterates and their
+    moments.
+    """
 
     iterates: int | None = None
     bytes: int | None = None
 
     @classmethod
     def of(cls, at_most: int | str | None) -> Bound:
-        """Return the bound that the argument `at_most` of a recorder states.
+        """Parse the argument `at_most` of a recorder.
 
         >>> Bound.of(50), Bound.of("20 GB").bytes
         (Bound(iterates=50, bytes=None), 20000000000)
 
         Raises:
-            InputError: where it is neither a number of iterates nor of bytes, or too small for any
-                replay.
+            InputError: if it is neither a number of iterates nor of bytes, or too small for any replay.
         """
         if at_most is None:
             return cls()
@@ -49,8 +50,8 @@ class Bound:
             if at_most < FEWEST:
                 raise InputError(
                     f"at_most={at_most}: a replay needs {FEWEST} iterates at once, and each span of "
-                    "segments one more than it has segments. Give at least 3; 65 let training and "
-                    "a replay go on side by side."
+                    "segments one more than it has segments. Give at least 3; with 65, training and "
+                    "a replay proceed side by side."
                 )
             return cls(iterates=at_most)
         stated = _BYTES.fullmatch(at_most.strip()) if isinstance(at_most, str) else None
@@ -65,16 +66,21 @@ class Bound:
         return self != Bound()
 
     def allows(self, iterates: int, size: int) -> bool:
-        """Tell whether so many iterates of so many bytes may wait."""
+        """Return whether some iterates may wait.
+
+        Args:
+            iterates: number of iterates.
+            size: their total size in bytes.
+        """
         return (self.iterates is None or iterates <= self.iterates) and (
             self.bytes is None or size <= self.bytes
         )
 
     def refuse_large(self, size: int) -> None:
-        """Refuse iterates of which there is no room for those that a replay needs.
+        """Raise an error if the limit has no room for the iterates that a replay needs at once.
 
         Args:
-            size: bytes of an iterate with its moments.
+            size: size of an iterate with its moments, in bytes.
 
         Raises:
             InputError: with the bytes that are needed.
@@ -82,8 +88,8 @@ class Bound:
         if self.bytes is not None and FEWEST * size > self.bytes:
             raise InputError(
                 f"at_most is {amount(self.bytes)}, and an iterate takes {amount(size)}: a replay "
-                f"needs {FEWEST} at once, {amount(FEWEST * size)}. Give more; room for 65 lets "
-                "training and a replay go on side by side."
+                f"needs {FEWEST} at once, {amount(FEWEST * size)}. Give more; with room for 65, "
+                "training and a replay proceed side by side."
             )
 
     def __str__(self) -> str:
@@ -91,14 +97,14 @@ class Bound:
 
 
 class Ring:
-    """The iterates of a directory that wait for a replay, and the room there is for more.
+    """Track the iterates of a directory that wait for a replay, and the room for more.
 
-    Iterates before the step that a replay released are none of them: those that are still there
-    are kept for good.
+    Iterates before the step that a replay released do not count: those that still exist stay for
+    good.
 
     Args:
-        directory: of the iterates.
-        bound: on what waits.
+        directory: directory of the iterates.
+        bound: the limit.
     """
 
     def __init__(self, directory: Path, bound: Bound) -> None:
@@ -110,20 +116,24 @@ class Ring:
             self._look()
 
     def give_up(self) -> None:
-        """Let nothing wait for room any more: what is not written then is an error."""
+        """Stop every wait for room: an iterate without room raises an error from now on."""
         self._given_up.set()
 
     def is_released(self, step: int) -> bool:
-        """Tell whether a replay has done with an iterate, which may be gone."""
+        """Return whether a replay no longer needs an iterate, which may be gone."""
         release = read_release(self._directory)
         return release is not None and step < release.before
 
     def wait_for_room(self, step: int, size: int) -> None:
-        """Wait until there is room for an iterate, and take it.
+        """Wait until there is room for an iterate, and reserve it.
+
+        Args:
+            step: training step.
+            size: size of the iterate with its moments, in bytes.
 
         Raises:
-            InputError: where there never can be.
-            ResourceError: where nobody waits any more.
+            InputError: if there can never be room.
+            ResourceError: if `give_up` was called.
         """
         if not self._bound:
             return
@@ -144,14 +154,14 @@ class Ring:
         self._waiting[step] = size
 
     def leave(self, step: int) -> None:
-        """Give room back that was taken for an iterate which was not written."""
+        """Release the room of an iterate that was not written."""
         self._waiting.pop(step, None)
 
     def _has_room(self, size: int) -> bool:
         return self._bound.allows(1 + len(self._waiting), size + sum(self._waiting.values()))
 
     def _look(self) -> None:
-        """See what waits now."""
+        """Update which iterates wait."""
         release = read_release(self._directory)
         before = 0 if release is None else release.before
         waiting = [step for step in steps_there(self._directory) if step >= before]
@@ -169,11 +179,11 @@ class Ring:
             return
         self._said = True
         text = (
-            f"{self._directory} holds {self._held()}, of at most {self._bound}: recording waits "
-            "for room, and training with it. A replay makes it: `lca run "
+            f"{self._directory} holds {self._held()}, of at most {self._bound}: recording and "
+            "training wait for room. A replay makes room: `lca run "
             f"{self._directory} --task FILE --follow --consume`, beside this training"
         )
         try:
             warnings.warn(text, stacklevel=2)
-        except UserWarning:  # which a filter makes an error of; to wait is none
+        except UserWarning:  # a filter turns warnings into errors, but waiting is not an error
             print(text, file=sys.stderr)

@@ -1,8 +1,8 @@
-"""A model's tensors at one moment, copied into memory as the bytes of a safetensors file.
+"""Copy a model's tensors at one moment into memory, as the bytes of a safetensors file.
 
-Format: <https://github.com/huggingface/safetensors#format>. The bytes are laid out here and not by
-`safetensors.torch.save_file`, which takes seven times the CPU time for a network of 139 tensors, on
-a core that training could use (docs/performance.md).
+Format: <https://github.com/huggingface/safetensors#format>. This module lays out the bytes itself,
+because `safetensors.torch.save_file` takes seven times the CPU time for a network of 139 tensors,
+on a core that training could use (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ CODES = {
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Refuse models sharded in a way that leaves every process a part of the weights without names.
+    """Reject a model whose sharding leaves each process a part of the weights without names.
 
     Raises:
-        InputError: where the model is sharded by `FullyShardedDataParallel` or DeepSpeed's ZeRO-3.
+        InputError: if the model is sharded by `FullyShardedDataParallel` or DeepSpeed's ZeRO-3.
     """
     flattened = [
         type(part).__name__
@@ -53,27 +53,26 @@ def refuse_flattened(model: nn.Module) -> None:
     flattened += ["DeepSpeed's ZeRO-3" for part in model.parameters() if hasattr(part, "ds_id")]
     if flattened:
         raise InputError(
-            f"the model is sharded by {flattened[0]}, of which a process has a part without names. "
-            "Shard it with torch.distributed.fsdp.fully_shard, whose weights are gathered, or save "
-            "whole checkpoints and use lca import."
+            f"the model is sharded by {flattened[0]}, which leaves each process a part of the weights "
+            "without names. Shard it with torch.distributed.fsdp.fully_shard, whose weights can be "
+            "gathered, or save whole checkpoints and use lca import."
         )
 
 
 class Contents:
-    """The tensors of a model that go into a file, and their names there; `tensors` returns them as
-    they are now.
+    """Select the tensors of a model that go into a file, and their names there.
 
-    All of the model's state dict is in the file, under its names without what wrappers put into
-    them (`trajectory.normalise`): parameters and buffers, recognised by identity and tied ones
-    once, and entries that hooks and `get_extra_state` add. A parameter that a hook takes out of the
-    state dict is in the file too.
+    The file holds the model's whole state dict, with names cleaned of what wrappers add
+    (`trajectory.normalise`): parameters and buffers, recognised by identity so that tied ones
+    appear once, and entries added by hooks and `get_extra_state`. A parameter that a hook removes
+    from the state dict is in the file too.
 
     Args:
-        model: the module that is being trained.
-        frozen: False to leave parameters without gradient out.
+        model: the module that is trained.
+        frozen: False to leave out parameters without gradient.
 
     Raises:
-        InputError: where two tensors come to have one name.
+        InputError: if two tensors would get the same name.
     """
 
     def __init__(self, model: nn.Module, frozen: bool = True) -> None:
@@ -83,7 +82,7 @@ class Contents:
             for name, parameter in model.named_parameters()
             if not frozen and not parameter.requires_grad
         }
-        # the names in the file of the model's own tensors, as `tensors` last returned them
+        # id of each of the model's tensors → name in the file, from the last call of `tensors`
         self.names_by_id: dict[int, str] = {}
         self._settle()
 
@@ -98,7 +97,7 @@ class Contents:
         first: dict[int, str] = {}
         for name, value in state.items():
             first.setdefault(id(value), name)
-        # the model's own → in the file; None for what is not written
+        # name in the model → name in the file; None if not written
         self._names: dict[str, str | None] = {}
         for name, tensor in own.items():
             hidden = name in parameters and normalise(name) not in in_state
@@ -130,25 +129,24 @@ class Contents:
         _refuse_one_name_for_two(self._names, self._added)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors as they are now, by their names in the file.
+        """Return the current tensors by their names in the file.
 
         Tensors sharded over processes (`torch.distributed.tensor.DTensor`) are gathered, so every
         process must call this.
 
         Raises:
-            InputError: where a parameter is trained now that was frozen, and left out, when
-                recording began.
+            InputError: if a parameter is trained now that was frozen, and left out, when recording
+                started.
         """
         own = self._own()
-        if own.keys() != self._names.keys():  # a cache, perhaps, made on the way and not persistent
+        if own.keys() != self._names.keys():  # for example a new buffer that is not persistent
             self._settle()
         for name in self._untrained.keys() & own.keys():
             if own[name].requires_grad:
                 raise InputError(
-                    f"parameter {name!r} was frozen at the first step recorded, so that it is in "
-                    "no file, and is trained now. All iterates of a series hold the same tensors: "
-                    "record from the start with frozen=True, which writes frozen parameters as "
-                    "well."
+                    f"parameter {name!r} was frozen at the first step recorded, so it is in no file, "
+                    "and is trained now. All iterates of a series hold the same tensors: record from "
+                    "the start with frozen=True, which writes frozen parameters as well."
                 )
         present = {
             written: own[name] for name, written in self._names.items() if written is not None
@@ -165,8 +163,8 @@ class Contents:
         return tensors
 
     def moved_unwritten(self) -> list[str]:
-        """Return the parameters that were left out as frozen and have moved all the same, as the
-        average of a teacher does.
+        """Return the parameters that were left out as frozen but moved, as a teacher's moving
+        average does.
         """
         own = self._own()
         return [
@@ -176,7 +174,7 @@ class Contents:
         ]
 
     def copied_buffers(self) -> dict[str, Tensor]:
-        """Return copies of the buffers as they are now, by their names in the file."""
+        """Return copies of the current buffers by their names in the file."""
         own = self._own()
         return {
             written: _whole(own[name]).clone()
@@ -193,14 +191,15 @@ def _refuse_one_name_for_two(*names: Mapping[str, str | None]) -> None:
     for name, written in itertools.chain.from_iterable(table.items() for table in names):
         if written is not None and origins.setdefault(written, name) != name:
             raise InputError(
-                f"tensors {origins[written]!r} and {name!r} of the model are both {written!r} once "
-                "what wrappers put into names is taken off. Rename one of them in the model."
+                f"tensors {origins[written]!r} and {name!r} of the model both become {written!r} "
+                "without the parts of names that wrappers add. Rename one of them in the model."
             )
 
 
 def _is_numbers(name: str, value: object) -> bool:
-    """Tell whether an entry of a state dict is a tensor of numbers: a module may serialise state
-    into bytes, whose length may change.
+    """Return whether an entry of a state dict is a tensor of numbers.
+
+    A module may serialise state into a tensor of bytes, whose length may change.
     """
     return isinstance(value, Tensor) and not (
         name.endswith("_extra_state") and value.dtype == torch.uint8
@@ -208,9 +207,7 @@ def _is_numbers(name: str, value: object) -> bool:
 
 
 def _mark(tensor: Tensor) -> float:
-    """Return a number that changes when a tensor does: a sum over some of its numbers, from all
-    over it.
-    """
+    """Return a checksum of a tensor: the sum of numbers sampled evenly from it."""
     flat = _whole(tensor).detach().reshape(-1)
     return float(flat[:: max(1, len(flat) // 1024)].double().sum())
 
@@ -222,7 +219,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Place:
-    """The place of a tensor among the bytes, and the device on which the model has it."""
+    """Locate a tensor among the bytes, and name the device that holds it."""
 
     dtype: torch.dtype
     shape: torch.Size
@@ -235,14 +232,18 @@ class _Place:
 
 
 class Layout:
-    """The places of tensors in a file: the widest numbers first, so that each is aligned, then by
-    device and name.
+    """Lay out tensors in a file: the widest numbers first, so that each is aligned, then by device
+    and name.
 
-    `every`, where it is not 1, is the argument of the recorder and is written into the files: gaps
-    of that length are intended. So are `bursts`, which leave gaps that no segment runs across.
+    Args:
+        tensors: the tensors by name.
+        every: argument of the recorder; unless 1, it is written into the files, so that a replay
+            knows that gaps of that length are intended.
+        bursts: argument of the recorder, written into the files; no segment runs across the gaps
+            between bursts.
 
     Raises:
-        InputError: where a tensor has no values in memory, or none that a file could hold.
+        InputError: if a tensor has no values in memory, or values that a file cannot hold.
     """
 
     def __init__(
@@ -263,7 +264,7 @@ class Layout:
 
     @property
     def half_precision(self) -> list[str]:
-        """Return the names of tensors with fewer than 32 bits a number."""
+        """Return the names of tensors with fewer than 32 bits per number."""
         return [
             name
             for name, place in self.places.items()
@@ -271,7 +272,7 @@ class Layout:
         ]
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuse tensors unlike those of the first step, for a series holds one set of tensors.
+        """Reject tensors unlike those of the first step, because a series holds one set of tensors.
 
         Raises:
             InputError: naming the first tensor whose type, shape, device or presence changed.
@@ -286,14 +287,17 @@ class Layout:
                 )
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Tell whether tensors have the names, types, shapes and devices of this layout."""
+        """Return whether tensors have the names, types, shapes and devices of this layout."""
         return self.places.keys() == tensors.keys() and all(
             _kind(place) == _kind(tensors[name]) for name, place in self.places.items()
         )
 
     def header(self, step: int, metadata: Mapping[str, str] = MappingProxyType({})) -> bytes:
-        """Return the bytes before those of the tensors in the file of a step, padded so that these
-        are aligned.
+        """Return the header of a step's file, padded so that the tensor data is aligned.
+
+        Args:
+            step: training step, stated in the metadata.
+            metadata: further entries of the metadata.
         """
         stated = {} if self.every == 1 else {"every": str(self.every)}
         if self.bursts is not None:
@@ -318,7 +322,7 @@ class Layout:
         return {name: place.view(data) for name, place in self.places.items()}
 
     def runs(self) -> list[tuple[torch.device, dict[str, _Place]]]:
-        """Return runs of neighbours that lie on one CUDA device and have numbers of one size."""
+        """Return runs of neighbouring tensors on one CUDA device whose numbers have one size."""
         runs = []
         for (device, _), group in itertools.groupby(
             self.places.items(), key=lambda item: (item[1].device, item[1].dtype.itemsize)
@@ -333,8 +337,12 @@ def _kind(tensor: _Place | Tensor | None) -> object:
 
 
 def same_bytes(some: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> bool:
-    """Tell whether both have the same names, and under each a tensor of the same type, shape and
-    bytes.
+    """Return whether both have the same names, and under each name tensors with the same type,
+    shape and bytes.
+
+    Args:
+        some: the first tensors by name.
+        others: the second tensors by name.
     """
     return some.keys() == others.keys() and all(
         _same(tensor, others[name]) for name, tensor in some.items()
@@ -359,13 +367,13 @@ def _itemsize(name: str, tensor: Tensor) -> int:
         raise InputError(
             f"tensor {name!r} of the model is {what} "
             f"({tensor.dtype if tensor.is_quantized else tensor.layout}), which safetensors cannot "
-            "hold. Where it never changes, let the model build it and leave it out of the state "
+            "hold. If it never changes, let the model build it and leave it out of the state "
             "dict: register_buffer(NAME, TENSOR, persistent=False). Else keep it as a dense tensor."
         )
     if tensor.is_meta or nn.parameter.is_lazy(tensor):
         raise InputError(
-            f"tensor {name!r} of the model has no values in memory to be saved. Run a batch "
-            "through a lazily built model, or load its weights, before the first iterate is saved."
+            f"tensor {name!r} of the model has no values in memory to save. Run a batch through a "
+            "lazily built model, or load its weights, before you save the first iterate."
         )
     if name == "__metadata__" or any(0xD800 <= ord(letter) < 0xE000 for letter in name):
         raise InputError(
@@ -381,7 +389,7 @@ def _itemsize(name: str, tensor: Tensor) -> int:
 
 
 class Staging:
-    """Memory for one iterate on the host, page-locked where it comes from a CUDA device."""
+    """Allocate host memory for one iterate, page-locked if it comes from a CUDA device."""
 
     def __init__(self, layout: Layout) -> None:
         self.data = torch.empty(
@@ -399,8 +407,8 @@ class Staging:
 class Stager:
     """Copy a model's tensors into staging memory.
 
-    Tensors of a CUDA device are copied without waiting: into a buffer on the device, in the order
-    of the current stream, so that the optimiser may go on, and from there to the host on another
+    Tensors on a CUDA device are copied asynchronously: into a buffer on the device, in the order of
+    the current stream, so that the optimiser may continue, and from there to the host on another
     stream.
     """
 
@@ -411,21 +419,24 @@ class Stager:
 
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, Tensor], staging: Staging) -> None:
-        """Take the tensors as they are now; on CUDA, as they will be once the work that is queued
-        has been done.
+        """Copy the current tensors; on CUDA, as they will be once the queued work is done.
+
+        Args:
+            tensors: the tensors by name, as in the layout.
+            staging: memory to copy into.
         """
         if self._others:
             _copy({name: staging.views[name] for name in self._others}, tensors)
         staging.copied = [run.stage(tensors, staging) for run in self._runs]
 
     def wait(self) -> None:
-        """Wait until what was staged last has left the devices."""
+        """Wait until the last copy has left the devices."""
         for run in self._runs:
             run.wait()
 
 
 class _Run:
-    """Tensors of one CUDA device that lie side by side in a file."""
+    """Copy tensors of one CUDA device that lie side by side in a file."""
 
     def __init__(self, device: torch.device, places: Mapping[str, _Place]) -> None:
         first, *_, last = [*places.values(), *places.values()]
@@ -439,7 +450,7 @@ class _Run:
 
     def stage(self, tensors: Mapping[str, Tensor], staging: Staging) -> torch.cuda.Event:
         current = torch.cuda.current_stream(self._buffer.device)
-        current.wait_event(self._copied)  # the iterate before has left the buffer
+        current.wait_event(self._copied)  # wait until the previous iterate has left the buffer
         _copy(self.views, tensors)
         self._stream.wait_stream(current)
         self._copied = _event()

@@ -1,4 +1,4 @@
-"""Write iterates from memory into files, one after the other, on a thread of their own."""
+"""Write iterates from memory to files, one after the other, on a separate thread."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from .optimizer_numbers import PendingRecord
 from .ring import Ring
 from .staging import Layout, Staging, same_bytes
 
-FEWEST = 3  # iterates in memory: one is written, others wait
-_MOST_ITERATES, _MEMORY = 256, 64 * 2**20  # where they are small, as many as this memory holds
+FEWEST = 3  # iterates in memory: one is being written, others wait
+_MOST_ITERATES, _MEMORY = 256, 64 * 2**20  # of small iterates, as many as this memory holds
 _SYNC_SECONDS = 1.0  # between flushes to the disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Linux has the one, Windows the other
+# the first exists on Linux, the second on Windows
 _FLAGS = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
 
 class Pool:
-    """Memory for the tensors of one layout on their way to the disk: for at most three iterates, or
-    64 MiB of small ones.
+    """Hold memory for iterates of one layout on their way to the disk: three, or 64 MiB of small
+    ones.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -44,7 +44,7 @@ class Pool:
         self._room = max(FEWEST, min(_MOST_ITERATES, _MEMORY // max(1, layout.bytes)))
 
     def take(self) -> Staging:
-        """Return memory for an iterate, to be given back; wait until there is some."""
+        """Return memory for an iterate, waiting until some is free; the caller must give it back."""
         if self._room and self._free.empty():
             staging = Staging(self.layout)
             self._room -= 1
@@ -52,13 +52,13 @@ class Pool:
         return self._free.get()
 
     def give_back(self, staging: Staging) -> None:
-        """Take back memory whose content is written, or is not needed."""
+        """Take back memory whose content is written or not needed."""
         self._free.put(staging)
 
 
 @dataclass(frozen=True)
 class Staged:
-    """Tensors in memory, and the pool that the memory is of."""
+    """Hold tensors in memory, with the pool that owns the memory."""
 
     pool: Pool
     staging: Staging
@@ -70,7 +70,7 @@ class Staged:
 
 @dataclass(frozen=True)
 class _File:
-    """A file to be written: its path, and its bytes."""
+    """Hold the path and the bytes of a file to write."""
 
     path: str
     header: bytes
@@ -87,7 +87,11 @@ class _File:
         return len(self.header) + len(self.body)
 
     def put(self) -> None:
-        """Write it under a temporary name, and rename it."""
+        """Write it under a temporary name, then rename it.
+
+        Raises:
+            OSError: if it cannot be written.
+        """
         directory, name = os.path.split(self.path)
         temporary = f"{directory}/.{name}.{os.getpid()}.tmp"
         try:
@@ -100,20 +104,20 @@ class _File:
 
 
 class Writer:
-    """Write files under a temporary name and rename them, in the order they are given.
+    """Write files under a temporary name and rename them, in the order given.
 
-    As many iterates are in memory as their pool has room for: `buffer` waits for one to be
-    written. Moments go before the iterate they belong to, so that an iterate that is there has its
-    own, also after a crash. After an error nothing more is written, so that no iterate is missing before the last
+    The pool limits the iterates in memory: `buffer` waits for one to be written. Moments are
+    written before their iterate, so that an existing iterate always has its moments, even after a
+    crash. After an error nothing more is written, so that no iterate is missing before the last
     file; `check` raises the error.
 
     Args:
-        directory: one that exists.
-        layout: that of every iterate.
-        before: the last step that has a file; −1 where there is none.
-        pauses: True to leave an iterate out with a warning where there is no space; else that is an
+        directory: an existing directory.
+        layout: layout of every iterate.
+        before: the last step that already has a file, or −1.
+        pauses: whether a full disk leaves an iterate out with a warning, instead of raising an
             error.
-        ring: the room there is, for which an iterate waits.
+        ring: the room that an iterate waits for.
     """
 
     def __init__(
@@ -137,12 +141,12 @@ class Writer:
     # --- the training's side ----------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise the error of the thread, if there was one.
+        """Raise the error of the thread, if it had one.
 
         Raises:
-            ResourceError: where a file could not be written.
-            InputError: where a file of the same step holds another iterate.
-            LCAError: in a forked process, which has no such thread.
+            ResourceError: if a file could not be written.
+            InputError: if a file of the same step holds a different iterate.
+            LCAError: in a forked process, which does not have the thread.
         """
         if self._process != os.getpid():
             raise LCAError(
@@ -153,9 +157,7 @@ class Writer:
             raise self._error
 
     def buffer(self) -> Staging:
-        """Return memory for an iterate, to be passed to `write` or `give_back`; wait until there is
-        some.
-        """
+        """Return memory for an iterate, to pass to `write` or `give_back`; wait until some is free."""
         return self._pool.take()
 
     def give_back(self, staging: Staging) -> None:
@@ -169,13 +171,13 @@ class Writer:
         record: PendingRecord | None = None,
         moments: Staged | None = None,
     ) -> None:
-        """Let the thread write an iterate, which frees its memory afterwards.
+        """Queue an iterate for the thread, which writes it and then frees its memory.
 
         Args:
-            step: the iterate's.
-            staging: its tensors.
-            record: of the optimiser's step that led to it.
-            moments: those of the optimisers at the same moment, which go into a file of their own.
+            step: step of the iterate.
+            staging: tensors of the iterate.
+            record: record of the optimiser step that led to it.
+            moments: moments of the optimisers at the same moment, written to a separate file.
         """
         iterate = Staged(self._pool, staging)
         self._jobs.put(functools.partial(self._write_and_free, step, iterate, record, moments))
@@ -192,11 +194,11 @@ class Writer:
         self.check()
 
     def give_up_waiting(self) -> None:
-        """Make it an error that there is no room for an iterate, from here on."""
+        """Stop waiting for room: from now on its lack is an error."""
         self._ring.give_up()
 
     def close(self) -> None:
-        """Flush, and end the thread; do nothing in a forked process."""
+        """Flush and end the thread; do nothing in a forked process."""
         if self._process == os.getpid() and self._thread.is_alive():
             try:
                 self.flush()
@@ -219,9 +221,7 @@ class Writer:
             self._attempt(job)
 
     def _drain(self) -> None:
-        """Do the remaining jobs, where the garbage collector closes a recorder on this very
-        thread.
-        """
+        """Do the remaining jobs, if the garbage collector closes a recorder on the thread itself."""
         while not self._jobs.empty():
             if (job := self._jobs.get()) is not None:
                 self._attempt(job)
@@ -234,13 +234,13 @@ class Writer:
             done.set()
 
     def _rest(self) -> float:
-        """Return the seconds until something is due, a flush or a sign of life."""
+        """Return the seconds until the next flush or heartbeat."""
         life = max(0.0, self._beaten + HEARTBEAT - time.monotonic())
         due = self._due()
         return life if due is None else min(life, due)
 
     def _keep_up(self) -> None:
-        """Do what is due."""
+        """Flush and update the heartbeat, if due."""
         if self._due() == 0.0:
             self._sync()
         if time.monotonic() >= self._beaten + HEARTBEAT:
@@ -248,7 +248,7 @@ class Writer:
             self._beaten = time.monotonic()
 
     def _due(self) -> float | None:
-        """Return the seconds until the next flush; None where nothing waits for one."""
+        """Return the seconds until the next flush; None if nothing waits for one."""
         return (
             max(0.0, self._flushed + _SYNC_SECONDS - time.monotonic()) if self._unflushed else None
         )
@@ -280,7 +280,7 @@ class Writer:
         is_consumed = is_there and self._is_consumed(path, step)
         if is_there and not is_consumed:
             self._compare(path, iterate.staging)
-            self._unflushed.append(path)  # a recorder that was killed may not have come to it
+            self._unflushed.append(path)  # a killed recorder may not have flushed it
         files = []
         if moments is not None and not is_consumed:
             beside = moments_path(self._directory, step)
@@ -312,11 +312,15 @@ class Writer:
             self._sync()
 
     def _is_consumed(self, path: str, step: int) -> bool:
-        """Tell whether an iterate was there and a replay removed it."""
+        """Return whether a replay removed an existing iterate."""
         return not os.path.exists(path) and self._ring.is_released(step)
 
     def _put(self, files: Sequence[_File]) -> None:
-        """Write the files of a step in order; where one cannot be, remove those before it."""
+        """Write the files of a step in order; if one fails, remove the earlier ones.
+
+        Raises:
+            OSError: if a file cannot be written.
+        """
         for index, file in enumerate(files):
             try:
                 if os.path.dirname(file.path) != str(self._directory):
@@ -329,28 +333,31 @@ class Writer:
                 raise
 
     def _compare(self, path: str, staging: Staging) -> None:
-        """Refuse an iterate unlike the file of its step: a resumed training may only pass the
-        iterates recorded before.
+        """Check that an iterate equals the existing file of its step: resumed training may only
+        repeat recorded iterates.
+
+        Raises:
+            InputError: if it differs, or the file is missing or damaged.
         """
         try:
             earlier = load_file(path)
         except FileNotFoundError:
             raise InputError(
-                f"{self._directory} goes on to step {self._before} and has no "
+                f"{self._directory} extends to step {self._before} and has no "
                 f"{os.path.basename(path)}. A series is one training run with its own steps: "
-                "record into another directory, or, to go on from an earlier step, remove the "
+                "record into another directory, or, to resume from an earlier step, remove the "
                 "files after it."
             ) from None
         except SafetensorError as error:
             raise InputError(
-                f"{path} is damaged ({error}). Remove it and the files after it, and resume from a "
-                "step before."
+                f"{path} is damaged ({error}). Remove it and the files after it, and resume from an "
+                "earlier step."
             ) from None
         if not same_bytes(earlier, staging.views):
             raise InputError(
-                f"{path} holds other weights than those to be saved, and {self._directory} goes on "
+                f"{path} holds other weights than those to save, and {self._directory} extends "
                 f"to step {self._before}. A series is one training run: record into another "
-                "directory, or, to go on from an earlier step, remove the files after it."
+                "directory, or, to resume from an earlier step, remove the files after it."
             )
 
     def _failed(self, step: int, path: str, error: OSError, size: int) -> None:
@@ -359,31 +366,34 @@ class Writer:
             if not self._is_full:
                 self._is_full = True
                 warnings.warn(
-                    f"no space for {path} ({amount(size)}): recording pauses until "
-                    "there is; the iterates meanwhile are left out, and the segment across them is "
-                    "a long one",
+                    f"no space for {path} ({amount(size)}): recording pauses until there is. The "
+                    "iterates until then are left out, and one long segment spans them",
                     stacklevel=2,
                 )
             return
         last = (
             "nothing was recorded"
             if self._last is None
-            else f"the last iterate recorded is that of step {self._last}"
+            else f"the last recorded iterate is step {self._last}"
         )
         raise ResourceError(
-            f"cannot write {path}: {error.strerror or error}; {last}. Make room or permit it, and "
-            "resume training from a checkpoint up to there."
+            f"cannot write {path}: {error.strerror or error}; {last}. Free space or grant permission, "
+            "and resume training from a checkpoint up to there."
         ) from error
 
     def _sync(self) -> None:
-        """Flush the files written since, and their names, to the disk."""
+        """Flush the files written since the last call, and their names, to the disk.
+
+        Raises:
+            ResourceError: if a file cannot be flushed.
+        """
         paths, self._unflushed = self._unflushed, []
-        # moments may be all that was written, into a folder that is new
+        # perhaps only moments were written, into a new directory
         folders = {*map(os.path.dirname, paths), str(self._directory)} if paths else set()
         for path in [*paths, *sorted(folders)]:
             try:
                 _flush(path)
-            except FileNotFoundError:  # taken away meanwhile, by who uploads or thins out
+            except FileNotFoundError:  # removed meanwhile, by an upload or a clean-up
                 continue
             except OSError as error:
                 raise ResourceError(
@@ -393,7 +403,7 @@ class Writer:
 
 
 def _holds(path: Path, staged: Staged) -> bool:
-    """Tell whether a file is there and holds these tensors; a power failure may have spoiled it."""
+    """Return whether a file exists and holds these tensors; a power failure may have damaged it."""
     try:
         return same_bytes(load_file(path), staged.staging.views)
     except (FileNotFoundError, SafetensorError):
@@ -401,8 +411,8 @@ def _holds(path: Path, staged: Staged) -> bool:
 
 
 def _put(path: str, *parts: bytes | memoryview) -> None:
-    """Write a file in as few calls as possible: after each call the thread waits for its turn with
-    the interpreter.
+    """Write a file in as few calls as possible: after each call the thread waits for the
+    interpreter lock.
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _FLAGS, 0o666)
     try:
@@ -422,7 +432,7 @@ def _put(path: str, *parts: bytes | memoryview) -> None:
 
 
 def _flush(path: str) -> None:
-    # which has no way to flush the names in a directory
+    # Windows cannot flush the names in a directory
     if not hasattr(os, "O_DIRECTORY") and os.path.isdir(path):
         return
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -1,1 +1,1 @@
-"""The user's part: `Task` and `Loss`, loaded from a file and bundled for workers."""
+"""Define the user's part, `Task` and `Loss`, load it from a file, and bundle it for workers."""

@@ -1,4 +1,4 @@
-"""The task a user supplies, a model, data and losses, and how it is loaded in every process."""
+"""Define the task a user supplies (a model, data and losses) and load it in every process."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 
 class Entry(TypedDict, total=False):
-    """The way to a task as `pack_task` returns it: `kind` is "object", "file" (`path`, `function`) or
-    "module" (`module`, `function`).
+    """Describe where to find a task, as `pack_task` returns it.
+
+    `kind` is "object", "file" (with `path`, `function`) or "module" (with `module`, `function`).
     """
 
     kind: Required[str]
@@ -41,28 +42,33 @@ class Entry(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Loss:
-    """A named objective: over one split, or of the parameters alone.
+    """Define a named objective, over one split or of the parameters alone.
 
     Args:
-        fn: called as `fn(model(inputs), targets)`, giving one value per element; with
-            `reduction="none"` where it takes `reduction`; a loss module is used with its reduction
-            set to none. `ignore_index` and class weights of `cross_entropy` and `nll_loss`
-            (functions, partials of them, modules) weigh elements as in their own mean.
-        on: the name of the split.
-        call: instead of `fn`: called as `call(model, batch)`, giving values or `(values, weights)`,
-            for language models, masks and several inputs. Values are per element, in any shape;
-            weights have the same shape. A function or a call may return a dict of these: each entry
-            is a loss of its own, `boxes` of the loss `train` by the name `train/boxes`.
-        group_by: one integer or string label per example, as a function of the unpacked batch
-            (`group_by(inputs, targets)`) or as a tensor or list for the whole split; or one per
-            element, in a tensor or array of the shape of the loss's values (kinds of tokens,
-            classes of pixels): the loss of each group is allocated, in one pass over the data.
-        per: "example" to keep the loss change of every single example too, and what every tensor
-            contributed to it; "element" for the same of every element (target token, pixel, label).
-        term: instead of `fn`: called as `term(model)`, giving a scalar that reads the parameters
-            alone (a regulariser).
-        l2: instead of `fn`: the term ½ · l2 · Σθ² over all parameters, whose gradient is what
-            `weight_decay=l2` adds.
+        fn: called as `fn(model(inputs), targets)`; returns one value per element. If it takes
+            `reduction`, it gets `reduction="none"`; a loss module is used with its reduction set to
+            none. `ignore_index` and class weights of `cross_entropy` and `nll_loss` (functions,
+            partials of them, modules) weight elements as in their own mean.
+        on: name of the split.
+        call: an alternative to `fn` for language models, masks and several inputs: called as
+            `call(model, batch)`; returns values or `(values, weights)`. Values are per element, in
+            any shape; weights have the same shape. A function or a call may return a dict of these:
+            each entry is then a loss of its own; entry `boxes` of the loss `train` is named
+            `train/boxes`.
+        group_by: integer or string labels that divide the split; the loss of each group is
+            allocated in the same pass over the data. Give one label per example, as a function of
+            the unpacked batch (`group_by(inputs, targets)`) or as a tensor or list for the whole
+            split; or one per element (kinds of tokens, classes of pixels), in a tensor or array of
+            the shape of the loss's values.
+        per: "example" also keeps the loss change of every example, and the contribution of every
+            tensor to it; "element" does so for every element (target token, pixel, label).
+        term: an alternative to `fn` for a regulariser: called as `term(model)`; returns a scalar
+            that depends on the parameters alone.
+        l2: an alternative to `fn`: the term ½ · l2 · Σθ² over all parameters, whose gradient is
+            what `weight_decay=l2` adds.
+
+    Raises:
+        InputError: if an argument is invalid.
     """
 
     fn: Callable[..., Any] | None = None
@@ -106,7 +112,7 @@ class Loss:
             )
         if self.split is None and self.per is not None:
             raise InputError(
-                "a term of the parameters has no examples to tell apart. Leave per out."
+                "a term of the parameters has no examples to keep apart. Leave per out."
             )
         if isinstance(self.group_by, type) and self.group_by not in (int, str):
             raise InputError(
@@ -124,7 +130,7 @@ class Loss:
 
     @property
     def kind(self) -> str:
-        """Return the form the loss is stated in, one of "function", "call", "term" and "l2"."""
+        """Return the form of the loss: "function", "call", "term" or "l2"."""
         return next(
             kind
             for kind, function in zip(_KINDS, (self.fn, self.call, self.term, self.l2), strict=True)
@@ -133,29 +139,27 @@ class Loss:
 
     @property
     def split(self) -> str | None:
-        """Return the name of the split this loss is over; None for a term of the parameters."""
+        """Return the name of the split that the loss is over; None for a term of the parameters."""
         return self.on if self.fn is not None or self.call is not None else None
 
     @property
     def source(self) -> object:
-        """Return the object that gives the values: losses with the same source on the same batch
-        have the same values.
+        """Return the object that computes the values: losses with the same source have the same
+        values on a batch.
         """
         return self.fn if self.fn is not None else self.call if self.call is not None else self
 
     @property
     def reduces(self) -> bool:
-        """Tell whether the function has a `reduction` of its own that the probe can compare
-        with.
-        """
+        """Return whether the function has a `reduction` of its own that the probe can compare with."""
         if _is_module(self.fn):
             return hasattr(self.fn, "reduction")
         return self.fn is not None and _takes_reduction(self.fn)
 
     @property
     def replaced(self) -> str | None:
-        """Return the function's own reduction where it is neither a mean nor none, for values are
-        averaged over elements instead.
+        """Return the function's own reduction if it is neither a mean nor none; averages over
+        elements replace it.
         """
         if not self.reduces:
             return None
@@ -170,14 +174,17 @@ class Loss:
 
     @property
     def is_of_torch(self) -> bool:
-        """Tell whether its function is one of torch's own, which return a tensor and nothing
+        """Return whether the function is one of torch's own, which return a tensor and nothing
         else.
         """
         return _is_of_outputs(self.fn)
 
     def on_device(self, device: torch.device, dtype: torch.dtype) -> Loss:
-        """Return the same loss with its tensors (class weights, say) on the device and in the dtype
-        of the computation.
+        """Return the loss with its tensors, such as class weights, converted for the computation.
+
+        Args:
+            device: device of the computation.
+            dtype: type of floating tensors.
         """
         import torch
 
@@ -196,7 +203,7 @@ class Loss:
         return self
 
     def per_element(self) -> Callable[[Any, Any], Any]:
-        """Return the function as `(outputs, targets) -> values`, nothing reduced."""
+        """Return the function as `(outputs, targets) -> values`, without reduction."""
         return self._with_reduction("none")
 
     def mean(self) -> Callable[[Any, Any], Any]:
@@ -213,12 +220,12 @@ class Loss:
         return functools.partial(self.fn, reduction=reduction) if self.reduces else self.fn
 
     def element_weights(self, targets: object) -> torch.Tensor | None:
-        """Return the weight of each target in torch's own mean of `cross_entropy` and `nll_loss`;
-        None for other losses.
+        """Return the weight of each target in torch's mean of `cross_entropy` and `nll_loss`; None
+        for other losses.
 
-        The unreduced values of these two are multiplied by the class weight already, and are 0
-        where a target is ignored. Weights are float64, of the targets' shape; None too where
-        targets are no class indices.
+        The unreduced values of these two already include the class weight, and are 0 for ignored
+        targets. Weights are float64 and have the targets' shape. Return None also if targets are
+        not class indices.
         """
         import torch
 
@@ -243,8 +250,14 @@ class Loss:
 
 
 def convert_module(module: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a module: floating tensors in `dtype`, complex ones, which `Module.to` makes real, in
-    the complex type as precise.
+    """Convert a module in place.
+
+    `Module.to` would make complex tensors real; they become the complex type of the same precision.
+
+    Args:
+        module: the module.
+        device: target device.
+        dtype: type of floating tensors.
     """
     imaginary = {
         name: tensor.data for name, tensor in every_name(module).items() if tensor.is_complex()
@@ -258,7 +271,7 @@ def convert_module(module: torch.nn.Module, device: torch.device, dtype: torch.d
 
 
 def every_name(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Return parameters and buffers, each under every name it has."""
+    """Return parameters and buffers under every name they have."""
     return {
         **dict(module.named_parameters(remove_duplicate=False)),
         **dict(module.named_buffers(remove_duplicate=False)),
@@ -274,8 +287,11 @@ _STATED = {
 
 
 def _callable_as_stated(kind: str, function: object) -> None:
-    """Refuse what cannot give the values of a loss, and say what it is: a class, a result, a
-    metric, a function of other arguments.
+    """Check that an object can compute the values of a loss, and is not a class, a result, a metric
+    or a function of other arguments.
+
+    Raises:
+        InputError: if it cannot; the message says what it is.
     """
     import torch
 
@@ -289,14 +305,14 @@ def _callable_as_stated(kind: str, function: object) -> None:
         )
     if isinstance(function, torch.Tensor):
         raise InputError(
-            f"{form.format('…')} was given a tensor of shape {list(function.shape)}, which is what "
-            f"a loss comes to. Give the function itself, which is called as {called}: "
+            f"{form.format('…')} was given a tensor of shape {list(function.shape)}, the result of "
+            f"a loss. Give the function itself, which is called as {called}: "
             "Loss(F.cross_entropy), not Loss(F.cross_entropy(outputs, targets))."
         )
     if isinstance(function, type) and not _is_used_as_function(function):
         if issubclass(function, torch.autograd.Function):
             raise InputError(
-                f"{stated} is the class of an autograd function. Give what calls it: "
+                f"{stated} is the class of an autograd function. Give its function: "
                 f"{form.format(f'{name}.apply')}."
             )
         raise InputError(
@@ -309,9 +325,9 @@ def _callable_as_stated(kind: str, function: object) -> None:
         )
     if all(callable(getattr(function, method, None)) for method in ("update", "compute", "reset")):
         raise InputError(
-            f"{form.format('…')} was given a metric, {type(function).__name__}, which gathers a "
-            "figure over batches. Give the function that training minimises, which gives one value "
-            "for every element."
+            f"{form.format('…')} was given a metric, {type(function).__name__}, which accumulates "
+            "over batches. Give the function that training minimises, which returns one value for "
+            "every element."
         )
     _returns_at_once(stated, function)
     if kind == "call" and _is_of_outputs(function):
@@ -325,8 +341,8 @@ def _callable_as_stated(kind: str, function: object) -> None:
 
 
 def _is_used_as_function(kind: type) -> bool:
-    """Tell whether calling a class works as calling a function: it has a `__new__` of its own,
-    which may return anything.
+    """Return whether calling a class works like calling a function: its own `__new__` may return
+    anything.
     """
     import torch
 
@@ -344,7 +360,11 @@ def _is_of_outputs(function: object) -> bool:
 
 
 def _returns_at_once(stated: str, thing: object) -> None:
-    """Refuse a function that gives a coroutine or a generator and no values."""
+    """Check that a function does not return a coroutine or a generator.
+
+    Raises:
+        InputError: if it does.
+    """
     inner = thing.func if isinstance(thing, functools.partial) else thing
     for function in (
         inner,
@@ -352,21 +372,21 @@ def _returns_at_once(stated: str, thing: object) -> None:
     ):
         if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
             raise InputError(
-                f"{stated} is an async function, which gives a coroutine. Give a plain function "
+                f"{stated} is an async function, which returns a coroutine. Give a plain function "
                 "(def)."
             )
         if inspect.isgeneratorfunction(function):
             raise InputError(
-                f"{stated} is a generator function (it has a yield in it). Give one that returns "
-                "what it computes."
+                f"{stated} is a generator function (it contains yield). Give one that returns its "
+                "result."
             )
 
 
 def _does_not_take(function: Callable[..., object], count: int, named: set[str]) -> str | None:
-    """Return a clause on what a callable takes, where it cannot be called with `count` positional
-    and the `named` arguments it has.
+    """Return a clause on what a callable takes if it cannot be called with `count` positional
+    arguments and those of `named` that it has.
 
-    None where it can be called so, or has no signature.
+    Return None if it can be called so, or has no signature.
     """
     import torch
 
@@ -402,22 +422,25 @@ def _takes_reduction(fn: Callable[..., Any]) -> bool:
 
 @dataclass(frozen=True)
 class Task:
-    """Everything needed to evaluate losses of one model on one data set.
+    """Define everything needed to evaluate losses of one model on one data set.
 
     Args:
         model: a zero-argument factory of an `nn.Module` of the shape that was trained.
         data: split name → `(inputs, targets)` tensors, a dict of tensors, any map-style Dataset, a
-            `DataLoader` (its data set and `collate_fn` are used; order and batches are the replay's
-            own), a Hugging Face `datasets` table, or iterable data that gives the same examples
-            every time.
-        losses: loss name → `Loss`; the first is what `lca run` runs.
-        fixed: patterns (`*`, `?`) of tensors that never move, such as the base of an adapter, or a
+            `DataLoader` (only its data set and `collate_fn` are used; the replay chooses order and
+            batches), a Hugging Face `datasets` table, or iterable data that yields the same
+            examples every time.
+        losses: loss name → `Loss`; `lca run` uses the first by default.
+        fixed: patterns (`*`, `?`) of tensors that never move, such as the base of an adapter or a
             mask with infinite entries: they stay as `model` builds them. Checkpoints need not hold
-            them; where they do, the first and the last must agree. A pattern may also name what
-            only the checkpoints hold and never moves: it is left out.
+            them; if they do, the first and the last checkpoint must agree. A pattern may also match
+            tensors that only the checkpoints hold and that never move; they are left out.
         show: split name → a function of the unpacked batch that returns one text for every example
-            of it (a label, the beginning of a sentence), which reports show where examples are
-            told apart.
+            (a label, the start of a sentence), which reports show for losses that keep examples
+            apart.
+
+    Raises:
+        InputError: if an argument is invalid.
     """
 
     model: Callable[[], Any]
@@ -450,7 +473,7 @@ class Task:
         for name, shown in self.show.items():
             if name not in self.data or not callable(shown):
                 raise InputError(
-                    f"Task.show maps a split to a function of a batch, which returns a text for "
+                    f"Task.show maps a split to a function of a batch that returns a text for "
                     f"every example; got {name!r}: {type(shown).__name__}. The task's data has "
                     f"{_names(self.data)}."
                 )
@@ -467,8 +490,10 @@ class Task:
                 )
 
     def choose(self, names: list[str] | None) -> list[str]:
-        """Return the names of the losses to run: the first one by default, every one for
-        `["all"]`.
+        """Return the names of the losses to run: the first by default, all for `["all"]`.
+
+        Raises:
+            InputError: if the task lacks a named loss.
         """
         if not names:
             return [next(iter(self.losses))]
@@ -483,10 +508,11 @@ class Task:
         return list(dict.fromkeys(names))
 
     def stated(self, name: str) -> tuple[str, str | None] | None:
-        """Return the name under which a loss is stated, and the entry of its result it is, if any;
-        None where there is no such loss.
+        """Split the name of a result into the name of its loss and, if any, the entry of the loss's
+        dict.
 
-        `train/boxes` is the entry `boxes` of `train`, unless a loss is stated under that very name.
+        Return None if there is no such loss. `train/boxes` is the entry `boxes` of `train`, unless
+        a loss has that very name.
         """
         if name in self.losses:
             return name, None
@@ -497,7 +523,11 @@ class Task:
 
 
 def _builds_a_model(factory: Callable[..., object]) -> None:
-    """Refuse factories that cannot give a module when they are called without arguments."""
+    """Check that a factory can return a module when called without arguments.
+
+    Raises:
+        InputError: if it cannot.
+    """
     import torch
 
     name = _name_of(factory)
@@ -507,8 +537,8 @@ def _builds_a_model(factory: Callable[..., object]) -> None:
         and not _is_used_as_function(factory)
     ):
         raise InputError(
-            f"Task(model={name}) is a class that is no nn.Module. Give the class of the model, or "
-            "a function that builds it."
+            f"Task(model={name}) is a class that is not an nn.Module. Give the class of the model, "
+            "or a function that builds it."
         )
     _returns_at_once(f"Task(model={name})", factory)
     problem = (
@@ -524,7 +554,11 @@ def _builds_a_model(factory: Callable[..., object]) -> None:
 
 
 def _is_data(name: str, split: object) -> None:
-    """Refuse a class or a function in place of data."""
+    """Check that a split is not a class or a function.
+
+    Raises:
+        InputError: if it is.
+    """
     what, gives = ("class", "builds") if isinstance(split, type) else ("function", "returns")
     if isinstance(split, type) or inspect.isroutine(split):
         raise InputError(
@@ -534,10 +568,14 @@ def _is_data(name: str, split: object) -> None:
 
 
 def parse_subsets(options: list[str]) -> dict[str, str]:
-    """Return a dict: split → the choice of its examples; `""` stands for every split.
+    """Parse the arguments of `--subset` into a dict: split → choice of its examples; `""` stands
+    for every split.
 
     >>> parse_subsets(["0.1@7", "train=0:100"])
     {'': '0.1@7', 'train': '0:100'}
+
+    Raises:
+        InputError: if a split has two choices, or a choice is ambiguous.
     """
     subsets: dict[str, str] = {}
     for option in options:
@@ -563,25 +601,25 @@ def _names(table: Mapping[str, object]) -> str:
 
 
 def pack_task(task: str | Path | Task) -> tuple[Entry, bytes]:
-    """Return an entry by which another process finds a task again, and the bytes it needs for that:
-    the source, or the task itself.
+    """Pack a task so that another process can load it.
 
     Args:
         task: `FILE`, `FILE:FUNCTION`, `pkg.module:FUNCTION`, or a Task object.
 
     Returns:
-        A JSON-like entry that holds the hash of the bytes (of the module's own file where it is
-        installed everywhere), and the bytes.
+        An entry that can be stored as JSON and holds the hash of the bytes (for a module, which
+        must be installed everywhere, of its own file), and the bytes: the source, or the task
+        itself.
 
     Raises:
-        InputError: where a file cannot be read, or a Task object holds something that cannot be
+        InputError: if a file cannot be read, or a Task object holds something that cannot be
             pickled.
     """
     if isinstance(task, Task):
         try:
             data = cloudpickle.dumps(task)
         except Exception as error:
-            raise _cannot_travel(task, error) from error
+            raise InputError(_cannot_travel(task, error)) from error
         return {"kind": "object", "sha256": hashlib.sha256(data).hexdigest()}, data
     text = str(task)
     place, colon, function = text.rpartition(":")
@@ -616,10 +654,8 @@ def pack_task(task: str | Path | Task) -> tuple[Entry, bytes]:
     }, b""
 
 
-def _cannot_travel(task: Task, error: Exception) -> InputError:
-    """Return an error that names the part of a Task object that cannot be pickled, and its
-    place.
-    """
+def _cannot_travel(task: Task, error: Exception) -> str:
+    """Return the error message that names the part of a Task object that cannot be pickled."""
     inside = {
         "the model": task.model,
         **{f"split {name!r}": split for name, split in task.data.items()},
@@ -637,12 +673,12 @@ def _cannot_travel(task: Task, error: Exception) -> InputError:
         if not attribute
         else f", at {attribute.removeprefix('.')} of its {type(inside[place]).__name__}"
     )
-    return InputError(
-        f"the Task given cannot travel to the processes that compute: {place} holds a "
+    return (
+        f"the Task given cannot be sent to the processes that compute: {place} holds a "
         f"{type(what).__module__}.{type(what).__qualname__}{inner} ({type(problem).__name__}: "
-        f"{problem}). Open connections, files, locks and generators where an example is first read "
-        "(in __getitem__), and not before; or put the task into a task file, which every process "
-        "runs for itself."
+        f"{problem}). Open connections, files, locks and generators only when an example is first "
+        "read (in __getitem__); or put the task into a task file, which every process runs for "
+        "itself."
     )
 
 
@@ -655,7 +691,7 @@ def _unpicklable(thing: object) -> Exception | None:
 
 
 def _culprit(thing: object, error: Exception) -> tuple[object, str, Exception]:
-    """Return the innermost thing that cannot be pickled, how it is reached, and why it cannot."""
+    """Return the innermost part that cannot be pickled, the path to it, and the error."""
     place, entered = "", {id(thing)}
     while True:
         for name, part in _inside(thing):
@@ -668,8 +704,8 @@ def _culprit(thing: object, error: Exception) -> tuple[object, str, Exception]:
 
 
 def _inside(thing: object) -> list[tuple[str, object]]:
-    """Return the parts of a thing that may be the one that cannot be pickled, each with how it is
-    reached.
+    """Return the parts of an object that may be the one that cannot be pickled, each with its
+    access path.
     """
     if isinstance(thing, Mapping):
         return [(f"[{key!r}]", part) for key, part in thing.items()]
@@ -689,8 +725,8 @@ def _inside(thing: object) -> list[tuple[str, object]]:
 
 
 def digest(entry: Entry) -> str:
-    """Return a hash of the task's own source, as far as its imports from its folder tell, and of
-    its function's name.
+    """Return a hash of the task's function name and source, including the modules it imports from
+    its folder.
     """
     return hashlib.sha256(f"{entry['sha256']}:{entry.get('function')}".encode()).hexdigest()
 
@@ -706,10 +742,14 @@ def _module_sha256(module: str) -> str:
 
 
 def load(entry: Entry, data: bytes) -> Task:
-    """Build the task that was packed.
+    """Build the task that `pack_task` packed.
+
+    Args:
+        entry: the entry from `pack_task`.
+        data: the bytes from `pack_task`.
 
     Raises:
-        InputError: where it cannot be imported, is another module here, has no such function,
+        InputError: if it cannot be imported, is a different module here, has no such function,
             raises, or returns something else.
     """
     if entry["kind"] == "object":
@@ -719,8 +759,8 @@ def load(entry: Entry, data: bytes) -> Task:
         except Exception as error:
             raise InputError(
                 f"cannot build the Task given in a worker: {type(error).__name__}: {error}. Put it "
-                "into a task file, whose imports from its folder travel with it, or install there "
-                "what it imports."
+                "into a task file, which is sent with what it imports from its folder, or install "
+                "its imports on the worker."
             ) from error
     else:
         place = f"{entry.get('path') or entry['module']}:{entry['function']}"
@@ -746,7 +786,7 @@ def load(entry: Entry, data: bytes) -> Task:
 
 
 def loaded(task: str | Path | Task) -> Task:
-    """Build a task in this process, and let its code import its own modules while it runs; raise as
+    """Build a task in this process, and let its code import its own modules later; raise as
     `pack_task` and `load` do.
     """
     entry, data = pack_task(task)
@@ -755,7 +795,12 @@ def loaded(task: str | Path | Task) -> Task:
 
 
 def use(entry: Entry, data: bytes) -> None:
-    """Let the code of a task import the modules that came with it, also while it runs."""
+    """Let the code of a task import the modules packed with it, now and while it runs.
+
+    Args:
+        entry: the entry from `pack_task`.
+        data: the bytes from `pack_task`.
+    """
     if entry["kind"] == "file":
         task_bundle.use(_opened(entry["path"], data))
 
@@ -772,8 +817,8 @@ def _module(entry: Entry, data: bytes) -> ModuleType:
             return _opened(entry["path"], data).main()
         if entry["sha256"] and _module_sha256(entry["module"]) not in ("", entry["sha256"]):
             raise InputError(
-                f"module {place} is not the same file in this worker's environment as where the "
-                "run was started. Install one and the same version of it everywhere."
+                f"module {place} in this worker's environment differs from the one where the run "
+                "was started. Install the same version everywhere."
             )
         return importlib.import_module(entry["module"])
     except InputError:
@@ -785,7 +830,7 @@ def _module(entry: Entry, data: bytes) -> ModuleType:
 
 
 def _where(error: BaseException) -> str:
-    """Return the last place in the user's own code an error passed through; "" where there is
+    """Return the last place in the user's own code that an error passed through; "" if there is
     none.
     """
     trace, place = error.__traceback__, ""

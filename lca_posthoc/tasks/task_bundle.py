@@ -1,7 +1,6 @@
-"""The user's own source on its way to a worker: a file and what it imports from its folder, bound
-to one hash.
+"""Send the user's source to workers: a file and its imports from its folder, bound to one hash.
 
-Workers import from the parcel, never from their own disk, so that every worker runs the code the
+Workers import from the bundle, never from their own disk, so that every worker runs the code the
 driver read. `__file__` is the path the driver read it from.
 """
 
@@ -22,10 +21,11 @@ _MAIN = ""
 
 
 def pack_files(file: Path) -> bytes:
-    """Return the text of `file` and of every module of its folder that its imports lead to, as
+    """Return the text of a file and of every module in its folder that its imports lead to, as
     JSON.
 
-    Imports are read, not run: modules imported under a name made at run time are not in it.
+    Imports are parsed, not executed: modules imported under a name computed at run time are
+    missing.
     """
     folder = file.parent
     packed: dict[str, list[str]] = {_MAIN: [file.name, _text(file)]}
@@ -44,13 +44,13 @@ def pack_files(file: Path) -> bytes:
 
 
 def _text(file: Path) -> str:
-    # any bytes: which encoding they are in is theirs to say
+    # keep the bytes: the file itself declares its encoding
     return file.read_bytes().decode("latin-1")
 
 
 def _located(folder: Path, name: str) -> Path | None:
-    """Return the file of a module below a folder, or the directory of a package without
-    `__init__.py`; None where there is neither.
+    """Return the file of a module below a folder, the directory of a package without `__init__.py`,
+    or None.
     """
     place = folder.joinpath(*name.split("."))
     for candidate in (place / "__init__.py", place.with_name(f"{place.name}.py")):
@@ -64,8 +64,8 @@ def _located(folder: Path, name: str) -> Path | None:
 
 
 def _is_installed(name: str, folder: Path) -> bool:
-    """Tell whether Python would import a module from elsewhere rather than a directory that merely
-    has its name.
+    """Return whether Python would import a module from elsewhere, instead of a directory that
+    happens to have its name.
     """
     elsewhere = [place for place in sys.path if Path(place).resolve() != folder]
     spec = PathFinder.find_spec(name, elsewhere) if "." not in name else None
@@ -73,10 +73,10 @@ def _is_installed(name: str, folder: Path) -> bool:
 
 
 def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
-    """Yield every module a text may import, each after the packages it is in."""
+    """Yield every module that a text may import, each after the packages that contain it."""
     try:
         nodes = list(ast.walk(ast.parse(text.encode("latin-1"))))
-    except (SyntaxError, ValueError):  # said where it is imported
+    except (SyntaxError, ValueError):  # importing it will report the error
         return
     package = importer if is_package else importer.rpartition(".")[0]
     for node in nodes:
@@ -99,7 +99,12 @@ def _imported(text: str, importer: str, is_package: bool) -> Iterator[str]:
 
 
 class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
-    """A packed file, ready to import: modules come from its text while the parcel is in use."""
+    """Import modules from a packed file while the parcel is in use.
+
+    Args:
+        data: the bytes from `pack_files`.
+        file: path of the packed file on the driver.
+    """
 
     def __init__(self, data: bytes, file: Path) -> None:
         self._folder = file.parent
@@ -114,7 +119,7 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
         self._imported: dict[str, ModuleType] = {}
 
     def main(self) -> ModuleType:
-        """Return the module of the file itself, imported once."""
+        """Import the packed file itself, once, and return its module."""
         use(self)
         __import__(self._main)
         return sys.modules[self._main]
@@ -122,7 +127,13 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """See `importlib.abc.MetaPathFinder`."""
+        """Implement `importlib.abc.MetaPathFinder`.
+
+        Args:
+            name: full name of the module.
+            path: unused.
+            target: unused.
+        """
         if name not in self._packed:
             return None
         place = self._folder / self._packed[name][0]
@@ -134,25 +145,25 @@ class Parcel(MetaPathFinder, SourceLoader):  # type: ignore[misc]
         return spec_from_file_location(name, place, loader=self, submodule_search_locations=inside)
 
     def get_filename(self, name: str) -> str:
-        """See `importlib.abc.SourceLoader`."""
+        """Implement `importlib.abc.SourceLoader`."""
         return str(self._folder / self._packed[name][0])
 
     def get_data(self, path: str) -> bytes:
-        """See `importlib.abc.SourceLoader`."""
+        """Implement `importlib.abc.SourceLoader`."""
         return (
             self._texts[path].encode("latin-1") if path in self._texts else Path(path).read_bytes()
         )
 
     def take_in(self) -> None:
-        """Put this parcel into use: modules imported from it before can be imported again."""
+        """Put this parcel into use, and restore the modules imported from it earlier."""
         sys.meta_path.insert(0, self)
         sys.modules.update(self._imported)
         if str(self._folder) not in sys.path:
             sys.path.insert(0, str(self._folder))
 
     def put_away(self) -> None:
-        """Take this parcel out of use, with the modules that came from it: another parcel may have
-        others of the same names.
+        """Take this parcel out of use and remove its modules, because another parcel may have
+        modules of the same names.
         """
         sys.meta_path.remove(self)
         for name in self._packed:
@@ -171,7 +182,7 @@ _IN_USE: list[Parcel] = []
 
 
 def use(parcel: Parcel) -> None:
-    """Let modules of this process come from a parcel, and from no other."""
+    """Let this process import modules from a parcel, and from no other parcel."""
     if [parcel] != _IN_USE:
         for other in _IN_USE:
             other.put_away()

@@ -417,12 +417,12 @@ def test_nothing_is_written_over_or_among_the_checkpoints(
     checkpoints: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "b").write_text("mine")
-    with pytest.raises(InputError, match="is there already"):
+    with pytest.raises(InputError, match="already exists"):
         write_basis(checkpoints, tmp_path / "b", say=silent)
     assert (tmp_path / "b").read_text() == "mine"
-    with pytest.raises(InputError, match="taken for one"):
+    with pytest.raises(InputError, match="read as one of them"):
         write_basis(checkpoints, checkpoints / "b.safetensors", say=silent)
-    with pytest.raises(InputError, match="taken for one"):
+    with pytest.raises(InputError, match="read as one of them"):
         write_basis(checkpoints, checkpoints / "bases" / "b.safetensors", say=silent)
     with pytest.raises(InputError, match=r"cannot be written: No such file or directory"):
         write_basis(checkpoints, tmp_path / "no" / "b", say=silent)

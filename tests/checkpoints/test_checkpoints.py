@@ -337,7 +337,7 @@ def test_a_series_spaced_by_powers_of_two_is_replayed_and_says_what_that_costs(
     says(
         result.stderr,
         "is not the path that training took",
-        "The residual says what quadrature misses",
+        "The residual shows what quadrature misses",
     )
     train = open_run(tmp_path / "run")["train"]
     steps, allocated = train.steps, train.tensors.allocated.sum("tensor")

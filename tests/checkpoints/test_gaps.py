@@ -18,11 +18,11 @@ from lca_posthoc.checkpoints.trajectory import open_trajectory
 from tests.helpers.cli import iterates, lca, says, write_step, write_task
 
 LONG = (
-    ". There the straight line between checkpoints is not the path that training took, and what is "
-    "allocated is the straight line's share: sums over tensors and units mean something, as far as "
-    "their path band tells (± path in `lca summary`, by --path-band: what other paths through the "
-    "checkpoints would change); how often a parameter helps and turns (--keep statistics, "
-    "parameters) does not. The residual says what quadrature misses"
+    ". There the straight line between checkpoints is not the path that training took, and the "
+    "allocation is that of the straight line. Sums over tensors and units are meaningful within "
+    "their path band (± path in `lca summary`, from --path-band: how much other paths through the "
+    "checkpoints would change them); how often a parameter helps and turns (--keep statistics, "
+    "parameters) is not. The residual shows what quadrature misses"
 )
 
 
@@ -202,10 +202,13 @@ APART: dict[str, tuple[tuple[float, ...], str]] = {
     "one that comes back": ((0, 1, 0), "2 of 3 checkpoints hold the same tensors, with others"),
     "late weights": (
         (0, 9, 2, 3, 9, 9, 6, 9),
-        "4 of 8 checkpoints hold the same tensors, with others between them, as far as samples of "
-        "their bytes tell: steps 1, 4, 5, 7. Files lie under wrong names",
+        "4 of 8 checkpoints hold the same tensors, with others between them, judging by samples "
+        "of their bytes: steps 1, 4, 5, 7. Some files have wrong names",
     ),
-    "two sets": ((0, 5, 0, 0, 5, 6), "steps 0, 2, 3, and likewise 1 other set of steps. Files lie"),
+    "two sets": (
+        (0, 5, 0, 0, 5, 6),
+        "steps 0, 2, 3, and likewise 1 other set of steps. Some files",
+    ),
 }
 
 
@@ -234,7 +237,7 @@ def test_what_is_not_compared_whole_is_said_to_be_told_from_samples(
     monkeypatch.setattr(spacing, "_MOST_COMPARED", 500_000)
     numbers(0, 0, 0)(tmp_path)
     (note,) = open_trajectory(tmp_path).notes
-    says(note, "as far as samples of their bytes tell, steps 0 to 2: in these 2 segments")
+    says(note, "judging by samples of their bytes, steps 0 to 2: in these 2 segments")
 
 
 def test_plan_run_and_import_say_both(tmp_path: Path) -> None:

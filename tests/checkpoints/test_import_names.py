@@ -143,19 +143,19 @@ STEPS: dict[str, tuple[str, Document, list[int], str | None]] = {
         "step_{}.pt",
         lambda n, state: {"model": state, "epoch": n},
         [0, 1, 2, 3],
-        "the number is taken as the training step, as the name says",
+        "the name calls the number a training step, so it is read as one",
     ),
     "a step inside": (
         "ckpt_{}.pt",
         lambda n, state: {"model": state, "epoch": n, "global_step": 50 * n},
         [0, 50, 100, 150],
-        "ckpt_1.pt is taken as step 50, its global_step",
+        "ckpt_1.pt is read as step 50, its global_step",
     ),
     "a step inside, no epoch": (
         "ckpt_{}.pt",
         lambda n, state: {"model": state, "global_step": 50 * (n + 1)},
         [50, 100, 150, 200],
-        "ckpt_0.pt is taken as step 50, its global_step",
+        "ckpt_0.pt is read as step 50, its global_step",
     ),
     "Lightning's": (
         "epoch={0}-step={0}0.ckpt",
@@ -191,7 +191,7 @@ def test_steps_that_go_down_as_epochs_go_up_are_refused(tmp_path: Path) -> None:
         lambda n, state: {"model": state, "epoch": n, "step": 9 - n},
         "epoch_{}.pt",
     )
-    refused(lca("import", source, tmp_path / "st"), "counted within an epoch", "--pattern")
+    refused(lca("import", source, tmp_path / "st"), "count within an epoch", "--pattern")
 
 
 def test_epochs_in_the_metadata_of_safetensors_are_told_from_steps(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_saves_that_accelerate_counts_are_no_steps(tmp_path: Path, command: str)
 
     with pytest.raises(
         InputError,
-        match=r"accelerate numbers .*counting its saves.*--pattern "
+        match=r"accelerate's save_state counts its saves.*--pattern "
         r"'checkpoint_\(\?P<step>",
     ):
         steps(places["checkpoint_{}"])
@@ -280,8 +280,8 @@ def test_what_accelerate_itself_saves_is_recognised(tmp_path: Path) -> None:
     )
     with pytest.raises(
         InputError,
-        match=r"checkpoint_0, checkpoint_1, checkpoint_2: accelerate "
-        r"numbers",
+        match=r"checkpoint_0, checkpoint_1, checkpoint_2: accelerate"
+        r"'s save_state counts",
     ):
         open_trajectory(tmp_path / "checkpoints")
 
@@ -565,7 +565,7 @@ def test_settings_of_other_classes_are_read_past_and_those_of_others_packages_sa
         "a mapping and a namespace",
     )
     assert [
-        "read past objects of tests.checkpoints.test_import_names." in note for note in heard
+        "skipped objects of tests.checkpoints.test_import_names." in note for note in heard
     ] == [True] * foreign
 
 
@@ -608,7 +608,7 @@ def test_an_object_is_never_made_and_its_module_never_imported(
     (tmp_path / "spy_of_imports.ran").unlink()
     monkeypatch.delitem(sys.modules, "spy_of_imports")
     (note,) = told(source, tmp_path / "st")
-    says(note, "spy_of_imports.Spy", "none is made")
+    says(note, "spy_of_imports.Spy", "neither imported nor called")
     assert "spy_of_imports" not in sys.modules
     assert not (tmp_path / "spy_of_imports.ran").exists()
 

@@ -120,12 +120,12 @@ DEFECTS: dict[str, tuple[Callable[[int], Series], str, tuple[str, ...]]] = {
     "a neighbour's file across a long gap": (
         lambda seed: every_tenth(seed) | {300: every_tenth(seed)[280]},
         "identical",
-        ("steps 280 to 300 hold the same weights, while", "both are one checkpoint's file"),
+        ("steps 280 to 300 hold the same weights, while", "both are copies of one checkpoint"),
     ),
     "ten neighbours' names for one file": (
         lambda seed: ordinary(seed) | dict.fromkeys(range(20, 40), ordinary(seed)[40]),
         "identical",
-        ("steps 20 to 40 hold the same weights", "all 21 are one checkpoint's file"),
+        ("steps 20 to 40 hold the same weights", "all 21 are copies of one checkpoint"),
     ),
     "nothing moves": (
         lambda seed: dict.fromkeys(range(9), ordinary(seed)[3]),
@@ -160,7 +160,7 @@ DEFECTS: dict[str, tuple[Callable[[int], Series], str, tuple[str, ...]]] = {
     "two trainings of one start in turn": (
         lambda seed: with_others(tuned(seed, 7), tuned(seed, 8), range(1, 61, 2)),
         "two series",
-        ("two series of one start",),
+        ("two series with one start",),
     ),
     "a checkpoint of another training of the same start": (
         lambda seed: with_others(tuned(seed, 7), tuned(seed, 8), [31]),
@@ -203,7 +203,7 @@ DEFECTS: dict[str, tuple[Callable[[int], Series], str, tuple[str, ...]]] = {
             for step, state in ordinary(seed).items()
         },
         "not finite",
-        ("step 55 holds NaN or Inf: 2 in '2.weight', and so to step 60",),
+        ("step 55 holds NaN or Inf: 2 in '2.weight', and likewise up to step 60",),
     ),
     "missing steps": (
         lambda seed: {
@@ -258,15 +258,15 @@ def test_several_defects_are_told_apart(tmp_path: Path) -> None:
 STILL: dict[str, tuple[Callable[[], Series], str]] = {
     "warm-up": (
         lambda: series(Training(shape="warm-up")),
-        "steps 0 to 1: a learning rate of 0, as a warm-up begins with",
+        "steps 0 to 1: a learning rate of 0, as at the start of a warm-up",
     ),
     "cosine to 0": (
         lambda: series(Training(shape="cosine")),
-        "steps 59 to 60: a learning rate of 0, steps that were skipped, or one state saved again",
+        "steps 59 to 60: a learning rate of 0, skipped steps, or one state saved again",
     ),
     "skipped": (
         lambda: ordinary(0) | {31: ordinary(0)[30], 41: ordinary(0)[40]},
-        "steps 30 to 31, 40 to 41: a learning rate of 0, steps that were skipped",
+        "steps 30 to 31, 40 to 41: a learning rate of 0, skipped steps",
     ),
     "statistics move": (
         lambda: series(Training(shape="warm-up", normalised=True)),
@@ -276,7 +276,7 @@ STILL: dict[str, tuple[Callable[[], Series], str]] = {
         lambda: {
             2 * step: state for step, state in series(Training(shape="cosine")).items() if step
         },
-        "steps 118 to 120: the checkpoints beside them hardly move either",
+        "steps 118 to 120: the checkpoints next to them hardly move either",
     ),
 }
 
@@ -389,4 +389,4 @@ def test_checkpoints_of_other_shapes_are_refused(tmp_path: Path) -> None:
 def test_models_too_small_to_tell_are_not_judged_by_distances(tmp_path: Path) -> None:
     states = {step: {"w": torch.randn(9, 9)} for step in range(20)}
     (seen,) = seen_in(tmp_path, states, notes=True)
-    says(seen.text, "81 weights that move are too few")
+    says(seen.text, "only 81 weights move, too few")

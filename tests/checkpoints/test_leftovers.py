@@ -116,7 +116,9 @@ def test_what_the_model_computes_is_left_out_with_a_note_and_changes_no_number(
     for name, more in (("with", extra), ("without", lambda step: {})):
         done = run_lca(series(tmp_path / name, more), task, tmp_path / f"{name}.lca")
         assert done.exit_code == 0, done.output
-        assert ("left out what only the checkpoints hold" in done.stderr) == (name == "with")
+        assert ("left out tensors that only the checkpoints hold" in done.stderr) == (
+            name == "with"
+        )
         assert name == "without" or words in done.stderr
         made.append(arrays(lca_posthoc.open_run(tmp_path / f"{name}.lca")["train"].allocation))
     assert {name: each.tobytes() for name, each in made[0].items()} == {
@@ -192,7 +194,7 @@ def test_a_weight_the_model_lacks_is_refused_and_the_options_named_leave_it_out(
     advice = shlex.split(line[line.index("--rename '") :].removesuffix("."))
     done = run_lca(tmp_path / "ck", task, tmp_path / "run", *advice)
     assert done.exit_code == 0, done.output
-    says(done.stderr, "--rename leaves nothing of the name", repr(next(iter(extra(0)))))
+    says(done.stderr, "--rename makes the name empty", repr(next(iter(extra(0)))))
     assert lca_posthoc.open_run(tmp_path / "run")["train"].allocation.sizes["step"] == 2
 
 

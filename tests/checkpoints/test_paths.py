@@ -204,7 +204,7 @@ def test_a_cached_file_is_read_once_and_one_that_changed_is_not_taken(
     assert all((read_checkpoint(first, {name: name})[name] == before[name]).all() for name in names)
     (kept,) = cache.iterdir()
     kept.write_bytes(kept.read_bytes()[:-20])  # what a power failure leaves
-    with pytest.raises(SpanError, match="is not the file it was when the run was created"):
+    with pytest.raises(SpanError, match="changed since the run was created"):
         read_checkpoint(first, {name: name for name in names})
 
 
@@ -298,7 +298,7 @@ def test_a_bound_that_makes_no_sense_is_refused(
     memory: str, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LCA_CACHE_SIZE", text)
-    with pytest.raises(InputError, match=r"\$LCA_CACHE_SIZE is .*, no number of bytes"):
+    with pytest.raises(InputError, match=r"\$LCA_CACHE_SIZE is .*, which is not a number of bytes"):
         open_trajectory(memory)
 
 
@@ -397,7 +397,7 @@ def test_results_of_remote_checkpoints_go_where_they_are_told_to(
         assert lca("summary", out).exit_code == 0
     refused(
         lca("import", "http://127.0.0.1/saved", tmp_path / "made"),
-        "http://127.0.0.1/saved is a URL, and an import is",
+        "http://127.0.0.1/saved is a URL, and an import reads",
     )
 
 

@@ -108,7 +108,7 @@ def test_steps_are_found_at_their_places(tmp_path: Path, layout: Callable[[Path]
     assert numbers(place) == {step: step for step in POWERS}
     assert numbers(place, steps="1:") == {1: 1, 2: 2, 4: 4}
     assert numbers(place, steps="0,1,4") == {0: 0, 1: 1, 4: 4}
-    with pytest.raises(InputError, match=r"names step 3, of which there is no checkpoint"):
+    with pytest.raises(InputError, match=r"names step 3 without a checkpoint"):
         open_trajectory(place, steps="0,3")
 
 
@@ -170,7 +170,7 @@ def test_revisions_of_a_hub_are_steps(tmp_path: Path, hub: Path) -> None:
             open_trajectory(place)
         with pytest.raises(InputError, match=r"cannot be listed. Name them, as in --steps 0,1,2"):
             open_trajectory(place, steps="0:4")
-    with pytest.raises(InputError, match="names step 3, of which there is no checkpoint"):
+    with pytest.raises(InputError, match="names step 3 without a checkpoint"):
         open_trajectory("hf://ORG/NAME@step{step}", steps="0,1,3")
 
 

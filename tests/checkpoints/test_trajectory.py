@@ -579,7 +579,7 @@ def test_shards_that_changed_places_are_refused(tmp_path: Path) -> None:
     first = one.read_bytes()
     one.write_bytes(two.read_bytes())
     two.write_bytes(first)
-    with pytest.raises(SpanError, match="is not the file it was"):
+    with pytest.raises(SpanError, match="changed since the run was created"):
         read_checkpoint(trajectory.checkpoints[0], trajectory.match(TABLE))
 
 

@@ -23,7 +23,10 @@ def test_a_healthy_series_is_one_training(tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
     says(lines[0], "31 checkpoints, steps 0 to 30; 1,179 weights (F32)", "in all")
-    says(lines[2], "note: neighbours hold the same weights, steps 0 to 1: a learning rate of 0")
+    says(
+        lines[2],
+        "note: neighbouring checkpoints hold the same weights, steps 0 to 1: a learning rate of 0",
+    )
     says(result.stdout, "‖Δθ‖, smallest", "same bits")
     assert lines[-1] == "one training, as far as distances tell"
 

@@ -207,9 +207,9 @@ def test_places_with_the_step_in_them_are_imported(tmp_path: Path) -> None:
     assert lca("import", place, tmp_path / "some", "--steps", listed).exit_code == 0
     equal(tmp_path / "some", {step: wanted[step] for step in some})
     out = tmp_path / "x"
-    refused(lca("import", place, out, "--steps", f"{STEPS[0]},77"), "names step 77, of which")
-    refused(lca("import", place, out, "--pattern", r"(?P<step>\d+)"), "--pattern says nothing")
-    refused(lca("import", tmp_path / "saved", out, "--steps", "0:5"), "chooses from a place")
+    refused(lca("import", place, out, "--steps", f"{STEPS[0]},77"), "names step 77 without")
+    refused(lca("import", place, out, "--pattern", r"(?P<step>\d+)"), "--pattern does not apply")
+    refused(lca("import", tmp_path / "saved", out, "--steps", "0:5"), "needs a path with")
     hint = lca("run", tmp_path / "saved", "--task", write_task(tmp_path / "task.py"))
     refused(hint, f"name the files in them: lca import '{place}' …")
 
@@ -494,7 +494,7 @@ REFUSED: dict[str, Made] = {
         ("--key 'ema'", "holds no tensors there"),
         ("--key", "ema"),
     ),
-    "options of HDF5": (series, ("--dataset says nothing", "PyTorch"), ("--dataset", "w")),
+    "options of HDF5": (series, ("--dataset does not apply", "PyTorch"), ("--dataset", "w")),
     "an empty file": (
         lambda place: empty(series(place), "step_9.pt").parent / place.name,
         ("step_9.pt cannot be read",),
@@ -507,7 +507,7 @@ REFUSED: dict[str, Made] = {
     ),
     "epochs": (
         lambda place: named(place, "epoch_1.pt", "epoch_2.pt"),
-        ("an epoch is stated and no training step", "span all steps", "--pattern"),
+        ("state an epoch and no training step", "span all steps", "--pattern"),
         (),
     ),
     "no step": (
@@ -517,7 +517,7 @@ REFUSED: dict[str, Made] = {
     ),
     "two steps": (
         lambda place: save(place / "step_9.pt", {"model": dict(STATE), "step": 3}).parent,
-        ("is called step 9 and says 3 inside", "--pattern"),
+        ("is called step 9 and states 3 inside", "--pattern"),
         (),
     ),
     "two of one step": (twice, ("both claim step 10 and differ", "ckpt_10.pt", "step_10.pt"), ()),
@@ -535,22 +535,22 @@ REFUSED: dict[str, Made] = {
         lambda place: empty(
             place, "checkpoint-5/global_step5/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
         ),
-        ("DeepSpeed shards without the file that says how they fit together",),
+        ("DeepSpeed shards without the file that says how to join them",),
         (),
     ),
     "Megatron": (
         lambda place: empty(place, "iter_0000005/mp_rank_00/model_optim_rng.pt"),
-        ("Megatron's shards", "tools/checkpoint/convert.py"),
+        ("Megatron shards", "tools/checkpoint/convert.py"),
         (),
     ),
     "distributed checkpoints": (
         lambda place: empty(place, "step_5/__0_0.distcp", "step_5/.metadata"),
-        (".metadata is no table of contents as torch.distributed.checkpoint writes it",),
+        (".metadata is not a table of contents of torch.distributed.checkpoint",),
         (),
     ),
     "distributed checkpoints without a table": (
         lambda place: empty(place, "step_5/__0_0.distcp", "step_6/__0_0.distcp"),
-        ("torch.distributed.checkpoint shards without the file that says how they fit",),
+        ("torch.distributed.checkpoint shards without the file that says how to join",),
         (),
     ),
     "safetensors": (record, ("need no import", "lca run"), ()),
@@ -664,8 +664,8 @@ def test_a_flipped_bit_is_found_although_torch_loads_the_file(tmp_path: Path) ->
     torch.load(source / "step_30.pt", weights_only=True)
     with pytest.raises(
         InputError,
-        match=r"step_30\.pt is damaged: .*data/\d is not what its "
-        r"checksum says",
+        match=r"step_30\.pt is damaged: .*data/\d does not match "
+        r"its checksum",
     ):
         told(source, tmp_path / "st")
     equal(tmp_path / "st", dict(zip(STEPS[:3], iterates(), strict=False)))

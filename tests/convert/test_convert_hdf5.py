@@ -103,7 +103,7 @@ def test_buffers_rows_do_not_hold_are_named(tmp_path: Path) -> None:
         "self.register_buffer('seen', torch.ones(2)); self.out =",
     )
     heard = told(rows(tmp_path / "w.h5"), tmp_path / "st", task=task)
-    says(" ".join(heard), "rows hold no 'seen'", "Task(fixed=[…])")
+    says(" ".join(heard), "rows do not hold 'seen'", "Task(fixed=[…])")
     refused(run_lca(tmp_path / "st", task, tmp_path / "run"), "'seen'", "missing")
     fixed = write_task(tmp_path / "fixed.py", "losses={", "fixed=['seen'], losses={")
     fixed.write_text(
@@ -213,7 +213,9 @@ def test_hdf5_needs_a_task_whose_model_can_be_built(tmp_path: Path) -> None:
     )
     lazy = write_task(tmp_path / "lazy.py", "nn.Linear(64, 8)", "nn.LazyLinear(8)")
     refused(lca("import", source, tmp_path / "st", "--task", lazy), "lazily built", "Task.model")
-    refused(lca("import", source, tmp_path / "st", "--key", "model"), "--key says nothing", "HDF5")
+    refused(
+        lca("import", source, tmp_path / "st", "--key", "model"), "--key does not apply", "HDF5"
+    )
 
 
 def test_without_h5py_hdf5_is_refused_with_the_way_to_get_it(

@@ -354,18 +354,18 @@ def huge(entry: State) -> None:
 
 
 UNTOLD: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "averages": ("AdamW", averaged, "did not move by their steps"),
+    "averages": ("AdamW", averaged, "do not explain the motion"),
     "hostile": ("AdamW", with_hostile_states, "could run any code"),
     "amsgrad": ("AdamW", every(of_each_group(amsgrad=True)), "no formula for AMSGrad"),
     "Nesterov": ("SGD", every(of_each_group(nesterov=True)), "no formula for Nesterov"),
     "other betas": (
         "AdamW",
         every(of_each_group(betas=(0.5, 0.999))),
-        "did not move by their steps",
+        "do not explain the motion",
     ),
-    "odd betas": ("AdamW", every(of_each_group(betas=(0.9, 1.5))), "betas are no pair"),
-    "a rate that is none": ("AdamW", every(of_each_group(lr=10**400)), "lr is no number"),
-    "a rate that is nan": ("AdamW", every(of_each_group(lr=math.nan)), "lr is no number"),
+    "odd betas": ("AdamW", every(of_each_group(betas=(0.9, 1.5))), "betas are not a pair"),
+    "a rate that is none": ("AdamW", every(of_each_group(lr=10**400)), "lr is not a number"),
+    "a rate that is nan": ("AdamW", every(of_each_group(lr=math.nan)), "lr is not a number"),
     "no groups": ("AdamW", every(lambda state: state.pop("param_groups")), "no groups"),
     "words for numbers": (
         "AdamW",
@@ -380,13 +380,13 @@ UNTOLD: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "no steps": (
         "AdamW",
         every(of_each(lambda entry: entry.update(step=torch.tensor(0.5)))),
-        "count of steps is none",
+        "count of steps is invalid",
     ),
     "other slots": ("AdamW", every(of_each(lambda entry: entry.pop("step"))), "another optimiser"),
     "sparse": (
         "AdamW",
         every(of_each(lambda entry: entry.update(exp_avg=entry["exp_avg"].to_sparse()))),
-        "no plain tensors",
+        "not plain tensors",
     ),
     "huge": ("AdamW", every(of_each(huge)), "not those of the weights"),
     "no memory": ("SGD", every(lambda state: state["state"].clear()), "remember no gradients"),
@@ -469,7 +469,7 @@ def test_a_step_that_states_do_not_explain_has_no_record(tmp_path: Path) -> None
         changed(tmp_path, step, of_each_group(lr=0.5))
     (tmp_path / "saved" / "checkpoint-6" / "optimizer.pt").unlink()
     heard = " ".join(told(tmp_path / "saved", tmp_path / "imported"))
-    says(heard, "took 4 steps of AdamW", "2 segments of 6 did not move by a step")
+    says(heard, "took 4 steps of AdamW", "do not explain the motion on 2 segments of 6")
     stated = steps_of(tmp_path / "imported")
     assert [step for step, record in stated.items() if record] == [1, 4, 5, 8]
 
@@ -492,7 +492,7 @@ def test_tensors_that_move_alike_are_left_out(tmp_path: Path) -> None:
     )
     training.run(tmp_path, of_trainer)
     heard = " ".join(told(tmp_path / "saved", tmp_path / "imported"))
-    says(heard, "which tensors 2 of 3 states of the optimiser belong to cannot be told")
+    says(heard, "does not determine which tensors 2 of 3 states of the optimiser belong to")
     assert_told(tmp_path / "imported", tmp_path / "recorded", but=("one", "two"))
 
 
@@ -519,7 +519,7 @@ def test_tensors_that_moved_less_than_a_rounding_leave_the_names_of_others(tmp_p
     )
     training.run(tmp_path, of_trainer)
     heard = " ".join(told(tmp_path / "saved", tmp_path / "imported"))
-    says(heard, "which tensors 3 of 10 states of the optimiser belong to cannot be told")
+    says(heard, "does not determine which tensors 3 of 10 states of the optimiser belong to")
     weights = ("norms.0.weight", "norms.1.weight", "norms.2.weight")
     assert_told(tmp_path / "imported", tmp_path / "recorded", but=weights)
 

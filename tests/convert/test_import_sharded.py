@@ -243,11 +243,11 @@ def absent(folder: Path) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
-    "a function in the table": (hostile_table, "has no business, and is not read"),
+    "a function in the table": (hostile_table, "is not part of torch.distributed.checkpoint"),
     "another class in the table": (another_class, "names types.SimpleNamespace"),
     "a function in an item": (hostile_item, "is not loaded: that could run any code"),
-    "no table": (no_table, "is no table of contents"),
-    "a byte": (one_byte, "is not what its checksum says"),
+    "no table": (no_table, "is not a table of contents"),
+    "a byte": (one_byte, "does not match its checksum"),
     "a short file": (short, "ends early"),
     "a missing file": (absent, "'__0_0.distcp', which is not there"),
 }
@@ -492,9 +492,9 @@ def no_shapes(place: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
     "a lost rank": (lost_rank, "lacks the file of rank 0"),
     "fewer ranks": (fewer_ranks, "was saved by 2 ranks, and has files of 1"),
-    "layers cut between ranks": (tensor_parallel, "has layers cut between ranks"),
-    "a short partition": (cut_partition, "the checkpoint is not whole"),
-    "no shapes": (no_shapes, "does not say the shapes of its parameters"),
+    "layers cut between ranks": (tensor_parallel, "has layers split between ranks"),
+    "a short partition": (cut_partition, "the checkpoint is incomplete"),
+    "no shapes": (no_shapes, "does not state the shapes of its parameters"),
 }
 
 

@@ -625,7 +625,7 @@ def test_a_function_of_batches_that_are_reordered_is_refused_and_a_list_is_not(
 
 
 def test_a_label_that_depends_on_the_examples_beside_it_is_refused() -> None:
-    with pytest.raises(InputError, match="a label depends on the examples beside it"):
+    with pytest.raises(InputError, match="a label depends on other examples of the batch"):
         split_of((INPUTS, TARGETS)).order(
             lambda inputs, targets: inputs[:, 0] > inputs[:, 0].median()
         )
@@ -656,14 +656,14 @@ def test_a_random_subset_is_drawn_by_its_seed_in_random_order() -> None:
 @pytest.mark.parametrize(
     ("subset", "problem"),
     [
-        ("", "is not understood"),
-        ("first", "is not understood"),
-        ("-3:", "is not understood"),
-        ("1:9:2", "is not understood"),
-        ("1,2,", "is not understood"),
-        ("0.5", "is not understood"),
-        ("0.5@-1", "is not understood"),
-        ("nan@1", "is not understood"),
+        ("", "is not in a known form"),
+        ("first", "is not in a known form"),
+        ("-3:", "is not in a known form"),
+        ("1:9:2", "is not in a known form"),
+        ("1,2,", "is not in a known form"),
+        ("0.5", "is not in a known form"),
+        ("0.5@-1", "is not in a known form"),
+        ("nan@1", "is not in a known form"),
         ("5:5", "is empty or goes beyond the 23 examples"),
         ("9:2", "is empty or goes beyond the 23 examples"),
         ("9:24", "is empty or goes beyond the 23 examples"),
@@ -754,7 +754,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "no iterable examples": (lambda: Stream(lambda count: []), "is empty"),
     "weights": (
         loader(sampler=WeightedRandomSampler([1.0] * N, N)),
-        "whose WeightedRandomSampler selects or weighs",
+        "whose WeightedRandomSampler selects or weights",
     ),
     "indices": (
         loader(sampler=SubsetRandomSampler([1, 2])),
@@ -775,7 +775,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "batches of somebody's own": (
         loader(batch_sampler=Halves(SequentialSampler(ITEMS), 2, False)),
-        "whose Halves selects or weighs examples.*without a sampler",
+        "whose Halves selects or weights examples.*without a sampler",
     ),
     "batches already": (loader(batch_size=None), "DataLoader with batch_size=None"),
 }

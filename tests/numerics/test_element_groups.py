@@ -302,7 +302,7 @@ REFUSED_ORDERS: dict[str, tuple[Any, Any, str]] = {
     "elements beside each other": (
         (INPUTS, INPUTS),
         lambda inputs, targets: inputs > inputs.mean(),
-        "depends on the examples beside it",
+        "depends on other examples of the batch",
     ),
     "at random": (
         (INPUTS, INPUTS),

@@ -541,7 +541,7 @@ REFUSED: dict[str, tuple[Callable[[], Task], tuple[str, ...]]] = {
         ("'first.weight', 'first.bias'", "Hidden", 'per="example"'),
     ),
     "other in the forward pass": (stated(Rounded), ("'first.weight'", "Straight", 'per="example"')),
-    "at random": (stated(mlp, Loss(noisy)), ("other values", "Seed")),
+    "at random": (stated(mlp, Loss(noisy)), ("values of the loss change", "Seed")),
 }
 
 

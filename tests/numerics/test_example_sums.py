@@ -194,7 +194,7 @@ def test_a_model_that_runs_otherwise_than_on_the_sample_is_refused() -> None:
     objective = objective_of(around_the_mlp(Late))
     motion = motion_of(objective)
     assert tell_examples(objective) == {"grouped"}
-    with pytest.raises(InputError, match="cannot be told on a batch"):
+    with pytest.raises(InputError, match="cannot be determined on a batch"):
         evaluated(objective, motion)
 
 
@@ -210,7 +210,7 @@ def test_elements_that_do_not_run_over_the_examples_first_are_found_out() -> Non
     task = Task(case.build, case.data(), {"l": replace(loss, group_by=some_groups("relu_mlp"))})
     objective = objective_of(task)
     assert objective.find_examples("l").untold == {
-        "": "the values of the loss do not run over the examples"
+        "": "the values of the loss have no axis of examples"
     }
 
 

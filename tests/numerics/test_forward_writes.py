@@ -102,7 +102,7 @@ def test_a_forward_pass_that_changes_the_model_is_refused(
     says(
         str(caught.value),
         f"loss 'train' changes tensor {tensor} of the model",
-        "in eval mode too",
+        "even in eval mode",
         "max_norm",
     )
     assert not (tmp_path / "run").exists()

@@ -166,7 +166,7 @@ def test_what_is_no_loss_is_named_as_what_it_is(case: str) -> None:
 LOSSES = {"train": Loss(F.cross_entropy)}
 NOT_TASKS = {
     "an instance": ({"model": net()}, "factory", "model=Net"),
-    "a class that is no module": ({"model": Widths}, "no nn.Module"),
+    "a class that is no module": ({"model": Widths}, "not an nn.Module"),
     "a class that takes arguments": ({"model": Wide}, "takes (width)", "lambda: Wide(…)"),
     "an async factory": ({"model": later}, "async function"),
     "a class of data": (
@@ -241,7 +241,7 @@ def test_every_callable_of_outputs_and_targets_is_a_loss(given: Any) -> None:
 def test_a_call_of_outputs_and_targets_says_what_it_would_be_as(tmp_path: Path) -> None:
     with pytest.raises(
         InputError,
-        match=r"called as fn\(model, batch\); a function of outputs and "
+        match=r"called as fn\(model, batch\); for a function of outputs and "
         r"targets",
     ):
         check_loss(
@@ -449,7 +449,7 @@ def test_autocast_inside_a_loss_is_said(case: str) -> None:
     loss, model, casts = AUTOCAST[case]
     notes = check_loss(objective_of(loss, model), "the loss")
     assert len(notes) == casts
-    assert all("loss 'the loss'" in note and "turns on autocast to" in note for note in notes)
+    assert all("loss 'the loss'" in note and "enables autocast to" in note for note in notes)
     assert not torch.is_autocast_enabled("cpu")
 
 

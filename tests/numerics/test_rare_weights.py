@@ -181,7 +181,7 @@ def test_every_group_must_weigh_and_one_example_is_enough(
 )
 def test_negative_weights_are_refused_where_they_are_met(weights: Tensor) -> None:
     objective = objective_of({"train": Loss(call=weighed)}, (X, Y, weights))
-    with pytest.raises(InputError, match="give none below 0"):
+    with pytest.raises(InputError, match="return none below 0"):
         check_loss(objective, "train")
 
 

@@ -117,7 +117,7 @@ REFUSED = {
         "--subset '0' could mean one example or a number of them",
     ),
     "a single number beyond the end": (["500"], ":500 for the first 500"),
-    "a list of one": (["96,"], "--subset '96,' is not understood"),
+    "a list of one": (["96,"], "--subset '96,' is not in a known form"),
 }
 
 

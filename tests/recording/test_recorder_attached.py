@@ -270,6 +270,6 @@ def test_an_optimiser_of_another_model_is_refused(tmp_path: Path, linear: nn.Mod
     mine = torch.optim.SGD(linear.parameters(), lr=0.01)
     with (
         Recorder(tmp_path, linear).attach(mine) as recorder,
-        pytest.raises(InputError, match="attached already"),
+        pytest.raises(InputError, match="already attached"),
     ):
         recorder.attach(mine)

@@ -435,7 +435,7 @@ def test_space_that_cannot_suffice_is_said_at_once(tmp_path: Path, linear: nn.Mo
 def test_half_precision_is_warned_about(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning,
-        match=r"weight has fewer than 32 bits a number, as 2 of 2 "
+        match=r"weight has fewer than 32 bits per number, like 2 of 2 "
         r"tensors|bias has fewer",
     ):
         saved(tmp_path, nn.Linear(3, 2).bfloat16(), 0)

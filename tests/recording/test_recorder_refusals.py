@@ -80,7 +80,7 @@ def test_weights_of_which_a_process_has_a_part_are_refused(
     with pytest.raises(
         InputError,
         match=r"the model is sharded by (FullyShardedDataParallel|DeepSpeed's ZeRO-3), "
-        r"of which a process",
+        r"which leaves each process a part",
     ):
         Recorder(tmp_path / "ck", build()).save(0)
     assert names(tmp_path) == []
@@ -184,10 +184,7 @@ def test_what_cannot_be_written_stops_training_and_leaves_no_hole(
     failing(_Failing(code, range(3, 4), 1))
     done: list[int] = []
     recorder = Recorder(tmp_path, network())
-    said = (
-        f"cannot write .*step_00000003.*{os.strerror(code)}; the last iterate recorded is that of "
-        "step 2"
-    )
+    said = f"cannot write .*step_00000003.*{os.strerror(code)}; the last recorded iterate is step 2"
     with pytest.raises(ResourceError, match=said):
         _save_on(recorder, done)
     assert len(done) <= 3 + writer.FEWEST + 1
@@ -273,5 +270,5 @@ def test_a_file_larger_than_the_process_may_write_stops_training_with_whole_file
         check=False,
     )
     assert "cannot write" in done.stdout
-    assert "File too large; the last iterate recorded is that of step 0" in done.stdout
+    assert "File too large; the last recorded iterate is step 0" in done.stdout
     assert steps_in(tmp_path) == [0]

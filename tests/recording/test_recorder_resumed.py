@@ -132,7 +132,8 @@ def test_a_gap_between_the_series_and_its_continuation_is_said(tmp_path: Path) -
     model = network()
     saved(tmp_path, model, 0, 1)
     with pytest.warns(
-        UserWarning, match="ends at step 1 and is gone on with at step 5: the 3 between are missing"
+        UserWarning,
+        match="ends at step 1 and continues at step 5: the 3 iterates between are missing",
     ):
         saved(tmp_path, model, 5)
     with pytest.warns(UserWarning, match="at step 12: the 3 between"):

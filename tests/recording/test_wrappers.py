@@ -204,7 +204,9 @@ class Tells(Net):
 
 def test_a_state_that_is_no_tensor_is_named_once(tmp_path: Path) -> None:
     with Recorder(tmp_path / "ck", Tells()) as recorder:
-        with pytest.warns(UserWarning, match=r"'_extra_state' \(a dict\): no tensor.*not recorded"):
+        with pytest.warns(
+            UserWarning, match=r"'_extra_state' \(a dict\), which is not a tensor.*not recorded"
+        ):
             recorder.save(0)
         recorder.save(1)
 
@@ -215,7 +217,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     model.module = nn.Linear(2, 1)
     with pytest.raises(
         InputError,
-        match=r"'weight' and 'module\.weight' of the model are both "
+        match=r"'weight' and 'module\.weight' of the model both become "
         r"'weight'",
     ):
         Recorder(tmp_path / "ck", model).save(0)

@@ -465,7 +465,7 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "deleted": (lambda path: path.unlink(), "Restore the file and run again"),
     "replaced": (
         lambda path: write_step(path.parent, MIDDLE, iterates()[0]),
-        "is not the file it was when the run was created. Restore it",
+        "changed since the run was created. Restore it",
     ),
 }
 

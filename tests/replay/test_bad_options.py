@@ -73,7 +73,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a step that is not there": (
         ("--steps", "0,10,31"),
         (
-            "--steps 0,10,31 names step 31, of which there is no checkpoint",
+            "--steps 0,10,31 names step 31 without a checkpoint",
             "steps 0, 10, 20",
         ),
     ),

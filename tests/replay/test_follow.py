@@ -603,7 +603,7 @@ def test_a_training_that_ends_while_it_waits_for_room_says_what_is_not_written(
             assert waited.wait(60)
             raise RuntimeError("ends")
 
-    says = r"3 iterates .* of at most 3 iterates: recording waits"
+    says = r"3 iterates .* of at most 3 iterates: recording and training wait"
     with pytest.warns(UserWarning, match=says), pytest.raises(RuntimeError, match="ends") as raised:
         train_and_fail()
     assert "recording ended while the iterate of step 3 waited for room" in str(

@@ -89,7 +89,7 @@ CHANGES = {
     ),
     "removed": Change(lambda path, _: path.unlink(), ("is gone", "Restore it")),
     "added": Change(
-        lambda path, copy: shutil.copy(copy, path), ("is new", "Take it away"), was_there=False
+        lambda path, copy: shutil.copy(copy, path), ("is new", "Remove it"), was_there=False
     ),
 }
 every_change = pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)

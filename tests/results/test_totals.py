@@ -148,7 +148,7 @@ def test_a_sum_that_is_too_large_is_refused_and_one_just_below_is_right(sign: fl
 def test_a_sum_that_is_too_large_is_refused_for_tensors_of_one_number_too() -> None:
     one = {name: np.zeros((), dtype) for name, dtype in types_of_totals(1).items()}
     one["allocated"] += np.int64(2**62)
-    with pytest.raises(SpanError, match="more than totals"):
+    with pytest.raises(SpanError, match="exceeds what totals"):
         join(one, one)
 
 

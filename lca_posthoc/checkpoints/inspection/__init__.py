@@ -1,6 +1,6 @@
-"""Inspect a series: are these the checkpoints of one training?
+"""Inspect a series: do its checkpoints come from one training run?
 
-`measure` reads, `geometry` compares, `observations` says what follows from it.
+`measure` reads, `geometry` compares, `observations` draws conclusions.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from .observations import observe
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """A series as it was inspected.
+    """Hold the result of inspecting a series.
 
     Attributes:
-        steps: of its checkpoints, ascending.
-        weights: how many elements its floating tensors have, running statistics left out.
-        dtypes: of these tensors.
-        size: of all files, in bytes.
+        steps: steps of the checkpoints, ascending.
+        weights: number of elements of the floating tensors, without running statistics.
+        dtypes: types of these tensors.
+        size: size of all files in bytes.
         norms: ‖θ‖ of each checkpoint.
-        gaps: the steps before and after each gap that a replay leaves out, no segment of it.
-        bursts: the first and the last step of each burst, where the series looks like one of bursts
-            and no recorder states them: a replay joins them.
-        distances: ‖θ − θ of the checkpoint before‖, for each checkpoint but the first.
-        same_bits: the share of weights that keep the bits of the checkpoint before, likewise.
-        observations: the worst first.
+        gaps: steps before and after each gap that a replay skips.
+        bursts: first and last step of each burst, if the steps look like bursts but no recorder
+            stated them; a replay joins such bursts.
+        distances: ‖θ − θ of the previous checkpoint‖, for each checkpoint but the first.
+        same_bits: share of weights with the same bits as in the previous checkpoint, for each
+            checkpoint but the first.
+        observations: observations, the worst first.
     """
 
     steps: tuple[int, ...]
@@ -48,7 +49,7 @@ class Inspection:
 
     @property
     def worst(self) -> str | None:
-        """Return the worst grade of the observations; None where there are none."""
+        """Return the worst grade of the observations, or None if there are none."""
         return self.observations[0].grade if self.observations else None
 
 
@@ -61,21 +62,21 @@ def inspect(
     say: Callable[[str], None] = print,
     progress: Progress = lambda what, done, total: None,
 ) -> Inspection:
-    """Read every checkpoint of a series, and see whether they are those of one training.
+    """Read every checkpoint of a series and check whether they come from one training run.
 
-    Memory is that of two checkpoints and of 32 kB or less for each further one.
+    Memory holds two checkpoints and at most 32 kB for each further one.
 
     Args:
-        checkpoints: a directory of them, or a URL of one.
+        checkpoints: a directory of checkpoints, or its URL.
         steps: as for `open_trajectory`.
-        pattern: likewise.
-        rename: likewise.
+        pattern: as for `open_trajectory`.
+        rename: as for `open_trajectory`.
         say: called with each note on how the series was read.
         progress: called as `progress(what, done, total)`.
 
     Raises:
-        InputError: where there are no checkpoints, or their tensors differ in shape or type.
-        SpanError: where a file changes meanwhile, or cannot be read.
+        InputError: if there are no checkpoints, or their tensors differ in shape or type.
+        SpanError: if a file changes meanwhile or cannot be read.
     """
     trajectory = open_trajectory(
         checkpoints, steps=steps, pattern=pattern, rename=rename, compare=False

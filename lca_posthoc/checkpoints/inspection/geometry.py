@@ -1,9 +1,9 @@
-"""Tell from distances alone which checkpoints follow which: another start, two series, a checkpoint
-that lies elsewhere, two that are exchanged, jumps.
+"""Decide from distances alone which checkpoints follow which.
 
-Positions count the checkpoints that are looked at. What a healthy training may look like bounds
-every judgement here: steps that grow in a warm-up and shrink to 0, gaps of any lengths, noise in
-which any two checkpoints are as far apart, and oscillation.
+Detect a different start, two series, a checkpoint in the wrong place, two that are swapped, and
+jumps. Positions count the checkpoints under inspection. The thresholds allow for everything a
+healthy training run may show: steps that grow in a warm-up and shrink to 0, gaps of any length,
+noise that puts any two checkpoints equally far apart, and oscillation.
 """
 
 from __future__ import annotations
@@ -16,28 +16,30 @@ import numpy as np
 
 from .measure import Reading
 
-UNRELATED = 0.1  # a smaller correlation of the weights' deviations from their mean
-FEWEST_WEIGHTS = 1000  # that tell a correlation of 0.1 from chance
-LONGER = 4  # times all other gaps: across such a gap training may have forgotten its start
-NEARER = 3.0  # times: a checkpoint belongs behind one that is so much nearer than that before it
-APART = 0.1  # of the series' diameter, between two series
-FEWEST = 6  # checkpoints, for series, order and jumps
+UNRELATED = 0.1  # largest correlation of mean-free weights that counts as unrelated
+FEWEST_WEIGHTS = 1000  # needed to tell a correlation of 0.1 from chance
+LONGER = 4  # times every other gap: across such a gap training may have forgotten its start
+NEARER = (
+    3.0  # a checkpoint follows an earlier one that is this many times nearer than its neighbour
+)
+APART = 0.1  # least distance between two series, as a share of the diameter
+FEWEST = 6  # checkpoints needed to judge series, order and jumps
 FEWEST_OF_A_SERIES = 3
-SHORTER = 0.15  # by so much an exchange of two checkpoints shortens the way past them
-CLEAN = 0.02  # and then no exchange of neighbours does by more than this, anywhere
-JUMP = 10.0  # times what the segments on both sides suggest
-_BACK = 4  # checkpoints before one, among which that it follows is looked for
+SHORTER = 0.15  # share by which swapping two checkpoints must shorten the path past them
+CLEAN = 0.02  # share by which swapping neighbours may still shorten it afterwards, anywhere
+JUMP = 10.0  # times the length that the segments on both sides suggest
+_BACK = 4  # how many earlier checkpoints are candidates for the predecessor
 _AROUND = 3  # segments on each side that a segment is compared with
-_CANDIDATES = 24  # positions that are tried in pairs for an exchange
+_CANDIDATES = 24  # positions tried in pairs for a swap
 _MOST_EXCHANGES = 8
 
 
 class Points:
-    """Some checkpoints of a series, in order, as points in the space of weights.
+    """Treat some checkpoints of a series, in order, as points in weight space.
 
     Args:
-        readings: of these checkpoints, every number finite.
-        steps: at which they stand; those they state by default.
+        readings: the checkpoints; every number is finite.
+        steps: steps of the points; by default the steps of the readings.
     """
 
     def __init__(self, readings: Sequence[Reading], steps: Sequence[int] | None = None) -> None:
@@ -48,27 +50,36 @@ class Points:
         return len(self.readings)
 
     def at_positions(self, positions: Sequence[int]) -> Points:
-        """Return some of the points, in the order of the positions given."""
+        """Return some of the points, in the given order."""
         return Points(
             [self.readings[position] for position in positions],
             [self.steps[position] for position in positions],
         )
 
     def with_exchanged(self, pairs: Sequence[tuple[int, int]]) -> Points:
-        """Return the points with those of some pairs of positions exchanged, at the same steps."""
+        """Return the points with some pairs of positions swapped; the steps stay in place."""
         order = list(range(len(self)))
         for pair in pairs:
             _exchange(order, *pair)
         return Points([self.readings[position] for position in order], self.steps)
 
     def distance(self, one: int, other: int) -> float:
-        """Return the distance of two points, as their sketches tell it."""
+        """Return the distance between two points, estimated from their sketches.
+
+        Args:
+            one: position of the first point.
+            other: position of the second point.
+        """
         difference = self.readings[one].sketch - self.readings[other].sketch
         return float(np.sqrt(difference @ difference))
 
     def correlation(self, one: int, other: int) -> float | None:
-        """Return the correlation of the weights of two points; None where one has no spread, such
-        as weights that begin at 0.
+        """Return the correlation of the weights at two points, or None if one has no spread, such
+        as weights that start at 0.
+
+        Args:
+            one: position of the first point.
+            other: position of the second point.
         """
         first, second = self.readings[one], self.readings[other]
         if not first.spread or not second.spread:
@@ -81,8 +92,9 @@ class Points:
 
 
 def related(points: Points) -> list[list[int]]:
-    """Return the positions in sets of related checkpoints: each is correlated with one that was the
-    last of its set before it.
+    """Group positions into sets of related checkpoints.
+
+    A checkpoint joins every set whose last member so far correlates with it.
     """
     sets: list[list[int]] = []
     for position in range(len(points)):
@@ -99,8 +111,14 @@ def _is_related(points: Points, one: int, other: int) -> bool:
 
 
 def across_a_long_gap(steps: Sequence[int], sets: Sequence[Sequence[int]]) -> bool:
-    """Tell whether sets of positions follow each other, and the gaps between them are much longer
-    than all others: there training may have forgotten where it began.
+    """Return whether the sets follow each other, with gaps between them much longer than all other
+    gaps.
+
+    Across such a gap training may have forgotten its start.
+
+    Args:
+        steps: steps of all checkpoints, ascending.
+        sets: sets of positions, as from `related`.
     """
     joined = [position for some in sets for position in some]
     if joined != list(range(len(steps))):
@@ -113,8 +131,10 @@ def across_a_long_gap(steps: Sequence[int], sets: Sequence[Sequence[int]]) -> bo
 
 
 def chains(points: Points) -> list[list[int]]:
-    """Return the positions in chains: usually one; where a checkpoint is much nearer to an earlier
-    one than to that before it, what lies between is another.
+    """Split the positions into chains; a healthy series forms one.
+
+    If a checkpoint is much nearer to an earlier checkpoint than to its predecessor, it continues
+    from the earlier one, and those in between form another chain.
     """
     follows = [0] + [_followed(points, position) for position in range(1, len(points))]
     nearest: dict[int, int] = {}
@@ -132,7 +152,9 @@ def chains(points: Points) -> list[list[int]]:
 
 
 def _followed(points: Points, position: int) -> int:
-    """Return the position that one follows: that before it, unless another is much nearer."""
+    """Return the predecessor of a position: the position before it, unless another one is much
+    nearer.
+    """
     before = range(max(0, position - _BACK), position)
     nearest = min(before, key=lambda other: points.distance(other, position))
     far = points.distance(position - 1, position)
@@ -140,8 +162,14 @@ def _followed(points: Points, position: int) -> int:
 
 
 def are_clean(apart: Sequence[Sequence[int]], main: Sequence[int]) -> bool:
-    """Tell whether chains beside the main one are as defects make them: few checkpoints by
-    themselves, or one other series from the beginning on. Oscillation makes many.
+    """Return whether the chains beside the main one look like defects: a few single checkpoints, or
+    one other series near the beginning.
+
+    Oscillation makes many chains.
+
+    Args:
+        apart: the other chains.
+        main: the main chain.
     """
     large = [chain for chain in apart if len(chain) >= FEWEST_OF_A_SERIES]
     small = len(apart) - len(large)
@@ -151,16 +179,22 @@ def are_clean(apart: Sequence[Sequence[int]], main: Sequence[int]) -> bool:
 
 
 def are_apart(points: Points, chain: Sequence[int], others: Sequence[int]) -> bool:
-    """Tell whether a chain is as far from another as only different weights are, and not one side
+    """Return whether a chain is as far from another as only different weights are, and not one side
     of an oscillation.
+
+    Args:
+        points: all points.
+        chain: positions of the chain.
+        others: positions of the other chain.
     """
     nearest = [min(points.distance(one, other) for other in others) for one in chain]
     return median(nearest) > APART * points.diameter()
 
 
 def exchanges(points: Points) -> list[tuple[int, int]]:
-    """Return pairs of positions whose checkpoints are exchanged, as far as that puts the whole
-    series in the order in which the way through it is short; else none.
+    """Return pairs of positions whose checkpoints are swapped.
+
+    Return none unless swapping them back makes the path through the series short everywhere.
     """
     order = list(range(len(points)))
     pairs: list[tuple[int, int]] = []
@@ -178,14 +212,12 @@ def exchanges(points: Points) -> list[tuple[int, int]]:
 
 
 def _meet(pairs: Sequence[tuple[int, int]]) -> bool:
-    """Tell whether some position is in several pairs."""
+    """Return whether some position is in several pairs."""
     return len({position for pair in pairs for position in pair}) < 2 * len(pairs)
 
 
 def _tried(points: Points, order: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield the pairs of positions that may be exchanged: those near each other, and those that are
-    long ways round.
-    """
+    """Yield the pairs of positions to try: close neighbours, and pairs of long detours."""
     last = len(order) - 1
     detours = {position: _detour(points, order, position) for position in range(1, last)}
     bent = sorted(detours, key=lambda position: -detours[position])[:_CANDIDATES]
@@ -194,7 +226,7 @@ def _tried(points: Points, order: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _detour(points: Points, order: Sequence[int], position: int) -> float:
-    """Return how much longer the way is past a position than around it, as a ratio."""
+    """Return the length of the path through a position relative to the direct path past it."""
     before, here, after = order[position - 1 : position + 2]
     around = points.distance(before, after)
     past = points.distance(before, here) + points.distance(here, after)
@@ -206,9 +238,7 @@ def _exchange(order: list[int], one: int, other: int) -> None:
 
 
 def _gain(points: Points, order: Sequence[int], one: int, other: int) -> float:
-    """Return by which share the way past two positions becomes shorter where they are
-    exchanged.
-    """
+    """Return the share by which swapping two positions shortens the path past them."""
     swapped = list(order)
     _exchange(swapped, one, other)
     borders = {border for end in (one, other) for border in (end - 1, end)}
@@ -224,11 +254,12 @@ def _gain(points: Points, order: Sequence[int], one: int, other: int) -> float:
 
 
 def jumps(points: Points) -> list[tuple[int, float]]:
-    """Return the positions before segments that are much longer than those beside them suggest,
-    and how many times.
+    """Return the position before each jump, and how many times longer its segment is than its
+    neighbours suggest.
 
-    Inside the series both sides must. Near its end there is one side alone, and the segment must be
-    longer than the whole rest is wide. At its beginning training may move as it likes.
+    Inside the series, the segments on both sides must suggest it. Near the end there are neighbours
+    on one side only, and the segment must also be longer than the diameter of everything before it.
+    At the beginning training may move freely.
     """
     smallest = APART * points.diameter()
     last = len(points) - 1
@@ -243,8 +274,8 @@ def jumps(points: Points) -> list[tuple[int, float]]:
 
 
 def lengths_and_factors(points: Points) -> tuple[list[float], list[float]]:
-    """Return the lengths of all segments, and how many times each is as long as those beside it
-    suggest; 0 where too few lie there.
+    """Return the length of each segment, and how many times longer it is than its neighbours
+    suggest; 0 if it has too few neighbours.
     """
     lengths = [points.distance(start, start + 1) for start in range(len(points) - 1)]
     gaps = [after - before for before, after in pairwise(points.steps)]
@@ -252,7 +283,9 @@ def lengths_and_factors(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _times(lengths: Sequence[float], gaps: Sequence[int], start: int) -> float:
-    """Return how many times a segment is longer than the longer of what either side suggests."""
+    """Return the ratio of a segment's length to the longer of the lengths that either side
+    suggests.
+    """
     sides = (
         range(max(0, start - _AROUND), start),
         range(start + 1, min(len(lengths), start + 1 + _AROUND)),
@@ -269,8 +302,10 @@ def _times(lengths: Sequence[float], gaps: Sequence[int], start: int) -> float:
 
 
 def _expected(length: float, gap: int, other_gap: int) -> float:
-    """Return the most that a segment of `other_gap` steps is long as one of `gap` steps is so long:
-    in one direction over more steps, at random over fewer.
+    """Return the longest plausible length of a segment of `other_gap` steps, given one of `gap`
+    steps.
+
+    Assume straight motion over more steps and a random walk over fewer.
     """
     ratio = other_gap / gap
     return length * (ratio if ratio > 1 else ratio**0.5)

@@ -1,6 +1,7 @@
-"""Read a series once, two checkpoints in memory at a time, and keep of each what tells the series
-apart from another: digests, numbers that are not finite, the distance to the checkpoint before, the
-share of bits that stayed, and a sketch.
+"""Read a series once, with two checkpoints in memory at a time, and summarise each checkpoint.
+
+The summary holds digests, the numbers that are not finite, the distance to the previous checkpoint,
+the share of unchanged bits, and a sketch.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from .sketch import Numbers, Projection, width_for
 Progress = Callable[[str, int, int], None]
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-# bits of a float32 that are 0 where the number was one of bfloat16 or float16
+# bits of a float32 that are 0 if the number was converted from bfloat16 or float16
 _WIDENED = {"BF16": 0xFFFF, "F16": 0x1FFF}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One checkpoint as it was read.
+    """Summarise one checkpoint.
 
     Attributes:
-        step: of training.
-        digest: of the bytes of all tensors.
-        weights_digest: of those of floating tensors that are no running statistics.
-        not_finite: how many numbers of a tensor are NaN or Inf, where there are any.
-        norm: ‖θ‖, over all weights.
-        distance: ‖θ − θ of the checkpoint before‖; None for the first.
-        same_bits: the share of weights that hold the bits of the checkpoint before.
-        sketch: of the matrices that move, each less its mean: (K,).
-        spread: ‖θ‖ of these matrices, each less its mean.
-        widened_from: "BF16" or "F16" where every number of its float32 weights is one of that type.
+        step: training step.
+        digest: digest of the bytes of all tensors.
+        weights_digest: digest of the floating tensors other than running statistics.
+        not_finite: number of NaN or Inf in each tensor that has any.
+        norm: ‖θ‖ over all weights.
+        distance: ‖θ − θ of the previous checkpoint‖; None for the first.
+        same_bits: share of weights with the same bits as in the previous checkpoint.
+        sketch: sketch of the matrices that move, each minus its mean: (K,).
+        spread: norm of these matrices, each minus its mean.
+        widened_from: "BF16" or "F16" if every float32 weight is a number of that type.
     """
 
     step: int
@@ -55,14 +56,14 @@ class Reading:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """A series as it was read.
+    """Summarise a series.
 
     Attributes:
-        readings: of its checkpoints, in order of their steps.
-        weights: names of floating tensors that are no running statistics.
-        compared: how many elements the sketches are of.
-        half_precision: the names of `weights` that are stored in fewer than 32 bits a number.
-        elements: of all `weights`.
+        readings: summaries of the checkpoints, in order of step.
+        weights: names of the floating tensors other than running statistics.
+        compared: number of elements that the sketches cover.
+        half_precision: those of `weights` that are stored in fewer than 32 bits per number.
+        elements: number of elements of all `weights`.
     """
 
     readings: tuple[Reading, ...]
@@ -73,10 +74,14 @@ class Measured:
 
 
 def measure(trajectory: Trajectory, progress: Progress) -> Measured:
-    """Read every checkpoint once, the first and the last twice.
+    """Read every checkpoint once, and the first and last twice.
+
+    Args:
+        trajectory: the series.
+        progress: called as `progress(what, done, total)`.
 
     Raises:
-        SpanError: where a file changed meanwhile, or cannot be read.
+        SpanError: if a file changed meanwhile or cannot be read.
     """
     weights = [
         name
@@ -105,10 +110,11 @@ def _elements(shape: tuple[int, ...]) -> int:
 
 
 def _compared(trajectory: Trajectory, weights: list[str]) -> list[str]:
-    """Return the weights that sketches are of: tensors of two axes or more, where there are any,
-    that the first and the last checkpoint do not have in common.
+    """Return the weights that sketches cover: tensors that differ between the first and the last
+    checkpoint, and matrices among them if there are any.
 
-    Others, such as masks, positions, biases and scales of normalisation, begin alike in every seed.
+    Other tensors, such as masks, positions, biases and normalisation scales, start alike for every
+    seed.
     """
     names = {name: trajectory.sources[name] for name in weights}
     ends = [
@@ -120,7 +126,7 @@ def _compared(trajectory: Trajectory, weights: list[str]) -> list[str]:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor: (bytes,)."""
+    """View a tensor as its bytes, (bytes,)."""
     return tensor.reshape(-1).view(torch.uint8)
 
 
@@ -129,12 +135,12 @@ def _digest(tensor: Tensor) -> bytes:
 
 
 class _Reader:
-    """Read checkpoints in order, and hold the weights of one for the next.
+    """Read checkpoints in order, keeping the weights of the previous one.
 
     Args:
-        trajectory: that is read.
+        trajectory: the series.
         weights: names of its weights.
-        compared: those of them that sketches are of.
+        compared: the weights that sketches cover.
     """
 
     def __init__(self, trajectory: Trajectory, weights: list[str], compared: list[str]) -> None:
@@ -144,7 +150,7 @@ class _Reader:
         self._before: Mapping[str, Tensor] = {}
 
     def read(self, checkpoint: Checkpoint) -> Reading:
-        """Return what is kept of the next checkpoint."""
+        """Read the next checkpoint and return its summary."""
         tensors = read_stored(checkpoint, self._sources)
         digests = {name: _digest(tensor) for name, tensor in tensors.items()}
         sums = _Sums(sketch=np.zeros(self._projection.width))
@@ -192,7 +198,7 @@ class _Reader:
 
 @dataclass
 class _Sums:
-    """Sums over the weights of one checkpoint; see `Reading`."""
+    """Accumulate sums over the weights of one checkpoint; see `Reading`."""
 
     sketch: Numbers
     squares: float = 0.0
@@ -204,7 +210,7 @@ class _Sums:
     widened: list[str] = field(default_factory=lambda: list(_WIDENED))
 
     def narrow_down(self, numbers: Tensor) -> None:
-        """Leave those types of `widened` which some float32 numbers, (elements,), could be of."""
+        """Remove from `widened` the types that cannot hold some float32 numbers, (elements,)."""
         self.of_float32 = True
         if self.widened:
             bits = numbers.view(torch.int32)
@@ -214,23 +220,23 @@ class _Sums:
 
 
 def _bits(numbers: Tensor) -> Tensor:
-    """Return numbers as integers of as many bits, so that −0 and 0 differ and NaN is itself."""
+    """View numbers as integers of the same width, so that −0 differs from 0 and NaN equals itself."""
     return numbers.view(_INTEGERS[numbers.element_size()])
 
 
 def _squared(numbers: Numbers) -> float:
-    """Return the sum of squares of some numbers: (elements,)."""
+    """Return the sum of squares of some numbers, (elements,)."""
     with np.errstate(invalid="ignore", over="ignore"):
         return float(numbers @ numbers)
 
 
 def _joined(digests: Iterable[bytes]) -> str:
-    """Return one digest of several."""
+    """Combine several digests into one."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Return how many numbers of each floating tensor are NaN or Inf, where there are any."""
+    """Return the number of NaN or Inf in each floating tensor that has any."""
     return {
         name: int((~torch.isfinite(tensor.double())).sum())
         for name, tensor in tensors.items()

@@ -1,20 +1,19 @@
-"""Find the gaps of a series that is regular around them."""
+"""Find gaps in a series that is otherwise regular."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 
-_AROUND = 2  # segments on each side that must be of one length
-_FEWEST_GAPS = 2  # of which it can be told that they come back
+_AROUND = 2  # segments on each side that must have equal lengths
+_FEWEST_GAPS = 2  # needed to see that gaps recur
 
 
 def gaps_in_a_grid(steps: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Return the gaps in which checkpoints are missing: steps before and after, and how far
-    checkpoints lie apart around them.
+    """Return the gaps where checkpoints are missing, as (step before, step after, grid spacing).
 
-    A gap is one where the two segments on both sides have one length, of which it is a multiple.
-    Gaps that come back at equal distances are those between bursts.
+    A gap counts if the two segments on either side all have one length and the gap is a multiple of
+    it. Gaps that recur at equal distances separate bursts and do not count.
 
     >>> gaps_in_a_grid([0, 10, 20, 30, 50, 60, 70])
     [(30, 50, 10)]
@@ -34,8 +33,8 @@ def gaps_in_a_grid(steps: Sequence[int]) -> list[tuple[int, int, int]]:
 
 
 def unstated_bursts(steps: Sequence[int]) -> list[tuple[int, int]]:
-    """Return the first and the last step of each burst of a series that looks like one of bursts;
-    none of any other.
+    """Return the first and last step of each burst if a series looks like bursts; an empty list
+    otherwise.
 
     >>> unstated_bursts([0, 1, 2, 10, 11, 12, 20, 21])
     [(0, 2), (10, 12), (20, 21)]
@@ -52,8 +51,10 @@ def unstated_bursts(steps: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _are_between_bursts(steps: Sequence[int], starts: Sequence[int]) -> bool:
-    """Tell whether stretches of checkpoints, all but the first of which begin at these positions,
-    are bursts: as long as each other, equally far apart, and shorter than the gaps between them.
+    """Return whether runs of checkpoints are bursts: equally long, equally spaced, and shorter than
+    the gaps between them.
+
+    `starts` are the positions at which all runs but the first begin.
     """
     borders = [0, *starts, len(steps)]
     counts = [stop - start for start, stop in pairwise(borders)]

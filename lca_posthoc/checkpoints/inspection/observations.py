@@ -1,4 +1,4 @@
-"""Say in words what readings tell of a series."""
+"""Describe in words what the readings of a series show."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from .missing import gaps_in_a_grid
 
 GRADES = ("defect", "doubt", "note")
 
-_RESTING = 0.1  # of the typical motion of a step: beside a rest that training came to by itself
-_ROUNDED_AWAY = 0.9  # of the weights: where as many keep their bits, all may
-_BELONGS = 0.5  # of the next best place's distance
-_MANY_COPIES = 5  # single steps at rest, which make a copied file's jump stand out
+_RESTING = 0.1  # share of the typical motion per step; less means that training came to rest
+_ROUNDED_AWAY = 0.9  # share of weights with unchanged bits, beyond which all may stay unchanged
+_BELONGS = 0.5  # largest ratio of the best place's distance to the second best
+_MANY_COPIES = 5  # single steps at rest; after as many, the jump behind a copied file stands out
 _MOST_STRETCHES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """One thing that was seen.
+    """Describe one thing that was observed.
 
     Attributes:
         kind: "not finite", "identical", "still", "descent", "two series", "elsewhere", "order",
             "jump", "oscillation", "half precision", "missing" or "too small".
-        grade: "defect": a file is wrong, or not of this training; "doubt": worth a look; "note":
-            as it should be, and worth knowing.
-        steps: of the checkpoints it is about.
-        text: a sentence.
+        grade: "defect" if a file is wrong or belongs to another training run, "doubt" if it is
+            worth a look, "note" if all is well but worth knowing.
+        steps: steps of the checkpoints concerned.
+        text: one sentence or more, without the final full stop.
     """
 
     kind: str
@@ -43,11 +43,11 @@ class Observation:
 
 
 def observe(measured: Measured, breaks: Collection[int] = ()) -> list[Observation]:
-    """Return what is seen, the worst first.
+    """Return the observations, the worst first.
 
     Args:
         measured: the series.
-        breaks: steps after which no segment follows, so that nothing is missing there.
+        breaks: steps after which no segment starts, so that nothing is missing there.
     """
     seen = [*_not_finite(measured.readings)]
     usable = [reading for reading in measured.readings if not reading.not_finite]
@@ -64,7 +64,7 @@ def observe(measured: Measured, breaks: Collection[int] = ()) -> list[Observatio
 
 
 def _is_across(steps: Sequence[int], breaks: Collection[int]) -> bool:
-    """Tell whether a break lies between the first and the last of some steps."""
+    """Return whether a break lies between the first and the last of some steps."""
     return any(steps[0] <= step < steps[-1] for step in breaks)
 
 
@@ -73,13 +73,13 @@ def _too_small(elements: int) -> Observation:
         kind="too small",
         grade="note",
         steps=(),
-        text=f"{count(elements, 'weight')} that move are too few to tell a training from another "
-        f"by distances, for which {geometry.FEWEST_WEIGHTS:,} are needed",
+        text=f"only {count(elements, 'weight')} move, too few to distinguish training runs by "
+        f"distances; that needs {geometry.FEWEST_WEIGHTS:,}",
     )
 
 
 def stretches(positions: Sequence[int]) -> list[tuple[int, int]]:
-    """Return ascending positions as stretches of consecutive ones, both ends included.
+    """Join ascending positions into runs of consecutive ones, as (first, last).
 
     >>> stretches([1, 2, 3, 7])
     [(1, 3), (7, 7)]
@@ -107,13 +107,13 @@ def _listed(steps: Sequence[int], positions: Sequence[int]) -> str:
 
 
 def _not_finite(readings: Sequence[Reading]) -> Iterator[Observation]:
-    """Name the checkpoints with NaN or Inf, those together that follow each other."""
+    """Report the checkpoints with NaN or Inf; consecutive ones share an observation."""
     bad = [position for position, reading in enumerate(readings) if reading.not_finite]
     for first, last in stretches(bad):
         reading = readings[first]
         worst = sorted(reading.not_finite.items(), key=lambda item: -item[1])
         tensors = few([f"{number:,} in {safe(repr(name))}" for name, number in worst])
-        until = f", and so to step {readings[last].step}" if last > first else ""
+        until = f", and likewise up to step {readings[last].step}" if last > first else ""
         yield Observation(
             kind="not finite",
             grade="defect",
@@ -127,8 +127,10 @@ def _not_finite(readings: Sequence[Reading]) -> Iterator[Observation]:
 
 
 def _same(readings: Sequence[Reading]) -> tuple[list[Observation], list[Reading]]:
-    """Return what is seen of checkpoints with the same weights, and the checkpoints with one for
-    each state of the weights, where it belongs.
+    """Compare checkpoints with identical weights.
+
+    Return the observations, and one checkpoint for each distinct state of the weights, at the place
+    where it belongs.
     """
     groups: dict[str, list[int]] = {}
     for position, reading in enumerate(readings):
@@ -147,7 +149,7 @@ def _same(readings: Sequence[Reading]) -> tuple[list[Observation], list[Reading]
             dropped |= {*positions[1:]}
     rest = [position for position in range(len(readings)) if position not in dropped]
     neighbours = [*_still(readings, rest, still)]
-    # which of the names is right, distances do not say
+    # distances do not show which of the names is right
     wrong = {step for some in neighbours if some.grade == "defect" for step in some.steps}
     single = [readings[position] for position in rest if readings[position].step not in wrong]
     return [*seen, *neighbours], single
@@ -163,15 +165,15 @@ def _nothing_moves(readings: Sequence[Reading]) -> Observation:
 
 
 def _place(readings: Sequence[Reading], parts: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
-    """Return the stretch where weights belong that lie in several: the one that is much nearer to
-    its neighbours than any other; None where there is none.
+    """Return the run of positions where repeated weights belong: the one much nearer to its
+    neighbours than any other; None if no run is.
     """
     fits = sorted((_misfit(readings, first, last), (first, last)) for first, last in parts)
     return fits[0][1] if fits[0][0] < _BELONGS * fits[1][0] else None
 
 
 def _misfit(readings: Sequence[Reading], first: int, last: int) -> float:
-    """Return the larger of a stretch's distances to the checkpoints beside it."""
+    """Return the larger of the distances between a run and the checkpoints next to it."""
     points = Points(readings)
     sides = [(first - 1, first)] * (first > 0) + [(last, last + 1)] * (last + 1 < len(points))
     return max(points.distance(*side) for side in sides)
@@ -182,10 +184,10 @@ def _identical(
 ) -> Observation:
     steps = [reading.step for reading in readings]
     belong = (
-        f" By their distances to the others they belong at {_listed(steps, place[:1])}, and "
-        "those elsewhere are files under a wrong name"
+        f" By their distances to the others they belong at {_listed(steps, place[:1])}; the "
+        "other files have a wrong name"
         if place
-        else " Some of them are files under a wrong name"
+        else " Some of these files have a wrong name"
     )
     return Observation(
         kind="identical",
@@ -202,12 +204,12 @@ def _identical(
 def _still(
     readings: Sequence[Reading], rest: Sequence[int], still: Sequence[Sequence[int]]
 ) -> Iterator[Observation]:
-    """Say of neighbours with the same weights whether training stood still or a file is wrong.
+    """Decide for neighbours with identical weights whether training stood still or a file is wrong.
 
     Args:
-        readings: of the series.
+        readings: readings of the series.
         rest: positions of one checkpoint for each state of the weights, in order.
-        still: positions of the neighbours, the first of which is in `rest`.
+        still: groups of neighbouring positions; the first position of each group is in `rest`.
     """
     motion = _Motion(readings, rest)
     resting: dict[str, list[int]] = {}
@@ -222,13 +224,13 @@ def _still(
             kind="still",
             grade="note",
             steps=tuple(readings[position].step for position in positions),
-            text=f"neighbours hold the same weights, {_stretches(readings, positions)}: {reason}. "
-            "Nothing is allocated there",
+            text=f"neighbouring checkpoints hold the same weights, {_stretches(readings, positions)}: "
+            f"{reason}. These segments allocate nothing",
         )
 
 
 def _stretches(readings: Sequence[Reading], positions: Sequence[int]) -> str:
-    """Return the steps of ascending positions, each stretch of the same weights by its ends."""
+    """Return the steps of ascending positions, naming each run of identical weights by its ends."""
     ends: list[tuple[int, int]] = []
     for position in positions:
         if ends and readings[ends[-1][0]].weights_digest == readings[position].weights_digest:
@@ -247,15 +249,15 @@ def _wrong_neighbours(readings: Sequence[Reading], positions: Sequence[int]) -> 
         grade="defect",
         steps=steps,
         text=f"steps {steps[0]} to {steps[-1]} hold the same weights, while the checkpoints around "
-        f"them move on: {which} one checkpoint's file, but for one under a wrong name",
+        f"them move: {which} copies of one checkpoint, and at most one has the right name",
     )
 
 
 class _Motion:
-    """The motion of a series around its still stretches.
+    """Measure the motion of a series around its still stretches.
 
     Args:
-        readings: of the series.
+        readings: readings of the series.
         rest: positions of one checkpoint for each state of the weights, in order.
     """
 
@@ -268,12 +270,18 @@ class _Motion:
         )
 
     def _speed(self, segment: int) -> float:
-        """Return the motion of a segment for each of its steps."""
+        """Return the motion of a segment per step."""
         before = self._readings[self._rest[segment + 1] - 1]
         return self._lengths[segment] / (self._readings[self._rest[segment + 1]].step - before.step)
 
     def reason_to_rest(self, first: int, last: int) -> str | None:
-        """Return why training may have stood still between two positions; None where it did not."""
+        """Return why training may have stood still between two positions, or None if nothing
+        explains it.
+
+        Args:
+            first: first position with these weights.
+            last: last position with these weights.
+        """
         inside = self._readings[first : last + 1]
         place = self._rest.index(first)
         beside = [place - 1] * (place > 0) + [place] * (place < len(self._lengths))
@@ -284,26 +292,26 @@ class _Motion:
         at_an_end = first == 0 or last == len(self._readings) - 1
         slow = [self._speed(segment) <= _RESTING * self._typical for segment in beside]
         if at_an_end and all(slow):
-            return "the checkpoints beside them hardly move either (a learning rate near 0)"
+            return "the checkpoints next to them hardly move either (a learning rate near 0)"
         shares = [self._readings[self._rest[segment + 1]].same_bits or 0.0 for segment in beside]
         if all(share >= _ROUNDED_AWAY for share in shares):
-            return "nearly all weights beside them keep their bits too (frozen, or rounded away)"
+            return "nearly all weights next to them keep their bits too (frozen, or rounded away)"
         return None
 
     def _reason_in_single_steps(self, first: int, last: int, beside: Sequence[int]) -> str | None:
         if first == 0:
-            return "a learning rate of 0, as a warm-up begins with"
+            return "a learning rate of 0, as at the start of a warm-up"
         copies = last - first >= _MANY_COPIES
         if copies and any(self._factors[segment] > geometry.NEARER for segment in beside):
             return None
-        return "a learning rate of 0, steps that were skipped, or one state saved again"
+        return "a learning rate of 0, skipped steps, or one state saved again"
 
 
 # --- distances ------------------------------------------------------------------------------------
 
 
 def _of_distances(points: Points) -> list[Observation]:
-    """Return what distances tell of one checkpoint for each state of the weights."""
+    """Return what the distances show about one checkpoint for each state of the weights."""
     if len(points) < 2:
         return []
     sets = geometry.related(points)
@@ -318,7 +326,7 @@ def _of_distances(points: Points) -> list[Observation]:
 
 
 def _unrelated(points: Points, sets: Sequence[Sequence[int]]) -> Iterator[Observation]:
-    """Name sets of checkpoints that no other set is correlated with."""
+    """Report sets of checkpoints that correlate with no other set."""
     most = max(sets, key=len)
     large = [some for some in sets if len(some) >= geometry.FEWEST_OF_A_SERIES]
     readings = points.readings
@@ -331,7 +339,7 @@ def _unrelated(points: Points, sets: Sequence[Sequence[int]]) -> Iterator[Observ
             grade="defect",
             steps=tuple(readings[some[0]].step for some in large),
             text=f"{len(large)} series lie in one place: {listed}. Their weights are not "
-            "correlated, as those of different seeds or models. Tell them apart with --pattern, or "
+            "correlated, as with different seeds or models. Select one with --pattern, or "
             "move one away",
         )
     for some in sets:
@@ -341,26 +349,26 @@ def _unrelated(points: Points, sets: Sequence[Sequence[int]]) -> Iterator[Observ
 
 
 def _no_descent(points: Points, some: Sequence[int], most: Sequence[int]) -> Observation:
-    """Name a few checkpoints that are not of the training that the most are of."""
+    """Report a few checkpoints that do not belong to the same training run as the majority."""
     first = points.steps[0]
     steps = tuple(points.steps[position] for position in some)
     listed = _listed(points.steps, some)
     if some[0] == 0:
         text = (
             f"the checkpoints from step {points.steps[most[0]]} on do not descend from {listed}: "
-            "their weights are not correlated with it. It is of another seed or model"
+            "their weights are not correlated with it. It comes from another seed or model"
         )
     else:
         text = (
             f"{listed} {'does' if len(some) == 1 else 'do'} not descend from step {first}: the "
-            "weights are not correlated with those of the other checkpoints. They are of another "
+            "weights are not correlated with those of the other checkpoints. They come from another "
             "seed or model"
         )
     return Observation(kind="descent", grade="defect", steps=steps, text=text)
 
 
 def _of_one_descent(points: Points) -> Iterator[Observation]:
-    """Return what distances tell of checkpoints whose weights are correlated."""
+    """Yield what the distances show about checkpoints with correlated weights."""
     pairs = geometry.exchanges(points)
     yield from (_exchanged(points, *pair) for pair in pairs)
     points = points.with_exchanged(pairs)
@@ -387,9 +395,9 @@ def _oscillation(points: Points, apart: Sequence[Sequence[int]]) -> Observation:
         kind="oscillation",
         grade="note",
         steps=tuple(points.steps[position] for position in positions),
-        text=f"many checkpoints are nearer to earlier ones than to those beside them, such as "
-        f"{_listed(points.steps, positions)}: training oscillates, or several series of one start "
-        "lie in one place",
+        text=f"many checkpoints are nearer to earlier ones than to their neighbours, such as "
+        f"{_listed(points.steps, positions)}: training oscillates, or several series with one "
+        "start lie in one place",
     )
 
 
@@ -398,9 +406,9 @@ def _second_series(points: Points, chain: Sequence[int], main: Sequence[int]) ->
         kind="two series",
         grade="doubt",
         steps=tuple(points.steps[position] for position in chain),
-        text="two series of one start seem to lie in one place, unless training oscillates between "
-        f"two states: {_listed(points.steps, chain)} are far from "
-        f"{_listed(points.steps, main)}, and near each other. Tell them apart with --pattern, or "
+        text="two series with one start seem to lie in one place, unless training oscillates "
+        f"between two states: {_listed(points.steps, chain)} are far from "
+        f"{_listed(points.steps, main)} and near each other. Select one with --pattern, or "
         "move one away",
     )
 
@@ -411,8 +419,8 @@ def _exchanged(points: Points, one: int, other: int) -> Observation:
         kind="order",
         grade="defect",
         steps=steps,
-        text=f"steps {steps[0]} and {steps[1]} are exchanged: each lies where the other belongs, "
-        "by its distances to the checkpoints around it",
+        text=f"steps {steps[0]} and {steps[1]} are exchanged: by its distances to the checkpoints "
+        "around, each lies where the other belongs",
     )
 
 
@@ -432,7 +440,7 @@ def _elsewhere(points: Points, position: int) -> Observation:
         text=f"step {points.steps[position]} does not lie between the checkpoints before and after "
         "it, which are much nearer to each other than to it"
         + (f"; the nearest to it is step {points.steps[nearest]}" if nearer else "")
-        + ". It is another checkpoint's file under a wrong name, or of another training",
+        + ". It is another checkpoint under a wrong name, or comes from another training run",
     )
 
 
@@ -445,7 +453,7 @@ def _jumps(points: Points) -> Iterator[Observation]:
             steps=steps,
             text=f"from step {steps[0]} to {steps[1]} the weights jump: {times:.3g} times as far "
             "as the segments around suggest. Steps may be missing or misnumbered there, training "
-            "may have gone on from another checkpoint, or the loss blew up",
+            "may have resumed from another checkpoint, or the loss may have blown up",
         )
 
 
@@ -453,7 +461,9 @@ def _jumps(points: Points) -> Iterator[Observation]:
 
 
 def _half_precision(measured: Measured, usable: Sequence[Reading]) -> Iterator[Observation]:
-    """Say how many weights half precision froze, stored as such or widened afterwards."""
+    """Report how many weights half precision froze, whether stored in it or converted to float32
+    later.
+    """
     widened = {reading.widened_from for reading in usable}
     if measured.half_precision:
         what = (
@@ -462,7 +472,7 @@ def _half_precision(measured: Measured, usable: Sequence[Reading]) -> Iterator[O
         )
     elif len(widened) == 1 and None not in widened:
         (dtype,) = widened
-        what = f"the float32 weights were {dtype} before: each number is one of that type"
+        what = f"the float32 weights were converted from {dtype}: every number is one of that type"
     else:
         return
     shares = [
@@ -473,14 +483,13 @@ def _half_precision(measured: Measured, usable: Sequence[Reading]) -> Iterator[O
         kind="half precision",
         grade="doubt",
         steps=(),
-        text=f"{what}. {frozen:.0%} of the weights keep their bits from a checkpoint to the next "
-        "while the others move (the median): what training moved them by was rounded away, and is "
-        "allocated nothing",
+        text=f"{what}. From one checkpoint to the next, {frozen:.0%} of the weights keep their bits "
+        "while others move (median): rounding removed their motion, so they are allocated nothing",
     )
 
 
 def _missing(steps: Sequence[int], breaks: Collection[int]) -> Iterator[Observation]:
-    """Name steps that are missing in a grid that is regular otherwise."""
+    """Report steps that are missing from an otherwise regular grid."""
     gaps = [gap for gap in gaps_in_a_grid(steps) if gap[0] not in breaks]
     if not gaps:
         return

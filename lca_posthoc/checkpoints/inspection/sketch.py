@@ -1,10 +1,9 @@
-"""Keep a few thousand numbers of every checkpoint, from which distances and correlations of any two
-are told.
+"""Reduce every checkpoint to a few thousand numbers that estimate distances and correlations.
 
-A sketch is a random projection: element i of a tensor, with a random sign, is added to number
-i mod K. The squared distance of two sketches is that of the weights on average, with a standard
-deviation of at most √(2/K) of it as long as no column of a matrix falls together with another, for
-which K is prime: 2 % at K = 4,093, and half of that for distances.
+A sketch is a random projection: element i of a tensor, with a random sign, is added to number i mod
+K. The squared distance of two sketches estimates that of the weights without bias. Its relative
+standard deviation is at most √(2/K) as long as no two columns of a matrix coincide, which is why K
+is prime: 2 % at K = 4,093, and half of that for distances.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from numpy.typing import NDArray
 Numbers = NDArray[np.float64]
 
 _WIDTHS = (4093, 2039, 1021, 509, 251)
-_MOST_BYTES = 2**29  # of all sketches
-_ROWS = 256  # of a piece, as wide as the sketch
+_MOST_BYTES = 2**29  # of all sketches together
+_ROWS = 256  # of a piece, each as wide as the sketch
 
 
 def width_for(checkpoints: int) -> int:
-    """Return how many numbers a sketch has: the more checkpoints, the fewer.
+    """Choose the number of elements of a sketch: fewer for more checkpoints.
 
     >>> width_for(154), width_for(100_000)
     (4093, 509)
@@ -31,10 +30,10 @@ def width_for(checkpoints: int) -> int:
 
 
 class Projection:
-    """One random projection, the same for all checkpoints.
+    """Define one random projection for all checkpoints.
 
     Args:
-        width: K, of the sketches.
+        width: K, the number of elements of a sketch.
     """
 
     def __init__(self, width: int) -> None:
@@ -43,7 +42,7 @@ class Projection:
 
     @property
     def piece(self) -> int:
-        """Return how many elements of a tensor are taken at a time."""
+        """Return the number of elements of a tensor to process at a time."""
         return _ROWS * self.width
 
     def start(self, name: str) -> TensorSketch:
@@ -52,7 +51,7 @@ class Projection:
 
 
 class TensorSketch:
-    """Sum up the sketch of one tensor, whose pieces come in order; see `Projection`."""
+    """Accumulate the sketch of one tensor from its pieces, in order; see `Projection`."""
 
     def __init__(self, name: str, width: int, of_ones: dict[str, Numbers]) -> None:
         self._name, self._width, self._of_ones = name, width, of_ones
@@ -61,7 +60,7 @@ class TensorSketch:
         self._total, self._squares, self._elements = 0.0, 0.0, 0
 
     def add(self, numbers: Numbers) -> None:
-        """Add the next piece, all but the last as long as `Projection.piece`."""
+        """Add the next piece; every piece but the last has `Projection.piece` elements."""
         bits = np.frombuffer(self._signs.bytes(-(-len(numbers) // 8)), np.uint8)
         signs = np.unpackbits(bits, count=len(numbers)) * np.float64(2) - 1
         if self._name not in self._of_ones:
@@ -77,10 +76,10 @@ class TensorSketch:
         return folded
 
     def centred(self) -> tuple[Numbers, float]:
-        """Return the sketch of the tensor less its mean, and the sum of its squares.
+        """Return the sketch of the tensor minus its mean, and the sum of squares of the tensor
+        minus its mean.
 
-        The mean is taken off because tensors of two seeds have it in common where all their
-        elements begin alike.
+        Subtract the mean because two seeds share it if all elements of a tensor start alike.
         """
         if self._name not in self._of_ones:
             self._of_ones[self._name] = self._ones

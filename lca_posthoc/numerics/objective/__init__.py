@@ -1,5 +1,5 @@
-"""Loss and gradient over a whole split at one point: batches, weights, precision, normalisation
-mode, probes.
+"""Compute loss and gradient over a whole split at one point: batches, weights, precision,
+normalisation mode, probes.
 """
 
 from .batches import Split, automatic_batch_size, power_of_two

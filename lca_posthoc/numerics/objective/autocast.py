@@ -1,4 +1,4 @@
-"""See whether code turns autocast on: the loss of a training step often does, and is then not
+"""Detect whether code enables autocast: the loss of a training step often does, and is then not
 computed in float32.
 """
 
@@ -12,11 +12,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class Watch(TorchFunctionMode):
-    """Note the types to which autocast casts while this mode is on, however the code turns autocast
-    on.
+    """Record the types that autocast casts to while this mode is active, however the code enables
+    autocast.
 
     Attributes:
-        dtypes: the names of the types to which products are cast.
+        dtypes: names of the types that products are cast to.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,5 +1,5 @@
-"""A split as batches, whole or group by group: resident on the device when they fit, streamed ahead
-of use when they do not.
+"""Cut a split into batches, whole or group by group: keep them on the device if they fit, else
+stream them ahead of use.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from .transfers import Arriving
 
 _CPU_SAVED_BYTES = 64 * 2**20
 _CUDA_SAVED_BYTES = 2 * 2**30
-# of a batch for each byte of the parameters: twice as much is counted where memory is estimated,
-# which then is what points and gradients take where sums alone are kept
+# Saved bytes of a batch per byte of the parameters. Estimates of memory count twice as much, which
+# equals the memory of points and gradients if only sums are kept.
 _SAVED_PER_PARAMETER = 2
 _AHEAD = 2
 _GROUPED_AT_ONCE = 1024
@@ -57,16 +57,7 @@ _Labels = TypeVar("_Labels", list[Any], np.ndarray)
 
 
 def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
-    """Return the positions a subset stands for, in their order; None for every one.
-
-    Args:
-        subset: `"A:B"` (either may be left out), `"I,J,K"` (two or more), or `"FRACTION@SEED"`, a
-            random sample in the order it is drawn.
-        total: number of examples of the split.
-
-    Raises:
-        InputError: where the subset is malformed, is a single number, repeats a position, or is out
-            of range.
+    """Parse a subset into positions, in order; None for all positions.
 
     >>> positions_of_subset("2:5", 10)
     tensor([2, 3, 4])
@@ -74,10 +65,19 @@ def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
     tensor([7, 0])
     >>> len(positions_of_subset("0.25@7", 12))
     3
+
+    Args:
+        subset: `"A:B"` (either may be left out), `"I,J,K"` (two or more), or `"FRACTION@SEED"`, a
+            random sample in the order it is drawn.
+        total: number of examples of the split.
+
+    Raises:
+        InputError: if the subset is malformed, is a single number, repeats a position, or is out of
+            range.
     """
     if subset is None:
         return None
-    problem = "is not understood"
+    problem = "is not in a known form"
     if match := re.fullmatch(r"(\d*):(\d*)", subset):
         start, stop = int(match[1] or 0), int(match[2] or total)
         if start < stop <= total:
@@ -93,7 +93,7 @@ def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
         if 0 < float(match[1]) < 1 and count:
             drawn = torch.Generator().manual_seed(int(match[2]))
             return torch.randperm(total, generator=drawn, device="cpu")[:count]
-        problem = f"is not a fraction between 0 and 1 that gives at least one of {total} examples"
+        problem = f"is not a fraction between 0 and 1 that selects at least one of {total} examples"
     raise InputError(
         f"--subset {subset!r} {problem}. Give positions A:B (from A up to, not including, B; "
         "either may be left out), a list I,J,K of positions, or FRACTION@SEED, such as 0.1@7, for "
@@ -103,11 +103,11 @@ def positions_of_subset(subset: str | None, total: int) -> Tensor | None:
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The examples of a split by group.
+    """Sort the examples of a split by group.
 
     Attributes:
-        labels: ascending.
-        members: positions of each label's examples, ascending; int64.
+        labels: labels of the groups, ascending.
+        members: positions of each group's examples, ascending; int64.
     """
 
     labels: list[int] | list[str]
@@ -120,33 +120,33 @@ class Order:
 
     @property
     def codes(self) -> Tensor:
-        """Return the position of its group for each example, (examples,) int64."""
+        """Return the index of its group for each example, (examples,) int64."""
         codes = torch.zeros(sum(self.counts), dtype=torch.int64, device="cpu")
         for code, positions in enumerate(self.members):
             codes[positions] = code
         return codes
 
 
-Groups = Order | ElementOrder  # of the examples of a split, or of the elements of its examples
+Groups = Order | ElementOrder  # groups of examples, or of the elements of examples
 
 
 def _labels(name: str, answer: Any, count: int) -> list[Any]:
-    """Return the `count` labels of an answer, a list, array or tensor, as a list of plain
-    objects.
+    """Convert `count` labels, a list, array or tensor, to a list of plain objects.
+
+    Raises:
+        InputError: if it is none of these, or has another length.
     """
     values = answer.tolist() if hasattr(answer, "tolist") else answer
     if isinstance(values, str | bytes) or not isinstance(values, Sequence):
-        raise no_labels(name, f"a {type(answer).__name__}, not a list of labels")
+        raise InputError(no_labels(name, f"a {type(answer).__name__}, not a list of labels"))
     if len(values) != count:
-        raise no_labels(name, f"{len(values)} labels for {count} examples")
+        raise InputError(no_labels(name, f"{len(values)} labels for {count} examples"))
     return [label.item() if getattr(label, "ndim", None) == 0 else label for label in values]
 
 
 @dataclass
 class _Resident:
-    """The batches of one order that stay on the device, by group; none for a group that does not
-    fit.
-    """
+    """Keep the batches of one order on the device, by group; a group that does not fit has none."""
 
     room: float
     groups: dict[int, list[Any]] = field(default_factory=dict)
@@ -166,25 +166,24 @@ class _Resident:
 
 
 class Split:
-    """The examples of one split, as batches.
+    """Read the examples of one split as batches.
 
     Args:
-        name: for messages.
+        name: name for messages.
         data: tensors with the same first extent, as a tuple `(inputs, targets)` or a dict; a
-            map-style Dataset; a Hugging Face `Dataset`; a DataLoader, of which the data set and the
-            `collate_fn` are used, while order, batch size and workers are ours; or an iterable that
-            gives the same examples whenever it is read: kept in memory if it fits, else read anew
-            at every pass.
-        device: on which batches are returned.
-        dtype: of floating tensors.
-        subset: which examples, see `positions_of_subset`; an iterable that is read anew gives them in its own
-            order.
-        reader: whose thread and context read the data, which should be those the task was built in;
-            None for a new one.
+            map-style Dataset; a Hugging Face `Dataset`; a DataLoader, of which only the data set
+            and the `collate_fn` are used; or an iterable that yields the same examples whenever it
+            is read. An iterable stays in memory if it fits, else every pass reads it again.
+        device: device of the returned batches.
+        dtype: type of floating tensors.
+        subset: examples to use, see `positions_of_subset`; an iterable that is read again yields
+            them in its own order.
+        reader: reads the data in its thread and context, which should be those where the task was
+            built; None for a new one.
 
     Raises:
-        InputError: where the data is none of these, is empty, selects examples, or is different
-            when it is read again.
+        InputError: if the data is none of these, is empty, samples examples, or differs when it is
+            read again.
     """
 
     def __init__(
@@ -199,7 +198,7 @@ class Split:
         self.name = name
         self._device, self._dtype = device, dtype
         self._reader = reader or Reader()
-        # under which data are read, whatever the loss is computed in
+        # the default dtype for reading data, whatever the precision of the loss
         self._default = torch.get_default_dtype()
         self._source = self._reader.call(torch.no_grad()(open_source), name, data)
         self.total = self._source.total
@@ -215,16 +214,21 @@ class Split:
 
     @torch.no_grad()
     def _read(self, cuts: Iterable[Positions]) -> Generator[Any, None, None]:
-        """Yield batches as the data gives them."""
+        """Yield batches as the data returns them."""
         yield from self._source.batches(cuts, self._subset)
 
     def sample(self, start: int, stop: int) -> object:
-        """Return examples `start` to `stop` as one batch on the device."""
+        """Return examples `start` to `stop` as one batch on the device.
+
+        Args:
+            start: first position.
+            stop: position after the last.
+        """
         return self.at(range(start, min(stop, self.examples)))
 
     def spread(self, count: int) -> Tensor | None:
-        """Return positions of some examples from all over the split; None where examples can only
-        be read in order.
+        """Return evenly spaced positions of some examples; None if examples can only be read in
+        order.
         """
         if isinstance(self._source, Stream):
             return None
@@ -235,30 +239,30 @@ class Split:
         """Return the examples at some positions as one batch on the device.
 
         Raises:
-            InputError: where they cannot be made into a batch.
+            InputError: if they do not form a batch.
         """
         return move(
             self._reader.call(lambda: next(self._read([positions]))), self._device, self._dtype
         )
 
     def samples(self, cuts: Sequence[range]) -> Iterator[Any]:
-        """Yield the examples at some ranges of positions, ascending, each range as one batch on the
+        """Yield the examples at ascending ranges of positions, each range as one batch on the
         device.
         """
         items = self._read(cuts)
         try:
-            for _ in cuts:  # a stream that is not asked for its end is not compared
+            for _ in cuts:  # do not read a stream to its end, where it would be compared
                 yield move(self._reader.call(next, items), self._device, self._dtype)
         finally:
             self._reader.close(items)
 
     @property
     def digest(self) -> str:
-        """Return a hash of 256 examples, spread evenly or the first of a stream, and of the number
-        of all examples.
+        """Return a hash of 256 examples, spaced evenly or the first of a stream, and of the number
+        of examples.
         """
         spread, head = self.spread(DIGESTED), range(min(DIGESTED, self.examples))
-        # they need not stack
+        # single examples, because several may not stack
         cuts: list[Positions] = [head] if spread is None else list(torch.split(spread, 1))
         return self._reader.call(
             lambda: digest_of(*itertools.islice(self._read(cuts), len(cuts)), self.examples)
@@ -266,7 +270,7 @@ class Split:
 
     @property
     def in_order_only(self) -> bool:
-        """Tell whether examples can only be read in order, anew at every pass."""
+        """Return whether examples can only be read in order, anew in every pass."""
         return isinstance(self._source, Stream)
 
     def batches(
@@ -279,14 +283,14 @@ class Split:
         """Yield every example once, as `(group, batch)`: groups ascending, each in data-set order
         and cut into its own batches.
 
-        A thread makes the batches that do not stay on the device, ahead of use, and reads torch's
+        A thread prepares batches that do not stay on the device ahead of use. It reads torch's
         default dtype: do not change that between two batches.
 
         Args:
-            batch_size: examples of a batch; the last of a group may be smaller.
-            order: the groups; None for one, 0, of every example.
-            only: the groups to yield; None for all of them.
-            part: the examples to yield, of a split without groups; None for all of them.
+            batch_size: examples per batch; the last batch of a group may be smaller.
+            order: groups; None for a single group, 0, of all examples.
+            only: range of groups to yield; None for all.
+            part: range of examples to yield, for a split without groups; None for all.
         """
         assert order is None or part is None, "a part of the data is of those without groups"
         if batch_size != self._resident_batch_size:
@@ -307,7 +311,7 @@ class Split:
                 for batch in items:
                     yield group, batch
             if cuts and (part is None or part.stop == self.examples):
-                next(coming, None)  # iterable data says at its end whether it was the same again
+                next(coming, None)  # at its end, iterable data checks that it did not change
 
     def _cut(
         self, batch_size: int, order: Order | None, group: int, part: range | None = None
@@ -320,8 +324,8 @@ class Split:
         ]
 
     def _ahead(self, cuts: Sequence[Positions]) -> Generator[Any, None, None]:
-        """Yield batches on the device, which the reader makes up to two ahead of use; its errors
-        are raised here.
+        """Yield batches on the device, which the reader prepares up to two ahead of use; raise the
+        reader's errors here.
 
         Reading ends when this generator is closed.
         """
@@ -342,11 +346,10 @@ class Split:
             self._reader.close(items)
 
     def _in_turn(self, items: Generator[Any, None, None]) -> Generator[Any, None, None]:
-        """Yield items that are read only when they are asked for, under the default dtype that data
-        are read under.
+        """Yield items that are read only on request, under the default dtype for reading data.
 
-        All threads share one default dtype, and the generators that `Draws` seeds, from which a
-        loss may draw as well.
+        All threads share one default dtype and the generators that `Draws` seeds, which a loss may
+        use as well.
         """
         try:
             while True:
@@ -366,16 +369,16 @@ class Split:
         )
 
     def order(self, group_by: Callable[..., Any] | Tensor | np.ndarray | Sequence[Any]) -> Groups:
-        """Return the examples by group, or their elements.
+        """Return the examples, or their elements, by group.
 
         Args:
-            group_by: one integer or string for every example of the whole split, before the subset,
-                or, in a tensor or array, for every element of every example; or a function that
-                gives these for a batch on the CPU, called as `group_by(*batch)` where the batch is
-                a tuple or list.
+            group_by: one integer or string for every example of the whole split, before the subset;
+                or a tensor or array with one for every element of every example; or a function that
+                returns these for a batch on the CPU, called as `group_by(*batch)` if the batch is a
+                tuple or list.
 
         Raises:
-            InputError: where `group_by` gives something else, or the data cannot be read by
+            InputError: if `group_by` returns something else, or the data cannot be read by
                 position.
         """
         return self._reader.call(self._order, group_by)
@@ -384,7 +387,7 @@ class Split:
         if isinstance(self._source, Stream):
             raise InputError(
                 f"split {self.name!r} is an iterable too large to keep in memory, so its examples "
-                "cannot be had by group. Give a map-style Dataset, or a machine with more memory."
+                "cannot be read by group. Give a map-style Dataset, or a machine with more memory."
             )
         parts = self._called(group_by) if callable(group_by) else iter([self._chosen(group_by)])
         first = next(parts)
@@ -396,8 +399,11 @@ class Split:
         labels = list(itertools.chain.from_iterable(lists))
         kinds = {int if isinstance(label, bool) else type(label) for label in labels}
         if kinds not in ({int}, {str}):
-            raise no_labels(
-                self.name, f"labels of type {' and '.join(sorted(kind.__name__ for kind in kinds))}"
+            raise InputError(
+                no_labels(
+                    self.name,
+                    f"labels of type {' and '.join(sorted(kind.__name__ for kind in kinds))}",
+                )
             )
         members: dict[Any, list[int]] = {}
         for position, label in enumerate(labels):
@@ -408,16 +414,22 @@ class Split:
     def _all_of(
         self, kind: type[_Labels], parts: Iterable[list[Any] | np.ndarray]
     ) -> Iterator[_Labels]:
-        """Yield labels of batches, which are all of examples or all of elements."""
+        """Yield labels of batches; all must belong to examples, or all to elements.
+
+        Raises:
+            InputError: if the two are mixed.
+        """
         for part in parts:
             if not isinstance(part, kind):
-                raise no_labels(
-                    self.name, "labels of examples for some batches and of elements for others"
+                raise InputError(
+                    no_labels(
+                        self.name, "labels of examples for some batches and of elements for others"
+                    )
                 )
             yield part
 
     def _chosen(self, group_by: Any) -> list[Any] | np.ndarray:
-        """Return the labels of the subset, of those of the whole split."""
+        """Return the labels of the subset, from those of the whole split."""
         if is_of_elements(group_by):
             given = element_labels(self.name, group_by, self.total)
             given = given if self._subset is None else given[self._subset.numpy()]
@@ -434,7 +446,7 @@ class Split:
             if not _same_labels(*answers):
                 raise InputError(
                     f"group_by on split {self.name!r} gave other labels for the same examples. "
-                    "Seed what is random in it."
+                    "Seed its random numbers."
                 )
             if cut is cuts[0]:
                 self._same_alone(group_by, answers[0])
@@ -443,8 +455,11 @@ class Split:
     def _labelled(
         self, group_by: Callable[..., Any], batch: object, count: int
     ) -> list[Any] | np.ndarray:
-        """Return the labels of a batch: one for each example, or an array of those of elements,
+        """Return the labels of a batch: one for each example, or an array of labels of elements,
         (examples, draws, *elements of an example).
+
+        Raises:
+            InputError: if the draws of an example have different labels.
         """
         batch = change_tensors(batch, Tensor.cpu)
         with user_code(f"group_by on split {self.name!r} failed"):
@@ -464,16 +479,22 @@ class Split:
                 None,
             )
             if differs is not None:
-                raise no_labels(
-                    self.name,
-                    f"{of_examples[differs]!r} and {labels[differs * self._draws + draw]!r} for "
-                    "two draws of one example, which have one label",
+                raise InputError(
+                    no_labels(
+                        self.name,
+                        f"{of_examples[differs]!r} and {labels[differs * self._draws + draw]!r} for "
+                        "two draws of one example, which must have the same label",
+                    )
                 )
         return of_examples
 
     def _same_alone(self, group_by: Callable[..., Any], labels: list[Any] | np.ndarray) -> None:
-        """Refuse labels of the first batch that differ from those its examples get alone, tried on
-        examples of the rarest labels, or on some from all over the batch.
+        """Check that the labels in the first batch equal those of its examples alone.
+
+        Try examples of the rarest labels, or some evenly spaced ones.
+
+        Raises:
+            InputError: if a label differs.
         """
         if isinstance(labels, np.ndarray):
             tried = np.linspace(0, len(labels) - 1, min(_ALONE, len(labels)), dtype=int).tolist()
@@ -484,22 +505,22 @@ class Split:
             try:
                 alone = self._labelled(group_by, next(self._read([range(index, index + 1)])), 1)
             except InputError:
-                return  # it takes no single example, which says nothing of their order
+                return  # it does not accept a single example, which does not make its order wrong
             if not _same_labels(alone, labels[index : index + 1]):
                 shown = (
                     f"for example {index}"
                     if isinstance(labels, np.ndarray)
-                    else f"{labels[index]!r} for example {index}, {alone[0]!r} where it is alone"
+                    else f"{labels[index]!r} for example {index}, {alone[0]!r} for it alone"
                 )
                 raise InputError(
                     f"group_by on split {self.name!r} gives labels in another order than the "
                     f"examples ({shown}): the collate_fn reorders a batch, or a label depends on "
-                    "the examples beside it. Give the labels of the whole split instead, as a list."
+                    "other examples of the batch. Give the labels of the whole split as a list instead."
                 )
 
 
 def _here(batch: object) -> object:
-    """Return a batch, for what the device is asked to do from now on where it is on its way there."""
+    """Return a batch for use on the current stream, waiting for its transfer if needed."""
     return batch.here() if isinstance(batch, Arriving) else batch
 
 
@@ -510,16 +531,22 @@ def _same_labels(one: list[Any] | np.ndarray, other: list[Any] | np.ndarray) -> 
 
 
 def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
-    """Return the bytes autograd saves for one example, counted on one forward pass over two."""
+    """Return the bytes that autograd saves per example, measured in one forward pass over two
+    examples.
+
+    Args:
+        split: the split.
+        forward: computes the loss of a batch.
+    """
     count = min(2, split.examples)
     saved: dict[int, int] = {}
     packed: list[torch.Tensor] = []
 
     def add_up(tensor: torch.Tensor) -> int:
-        # by its place in a list: a graph that held its own results would never be freed
+        # return an index into a list: a graph that refers to its own results is never freed
         packed.append(tensor)
         own = tensor if tensor._base is None else tensor._base
-        # a weight, or its transpose, is saved once, whatever the batch
+        # a weight or its transpose does not depend on the batch
         if own.is_leaf and own.requires_grad:
             return len(packed) - 1
         for part in dense_parts(tensor):
@@ -532,7 +559,7 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
         with torch.autograd.graph.saved_tensors_hooks(add_up, packed.__getitem__):
             forward(split.sample(0, count))
     except InputError:
-        # transforms of torch.func refuse to run under such hooks; what else went wrong does again
+        # torch.func transforms reject such hooks; any other error will occur again
         written = _Written()
         with written:
             forward(split.sample(0, count))
@@ -544,7 +571,7 @@ def saved_bytes(split: Split, forward: Callable[[Any], Any]) -> float:
 
 class _Written(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Count the bytes of every result that operations write into new memory, which include those
-    saved for backward passes.
+    saved for the backward pass.
     """
 
     def __init__(self) -> None:
@@ -575,18 +602,18 @@ def _is_dense(value: object) -> bool:
 
 
 def automatic_batch_size(saved: float, parameters: int, device: torch.device) -> int:
-    """Return a power of two chosen from shapes alone, so that the same model and data always get
-    the same batches.
+    """Choose a batch size from shapes alone, a power of two, so that the same model and data always
+    get the same batches.
 
     A batch saves at most 64 MiB on a CPU (for MNIST-FC, MNIST-LeNet and ResNet-20 within 8 % of the
-    fastest that was tried) and 2 GiB on a GPU, or twice the bytes of the parameters where that is
-    more: every batch reads all of them and writes all of their gradients, which small batches of a
-    large model spend most of their time on.
+    fastest size tried) and 2 GiB on a GPU, or twice the bytes of the parameters if that is more:
+    every batch reads all parameters and writes all their gradients, which takes most of the time
+    with small batches of a large model.
 
     Args:
-        saved: bytes autograd saves for one example.
-        parameters: bytes of the model's parameters.
-        device: where batches are computed.
+        saved: bytes that autograd saves per example.
+        parameters: size of the model's parameters in bytes.
+        device: device of the computation.
     """
     budget, most = (
         (_CUDA_SAVED_BYTES, 2**16) if device.type == "cuda" else (_CPU_SAVED_BYTES, 2**11)
@@ -595,7 +622,7 @@ def automatic_batch_size(saved: float, parameters: int, device: torch.device) ->
 
 
 def power_of_two(most: float) -> int:
-    """Return the largest power of two that is at most `most`; 1 where `most` is less.
+    """Return the largest power of two up to `most`, and at least 1.
 
     >>> [power_of_two(most) for most in (0.3, 1, 7, 8)]
     [1, 1, 4, 8]

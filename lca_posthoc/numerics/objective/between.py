@@ -1,4 +1,4 @@
-"""A point between two others."""
+"""Represent a point between two others."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import Tensor
 
 
 class Between(Mapping[str, Tensor]):
-    """The point θ + x(θ′ − θ), each tensor computed when it is asked for; tensors that are not
-    floating (counters) are loaded, never interpolated.
+    """Represent the point θ + x(θ′ − θ), with each tensor computed on access.
+
+    Tensors that are not floating (counters) are copied from an end, never interpolated.
 
     Args:
         start: θ.
         end: θ′.
-        x: where between them.
+        x: position between them.
     """
 
     def __init__(self, start: Mapping[str, Tensor], end: Mapping[str, Tensor], x: float) -> None:

@@ -1,4 +1,4 @@
-"""Small tensors in a row, of which sums are taken over the units of all of them at once."""
+"""Concatenate small tensors, to sum over the units of all of them at once."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .rows import Row, SegmentSums, Shapes, together
 
 
 class Bundle(Row):
-    """Some small tensors in a row, and their units.
+    """Concatenate small tensors, and sum over their units.
 
     Args:
-        shapes: of the tensors.
-        axes: of the units of each; None where it is one unit.
-        device: where they are.
+        shapes: name → shape of each tensor.
+        axes: name → axis of its units; None if it is one unit.
+        device: device of the tensors.
 
     Attributes:
-        units: how many there are.
+        units: number of units.
     """
 
     def __init__(
@@ -44,23 +44,23 @@ class Bundle(Row):
         self.units = len(ends) - 1
 
     def unit_sums(self, values: Tensor) -> Tensor:
-        """Return the sums over each unit, (rows, units) float64 of (rows, numbers)."""
+        """Return the sums over each unit: (rows, units) float64 from (rows, numbers)."""
         return self._unit_sums.of(values if self._by_unit is None else values[:, self._by_unit])
 
 
 class Plan:
-    """A choice of tensors that are summed together, and of where the sums of each are.
+    """Decide which tensors are summed together, and where the sums of each are stored.
 
     Args:
-        shapes: of the tensors.
-        axes: of the units of each; None where it is one unit.
-        dtypes: of each, one of which the tensors of a bundle have.
-        device: where they are.
+        shapes: name → shape of each tensor.
+        axes: name → axis of its units; None if it is one unit.
+        dtypes: name → type; tensors of a bundle have the same type.
+        device: device of the tensors.
 
     Attributes:
-        bundles: of small ones.
-        bundled: names of these.
-        units: of all.
+        bundles: bundles of small tensors.
+        bundled: names of these tensors.
+        units: units of all tensors.
     """
 
     def __init__(
@@ -83,13 +83,18 @@ class Plan:
         self.bundles = [Bundle(of_bundle, axes, device) for of_bundle in small]
 
     def place(self, bundle: Bundle) -> slice:
-        """Return where the units of a bundle are in the row of all."""
+        """Return the range of a bundle's units among all units."""
         first = self.units.places[bundle.names[0]].start
         return slice(first, first + bundle.units)
 
 
 def plan_of(tensors: Mapping[str, Tensor], axes: Mapping[str, int | None]) -> Plan:
-    """Return how tensors are summed, the same plan each time."""
+    """Return the plan for summing tensors; equal arguments return the same object.
+
+    Args:
+        tensors: the tensors by name.
+        axes: name → axis of its units; None if it is one unit.
+    """
     described = tuple(
         (name, tensor.shape, axes[name], tensor.dtype) for name, tensor in tensors.items()
     )

@@ -1,8 +1,8 @@
-"""Walk what batches are made of: tensors of every layout, inside containers and objects of every
+"""Traverse the contents of batches: tensors of every layout, inside containers and objects of every
 kind.
 
-Everything that is done to a batch (moving, converting, copying, comparing, sizing, hashing) asks
-this module what is inside.
+Every operation on a batch (moving, converting, copying, comparing, sizing, hashing) uses this
+module.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ _NOT_ENTERED = (
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return the dense tensors that hold the numbers of a tensor of any layout: of a sparse one its
-    indices and values.
+    """Return the dense tensors that hold the numbers of a tensor of any layout; for a sparse one,
+    its indices and values.
     """
     tensor = tensor.detach()
     if tensor.is_nested:
         return [part for row in tensor.unbind() for part in dense_parts(row)]
-    if hasattr(tensor, "__tensor_flatten__"):  # a subclass made of other tensors
+    if hasattr(tensor, "__tensor_flatten__"):  # a subclass that wraps other tensors
         names = tensor.__tensor_flatten__()[0]
         return [part for name in names for part in dense_parts(getattr(tensor, name))]
     if tensor.layout == torch.sparse_coo:
@@ -76,7 +76,7 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
 
 
 def tensor_bytes(tensor: Tensor) -> int:
-    """Return the bytes the numbers of a tensor of any layout take."""
+    """Return the size in bytes of the numbers of a tensor of any layout."""
     if tensor.layout == torch.strided and not tensor.is_nested:
         return tensor.nbytes
     return sum(part.nbytes for part in dense_parts(tensor))
@@ -84,10 +84,10 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 def _raw(tensor: Tensor) -> Tensor:
     """Return the numbers of a dense tensor as bytes, (bytes,) uint8, whatever its strides and
-    however it is conjugated.
+    conjugation.
     """
     flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
-    # of one number the stride may be anything
+    # a tensor of one number may have any stride
     return flat.as_strided(flat.shape, (1,)).view(torch.uint8)
 
 
@@ -96,8 +96,12 @@ def _kind_of(tensor: Tensor) -> tuple[object, ...]:
 
 
 def same_bytes(one: Tensor, other: Tensor) -> bool:
-    """Tell whether two tensors have one layout, shape and type and are alike to the bit, NaN and
-    the sign of zero included.
+    """Return whether two tensors have the same layout, shape, type and bits, including NaN and the
+    sign of zero.
+
+    Args:
+        one: the first tensor.
+        other: the second tensor.
     """
     if _kind_of(one) != _kind_of(other):
         return False
@@ -111,8 +115,12 @@ def same_bytes(one: Tensor, other: Tensor) -> bool:
 
 
 def rows(tensor: Tensor, positions: range | Tensor) -> Tensor:
-    """Return the entries of a tensor at some positions of its first axis; sparse and nested ones as
-    the same kind.
+    """Return the entries of a tensor at some positions of its first axis; sparse and nested tensors
+    keep their kind.
+
+    Args:
+        tensor: the tensor.
+        positions: positions, as a range or as (positions,) int64.
     """
     if tensor.is_nested:
         parts = tensor.unbind()
@@ -145,8 +153,8 @@ def _listed(positions: range | Tensor) -> list[int]:
 
 
 class Container(NamedTuple):
-    """The parts of a container, the place of each, and a function that makes a container of its
-    kind from other parts.
+    """Hold the parts of a container, their places, and a function that builds such a container from
+    other parts.
     """
 
     places: Sequence[object]
@@ -155,10 +163,10 @@ class Container(NamedTuple):
 
 
 def opened(thing: Any) -> Container | None:
-    """Return the parts of a container; None for anything else, such as objects with attributes.
+    """Return the parts of a container; None for anything else, such as an object with attributes.
 
-    Containers are tuples, lists, dicts and sets, what derives from them, other mappings (remade as
-    dicts), packed sequences, arrays of objects, and every type that is registered with
+    Containers are tuples, lists, dicts, sets and their subclasses, other mappings (rebuilt as
+    dicts), packed sequences, arrays of objects, and every type registered with
     `torch.utils._pytree`.
     """
     kind = type(thing)
@@ -178,7 +186,7 @@ def opened(thing: Any) -> Container | None:
             range(len(parts)), list(parts), lambda parts: node.unflatten_fn(parts, context)
         )
     if isinstance(thing, dict | list) and getattr(thing, "__dict__", None):
-        return None  # an object, with attributes beside its items
+        return None  # an object with attributes besides its items
     if isinstance(thing, UserDict):
         return _of_mapping(thing.data, functools.partial(_user_dict, thing))
     if isinstance(thing, Mapping):
@@ -208,7 +216,7 @@ def _of_mapping(thing: Mapping[Any, object], remake: Callable[[dict[Any, Any]], 
 def _of_array(thing: np.ndarray) -> Container:
     def remake(parts: list[Any]) -> np.ndarray:
         array = np.empty(len(parts), dtype=object)
-        for index, part in enumerate(parts):  # all at once, numpy would look into them
+        for index, part in enumerate(parts):  # assigning all at once, numpy would unpack them
             array[index] = part
         return array.reshape(thing.shape)
 
@@ -216,9 +224,7 @@ def _of_array(thing: np.ndarray) -> Container:
 
 
 def _packed(thing: PackedSequence, parts: list[Any]) -> PackedSequence:
-    """Make a packed sequence anew; `batch_sizes` stay on the CPU, as integers, which torch
-    demands.
-    """
+    """Rebuild a packed sequence; `batch_sizes` stay integers on the CPU, as torch requires."""
     data, sizes, *indices = parts
     return type(thing)(data, sizes if sizes.device.type == "cpu" else thing.batch_sizes, *indices)
 
@@ -230,14 +236,14 @@ def _user_dict(thing: UserDict[Any, Any], items: dict[Any, object]) -> UserDict[
 
 
 def _filled(thing: Any, parts: Any) -> object:
-    """Return a copy of a user's dict or list with other items; the items themselves where it cannot
+    """Return a copy of a user's dict or list with other items, or the items themselves if it cannot
     be copied.
     """
     try:
         new = copy.copy(thing)
         new.clear()
         (new.update if isinstance(new, dict) else new.extend)(parts)
-    except Exception:  # whatever its methods raise
+    except Exception:  # a user's methods may raise anything
         return parts
     return new
 
@@ -246,7 +252,7 @@ def _filled(thing: Any, parts: Any) -> object:
 
 
 def _attributes(thing: object) -> dict[str, object]:
-    """Return the attributes of an object, those in `__dict__` and those in slots."""
+    """Return the attributes of an object, from `__dict__` and slots."""
     if isinstance(thing, _NOT_ENTERED):
         return {}
     slots = [
@@ -263,8 +269,12 @@ def _attributes(thing: object) -> dict[str, object]:
 
 
 def named_parts(thing: object, place: str = "") -> list[tuple[str, Any]]:
-    """Return the parts of a container or an object, each with its place: `[0]`, `['x']`, `.x`; an
-    empty list for a leaf.
+    """Return the parts of a container or an object with their places, such as `[0]`, `['x']`, `.x`;
+    an empty list for a leaf.
+
+    Args:
+        thing: the container, object or leaf.
+        place: prefix of the places.
     """
     if isinstance(thing, (Tensor, *_WITHOUT_PARTS)):
         return []
@@ -289,21 +299,19 @@ def named_parts(thing: object, place: str = "") -> list[tuple[str, Any]]:
 
 
 def fresh(batch: object) -> object:
-    """Return a batch of new tensors over the same memory, so that changes to the tensor objects
-    (requires_grad_, say) do not last.
+    """Return a batch of new tensors over the same memory, so that changes to the tensor objects,
+    such as requires_grad_, do not last.
     """
     try:
         return change_tensors(
             batch, lambda tensor: tensor.clone() if tensor.is_inference() else tensor.detach()
         )
-    except InputError:  # an object that cannot be copied is handed on as it is
+    except InputError:  # pass an object on unchanged if it cannot be copied
         return batch
 
 
 def copied(batch: object) -> object:
-    """Return a copy of a batch, or the batch itself where it holds an object that cannot be
-    copied.
-    """
+    """Return a copy of a batch, or the batch itself if it holds an object that cannot be copied."""
     try:
         return change_tensors(batch, Tensor.clone)
     except InputError:
@@ -311,8 +319,8 @@ def copied(batch: object) -> object:
 
 
 def tensors_of(thing: object) -> Iterator[Tensor]:
-    """Yield the tensors inside a thing, in their order; an object that is reached more than once is
-    entered once.
+    """Yield the tensors inside an object, in order; enter an object only once, even if several
+    paths lead to it.
     """
     return _tensors_of(thing, {})
 
@@ -322,7 +330,7 @@ def _tensors_of(thing: object, entered: dict[int, object]) -> Iterator[Tensor]:
         yield thing
     elif not isinstance(thing, _WITHOUT_PARTS) and id(thing) not in entered:
         if opened(thing) is None:
-            entered[id(thing)] = thing  # an object may lead back to itself
+            entered[id(thing)] = thing  # an object may refer to itself
         for _, part in named_parts(thing):
             yield from _tensors_of(part, entered)
 
@@ -330,18 +338,19 @@ def _tensors_of(thing: object, entered: dict[int, object]) -> Iterator[Tensor]:
 def change_tensors(
     thing: object, change: Callable[[Tensor], Any], whole: Callable[[Any], Any] | None = None
 ) -> object:
-    """Return a thing with every tensor in it changed; containers are made anew, other objects only
-    where a tensor in them changes.
+    """Return an object with every tensor in it changed.
+
+    Containers are rebuilt; other objects are copied only if a tensor in them changes.
 
     Args:
         thing: a tensor, a container, an object with tensors among its attributes, or anything else,
-            which stays as it is.
-        change: gives another tensor, or the same one.
-        whole: is called with every object that is neither tensor nor container, before its
-            attributes are changed.
+            which stays unchanged.
+        change: returns another tensor, or the same one.
+        whole: called with every object that is neither tensor nor container, before its attributes
+            are changed.
 
     Raises:
-        InputError: where an object holds tensors that change and cannot be copied.
+        InputError: if an object holds tensors that change and cannot be copied.
     """
     if isinstance(thing, Tensor):
         return change(thing)
@@ -354,8 +363,11 @@ def change_tensors(
 
 
 def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
-    """Copy an object as `copy.deepcopy` does, but share with the original every part that leads to
-    no tensor.
+    """Copy an object as `copy.deepcopy` does, but share every part without tensors with the
+    original.
+
+    Raises:
+        InputError: if the object cannot be copied.
     """
     entered: dict[int, object] = {}
     above: dict[int, set[int]] = {}
@@ -395,8 +407,8 @@ def _with_changed(thing: Any, change: Callable[[Tensor], Any]) -> object:
 
 
 def size_of(thing: object) -> int:
-    """Return the bytes a thing takes: those of its tensors and arrays, and of other objects the
-    size Python states.
+    """Return the size of an object in bytes: of its tensors and arrays, and for other objects what
+    Python states.
     """
     if isinstance(thing, Tensor):
         return tensor_bytes(thing)
@@ -415,24 +427,28 @@ def size_of(thing: object) -> int:
 
 
 def digest_of(*things: object) -> str:
-    """Return a hash of the contents of things, equal in every process."""
+    """Return a hash of the contents of objects, equal in every process."""
     digest = hashlib.blake2b(digest_size=16)
     feed(digest, things)
     return digest.hexdigest()
 
 
 def feed(digest: hashlib.blake2b, thing: object) -> None:
-    """Put names, shapes, types and bytes of a thing into a hash.
+    """Update a hash with the names, shapes, types and bytes of an object.
 
-    Tuples and lists count alike, and so do mappings. An object counts by the parts it gives to
-    pickle; one that cannot be pickled (a lock, a connection) by its type.
+    Tuples and lists are equivalent, and so are mappings. An object counts by the parts that pickle
+    would store; one that cannot be pickled (a lock, a connection) counts by its type.
+
+    Args:
+        digest: the hash.
+        thing: the object.
     """
     _Feeder(digest).feed(thing)
 
 
 class _Feeder:
-    """Feed one hash; an object that is met again is not hashed again, and one inside itself is
-    named as such.
+    """Update one hash; an object that occurs again is not hashed again, and one inside itself is
+    marked as such.
     """
 
     def __init__(
@@ -507,7 +523,7 @@ class _Feeder:
 
 
 def _text_of(thing: object) -> str | None:
-    """Return the text that says all of a thing; None for things no text says all of."""
+    """Return a text that identifies an object completely, or None if there is none."""
     if isinstance(thing, enum.Enum):
         return f"{type(thing).__qualname__}.{thing.name}"
     if isinstance(thing, type):
@@ -534,7 +550,7 @@ def _text_of(thing: object) -> str | None:
 
 
 def _said_of_itself(thing: object) -> list[Any]:
-    """Return the parts from which pickle would rebuild an object; its attributes where it cannot be
+    """Return the parts from which pickle would rebuild an object, or its attributes if it cannot be
     pickled.
     """
     if isinstance(thing, types.FunctionType):
@@ -543,7 +559,7 @@ def _said_of_itself(thing: object) -> list[Any]:
         return [dict(thing.state_dict())]
     try:
         reduced = thing.__reduce_ex__(4)
-    except Exception:  # whatever a class of somebody's raises: it cannot be pickled
+    except Exception:  # a user's class may raise anything; it cannot be pickled
         return [_attributes(thing)]
     return (
         [reduced]
@@ -553,11 +569,11 @@ def _said_of_itself(thing: object) -> list[Any]:
 
 
 def _cells(function: types.FunctionType) -> list[Any]:
-    """Return the values a function closes over."""
+    """Return the values in a function's closure."""
     cells = []
     for cell in function.__closure__ or ():
         try:
             cells.append(cell.cell_contents)
-        except ValueError:  # nothing was put into it yet
+        except ValueError:  # not assigned yet
             cells.append(None)
     return cells

@@ -1,10 +1,10 @@
-"""Copy a model into another precision without a second call of its factory, which may read it from
-large files.
+"""Copy a model into another precision without calling its factory again, which may read large
+files.
 
-Parameters and buffers are not all that a module computes with: masks, tables and scales stay in
-plain attributes, in lists, in objects of their own. A float32 one beside float64 weights gives
-wrong numbers in silence (an infinite mask in attention, say), so every floating tensor a deep copy
-reaches is converted on the way.
+A module computes with more than parameters and buffers: masks, tables and scales live in plain
+attributes, in lists, in separate objects. A float32 tensor among float64 weights silently gives
+wrong numbers (an infinite mask in attention, for example), so the deep copy converts every floating
+tensor it reaches.
 """
 
 from __future__ import annotations
@@ -22,12 +22,17 @@ from ...tasks.task import convert_module, every_name
 
 
 def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module | None:
-    """Return a copy of a model whose floating tensors are of `dtype`, or None where a copy would
-    still lead to the original.
+    """Return a copy of a model with floating tensors of `dtype`, or None if a copy would still
+    refer to the original.
 
-    It is None where deepcopy fails, where an attribute is a view into a parameter's or a buffer's
-    memory, and where a function that a module keeps (a hook, say) has tensors or modules of the
+    It is None if deepcopy fails, if an attribute is a view into the memory of a parameter or
+    buffer, or if a function that a module holds, such as a hook, has tensors or modules of the
     original in its closure.
+
+    Args:
+        model: the model.
+        device: device of the copy.
+        dtype: type of its floating tensors.
     """
     if any(_reaches_back(function) for function in _functions(model)):
         return None
@@ -37,7 +42,7 @@ def copy_in(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     try:
         with _Converting(model, dtype):
             copied = copy.deepcopy(model, _converted(model, dtype))
-    except Exception:  # whatever the user's own classes raise: the model is built anew instead
+    except Exception:  # the user's classes may raise anything; the caller builds a new model
         return None
     for module in copied.modules():
         for name, value in vars(module).items():
@@ -82,8 +87,8 @@ class _Converting(TorchFunctionMode):
 
 
 def _converted(model: nn.Module, dtype: torch.dtype) -> dict[int, object]:
-    """Return copies of a model's plain parameters for deepcopy to put in their place, by id, so
-    that none is copied before it is converted.
+    """Return converted copies of a model's plain parameters, by id, for deepcopy to use, so that
+    none is copied before it is converted.
     """
     return {
         id(parameter): nn.Parameter(
@@ -99,7 +104,7 @@ def _place(tensor: Tensor) -> int:
 
 
 def _functions(model: nn.Module) -> Iterator[FunctionType]:
-    """Yield the plain functions that modules keep as attributes and hooks."""
+    """Yield the plain functions that modules hold as attributes and hooks."""
     for module in model.modules():
         waiting: list[Any] = list(vars(module).values())
         while waiting:

@@ -1,6 +1,4 @@
-"""The data of a task's losses: their splits, how large batches are, and the order they are taken
-in.
-"""
+"""Manage the data of a task's losses: splits, batch sizes, and the order of batches."""
 
 from __future__ import annotations
 
@@ -19,39 +17,54 @@ from .reader import Reader
 from .settings import ObjectiveSettings
 
 REPLICATES = 10
-# of a loss's values: which function's, and which entry of what it returns
+# source of a loss's values: id of the function, and entry of the dict that it returns
 ValueSource = tuple[int, str | None]
-# the split a pass is over, and the position of the order of its batches; None for a term of the
-# parameters, and for the order of the data
+# split of a pass (None for a term of the parameters), and position of its batch order (None for the
+# order of the data)
 PassKey = tuple[str | None, int | None]
 
 
 def replicates_of(name: str) -> str:
-    """Return the name under which a loss on a random subset is evaluated on parts of it, for its
-    standard errors.
+    """Return the internal name of a loss on parts of its random subset, which give its standard
+    errors.
     """
     return f"{name}\0replicates"
 
 
 def origin(task: Task, name: str) -> tuple[str, str | None]:
-    """Return the name under which a task states a loss, and the entry it is of what that returns,
-    if any.
+    """Split the name of a result into the task's name of the loss and, if any, the entry of its
+    dict.
+
+    Args:
+        task: the task.
+        name: name of the result.
     """
     return task.stated(name) or (name, None)
 
 
 def stated_loss(task: Task, name: str) -> Loss:
-    """Return the loss of a task that a name belongs to."""
+    """Return the task's loss for the name of a result.
+
+    Args:
+        task: the task.
+        name: name of the result.
+    """
     return task.losses[origin(task, name)[0]]
 
 
 def open_data(
     task: Task, losses: Mapping[str, Loss], settings: ObjectiveSettings, reader: Reader
 ) -> LossData:
-    """Open the splits of some losses of a task, each reduced to the subset the user chose.
+    """Open the splits of some losses of a task, reduced to the chosen subsets.
+
+    Args:
+        task: the task.
+        losses: the losses by name.
+        settings: device, precision, subsets.
+        reader: reads the data.
 
     Raises:
-        InputError: where the data of a split cannot be read, see `Split`.
+        InputError: if the data of a split cannot be read, see `Split`.
     """
     opener = partial(_open_split, task, settings, reader)
     names = dict.fromkeys(loss.split for loss in losses.values())
@@ -65,22 +78,22 @@ def _open_split(task: Task, settings: ObjectiveSettings, reader: Reader, name: s
 
 
 class LossData:
-    """The splits of some losses, and the partition of each into batches.
+    """Hold the splits of some losses, and partition each into batches.
 
     Args:
-        task: states the losses.
-        losses: those that are evaluated, by name.
-        splits: theirs, by name.
+        task: defines the losses.
+        losses: the evaluated losses by name.
+        splits: their splits by name.
         open_split: opens another split of the task.
-        partition_is_given: whether the partition into batches is part of the losses, so that none
-            takes its batches in the order of another.
+        partition_is_given: whether the partition into batches is part of the losses, so that no
+            loss uses the order of another.
 
     Attributes:
-        batch_sizes: examples of a batch, by split.
-        batch_order_of: by loss, the grouped one in whose order its batches are taken; None for the
-            order of the data.
-        replicated: the name of a loss on a random subset, by that of its replicates.
-        starts: by loss, the position of its sample: some of those examples weigh something.
+        batch_sizes: examples per batch, by split.
+        batch_order_of: by loss, the grouped loss whose batch order it uses; None for the order of
+            the data.
+        replicated: internal name of replicates → name of the loss on a random subset.
+        starts: by loss, the position of its sample, which contains examples with weight.
     """
 
     def __init__(
@@ -107,9 +120,7 @@ class LossData:
         self._order_of: dict[str, Groups] = {}
 
     def replicates_of(self, name: str) -> str | None:
-        """Return the name under which a loss on a random subset is evaluated on parts of it; None
-        for other losses.
-        """
+        """Return the internal name of a loss's replicates; None if its subset is not random."""
         return next((hidden for hidden, loss in self.replicated.items() if loss == name), None)
 
     def digests(self, others: Iterable[Split]) -> dict[str, str]:
@@ -118,7 +129,7 @@ class LossData:
         return {f"split {name!r}": split.digest for name, split in splits.items()}
 
     def group_digests(self) -> dict[str, str]:
-        """Return hashes of the groups of losses."""
+        """Return hashes of the losses' groups."""
         return {
             f"group_by of loss {origin(self._task, name)[0]!r}": digest_of(
                 order.labels, _members(order)
@@ -128,16 +139,19 @@ class LossData:
         }
 
     def order(self, name: str) -> Groups | None:
-        """Return the groups of a loss, in the order of its batches unless they are of elements; None
-        for a loss without groups.
+        """Return the groups of a loss, which also order its batches unless they are groups of
+        elements; None for a loss without groups.
+
+        Raises:
+            InputError: if the task no longer has the loss.
         """
         if name in self._order_of:
             return self._order_of[name]
         whole = self.replicated.get(name, name)
         if self._task.stated(whole) is None:
             raise InputError(
-                f"the batches of this run are in the order of the groups of loss {name!r}, which "
-                "the task no longer has."
+                f"the batches of this run follow the groups of loss {name!r}, which the task no "
+                "longer has."
             )
         loss = stated_loss(self._task, whole)
         if loss.split is None or (loss.group_by is None and name not in self.replicated):
@@ -150,11 +164,11 @@ class LossData:
         return self._order_of[name]
 
     def share_batches(self, blocked: Iterable[str] = ()) -> dict[str, str | None]:
-        """Let every loss without groups share the batches of a grouped loss on its split, so that
-        it costs no further pass; return `batch_order_of`.
+        """Let every loss without groups share the batches of a grouped loss on its split, which
+        saves a pass; return `batch_order_of`.
 
         No loss does so in `batch` mode, whose partition is part of the loss, nor with a grouped
-        loss whose groups are taken in blocks, or are groups of elements.
+        loss whose groups are processed in blocks or are groups of elements.
         """
         blocked = set(blocked)
         for name, loss in self._losses.items():
@@ -176,24 +190,25 @@ class LossData:
         return dict(self.batch_order_of)
 
     def set_batch_order(self, name: str, grouped: str | None) -> None:
-        """Take the batches of a loss in the order of another one's groups; never in `batch`
-        mode.
+        """Let a loss use the batch order of another loss's groups; ignored in `batch` mode.
+
+        Args:
+            name: name of the loss.
+            grouped: name of the grouped loss; None for the order of the data.
         """
         self.batch_order_of[name] = None if self.partition_is_given else grouped
 
     def share_orders(self, other: LossData) -> None:
-        """Take the batches of every loss as another objective of the same data takes them, now and
-        later.
-        """
+        """Use the batch orders of another objective on the same data, now and later."""
         self.batch_order_of = other.batch_order_of
         self._orders, self._order_of = other._orders, other._order_of
 
     def passes(self, losses: Iterable[str]) -> dict[PassKey, dict[ValueSource, list[str]]]:
-        """Return losses by the batches they are over, then by the source of their values: each
-        inner list is evaluated at once.
+        """Group losses by their batches, then by the source of their values: each inner list is
+        evaluated together.
         """
         passes: dict[PassKey, dict[ValueSource, list[str]]] = {}
-        # entries of one dict follow each other, so that nothing is called between them
+        # keep entries of one dict together, so that no other call comes between them
         first: dict[int, int] = {}
         for name in sorted(
             losses, key=lambda name: first.setdefault(self._value_source(name)[0], len(first))
@@ -203,7 +218,7 @@ class LossData:
         return passes
 
     def order_at(self, position: int | None) -> Groups | None:
-        """Return the order of batches that the key of a pass stands for."""
+        """Return the batch order of a pass from its key."""
         return None if position is None else self._orders[position]
 
     def _value_source(self, name: str) -> ValueSource:
@@ -218,13 +233,13 @@ class LossData:
 
 
 def _replicates(split: Split) -> Order:
-    """Return the parts of a random subset, of which each is a random subset too."""
+    """Cut a random subset into parts, each of which is a random subset too."""
     parts = torch.arange(split.examples, device="cpu").tensor_split(min(REPLICATES, split.examples))
     return Order(list(range(len(parts))), list(parts))
 
 
 def _members(order: Groups) -> list[Tensor]:
-    """Return what tells which group examples or elements belong to."""
+    """Return the tensors that assign examples or elements to groups."""
     return [order.codes] if isinstance(order, ElementOrder) else order.members
 
 

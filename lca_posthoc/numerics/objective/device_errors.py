@@ -1,4 +1,4 @@
-"""Errors of devices, told from those of code."""
+"""Distinguish errors of devices from errors of code."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory ran out, of a GPU or of the host."""
+    """Return whether an error means that a GPU or the host ran out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # torch has no class for it
+    # torch has no exception class for it
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 
 def spoils_device(error: BaseException | None) -> bool:
-    """Tell whether an error, or what led to it, leaves its process without a device it can compute
-    on: after an assertion or an illegal access on a GPU, every later call fails as well.
+    """Return whether an error, or its cause, makes the device unusable for this process: after an
+    assertion or an illegal access on a GPU, every later call fails too.
     """
     while error is not None:
-        # torch has a class for it from 2.8 on
+        # torch has an exception class for it since 2.8
         if isinstance(error, getattr(torch, "AcceleratorError", ())):
             return True
         if isinstance(error, RuntimeError) and str(error).startswith("CUDA error"):
@@ -28,9 +28,7 @@ def spoils_device(error: BaseException | None) -> bool:
 
 
 def without_cudnn(error: BaseException) -> str:
-    """Return how to compute without cuDNN where an error says that it refuses what it was asked
-    for; nothing for other errors.
-    """
+    """Return advice for computing without cuDNN if cuDNN raised the error; "" for other errors."""
     said = str(error)
     if not isinstance(error, RuntimeError) or "cudnn" not in said.lower():
         return ""

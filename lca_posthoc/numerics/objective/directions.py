@@ -1,9 +1,9 @@
-"""Gradients of a batch, and what is taken in of them: the whole of each, or sums along directions.
+"""Run backward passes over batches and accumulate gradients: in full, or as sums along directions.
 
-A sum over some parameters of the gradient times a direction is linear in the gradient, so it is
-the sum over batches of the same sum of each batch's gradient. As soon as the gradient of a tensor
-is complete for a batch it is multiplied by the direction, summed, and freed: no gradient is ever
-held but the one at hand.
+The sum of gradient times direction over some parameters is linear in the gradient, so it is the sum
+over batches of the same sum for each batch. As soon as the gradient of a tensor is complete for a
+batch, it is multiplied by the direction, summed, and freed: memory holds only one gradient at a
+time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .bundles import plan_of
 from .in_a_row import OfUnits
 from .rows import InRows, Row, rows_of
 
-EVERY = "every unit"  # the key of what is taken in of all tensors at once
-_BLOCK = 2**17  # numbers that stay in the cache
+EVERY = "every unit"  # key of the sums of all tensors together
+_BLOCK = 2**17  # numbers that fit in the cache
 
 Point = Mapping[str, Tensor]
 Take = Callable[[str, Tensor], None]
@@ -30,16 +30,15 @@ Take = Callable[[str, Tensor], None]
 def blocks(
     rows: int, columns: int, cuts: Sequence[slice] | None = None
 ) -> Iterator[tuple[slice, slice]]:
-    """Cut a (rows, columns) array into pieces small enough to stay in the cache, row by row where
-    rows are long.
-
-    Args:
-        rows: their number.
-        columns: their number.
-        cuts: the pieces of a row; by default as long as they may be.
+    """Cut a (rows, columns) array into pieces that fit in the cache, row by row if rows are long.
 
     >>> [(r.start, r.stop, c.start, c.stop) for r, c in blocks(2, 2**17 + 1)]
     [(0, 1, 0, 131072), (0, 1, 131072, 131073), (1, 2, 0, 131072), (1, 2, 131072, 131073)]
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        cuts: pieces of a row; by default as long as possible.
     """
     if cuts is None:
         cuts = [slice(at, min(at + _BLOCK, columns)) for at in range(0, columns, _BLOCK)]
@@ -51,8 +50,8 @@ def blocks(
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """The direction from one point to another, of which the points are held, and the differences
-    of small tensors once they were wanted.
+    """Represent the direction from one point to another by the two points, with a cache of the
+    differences of small tensors.
     """
 
     start: Point
@@ -61,7 +60,7 @@ class Motion:
 
     @torch.no_grad()
     def differences(self, row: Row) -> Tensor:
-        """Return end − start of some small tensors in a row, (1, numbers)."""
+        """Return end − start of some small tensors, concatenated, (1, numbers)."""
         if row not in self._differences:
             self._differences[row] = row.of(self.end) - row.of(self.start)
         return self._differences[row]
@@ -69,11 +68,10 @@ class Motion:
 
 @dataclass(frozen=True)
 class Along:
-    """Directions, and what gradients along them are summed over.
+    """Hold directions, and the units that gradients along them are summed over.
 
     Attributes:
-        axes: of each tensor, the axis along which its units are told apart; None where all of it
-            is one unit.
+        axes: name → axis of the tensor's units; None if it is one unit.
         motions: the directions.
     """
 
@@ -82,11 +80,13 @@ class Along:
 
 
 class Gradients(Protocol):
-    """Runs backward passes, and says what is taken in of their gradients.
+    """Run backward passes, and decide what is accumulated of their gradients.
 
-    `names` are those of the tensors whose gradients are wanted; none: the loss alone. `shapes` are
-    those of what is taken in. `dtype` is the type sums over batches have, `mean_dtype` that of the
-    mean over all of them.
+    Attributes:
+        names: tensors whose gradients are needed; empty if only the loss is.
+        shapes: key → shape of an accumulated tensor.
+        dtype: type of sums over batches.
+        mean_dtype: type of the mean over all batches.
     """
 
     names: Collection[str]
@@ -95,23 +95,36 @@ class Gradients(Protocol):
     mean_dtype: torch.dtype
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
-        """Run a backward pass from `total`; call `take(key, values)` for what gradients come to,
-        which may change those values. Return the names of the tensors it reached.
+        """Run a backward pass.
+
+        Args:
+            total: the scalar to differentiate.
+            retain_graph: as for `torch.Tensor.backward`.
+            take: called as `take(key, values)` with each result; it may modify the values.
+
+        Returns:
+            Names of the tensors that the pass reached.
         """
 
     def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return by tensor what was taken in, of every key."""
+        """Return the accumulated results by tensor, from those by key."""
 
 
 class NoGradients:
-    """Takes in nothing: the loss alone is wanted."""
+    """Accumulate nothing: only the loss is needed."""
 
     names: Collection[str] = ()
     shapes: Mapping[str, tuple[int, ...]] = {}
     dtype = mean_dtype = torch.float64
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
-        """Do nothing."""
+        """Do nothing.
+
+        Args:
+            total: unused.
+            retain_graph: unused.
+            take: unused.
+        """
         return ()
 
     def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
@@ -120,10 +133,10 @@ class NoGradients:
 
 
 class _Backward:
-    """Runs backward passes that hand over each gradient as soon as it is complete, and free it.
+    """Run backward passes that deliver each gradient as soon as it is complete, and free it.
 
     Args:
-        tensors: leaves of autograd's, by name.
+        tensors: leaves of autograd, by name.
     """
 
     dtype = mean_dtype = torch.float64
@@ -140,8 +153,10 @@ class _Backward:
         complete: Callable[[str, Tensor], None],
         late: Collection[str] = (),
     ) -> None:
-        """Run a backward pass; call `complete(name, gradient)` for each tensor it reaches as soon
-        as its gradient is complete, for those of some names once the pass is done.
+        """Run a backward pass; call `complete(name, gradient)` for each tensor it reaches.
+
+        The call happens as soon as the gradient is complete, or for the names in `late` after the
+        pass.
         """
 
         def watch(name: str) -> Callable[[Tensor], None]:
@@ -168,17 +183,17 @@ class _Backward:
                 watch(name)(tensor)
 
     def of_tensors(self, by_key: dict[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return what was taken in of each tensor."""
+        """Return the accumulated result of each tensor."""
         return by_key
 
 
 class WholeGradients(_Backward):
-    """Takes in the gradients of some tensors as they are, those of small ones in rows; their mean
-    has the type of the tensors.
+    """Accumulate whole gradients, with small tensors concatenated; their mean has the type of the
+    tensors.
 
     Args:
-        tensors: leaves of autograd's, by name.
-        dtype: in which they are summed over batches.
+        tensors: leaves of autograd, by name.
+        dtype: type of sums over batches.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
@@ -190,8 +205,15 @@ class WholeGradients(_Backward):
         self.shapes = {row.names[0]: (row.numbers,) for row in self._rows.every}
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
-        """Run a backward pass from `total`; call `take` for each tensor that is alone, and once it
-        is done for each row of others, by the name of its first tensor.
+        """Run a backward pass; see `Gradients.backward`.
+
+        Call `take` for each separate tensor, and after the pass for each row of concatenated ones,
+        by the name of its first tensor.
+
+        Args:
+            total: the scalar to differentiate.
+            retain_graph: as for `torch.Tensor.backward`.
+            take: called as `take(key, values)`.
         """
         reached: list[str] = []
         waiting: dict[str, Tensor] = {}
@@ -216,10 +238,10 @@ class WholeGradients(_Backward):
 
 
 class SquaredNorms(_Backward):
-    """Takes in Σ g² of each tensor's gradient of a batch, which no sum over batches has a use for.
+    """Compute Σ g² of each tensor's gradient for a batch; sums of it over batches have no meaning.
 
     Args:
-        tensors: leaves of autograd's, by name.
+        tensors: leaves of autograd, by name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -227,7 +249,13 @@ class SquaredNorms(_Backward):
         self.shapes = dict.fromkeys(tensors, ())
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
-        """Run a backward pass from `total`; call `take(name, square)` for each tensor."""
+        """Run a backward pass; see `Gradients.backward`.
+
+        Args:
+            total: the scalar to differentiate.
+            retain_graph: as for `torch.Tensor.backward`.
+            take: called as `take(name, square)` for each tensor.
+        """
         reached: list[str] = []
 
         def complete(name: str, gradient: Tensor) -> None:
@@ -239,12 +267,12 @@ class SquaredNorms(_Backward):
 
 
 class SumsAlong(_Backward):
-    """Takes in the sums of gradients along directions: one tensor of those of all units,
-    (directions, units) float64.
+    """Accumulate the sums of gradients along directions, as one tensor for all units, (directions,
+    units) float64.
 
     Args:
-        tensors: leaves of autograd's, by name.
-        along: the directions and units.
+        tensors: leaves of autograd, by name.
+        along: directions and units.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], along: Along) -> None:
@@ -261,11 +289,17 @@ class SumsAlong(_Backward):
 
     @property
     def is_of_tensors(self) -> bool:
-        """Tell whether each tensor is one unit."""
+        """Return whether each tensor is one unit."""
         return all(axis is None for axis in self._along.axes.values())
 
     def backward(self, total: Tensor, retain_graph: bool, take: Take) -> Collection[str]:
-        """Run a backward pass from `total`; call `take(EVERY, sums)` once it is done."""
+        """Run a backward pass; see `Gradients.backward`.
+
+        Args:
+            total: the scalar to differentiate.
+            retain_graph: as for `torch.Tensor.backward`.
+            take: called as `take(EVERY, sums)` after the pass.
+        """
         motions, plan = self._along.motions, self._plan
         reached: list[str] = []
         waiting: dict[str, Tensor] = {}
@@ -290,7 +324,7 @@ class SumsAlong(_Backward):
         return reached
 
     def sums(self, total: Tensor) -> Mapping[str, Tensor]:
-        """Return the sums of the gradient of `total` along directions, (directions, units) of each
+        """Return the sums of the gradient of `total` along directions, (directions, units) for each
         tensor that it depends on.
         """
         by_key: dict[str, Tensor] = {}
@@ -308,21 +342,33 @@ class SumsAlong(_Backward):
 
 
 def _square(gradient: Tensor) -> Tensor:
-    """Return Σ g², float64."""
+    """Return Σ g² in float64."""
     flat = gradient.reshape(1, -1)
     parts = [flat[place].double().square_().sum() for place in blocks(*flat.shape)]
     return torch.stack(parts).sum() if parts else flat.new_zeros((), dtype=torch.float64)
 
 
 def units_of(tensor: Tensor, axis: int | None) -> int:
-    """Return the number of a tensor's units: its extent along their axis; 1 without one."""
+    """Return the number of a tensor's units.
+
+    Args:
+        tensor: the tensor.
+        axis: axis of the units; None if the tensor is one unit.
+    """
     return 1 if axis is None else tensor.shape[axis]
 
 
 @torch.no_grad()
 def row_sums_along(row: Row, gradient: Tensor, motions: Sequence[Motion]) -> Tensor:
-    """Return the sums over each tensor of a row of its gradient, (1, numbers), along directions,
-    (directions, tensors) float64.
+    """Sum the gradients of concatenated tensors along directions, over each tensor.
+
+    Args:
+        row: the tensors.
+        gradient: their gradients, (1, numbers).
+        motions: the directions.
+
+    Returns:
+        The sums, (directions, tensors) float64.
     """
     if len(row.names) > 1:
         return row.sums(_products(row, gradient, motions))
@@ -331,14 +377,21 @@ def row_sums_along(row: Row, gradient: Tensor, motions: Sequence[Motion]) -> Ten
 
 
 def _products(row: Row, gradient: Tensor, motions: Sequence[Motion]) -> Tensor:
-    """Return gradient · motion of some small tensors in a row, (motions, numbers); differences and
-    products are of the gradient's type.
+    """Return gradient · motion for some small concatenated tensors, (motions, numbers), computed in
+    the type of the gradient.
     """
     return torch.cat([gradient * motion.differences(row).to(gradient.dtype) for motion in motions])
 
 
 def sums_along(name: str, gradient: Tensor, motions: Iterable[Motion], axis: int | None) -> Tensor:
-    """Return the sums of a tensor's gradient along directions, see `unit_sums`."""
+    """Return the sums of a tensor's gradient along directions, see `unit_sums`.
+
+    Args:
+        name: name of the tensor.
+        gradient: its gradient.
+        motions: the directions.
+        axis: axis of the units; None if the tensor is one unit.
+    """
     ends = [(motion.start[name], motion.end[name]) for motion in motions]
     return unit_sums(gradient, ends, axis)
 
@@ -347,21 +400,21 @@ def sums_along(name: str, gradient: Tensor, motions: Iterable[Motion], axis: int
 def unit_sums(gradient: Tensor, ends: Sequence[tuple[Tensor, Tensor]], axis: int | None) -> Tensor:
     """Return Σ gradient · (end − start) over each unit, (directions, units) float64.
 
-    Differences and products are of the gradient's type (of two numbers within a factor of two the
-    difference is exact), sums are float64. Piece by piece, so that what directions have in common
-    is read once.
+    Differences and products use the gradient's type (the difference of two numbers within a factor
+    of two is exact); sums are float64. The tensors are processed in pieces, so that what directions
+    share is read once.
 
     Args:
-        gradient: of any shape.
+        gradient: gradient of any shape.
         ends: start and end of each direction, of the same shape.
-        axis: of the units; None where all is one.
+        axis: axis of the units; None if the tensor is one unit.
     """
     units = units_of(gradient, axis)
     before = 1 if axis is None else math.prod(gradient.shape[:axis])
     total = torch.zeros((len(ends), units), dtype=torch.float64, device=gradient.device)
     if not gradient.numel():
         return total
-    # (before, units, after), but each unit a row where they come first
+    # (before, units, after), or one row per unit if their axis comes first
     shape = (before, units, -1) if axis else (units, -1)
     views = [
         tuple(tensor.reshape(shape) for tensor in (gradient, start, end)) for start, end in ends
@@ -377,7 +430,7 @@ def unit_sums(gradient: Tensor, ends: Sequence[tuple[Tensor, Tensor]], axis: int
 
 
 def _pieces(view: Tensor) -> Iterator[tuple[slice, ...]]:
-    """Cut an array of rows, or of rows of units, into pieces small enough to stay in the cache."""
+    """Cut an array of rows, or of rows of units, into pieces that fit in the cache."""
     if view.dim() == 2:
         yield from blocks(*view.shape)
         return
@@ -388,11 +441,11 @@ def _pieces(view: Tensor) -> Iterator[tuple[slice, ...]]:
 
 def _product(gradient: Tensor, start: Tensor, end: Tensor) -> Tensor:
     difference = torch.sub(end, start)
-    if difference.dtype != gradient.dtype:  # of a checkpoint stored in a higher precision
+    if difference.dtype != gradient.dtype:  # the checkpoint is stored in a higher precision
         difference = difference.to(gradient.dtype)
     return difference.mul_(gradient)
 
 
 def _dense(gradient: Tensor) -> Tensor:
-    """Return a gradient as an ordinary tensor; that of `nn.Embedding(sparse=True)` is none."""
+    """Return a gradient as a dense tensor; that of `nn.Embedding(sparse=True)` is sparse."""
     return gradient.to_dense() if gradient.is_sparse else gradient

@@ -1,4 +1,4 @@
-"""Distances that tensors move between two points."""
+"""Compute how far tensors move between two points."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .rows import is_small, rows_of
 
 
 class Distances(Mapping[str, float]):
-    """Σ|end − start| of some tensors, float64.
+    """Hold Σ|end − start| of some tensors in float64.
 
     Args:
-        parts: of some tensors each: their names, and sums, (tensors, pieces), that add up to those
-            of each tensor.
+        parts: pairs of tensor names and partial sums, (tensors, pieces), that add up to the
+            distance of each tensor.
 
     Attributes:
-        readings: their numbers, which come to the host when they are first wanted.
+        readings: the numbers, which are copied to the host when first needed.
     """
 
     def __init__(self, parts: Sequence[tuple[Sequence[str], Reading]]) -> None:
@@ -32,7 +32,7 @@ class Distances(Mapping[str, float]):
 
     @classmethod
     def known(cls, distances: Mapping[str, float]) -> Distances:
-        """Return those that are known already."""
+        """Create an instance from known distances."""
         numbers = np.array(list(distances.values()))[:, None]
         return cls([(tuple(distances), Reading.known(numbers))])
 
@@ -56,9 +56,14 @@ class Distances(Mapping[str, float]):
 
 @torch.no_grad()
 def distances(motion: Motion, names: Iterable[str]) -> Distances:
-    """Return Σ|end − start| of some tensors, float64."""
+    """Compute Σ|end − start| of some tensors in float64.
+
+    Args:
+        motion: start and end.
+        names: names of the tensors.
+    """
     parts: list[tuple[Sequence[str], Reading]] = []
-    starts, ends = dict[str, Tensor](), dict[str, Tensor]()  # of small ones
+    starts, ends = dict[str, Tensor](), dict[str, Tensor]()  # small tensors
     for name in names:
         start, end = motion.start[name], motion.end[name]
         if is_small(start.shape):

@@ -1,4 +1,4 @@
-"""A data set whose examples are random: several seeded draws of each, so that a loss is the mean
+"""Define a data set with random examples: several seeded draws of each, so that a loss is the mean
 over them.
 """
 
@@ -18,24 +18,25 @@ from ...errors import InputError
 
 
 class Draws(Dataset[list[Any]]):
-    """Several draws of every example of a data set that augments or mixes its examples at random.
+    """Draw every example of a data set several times, for data that augments or mixes examples at
+    random.
 
     While one draw of one example is made, the random numbers of torch (on the CPU), numpy and
-    `random` are those of a seed that depends on `seed`, the example's position and the draw alone.
-    So it is the same in every process, batch, order and subset. A loss is the mean over all draws
-    of all examples. Examples are counted, chosen by a subset and divided into groups as those of
-    `data` are, each with all its draws.
+    `random` come from a seed that depends only on `seed`, the example's position and the draw. The
+    draw is therefore the same in every process, batch, order and subset. A loss is the mean over
+    all draws of all examples. Counts, subsets and groups refer to the examples of `data`, each with
+    all its draws.
 
     Args:
-        data: as in `Task.data`: tensors, a map-style Dataset, or a `DataLoader` for its
+        data: as for `Task.data`: tensors, a map-style Dataset, or a `DataLoader` for its
             `collate_fn`.
-        transform: called as `transform(example)` for each draw, with what `data` gives at a
-            position; returns an example. None where `data` augments its examples itself.
-        draws: of each example.
-        seed: another one gives other draws.
+        transform: called as `transform(example)` for each draw, with what `data` returns at a
+            position; returns an example. None if `data` augments its examples itself.
+        draws: number of draws of each example.
+        seed: seed of the draws.
 
     Raises:
-        InputError: where examples cannot be read by position, or a number is out of range.
+        InputError: if examples cannot be read by position, or a number is out of range.
 
     >>> data = torch.arange(3.0), torch.arange(3)
     >>> noisy = Draws(data, lambda example: (example[0] + torch.rand(()), example[1]), draws=2)
@@ -66,8 +67,9 @@ class Draws(Dataset[list[Any]]):
         by_position = hasattr(examples, "__getitem__") and hasattr(examples, "__len__")
         if isinstance(examples, IterableDataset | str) or not by_position:
             raise InputError(
-                f"Draws(…) needs examples that are had by position, got {type(examples).__name__}. "
-                "Give tensors, or a map-style Dataset with __len__ and __getitem__."
+                f"Draws(…) needs examples that can be read by position, got "
+                f"{type(examples).__name__}. Give tensors, or a map-style Dataset with __len__ and "
+                "__getitem__."
             )
         self.data, self.transform, self.draws, self.seed = data, transform, draws, seed
         self._examples = examples
@@ -76,7 +78,7 @@ class Draws(Dataset[list[Any]]):
         return len(self._columns[0] if self._columns else self._examples)
 
     def __getitem__(self, index: int) -> list[Any]:
-        """Return the draws of one example."""
+        """Return all draws of one example."""
         examples = []
         for draw in range(self.draws):
             with _seeded(self.seed, int(index), draw):
@@ -96,7 +98,11 @@ class Draws(Dataset[list[Any]]):
 
 
 def _columns(data: object) -> list[Tensor]:
-    """Return the tensors of data given as columns; an empty list for a data set."""
+    """Return the tensors of data given as columns; an empty list for a data set.
+
+    Raises:
+        InputError: if their lengths differ.
+    """
     inside = (
         list(data.values())
         if isinstance(data, Mapping)
@@ -116,9 +122,7 @@ def _columns(data: object) -> list[Tensor]:
 
 @contextlib.contextmanager
 def _seeded(*numbers: int) -> Iterator[None]:
-    """Seed the generators that torch, numpy and Python share among all code, and put them back
-    afterwards.
-    """
+    """Seed the global generators of torch, numpy and Python, and restore them afterwards."""
     words = np.random.SeedSequence(numbers).generate_state(4)
     before = torch.get_rng_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))

@@ -1,8 +1,7 @@
-"""Groups of the elements of a loss: a label for every target token, pixel or label of every
-example.
+"""Group the elements of a loss: every target token, pixel or label of every example has a label.
 
-An example holds elements of several groups, so that batches are in the order of the data, and the
-values of each are divided element by element.
+An example has elements of several groups, so batches follow the order of the data, and the values
+of each batch are divided element by element.
 """
 
 from __future__ import annotations
@@ -17,18 +16,18 @@ from torch import Tensor
 
 from ...errors import InputError
 
-_NARROW = 2**15  # groups whose positions int16 holds
+_NARROW = 2**15  # number of groups that int16 can index
 _KINDS = {"b": "int", "i": "int", "u": "int", "U": "str"}
 
 
 @dataclass(frozen=True, eq=False)
 class ElementOrder:
-    """The elements of the examples of a split by group.
+    """Assign the elements of a split's examples to groups.
 
     Attributes:
-        labels: ascending.
-        codes: the position of its group for each element, (examples, draws, *elements of an
-            example): two bytes an element, four where there are more than 32,768 groups.
+        labels: labels of the groups, ascending.
+        codes: index of its group for each element, (examples, draws, *elements of an example): two
+            bytes per element, or four for more than 32,768 groups.
     """
 
     labels: list[int] | list[str]
@@ -36,7 +35,7 @@ class ElementOrder:
 
     @property
     def counts(self) -> list[int]:
-        """Return the number of examples that hold an element of each group."""
+        """Return the number of examples that have an element of each group."""
         counts = torch.zeros(len(self.labels), dtype=torch.int64, device="cpu")
         for codes in self.codes:
             counts[torch.unique(codes).long()] += 1
@@ -49,20 +48,21 @@ class ElementOrder:
         return [codes.flatten(0, 1) for codes in torch.split(self.codes, batch_size)]
 
     def groups_per_batch(self, batch_size: int) -> float:
-        """Return the mean number of groups of which a batch holds elements."""
+        """Return the mean number of groups per batch."""
         present = [len(torch.unique(codes)) for codes in self.batches(batch_size)]
         return sum(present) / len(present)
 
 
 def element_codes(codes: Tensor, values: Tensor) -> Tensor:
-    """Return the codes of a batch in the shape of the loss's values for it, on their device.
+    """Reshape the codes of a batch to the loss's values, on their device.
 
     Args:
-        codes: (examples, *elements of an example).
-        values: of the same shape; or flat, the elements of each example in turn.
+        codes: codes, (examples, *elements of an example).
+        values: values of the loss, of the same shape or flat, with the elements of each example in
+            turn.
 
     Raises:
-        InputError: where the values have another shape.
+        InputError: if the values have another shape.
     """
     if values.shape != codes.shape and values.shape != (codes.numel(),):
         raise InputError(
@@ -75,18 +75,18 @@ def element_codes(codes: Tensor, values: Tensor) -> Tensor:
 
 
 def is_of_elements(labels: object) -> bool:
-    """Tell whether labels are a tensor or an array with an axis beside that of the examples."""
+    """Return whether labels are a tensor or an array with an axis besides that of the examples."""
     return len(getattr(labels, "shape", ())) > 1
 
 
-def no_labels(name: str, what: str) -> InputError:
-    """Return the error for a `group_by` that gave no labels.
+def no_labels(name: str, what: str) -> str:
+    """Return the error message for a `group_by` that returned something other than labels.
 
     Args:
-        name: of the split.
-        what: it gave.
+        name: name of the split.
+        what: what it returned.
     """
-    return InputError(
+    return (
         f"group_by on split {name!r} gave {what}. Give one integer or string for every example: a "
         "1-d tensor, array or list of the whole split, or a function of a batch that returns one "
         "for the batch. Or give one for every element of the loss, as a tensor or array of the "
@@ -95,35 +95,37 @@ def no_labels(name: str, what: str) -> InputError:
 
 
 def element_labels(name: str, answer: Any, count: int) -> np.ndarray:
-    """Return labels of elements as an array of integers, bools or strings, (count, *elements).
+    """Convert labels of elements to an array of integers, bools or strings, (count, *elements).
 
     Args:
-        name: of the split.
-        answer: a tensor or array.
-        count: the examples of which there are labels.
+        name: name of the split.
+        answer: labels, as a tensor or array.
+        count: number of examples.
 
     Raises:
-        InputError: where they are of another type, or of more or fewer examples.
+        InputError: if they have another type, or belong to more or fewer examples.
     """
     if isinstance(answer, Tensor) and (answer.is_floating_point() or answer.is_complex()):
-        raise no_labels(name, f"labels of type {answer.dtype}".replace("torch.", ""))
+        raise InputError(no_labels(name, f"labels of type {answer.dtype}".replace("torch.", "")))
     labels = answer.cpu().numpy() if isinstance(answer, Tensor) else np.asarray(answer)
     if labels.dtype.kind not in _KINDS:
-        raise no_labels(name, f"labels of type {labels.dtype}")
+        raise InputError(no_labels(name, f"labels of type {labels.dtype}"))
     if len(labels) != count or not labels.size:
-        raise no_labels(name, f"labels of shape {list(labels.shape)} for {count} examples")
+        raise InputError(
+            no_labels(name, f"labels of shape {list(labels.shape)} for {count} examples")
+        )
     return labels
 
 
 def element_order(name: str, parts: Iterable[np.ndarray]) -> ElementOrder:
-    """Return the elements of a split by group.
+    """Assign the elements of a split to groups.
 
     Args:
-        name: of the split.
-        parts: labels of its examples in their order, (examples, draws, *elements of an example).
+        name: name of the split.
+        parts: labels of its examples in order, (examples, draws, *elements of an example).
 
     Raises:
-        InputError: where examples have different numbers of elements, or labels of different types.
+        InputError: if examples have different numbers of elements, or labels different types.
     """
     positions: dict[Any, int] = {}
     coded: list[np.ndarray] = []
@@ -137,7 +139,7 @@ def element_order(name: str, parts: Iterable[np.ndarray]) -> ElementOrder:
             )
         kinds.add(_KINDS[part.dtype.kind])
         if len(kinds) > 1:
-            raise no_labels(name, f"labels of type {' and '.join(sorted(kinds))}")
+            raise InputError(no_labels(name, f"labels of type {' and '.join(sorted(kinds))}"))
         labels, inverse = np.unique(part, return_inverse=True)
         own = [positions.setdefault(label, len(positions)) for label in labels.tolist()]
         coded.append(np.array(own, dtype=np.int32)[inverse.reshape(part.shape)])
@@ -146,5 +148,5 @@ def element_order(name: str, parts: Iterable[np.ndarray]) -> ElementOrder:
     ranks[[positions[label] for label in ascending]] = np.arange(len(ascending))
     codes = torch.cat([torch.from_numpy(ranks[part]) for part in coded])
     if kinds == {"int"}:
-        ascending = [int(label) for label in ascending]  # of bools as well
+        ascending = [int(label) for label in ascending]  # converts bools too
     return ElementOrder(ascending, codes)

@@ -1,15 +1,16 @@
-"""Derivatives of every element of a loss along the motion of every tensor, from forward passes.
+"""Compute derivatives of every element of a loss along the motion of every tensor by forward
+passes.
 
 The elements of a loss are its values on a batch: target tokens, pixels, labels. While one tensor
-carries its motion as a tangent, a forward pass gives the derivative of all of them along it: one
-pass for each tensor and direction, and no graph is kept.
+carries its motion as a tangent, a forward pass returns the derivative of all elements along it: one
+pass for each tensor and direction, without storing a graph.
 
-The tangent is put on the module's own tensor in place, so that it is there wherever the tensor is
-used: under every name of a tied one, in lists that modules keep, in what is computed anew under
-activation checkpointing. It ends with the pass.
+The tangent is set on the module's own tensor in place, so that it is present wherever the tensor is
+used: under every name of a tied one, in lists that modules hold, and in recomputation under
+activation checkpointing. It is removed after the pass.
 
-Not every operation has a rule for tangents. Most of those without one say so; some lose the tangent
-without a word. `ElementDerivatives.check` compares with backward passes from single elements.
+Not every operation has a forward-mode derivative. Most of the others raise an error; some silently
+drop the tangent. `ElementDerivatives.check` compares with backward passes from single elements.
 """
 
 from __future__ import annotations
@@ -33,22 +34,22 @@ from .recurrent import operation_by_operation
 from .tap_check import LEAST, Drawn, tolerance_of
 from .values import Values
 
-_COMPARED = 4  # elements of which each has a backward pass of its own
+_COMPARED = 4  # elements compared by separate backward passes
 _WAY_OUT = (
-    'Take per="example", whose derivatives are taken in the backward pass; a function of your own '
-    "can be given one in the forward pass, a static method jvp."
+    'Use per="example", which needs only backward passes; a custom function can define its '
+    "forward-mode derivative in a static method jvp."
 )
 
 
 @dataclass(frozen=True)
 class ElementShares:
-    """The elements of a loss on one batch, and their directional derivatives.
+    """Hold the elements of a loss on one batch and their directional derivatives.
 
     Attributes:
-        values: one per element, multiplied by its weight, in the shape of the loss.
-        weights: of the elements, float64; None where all are 1.
+        values: one value per element, multiplied by its weight, in the shape of the loss.
+        weights: weights of the elements, float64; None if all are 1.
         shares: by tensor, the derivative of every element's weighted value along the tensor's
-            motions, (directions, elements) float64, the elements in the order of `values`.
+            motions, (directions, elements) float64, in the order of `values`.
     """
 
     values: Tensor
@@ -57,21 +58,26 @@ class ElementShares:
 
 
 def passes(tensors: int, directions: int) -> int:
-    """Return the most forward passes over a batch that the shares of its elements take: one for
-    each tensor and direction, and one for the values.
+    """Return the maximum number of forward passes over a batch: one for each tensor and direction,
+    and one for the values.
+
+    Args:
+        tensors: number of tensors.
+        directions: number of directions.
     """
     return tensors * directions + 1
 
 
 class ElementDerivatives:
-    """Takes the derivatives of every element of a loss, at the point that a module holds, in the mode
-    that the caller is in, see `LossValues.mode`.
+    """Compute the derivatives of every element of a loss at the point in a module.
+
+    The caller must have entered `LossValues.mode`.
 
     Args:
-        tensors: the module's own, leaves of autograd's, by name.
-        values: returns the loss's weighted values and weights on a batch, as `LossValues.values`
-            does; called several times with one batch, which it must not change.
-        dtype: in which values are computed; bfloat16 under autocast.
+        tensors: the module's own tensors, leaves of autograd, by name.
+        values: returns the loss's weighted values and weights on a batch, like `LossValues.values`.
+            It is called several times with one batch, which it must not change.
+        dtype: type of the computation; bfloat16 under autocast.
     """
 
     def __init__(
@@ -84,12 +90,17 @@ class ElementDerivatives:
         self._tolerance = tolerance_of(dtype)
 
     def shares(self, motions: Sequence[Motion], batch: object) -> ElementShares:
-        """Return the elements of a batch and their derivatives; exactly 0 along the motion of a
-        tensor that does not move.
+        """Return the elements of a batch and their derivatives.
+
+        Derivatives along the motion of a tensor that does not move are exactly 0.
+
+        Args:
+            motions: the directions.
+            batch: the data.
 
         Raises:
-            InputError: where an operation has no derivative in the forward pass, or values are
-                other ones in the next pass.
+            InputError: if an operation has no forward-mode derivative, or values differ in the next
+                pass.
         """
         values, weights = self._plain(batch)
         if not motions:
@@ -101,12 +112,12 @@ class ElementDerivatives:
         return ElementShares(values, weights, shares)
 
     def check(self, batch: object) -> None:
-        """Compare the derivatives of the elements of a few examples with those that backward passes
-        give, along motions drawn at random: of single elements, and of the sum of all with random
-        signs.
+        """Compare derivatives of the elements of a few examples with backward passes.
+
+        Use random motions, for single elements and for the sum of all with random signs.
 
         Raises:
-            InputError: where they differ, or as `shares` does.
+            InputError: if they differ, or as for `shares`.
         """
         motions = [Motion(self._tensors, Drawn(self._tensors))]
         shares = self.shares(motions, batch)
@@ -121,7 +132,7 @@ class ElementDerivatives:
         self, gradients: SumsAlong, batch: object, factors: Tensor
     ) -> dict[str, float]:
         """Return the derivative of the sum of the elements times some factors, by tensor."""
-        # of a forward pass of its own: not every function can go backward twice
+        # run a separate forward pass: not every function can run backward twice
         total = (self._values(batch)[0].double().reshape(-1) * factors).sum()
         sums = {name: float(of_tensor) for name, of_tensor in gradients.sums(total).items()}
         return dict.fromkeys(self._tensors, 0.0) | sums
@@ -132,12 +143,15 @@ class ElementDerivatives:
         compared: Sequence[tuple[Tensor, Mapping[str, float]]],
         batch: object,
     ) -> None:
-        """Refuse shares that are not those of backward passes.
+        """Check that shares equal those of backward passes.
 
         Args:
-            told: by tensor, (1, elements).
-            compared: factors of the elements, and what the backward pass from their sum gave.
+            told: shares by tensor, (1, elements).
+            compared: factors of the elements, and the result of the backward pass from their sum.
             batch: the data.
+
+        Raises:
+            InputError: if a share differs.
         """
         sizes = [
             sum(
@@ -161,20 +175,24 @@ class ElementDerivatives:
         if "CheckpointFunction" in functions:
             through += " torch.utils.checkpoint.checkpoint keeps it with use_reentrant=False."
         raise InputError(
-            "single elements of the loss have other derivatives in the forward pass than in the "
-            f"backward pass along {'tensors' if len(names) > 1 else 'tensor'} "
-            f"{few([*map(repr, names)])}: an operation behind them loses the one of the forward "
-            f"pass.{through} {_WAY_OUT}"
+            "derivatives of single elements of the loss differ between forward and backward mode "
+            f"along {'tensors' if len(names) > 1 else 'tensor'} "
+            f"{few([*map(repr, names)])}: an operation that uses them drops the forward-mode "
+            f"derivative.{through} {_WAY_OUT}"
         )
 
     def _plain(self, batch: object) -> Values:
-        """Return the values of a batch, without their graph, and the weights."""
+        """Return the values of a batch without their graph, and the weights."""
         values, weights = self._values(batch)
         return values.detach(), weights
 
     def _along(self, name: str, motion: Motion, batch: object, values: Tensor) -> Tensor:
         """Return the derivative of every element along the motion of one tensor, (elements,)
         float64.
+
+        Raises:
+            InputError: if an operation has no forward-mode derivative, or values differ.
+            RuntimeError: if memory runs out.
         """
         zero = torch.zeros(values.numel(), dtype=torch.float64, device=values.device)
         start, end = motion.start[name], motion.end[name]
@@ -186,20 +204,23 @@ class ElementDerivatives:
             own.copy_(forward_ad.make_dual(own.detach(), tangent))  # type: ignore[no-untyped-call]
             try:
                 moving, _ = self._values(batch)
-            except (InputError, RuntimeError) as error:  # the same call went well without a tangent
+            except (InputError, RuntimeError) as error:  # the same call succeeded without a tangent
                 if is_out_of_memory(error):
                     raise
                 raise InputError(
-                    "the derivatives of the elements of the loss cannot be taken in the forward "
-                    f"pass along tensor {name!r}: {_reason(error)}. {_WAY_OUT}"
+                    "the derivatives of the elements of the loss cannot be computed in forward mode "
+                    f"along tensor {name!r}: {_reason(error)}. {_WAY_OUT}"
                 ) from error
             same, derivative = forward_ad.unpack_dual(moving)  # type: ignore[no-untyped-call]
             self._refuse_other_values(name, values, same.detach())
             return zero if derivative is None else derivative.detach().reshape(-1).double()
 
     def _refuse_other_values(self, name: str, values: Tensor, others: Tensor) -> None:
-        """Refuse values of the pass along a tensor that are not those without a tangent; what is
-        not finite is said of the loss itself.
+        """Check that the values with a tangent equal those without; ignore values that are not
+        finite, which are reported elsewhere.
+
+        Raises:
+            InputError: if they differ.
         """
         if values.shape == others.shape:
             pair = values.double(), others.double()
@@ -209,25 +230,25 @@ class ElementDerivatives:
             if bool(((one - other).abs() <= self._tolerance * (one.abs() + size)).all()):
                 return
         raise InputError(
-            "the loss has other values in the pass in which its derivatives along tensor "
-            f"{name!r} are taken than in the pass before, on the same batch. Seed what is random "
-            'in it; where nothing is, take per="example".'
+            "the values of the loss change when its derivatives along tensor "
+            f"{name!r} are computed, on the same batch. Seed its random numbers; if it has none, "
+            'use per="example".'
         )
 
 
 @contextlib.contextmanager
 def _forward_derivatives() -> Iterator[None]:
-    """Let tensors carry tangents, and compute by operations that have a rule for them where torch
-    has a choice.
+    """Let tensors carry tangents, and make torch choose operations that have a forward-mode
+    derivative.
     """
     with contextlib.ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it takes long
+        if "torch._dynamo" in sys.modules:  # otherwise nothing is compiled; importing it is slow
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(operation_by_operation())
         stack.enter_context(_unfused_weight_norm())
         stack.enter_context(_padding_without_tangent())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # taken by attention layers in eval mode where no parameter requires a gradient
+        # attention layers in eval mode use it if no parameter requires a gradient
         stack.callback(
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
@@ -238,9 +259,7 @@ def _forward_derivatives() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _padding_without_tangent() -> Iterator[None]:
-    """Take no derivative along the row of an embedding that stands for padding, as a backward pass
-    takes none.
-    """
+    """Ignore the tangent of an embedding's padding row, as a backward pass ignores its gradient."""
     functional: Any = torch.nn.functional
     native = functional.embedding
 
@@ -262,7 +281,7 @@ def _padding_without_tangent() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _unfused_weight_norm() -> Iterator[None]:
-    """Compute normalised weights by operations that have a rule for tangents, in both places of
+    """Compute normalised weights by operations with a forward-mode derivative, in both places of
     torch that call the fused one.
     """
     modules: list[Any] = [torch, sys.modules["torch.nn.utils.weight_norm"]]
@@ -282,7 +301,9 @@ def _unfused_weight_norm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_graph(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Save nothing for backward passes: let none of the tensors require a gradient meanwhile."""
+    """Store nothing for backward passes: let none of the tensors require a gradient inside the
+    context.
+    """
     requiring = [tensor for tensor in tensors if tensor.requires_grad]
     for tensor in requiring:
         tensor.requires_grad_(False)
@@ -294,8 +315,8 @@ def _without_graph(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _single_elements(shares: ElementShares) -> Iterator[Tensor]:
-    """Yield factors, (elements,), that choose one element each, of some from all over a batch that
-    weigh something.
+    """Yield factors, (elements,), each of which selects one of some evenly spaced elements with
+    weight.
     """
     flat = shares.values.double().reshape(-1)
     weights = torch.ones_like(flat) if shares.weights is None else shares.weights.reshape(-1)
@@ -308,14 +329,14 @@ def _single_elements(shares: ElementShares) -> Iterator[Tensor]:
 
 
 def _signs(values: Tensor) -> Tensor:
-    """Return a sign for every element, (elements,), the same in every process."""
+    """Return a random sign for every element, (elements,), the same in every process."""
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (values.numel(),), generator=generator, device="cpu") * 2 - 1
     return signs.to(values.device, torch.float64)
 
 
 def _reason(error: BaseException) -> str:
-    """Return what an error says of the operation that has no derivative in the forward pass."""
+    """Return what an error says about the operation without a forward-mode derivative."""
     chain = [error]
     while chain[-1].__cause__ is not None:
         chain.append(chain[-1].__cause__)
@@ -323,12 +344,12 @@ def _reason(error: BaseException) -> str:
     if operation := re.search(r"forward AD with (\S+)", text):
         return f"operation {operation[1]} has no rule for it"
     if "implement the jvp function" in text:
-        return f"{_applied(chain[-1])}, a function of its own, has no jvp"
+        return f"{_applied(chain[-1])}, a custom function, has no jvp"
     return f"{type(chain[-1]).__name__}: {text}"
 
 
 def _applied(error: BaseException) -> str:
-    """Return the name of the custom function in whose call an error was raised."""
+    """Return the name of the custom function whose call raised an error."""
     name, trace = "a torch.autograd.Function", error.__traceback__
     while trace is not None:
         applied = trace.tb_frame.f_locals.get("cls")
@@ -339,7 +360,9 @@ def _applied(error: BaseException) -> str:
 
 
 def _custom_functions(values: Tensor) -> list[str]:
-    """Return the names of the custom functions that values are computed with, other than ours."""
+    """Return the names of the custom functions in the graph of values, without those of this
+    package.
+    """
     names: dict[str, None] = {}
     nodes, seen = [values.grad_fn], set()
     while nodes:

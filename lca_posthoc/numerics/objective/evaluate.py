@@ -1,13 +1,13 @@
-r"""Loss and gradient of a whole split at one point.
+r"""Compute loss and gradient of a whole split at one point.
 
 $L(\theta) = \sum_e w_e\,\ell_e(\theta) \big/ \sum_e w_e$ over every element $e$ of the split, or of
-each of its groups; one value per element, $w_e = 1$ unless the loss gives weights. Sums over
+each of its groups: one value per element, and $w_e = 1$ unless the loss returns weights. Sums over
 elements and batches accumulate in float64.
 
-Losses over the same batches are evaluated in one pass over them: the forward pass is shared by
-losses that are functions of the model's outputs, the backward pass by losses that have the same
-values. What a loss comes to, bit for bit, depends on the order of its own batches alone, never on
-which others are evaluated beside it.
+One pass over the batches evaluates all losses on them. Losses that are functions of the model's
+outputs share the forward pass, and losses with the same values share the backward pass. The result
+of a loss, bit for bit, depends only on the order of its own batches, never on which other losses
+are evaluated with it.
 """
 
 from __future__ import annotations
@@ -59,27 +59,27 @@ from .tap_check import Check, Drawn, check, same_elements, unchecked
 from .taps import Taps
 from .values import LossValues, Values
 
-COMPARED = 5  # examples of which each alone is compared with the same one in a batch
+COMPARED = 5  # examples that are computed alone and in a batch, to compare the two
 
 
 class Objective:
-    """Evaluates the losses of a task at any point in the space of its model's tensors.
+    """Evaluate the losses of a task at any point in parameter space.
 
-    `build_objective` builds one. Its model and data are those of the task; it reads and builds
-    nothing of its own accord but another objective beside it.
+    `build_objective` creates one. The model and the data come from the task; an objective itself
+    builds and reads nothing, except for a second objective in another precision.
 
     Attributes:
-        task: states the losses.
+        task: defines the losses.
         settings: device, precision, batches.
         reader: reads the data.
-        losses: those that are evaluated, by name.
-        data: their splits and batches.
+        losses: the evaluated losses by name.
+        data: splits and batches of the losses.
         tensors: the model and its tensors.
         loss_values: computes the losses on a batch.
         recalibration: recomputes statistics of normalisation layers; None in other modes.
-        evaluations: how often each loss and its gradient were computed over the whole split.
-        forward_passes: how often each loss alone was.
-        example_axes: where the examples are in what the model computes, by loss, see
+        evaluations: number of passes over the whole split that computed each loss and its gradient.
+        forward_passes: number of passes that computed each loss only.
+        example_axes: by loss, the axis of the examples in each operation of the model, see
             `find_examples`.
     """
 
@@ -100,15 +100,15 @@ class Objective:
         self.forward_passes = dict(self.evaluations)
         self.example_axes: dict[str, Axes] = {}
         self._autocast_of: dict[str, str | None] = {}
-        self._elements_of: dict[str, int] = {}  # of one example, by loss
-        # by precision, whether a copy of the model gives the losses of this one
+        self._elements_of: dict[str, int] = {}  # elements per example, by loss
+        # by precision, whether a copy of the model reproduces the losses
         self._copies_agree: dict[str, bool] = {}
 
     # --- what it is made of -----------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """Return where the model and the data live."""
+        """Return the device of the model and the data."""
         return self.settings.device
 
     @property
@@ -133,7 +133,7 @@ class Objective:
 
     @property
     def table(self) -> list[TensorSpec]:
-        """Return the tensors that are read from checkpoints."""
+        """Return the tensors read from checkpoints."""
         return self.tensors.table
 
     @property
@@ -147,15 +147,15 @@ class Objective:
         return self.tensors.point
 
     def place(self, point: Mapping[str, Tensor]) -> None:
-        """Copy values into the module's own tensors, in place, see `ModelTensors.place`."""
+        """Copy values into the module's own tensors in place; see `ModelTensors.place`."""
         self.tensors.place(point)
 
     @contextlib.contextmanager
     def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:
-        """Hold a point in the module instead of beside it, see `ModelTensors.holding`."""
+        """Keep a point only in the module, not also outside it; see `ModelTensors.holding`."""
         with self.tensors.holding(point):
             yield
-            give_back(self.parameter_bytes)  # before the copy takes as much
+            give_back(self.parameter_bytes)  # the copy is about to take as much
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -164,21 +164,21 @@ class Objective:
 
     @property
     def batch_sizes(self) -> dict[str, int]:
-        """Return the examples of a batch, by split."""
+        """Return the number of examples of a batch, by split."""
         return self.data.batch_sizes
 
     def order(self, name: str) -> Groups | None:
-        """Return the groups of a loss, in the order of its batches, see `LossData.order`."""
+        """Return the groups of a loss in the order of its batches; see `LossData.order`."""
         return self.data.order(name)
 
     def replicates_of(self, name: str) -> str | None:
-        """Return the name of a loss on parts of its random subset, see `LossData`."""
+        """Return the name of the loss on parts of the random subset of this one; see `LossData`."""
         return self.data.replicates_of(name)
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return hashes of the data and of the tensors that checkpoints do not hold, which must be
-        equal in every process.
+        """Return hashes of the data and of the tensors that checkpoints lack; they must be equal in
+        every process.
         """
         others = [] if self.recalibration is None else [self.recalibration.split]
         return {
@@ -192,8 +192,12 @@ class Objective:
     def settle_batch_sizes(
         self, point: Mapping[str, Tensor], recorded: Mapping[str, int] | None = None
     ) -> dict[str, int]:
-        """Fix the batch size of every split: the one recorded, the one given, or a deterministic
-        choice at `point`.
+        """Fix the batch size of every split: the recorded one, else the one in the settings, else a
+        deterministic choice at `point`.
+
+        Args:
+            point: every tensor of the table, on the device.
+            recorded: batch sizes of an existing run, by split.
         """
         self.place(point)
         for name, split in self.splits.items():
@@ -210,13 +214,13 @@ class Objective:
 
     @cached_property
     def parameter_bytes(self) -> int:
-        """Return the bytes of the model's parameters, of which every batch reads all."""
+        """Return the size of the model's parameters in bytes; every batch reads all of them."""
         return sum(
             parameter.numel() * parameter.element_size() for parameter in self.model.parameters()
         )
 
     def saved_bytes(self, name: str) -> float:
-        """Return the bytes autograd saves of a loss for one example."""
+        """Return the bytes that autograd saves per example of a loss."""
         split = stated_loss(self.task, name).split
         assert split is not None
         with self.mode():
@@ -232,11 +236,16 @@ class Objective:
     def mode(
         self, layers: contextlib.AbstractContextManager[None] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """Compute as the run does, see `LossValues.mode`."""
+        """Return a context that computes as the run does; see `LossValues.mode`."""
         return self.loss_values.mode(layers)
 
     def values(self, name: str, batch: object) -> Values:
-        """Return a loss's values and weights on a batch, see `LossValues.values`."""
+        """Return a loss's values and weights on a batch; see `LossValues.values`.
+
+        Args:
+            name: name of the loss.
+            batch: the batch, as its split returns it.
+        """
         return self.loss_values.values(name, batch)
 
     def evaluate(
@@ -249,18 +258,21 @@ class Objective:
         only: range | None = None,
         examples: Sequence[Motion] | None = None,
     ) -> dict[str, Evaluation]:
-        """Return each loss over its whole split at `point`, with its gradient unless only the value
-        is asked for.
+        """Evaluate losses over their whole splits at `point`.
 
         Args:
             point: every tensor of the table, on the device.
-            losses: names.
-            gradient: False for a forward pass alone.
-            along: directions, for sums of the gradient along them instead of the gradient.
-            only: some of the groups, where the losses have the same ones.
-            examples: directions along which the loss of every example is derived, for losses that
-                are stated per example, with a gradient; None where examples are not told apart.
-                Where they are the very motions of `along`, sums over tensors come with them.
+            losses: names of the losses.
+            gradient: False for a forward pass only.
+            along: directions along which to sum the gradient, instead of returning it.
+            only: range of groups to evaluate; the losses must have the same groups.
+            examples: directions along which to differentiate the loss of every example, for losses
+                that keep examples apart and with a gradient; None to skip this. If they are the
+                same object as the motions of `along`, the sums over tensors come from the same
+                pass.
+
+        Returns:
+            The evaluation of each loss, by name.
         """
         self.place(point)
         if along is not None:  # what is freed inside a pass lies scattered
@@ -300,14 +312,13 @@ class Objective:
         parts: Sequence[Mapping[str, range | None]],
         along: Along | None,
     ) -> Iterator[dict[str, PartialSums]]:
-        """Yield the sums of losses without groups over each of some parts of their splits at
-        `point`.
+        """Yield the sums of losses without groups over parts of their splits at `point`.
 
         Args:
             point: every tensor of the table, on the device.
-            parts: in each, by loss, the positions of the examples; None for a term of the
-                parameters. Losses on one split have one part.
-            along: directions, for sums of the gradient along them; None for a forward pass alone.
+            parts: for each part, by loss, the positions of its examples; None for a term of the
+                parameters. Losses on one split have the same part.
+            along: directions along which to sum the gradient; None for a forward pass only.
         """
         self.place(point)
         if along is not None:
@@ -332,7 +343,7 @@ class Objective:
         return {name: sums[name].partial() for name in part}
 
     def _add_term(self, name: str, sums: Sums) -> None:
-        """Add a term of the parameters."""
+        """Add a term of the parameters to the sums."""
         with self.mode():
             values, weights = self.values(name, fresh(None))
             values = values if sums.needs_graph else values.detach()
@@ -345,7 +356,7 @@ class Objective:
         only: range | None,
         gradients: Gradients,
     ) -> dict[str, Evaluation]:
-        """Return losses, given by the source of their values, from one pass over a split."""
+        """Evaluate losses, given by the source of their values, in one pass over a split."""
         order = self.data.order_at(key[1])
         groups = range(len(order.labels)) if order and only is None else only
         sums: dict[ValueSource, Sums] = {}
@@ -368,8 +379,8 @@ class Objective:
         }
 
     def _axes(self, names: list[str], gradients: Gradients) -> Axes | None:
-        """Return where the examples of losses are whose shares are to be told apart; None where
-        batches have one group each.
+        """Return the axes of the examples if groups are separated within a batch; None if each
+        batch holds a single group.
         """
         if not _is_of_tensors(gradients):
             return None
@@ -384,8 +395,8 @@ class Objective:
         gradients: Gradients,
         axes: Axes,
     ) -> Sums:
-        """Return the sums of a source of values from a pass of its own in the order of the data,
-        whose examples are told apart.
+        """Return the sums of one source of values from a separate pass in the order of the data,
+        which separates the examples of each batch.
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
         assert isinstance(order, Order)
@@ -401,8 +412,8 @@ class Objective:
         return sums
 
     def _every_example(self, name: str, motions: Sequence[Motion] | None) -> Evaluation:
-        """Return a loss that is stated per example, or per element, over its split, see
-        `tell_examples` and `tell_elements`.
+        """Evaluate a loss that keeps examples or elements apart over its split; see `tell_examples`
+        and `tell_elements`.
         """
         split = self.splits[str(self.losses[name].split)]
         where = f"loss {name!r} on split {split.name!r}"
@@ -421,14 +432,14 @@ class Objective:
     def tell_examples(
         self, name: str, motions: Sequence[Motion] | None, batches: Batches, examples: int
     ) -> EveryExample:
-        """Return the sums of every example, at the point the module holds.
+        """Return the sums of every example at the point in the module.
 
         Args:
-            name: of a loss on a split.
-            motions: directions; None for the loss alone.
-            batches: in the order of the data; of one example each where `example_axes` does not
-                have the loss.
-            examples: of all batches.
+            name: name of a loss on a split.
+            motions: directions to differentiate along; None for the loss only.
+            batches: batches in the order of the data; of one example each if `example_axes` lacks
+                the loss.
+            examples: number of examples in all batches.
         """
         axes, tensors = self.example_axes.get(name), self.tensors.differentiable
         taps: Taps | None = None
@@ -452,13 +463,13 @@ class Objective:
         batches: Iterable[object],
         elements: int,
     ) -> EveryExample:
-        """Return the sums of every element of a loss, at the point the module holds.
+        """Return the sums of every element of a loss at the point in the module.
 
         Args:
-            name: of a loss on a split.
-            motions: directions; None for the loss alone.
-            batches: in the order of the data.
-            elements: of all batches.
+            name: name of a loss on a split.
+            motions: directions to differentiate along; None for the loss only.
+            batches: batches in the order of the data.
+            elements: number of elements in all batches.
         """
         uses = {} if motions is None else dict.fromkeys(self.tensors.differentiable, 1)
         sums = EveryExample(uses, len(motions or ()), elements, self.device)
@@ -483,12 +494,12 @@ class Objective:
         )
 
     def elements_of(self, name: str) -> int:
-        """Return how many elements a loss has for one example.
+        """Return the number of elements of a loss per example.
 
         Raises:
-            InputError: where two examples have not twice as many.
+            InputError: if two examples do not have twice as many as one.
         """
-        if name in self._elements_of:  # asked for at every evaluation
+        if name in self._elements_of:  # every evaluation asks
             return self._elements_of[name]
         split = self.splits[str(self.losses[name].split)]
         counts = []
@@ -497,19 +508,18 @@ class Objective:
                 counts.append(self.values(name, fresh(split.sample(0, examples)))[0].numel())
         if counts[-1] != len(counts) * counts[0]:
             raise InputError(
-                f"loss {name!r} is stated per element, and has {counts[0]} elements for the first "
-                f"example and {counts[1]} for the first two. Pad examples to one shape, with "
-                "weights of 0."
+                f"loss {name!r} is per element, and has {counts[0]} elements for the first example "
+                f"and {counts[1]} for the first two. Pad examples to one shape, with weights of 0."
             )
         self._elements_of[name] = counts[0]
         return counts[0]
 
     def check_elements(self, name: str) -> None:
-        """Compare derivatives of single elements with those of backward passes, at the point the
-        module holds.
+        """Compare derivatives of single elements with those of backward passes, at the point in the
+        module.
 
         Raises:
-            InputError: where they cannot be told.
+            InputError: if single elements cannot be separated.
         """
         split = self.splits[str(self.losses[name].split)]
         positions = split.spread(min(COMPARED, split.examples))
@@ -523,38 +533,40 @@ class Objective:
         with self.mode():
             if not same_elements(values, (batch, count), alone, self.dtype):
                 raise InputError(
-                    f"loss {name!r} is stated per element, but its values do not run over the "
-                    "examples first. Return them with the examples along the first axis."
+                    f"loss {name!r} is per element, but the first axis of its values is not that of "
+                    "the examples. Return them with the examples along the first axis."
                 )
             self._element_derivatives(name).check(batch)
 
     def find_examples(self, name: str) -> Check:
-        """Find where the examples of a loss are in what the model computes, at the point the module
-        holds, and why the shares of single examples in some tensors cannot be told.
+        """Find the axis of the examples in each operation of the model, at the point in the module.
 
-        With the axes as its `example_axes`, the loss's groups take batches in the order of the
+        With these axes in `example_axes`, the groups of the loss use batches in the order of the
         data.
 
         Args:
-            name: of a loss on a split.
+            name: name of a loss on a split.
+
+        Returns:
+            The axes, and why the shares of single examples in some tensors cannot be determined.
         """
         split = self.splits[str(self.losses[name].split)]
         count = min(COMPARED, split.examples)
         positions = split.spread(count)
         if positions is None or count < 2:
-            return unchecked("the data is one example, or can be read in its order alone")
+            return unchecked("the data is one example, or can only be read in its order")
         try:
             batch = split.at(positions)
             alone = {place: split.at(positions[place : place + 1]) for place in (1, count - 1)}
         except InputError:
-            return unchecked("examples of several shapes make no batch")
+            return unchecked("examples of different shapes do not form a batch")
 
         def values(data: object) -> Values:
             return self.values(name, fresh(data))
 
         with self.mode():
             if not same_elements(values, (batch, count), alone, self.dtype):
-                return unchecked("the values of the loss do not run over the examples")
+                return unchecked("the values of the loss have no axis of examples")
             return check(
                 self.tensors.differentiable,
                 [Motion(self.point, Drawn(self.point))],
@@ -568,7 +580,7 @@ class Objective:
         return Sums(gradients, self.device, groups if any(grouped) else None, not all(grouped))
 
     def _gradients(self, gradient: bool, along: Along | None = None) -> Gradients:
-        """Return what is taken in of gradients: nothing, all, or their sums along directions."""
+        """Return what to accumulate of gradients: nothing, all, or their sums along directions."""
         if not gradient:
             return NoGradients()
         tensors = self.tensors.differentiable
@@ -582,15 +594,15 @@ class Objective:
         only: range | None = None,
         part: range | None = None,
     ) -> None:
-        """Run one pass over the batches of a split at the point the module holds, and hand what it
-        computes to an accumulator of each source.
+        """Run one pass over the batches of a split at the point in the module, and pass each
+        source's results to its accumulator.
 
         Args:
-            key: of the pass, see `LossData.passes`.
-            sources: the losses of the pass, by the source of their values.
-            accumulators: by source.
-            only: some of the groups.
-            part: some of the examples, where the batches are in the order of the data.
+            key: key of the pass, see `LossData.passes`.
+            sources: losses of the pass, by the source of their values.
+            accumulators: accumulator of each source.
+            only: range of groups; None for all.
+            part: range of examples, if the batches are in the order of the data; None for all.
         """
         split, order = self.splits[str(key[0])], self.data.order_at(key[1])
         size = self.batch_sizes[split.name]
@@ -611,12 +623,12 @@ class Objective:
         batches: Iterable[object],
         gradients: Gradients,
     ) -> Evaluation:
-        """Return a loss over some batches, at the point the module holds.
+        """Evaluate a loss over some batches at the point in the module.
 
         Args:
             values: returns a batch's values and weights.
-            batches: in order.
-            gradients: what is taken in of the gradient.
+            batches: batches in order.
+            gradients: what to accumulate of the gradient.
         """
         sums = Sums(gradients, self.device, None, True)
         with self.mode():
@@ -629,16 +641,16 @@ class Objective:
     # --- precision --------------------------------------------------------------------------------
 
     def precision_of(self, name: str) -> str:
-        """Return the precision a loss is computed in: that of the run, or the coarser one of an
-        autocast it turns on itself.
+        """Return the precision a loss is computed in: that of the run, or the coarser one if the
+        loss enables autocast itself.
         """
         return "bfloat16" if self.autocast(name) else self.precision
 
     def autocast(self, name: str) -> str | None:
-        """Return the type to which a loss, or the model in it, casts by an autocast of its own;
-        None where it turns none on.
+        """Return the type that a loss or the model casts to with its own autocast, or None if
+        neither enables it.
 
-        Autocast leaves float64 alone, and in bfloat16 the run's own is on already.
+        Autocast does not affect float64, and in bfloat16 the run's own is already enabled.
         """
         if self.precision == "float64":
             return None
@@ -655,25 +667,25 @@ class Objective:
 
     @cached_property
     def reference(self) -> Objective:
-        """Return the same task, one precision higher, over the same data and batches.
+        """Return an objective of the same task, data and batches, one precision higher.
 
-        Its model is a copy of this one's, so that the task's factory is called once; where no copy
-        agrees, the factory builds another.
+        Its model is a copy of this one's, so that the task's factory is called once; if no copy
+        reproduces the losses, the factory builds another model.
         """
         finer = PRECISIONS[self.precision].reference
         assert finer is not None, f"{self.precision} is the highest precision"
-        give_back(self.parameter_bytes)  # before the copy takes twice as much
+        give_back(self.parameter_bytes)  # the copy is about to take twice as much
         other = self.in_precision(finer.precision)
         other.data.share_orders(self.data)
         return other
 
     def release_reference(self) -> None:
-        """Give up the objective one precision higher, with its model and its copy of the data."""
+        """Release `reference` with its model and its copy of the data."""
         self.__dict__.pop("reference", None)
 
     def in_precision(self, precision: str) -> Objective:
-        """Return the same task in another precision, with batches of the same size and the tensors
-        that checkpoints do not hold.
+        """Return an objective of the same task in another precision, with the same batch sizes and
+        the same tensors that checkpoints lack.
         """
         if self._copies_agree.get(precision, True):
             copied_model = copy_in(self.model, self.device, dtype_of(precision))
@@ -695,8 +707,8 @@ class Objective:
         return other
 
     def _agrees(self, other: Objective) -> bool:
-        """Tell whether another precision gives the values of every loss on a few examples, at the
-        point this one holds.
+        """Return whether another precision reproduces every loss on a few examples, at the point in
+        this objective.
         """
         other.place(self.point)
         try:
@@ -705,10 +717,10 @@ class Objective:
             return False
 
     def _agrees_on(self, name: str, other: Objective) -> bool:
-        """Tell whether values agree within ten times what two precisions may differ by on a larger
-        sample: single values may be small.
+        """Return whether values agree within ten times the tolerance for a larger sample, because
+        single values may be small.
         """
-        # half a batch, which takes as much memory in a precision of twice the bytes
+        # half a batch takes as much memory in a precision of twice the width
         batch_size = self.batch_sizes.get(self.losses[name].on, 2)
         few_examples = min(32, max(min(2, batch_size), batch_size // 2))
         pair = []
@@ -727,12 +739,12 @@ class Objective:
     # --- losses that return dicts -----------------------------------------------------------------
 
     def divided(self) -> Objective:
-        """Return the same with a loss for every entry of a loss that returns a dict, as its call on
-        two examples tells.
+        """Return an objective with a separate loss for every entry of a loss that returns a dict,
+        judging by a call on two examples.
 
         Raises:
-            InputError: where an entry has no name of its own, or one was asked for that is not
-                returned.
+            InputError: if the name of an entry collides with another loss, or a requested entry is
+                not returned.
         """
         names: list[str] = []
         known: dict[str, tuple[str, ...]] = {}
@@ -752,8 +764,11 @@ class Objective:
         return other
 
     def _first_entries(self, name: str) -> tuple[str, ...] | None:
-        """Return the names of the entries a loss returns; None where it returns none, or cannot be
-        called before weights are placed.
+        """Return the names of the entries that a loss returns; None if it returns no dict, or
+        cannot be called before weights are placed.
+
+        Raises:
+            InputError: if the name of an entry collides with another loss.
         """
         loss = self.losses[name]
         if loss.split is None or loss.is_of_torch:
@@ -762,7 +777,7 @@ class Objective:
             batch = copied(self._first(name, 2))
             with self.mode():
                 returned = self.loss_values.returned(name, batch).result
-        except InputError:  # the probe says what is wrong, with the weights of a checkpoint
+        except InputError:  # the probe reports the error later, with the weights of a checkpoint
             return None
         stated, entry = origin(self.task, name)
         if entry is None and not isinstance(returned, Mapping):
@@ -771,14 +786,14 @@ class Objective:
         for key in entries:
             if self.task.stated(f"{stated}/{key}") != (stated, key):
                 raise InputError(
-                    f"loss {stated!r} returns an entry {key!r}, and another loss of the task is "
-                    f"called {stated + '/' + key!r}. Give one of them another name."
+                    f"loss {stated!r} returns an entry {key!r}, and another loss of the task has the "
+                    f"name {stated + '/' + key!r}. Rename one of them."
                 )
         return entries
 
 
 def _is_of_tensors(gradients: Gradients) -> bool:
-    """Tell whether no more is taken in of gradients than a sum over each tensor."""
+    """Return whether the accumulated gradients are at most one sum per tensor."""
     if isinstance(gradients, SumsAlong):
         return gradients.is_of_tensors
     return not isinstance(gradients, WholeGradients)
@@ -790,14 +805,14 @@ def build_objective(
     """Build a task and its model, open its data, and return the objective of its losses.
 
     Args:
-        build: gives the task, called under the default dtype of the precision, in the thread that
+        build: returns the task; called under the default dtype of the precision, in the thread that
             reads its data.
-        losses: names of the losses, None for the first of the task, `["all"]` for every one.
+        losses: names of the losses; None for the first of the task, `["all"]` for all.
         settings: device, precision, batches.
 
     Raises:
-        InputError: where the task cannot be built, its model or its data cannot be used, or it has
-            no such loss.
+        InputError: if the task cannot be built, its model or data cannot be used, or it lacks a
+            loss.
     """
     return _compose(build, losses, settings, Reader(), None)
 
@@ -809,27 +824,31 @@ def _compose(
     reader: Reader,
     model: nn.Module | None,
 ) -> Objective:
-    """Build an objective, around a model that there is already or a new one of the task."""
+    """Build an objective around an existing model or a new one of the task."""
     with default_dtype(settings.dtype):
         task = reader.build(build)
         chosen = {name: stated_loss(task, name) for name in task.choose(losses)}
         module = new_model(task) if model is None else model
         convert_module(module, settings.device, settings.dtype)
-        module.eval()  # a statement: a model's own train() or eval() may return nothing
+        module.eval()  # do not use the result: a model's own eval() may return nothing
     data = open_data(task, chosen, settings, reader)
     loss_values = LossValues(task, chosen, module, settings)
     _complete(module, task, loss_values, reader)
     tensors = bind_tensors(module, task.fixed, settings)
     loss_values.restore = tensors.restore
     if settings.dtype == torch.float64 and model is None and (seeded := tensors.seeded()):
-        # the ones that were trained with: a seed gives others in float64
+        # use the values from training: the same seed draws others in float64
         with default_dtype(torch.float32):
             tensors.copy_own(new_model(task), seeded)
     return Objective(task, settings, reader, data, tensors, loss_values)
 
 
 def _complete(module: nn.Module, task: Task, loss_values: LossValues, reader: Reader) -> None:
-    """Let lazily built modules infer their shapes from a batch."""
+    """Run a batch through lazily built modules, so that they infer their shapes.
+
+    Raises:
+        InputError: if no loss calls the model.
+    """
     if not any(map(is_lazy, [*module.parameters(), *module.buffers()])):
         return
     name = next((name for name, loss in task.losses.items() if loss.split is not None), None)

@@ -1,5 +1,5 @@
-"""The loss of every example of a split, or of every element, and its derivatives along directions;
-what a loss over all of them comes to follows from these.
+"""Collect the loss of every example or element of a split, its derivatives along directions, and
+the resulting mean.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from .sums import Evaluation, refusing_weightless
 
 
 class EveryExample:
-    """Σ values, Σ weights and Σ directional derivatives of every example of a split, or of every
-    element of the loss on it, taken in in their order.
+    """Collect Σ values, Σ weights and Σ directional derivatives of every example of a split, or of
+    every element of the loss, in order.
 
     Args:
-        uses: of each tensor, how many are told apart, see `uses_of`; no tensor where the loss alone
-            is wanted.
-        directions: their number.
-        rows: examples, or elements, of the split.
-        device: where the sums are.
-        derivatives: takes those of the examples of a batch.
+        uses: number of uses that are kept apart, by tensor, see `uses_of`; empty if only the loss
+            is needed.
+        directions: number of directions.
+        rows: number of examples, or elements, of the split.
+        device: device of the sums.
+        derivatives: computes the derivatives of the examples of a batch.
     """
 
     def __init__(
@@ -49,34 +49,34 @@ class EveryExample:
 
     @property
     def needs_graph(self) -> bool:
-        """Tell whether derivatives are taken too."""
+        """Return whether derivatives are computed too."""
         return self._derivatives is not None
 
     def take(self, part: GroupValues) -> None:
-        """Take in the next batch of examples."""
+        """Add the next batch of examples."""
         assert part.codes is not None, "the batch does not say which examples it holds"
         examples = len(part.codes)
         shares = {} if self._derivatives is None else self._derivatives.of(part, examples)
-        with torch._C.DisableTorchFunction():  # taps watch what the loss does, not this
+        with torch._C.DisableTorchFunction():  # taps shall only observe the loss
             self.put(totals_by_example(part, examples), shares)
 
     def put(self, totals: Tensor, shares: Mapping[str, Tensor]) -> None:
-        """Take in the next rows.
+        """Add the next rows.
 
         Args:
-            totals: Σ values and Σ weights of each, (rows, 2) float64.
-            shares: by tensor that the values depend on, their derivatives, (directions, rows, uses)
+            totals: Σ values and Σ weights of each row, (rows, 2) float64.
+            shares: by tensor that the values depend on, derivatives, (directions, rows, uses)
                 float64.
 
         Raises:
-            InputError: where there are more rows than there were to be.
+            InputError: if there are more rows than expected.
         """
         rows = slice(self._next, self._next + len(totals))
         self._next = rows.stop
         if rows.stop > len(self._totals):
             raise InputError(
-                f"the loss has more than {len(self._totals):,} elements, as many as those of the "
-                "first example times the number of examples. Pad all of them to one shape."
+                f"the loss has more than {len(self._totals):,} elements, the number of elements of "
+                "the first example times the number of examples. Pad all examples to one shape."
             )
         self._totals[rows] = totals
         for name, share in shares.items():
@@ -84,21 +84,22 @@ class EveryExample:
             self._reached.add(name)
 
     def evaluation(self, order: Order | None, where: str) -> Evaluation:
-        """Return the weighted mean over all examples, or over those of each group, with what it is
-        the mean of.
+        """Return the weighted mean over all examples, or over each group, with the examples
+        themselves.
 
         Args:
-            order: the groups; None for one of all.
-            where: names the loss and its split.
+            order: the groups; None for a single group.
+            where: name of the loss and its split, for messages.
 
         Raises:
-            InputError: where rows are missing, or, once the totals are read, where the weights of a
-                group, or of everything, sum to 0.
+            InputError: if rows are missing or, when the totals are read, if the weights of a group,
+                or all weights, sum to 0.
         """
         if self._next != len(self._totals):
             raise InputError(
-                f"{where} has {self._next:,} elements, not {len(self._totals):,}, as many as those "
-                "of the first example times the number of examples. Pad all of them to one shape."
+                f"{where} has {self._next:,} elements, not {len(self._totals):,}, the number of "
+                "elements of the first example times the number of examples. Pad all examples to "
+                "one shape."
             )
         rows = self._totals, self._shares.row
         if order is None:
@@ -120,7 +121,7 @@ class EveryExample:
         examples: Evaluation | None,
         refuse: Callable[[Array], None] = lambda totals: None,
     ) -> Evaluation:
-        """Return sums divided by their weights; 0 where there is none."""
+        """Return sums divided by their weights; 0 if there is no weight."""
         sums, weights = totals.unbind(-1)
         weightless, divisors = weights == 0, weights[..., None, None]
         mean = (sums / weights).masked_fill_(weightless, 0.0)
@@ -133,20 +134,21 @@ class EveryExample:
 
 
 def sum_of_rows(rows: Tensor) -> Tensor:
-    """Return the sum of rows, added one after the other: torch's own order depends on how many
-    numbers a row has, and with it the last bit.
+    """Return the sum of rows, added one after the other.
+
+    The order of torch's own sum depends on the length of a row, and with it the last bit.
     """
     count = torch.tensor([len(rows)], device=rows.device)
     return torch.segment_reduce(rows, "sum", lengths=count, axis=0)[0]
 
 
 def _sums_of_groups(rows: Tensor, members: Tensor, sizes: Tensor) -> Tensor:
-    """Return sums over the rows of each group, one after the other.
+    """Return sums over the rows of each group, added one after the other.
 
     Args:
-        rows: (rows, ...).
-        members: of the groups in turn, positions of rows.
-        sizes: rows of each group.
+        rows: the rows, (rows, ...).
+        members: positions of rows, for the groups in turn.
+        sizes: number of rows of each group.
     """
     chosen = rows[members.to(rows.device)]
     return torch.segment_reduce(chosen, "sum", lengths=sizes.to(rows.device), axis=0)

@@ -1,7 +1,7 @@
-"""Sums over the entries of each example, along the axis of a tensor that runs over the examples.
+"""Sum over the entries of each example, along the axis of a tensor that runs over the examples.
 
-Nothing tells from a shape: sequence-first models, attention and models that flatten batch and time
-put the examples elsewhere than first. Every axis whose length is a multiple of the number of
+A shape does not reveal that axis: sequence-first models, attention, and models that flatten batch
+and time do not put the examples first. Every axis whose length is a multiple of the number of
 examples may be theirs, in one of two orders.
 """
 
@@ -18,22 +18,33 @@ from ..schema import SiteRecord
 
 @dataclass(frozen=True)
 class ExampleAxis:
-    """The place of the examples in a tensor.
+    """Locate the examples in a tensor.
 
     Attributes:
-        axis: runs over the examples, and over what each of them has several entries of.
-        is_inner: whether examples vary fastest along it; else the entries of one are neighbours.
+        axis: axis that runs over the examples and, if each has several entries, over the entries.
+        is_inner: whether examples vary fastest along it; if not, the entries of one example are
+            neighbours.
     """
 
     axis: int
     is_inner: bool = False
 
     def fits(self, shape: Sequence[int], examples: int) -> bool:
-        """Tell whether a tensor of this shape may have so many examples there."""
+        """Return whether a tensor may have its examples there.
+
+        Args:
+            shape: shape of the tensor.
+            examples: number of examples.
+        """
         return self.axis < len(shape) and shape[self.axis] > 0 and not shape[self.axis] % examples
 
     def fold(self, along: Tensor, examples: int) -> Tensor:
-        """Return sums by example of sums along the axis, (examples,)."""
+        """Reduce sums along the axis to sums by example, (examples,).
+
+        Args:
+            along: sums along the axis, (length of the axis,).
+            examples: number of examples.
+        """
         if len(along) == examples:
             return along
         if self.is_inner:
@@ -42,14 +53,14 @@ class ExampleAxis:
 
 
 FIRST = ExampleAxis(0)
-Signature = tuple[str, tuple[str, ...]]  # an operation, and the parameters it has
-# by position of an operation with parameters what it is, and where the examples are in its output;
-# None where no axis is theirs
+Signature = tuple[str, tuple[str, ...]]  # an operation and its parameters
+# for each operation with parameters, in order: its signature, and the examples in its output, or None
+# if no axis runs over them
 Axes = Sequence[tuple[Signature, ExampleAxis | None]]
 
 
 def recorded(axes: Axes) -> list[SiteRecord]:
-    """Return axes as a run records them."""
+    """Convert axes to the form that a run records."""
     return [
         {
             "operation": operation,
@@ -62,7 +73,7 @@ def recorded(axes: Axes) -> list[SiteRecord]:
 
 
 def recalled(records: Iterable[SiteRecord]) -> Axes:
-    """Return axes from what a run records of them."""
+    """Convert axes from the form that a run records."""
     return [
         (
             (record["operation"], tuple(record["tensors"])),
@@ -73,10 +84,14 @@ def recalled(records: Iterable[SiteRecord]) -> Axes:
 
 
 def possible_axes(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:
-    """Yield every place the examples may have in a tensor, the likeliest first.
+    """Yield every possible location of the examples in a tensor, the likeliest first.
 
     >>> [(place.axis, place.is_inner) for place in possible_axes((6, 5, 3), 3)]
     [(0, False), (0, True), (2, False)]
+
+    Args:
+        shape: shape of the tensor.
+        examples: number of examples.
     """
     for axis, size in enumerate(shape):
         for is_inner in (False, True):
@@ -86,10 +101,14 @@ def possible_axes(shape: Sequence[int], examples: int) -> Iterator[ExampleAxis]:
 
 
 def sums_along(products: Tensor, axis: int) -> Tensor:
-    """Return the sum over all axes but one, float64.
+    """Sum over all axes but one, in float64.
 
-    The last axes, all but one of those behind it, or the last alone, are first summed in the type of
-    the products, by halves: torch's sums of float32 numbers in float64 take twenty times as long.
+    The last axes are first summed in the type of the products, by pairwise summation: torch takes
+    twenty times as long to sum float32 numbers in float64.
+
+    Args:
+        products: the numbers.
+        axis: the axis to keep.
     """
     last = products.dim() - 1
     if axis < last:

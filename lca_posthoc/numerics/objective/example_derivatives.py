@@ -1,5 +1,5 @@
-"""Directional derivatives of the loss of every example of a batch: of all at once where taps can
-tell them apart, or of one example at a time.
+"""Compute directional derivatives of the loss of every example of a batch: all at once if taps can
+separate them, or one example at a time.
 """
 
 from __future__ import annotations
@@ -18,49 +18,59 @@ from .taps import ExampleShares, Taps
 
 
 class Derivatives(Protocol):
-    """Takes the derivatives of the examples of a batch along directions."""
+    """Compute the derivatives of the examples of a batch along directions."""
 
     def of(self, part: GroupValues, examples: int) -> Mapping[str, Tensor]:
-        """Return them for each tensor the values depend on, by use, see `ExampleShares`,
-        (directions, examples, uses) float64.
+        """Return the derivatives for each tensor the values depend on, by use, see `ExampleShares`.
+
+        Args:
+            part: values of the batch.
+            examples: number of examples.
+
+        Returns:
+            Derivatives, (directions, examples, uses) float64.
         """
 
 
 class TappedDerivatives:
-    """Derivatives of batches of any examples, in one backward pass over each.
+    """Compute derivatives for batches of any size, with one backward pass each.
 
     Args:
-        taps: tell them, while they are the context of the pass.
-        tensors: leaves of autograd's, by name.
-        axes: where the examples are, see `tap_check.check`.
+        taps: separate the examples, while they are the context of the pass.
+        tensors: leaves of autograd, by name.
+        axes: location of the examples, see `tap_check.check`.
     """
 
     def __init__(self, taps: Taps, tensors: Mapping[str, Tensor], axes: Axes) -> None:
         self._taps, self._tensors, self._axes = taps, tensors, axes
 
     def of(self, part: GroupValues, examples: int) -> Mapping[str, Tensor]:
-        """Return the derivatives of a batch.
+        """Return the derivatives of a batch; see `Derivatives.of`.
+
+        Args:
+            part: values of the batch.
+            examples: number of examples.
 
         Raises:
-            InputError: where the share of an example in a tensor cannot be told.
+            InputError: if the share of an example in a tensor cannot be determined.
         """
         shares = ExampleShares(self._tensors, self._taps.directions, examples, self._axes)
         self._taps.backward(part.values.double().sum(), shares)
         for name, why in shares.untold.items():
             raise InputError(
-                f"what single examples contribute to tensor {name!r} cannot be told on a batch, "
-                f"though it could on a sample: {why}. Run again into another directory with --keep "
-                'units for a loss with groups; for Loss(per="example"), with --batch-size 1.'
+                f"the contribution of single examples to tensor {name!r} cannot be determined on "
+                f"a batch, though it could on a sample: {why}. Run again into another directory with "
+                '--keep units for a loss with groups; for Loss(per="example"), with --batch-size 1.'
             )
-        with torch._C.DisableTorchFunction():  # taps watch what the loss does, not this
+        with torch._C.DisableTorchFunction():  # taps shall only observe the loss
             return shares.reached
 
 
 class SingleDerivatives:
-    """Derivatives of batches of one example each, of any model.
+    """Compute derivatives for batches of one example each, for any model.
 
     Args:
-        tensors: leaves of autograd's, by name.
+        tensors: leaves of autograd, by name.
         motions: the directions.
     """
 
@@ -68,14 +78,24 @@ class SingleDerivatives:
         self._gradients = SumsAlong(tensors, Along(dict.fromkeys(tensors), motions))
 
     def of(self, part: GroupValues, examples: int) -> Mapping[str, Tensor]:
-        """Return the derivatives of an example."""
+        """Return the derivatives of an example; see `Derivatives.of`.
+
+        Args:
+            part: values of the batch.
+            examples: 1.
+        """
         assert examples == 1, "batches of one example"
         sums = self._gradients.sums(part.values.double().sum())
         return {name: of_tensor[..., None] for name, of_tensor in sums.items()}
 
 
 def totals_by_example(part: GroupValues, examples: int) -> Tensor:
-    """Return Σ values and Σ weights of each example of a batch, (examples, 2) float64."""
+    """Return Σ values and Σ weights of each example of a batch, (examples, 2) float64.
+
+    Args:
+        part: values of the batch.
+        examples: number of examples.
+    """
     values = part.values.detach()
     weights = torch.ones_like(values) if part.weights is None else part.weights
     sums = [numbers.double().reshape(examples, -1).sum(1) for numbers in (values, weights)]

@@ -1,9 +1,9 @@
-"""Sums of a loss's directional derivatives over groups of examples, from batches in the order
-of the data.
+"""Sum a loss's directional derivatives over groups of examples, from batches in the order of the
+data.
 
-A batch of one group each costs a pass over the model's weights for every group, however few
-examples it has. Where taps tell every example's share, a batch may hold examples of any groups:
-its shares are added up by group.
+Batches of a single group each cost a pass over the model's weights for every group, however few
+examples it has. If taps separate the examples, a batch may mix groups: the shares of its examples
+are added by group.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from .sums import RunningSum, Sums
 
 
 class SumsByExample(Sums):
-    """Σ values, Σ weights and Σ directional derivatives over batches whose examples belong to
-    several groups.
+    """Accumulate Σ values, Σ weights and Σ directional derivatives over batches whose examples
+    belong to several groups.
 
     Args:
-        derivatives: takes those of a batch; None where the loss alone is wanted.
-        gradients: their sums along directions, each tensor one unit; nothing for the loss alone.
-        groups: those that are taken in.
-        plain: whether the sums over everything are kept.
-        device: where the sums are.
+        derivatives: computes the derivatives of a batch; None if only the loss is needed.
+        gradients: their sums along directions, with each tensor as one unit; nothing if only the
+            loss is needed.
+        groups: range of groups to accumulate.
+        plain: whether to accumulate the sums over everything.
+        device: device of the sums.
     """
 
     def __init__(
@@ -42,10 +43,10 @@ class SumsByExample(Sums):
         self._derivatives, self._range = derivatives, groups
 
     def take(self, part: GroupValues) -> None:
-        """Add the values of a batch, and its derivatives, to those of each example's group.
+        """Add the values of a batch and its derivatives to each example's group.
 
         Raises:
-            InputError: where the share of an example in a tensor cannot be told.
+            InputError: if the share of an example in a tensor cannot be determined.
         """
         assert part.codes is not None, "the batch does not say to which groups its examples belong"
         examples = len(part.codes)
@@ -66,7 +67,7 @@ class SumsByExample(Sums):
             self._reached.update(shares)
 
     def _close(self) -> None:
-        """Add the groups up, in their order, where the sums over everything are kept."""
+        """Sum over the groups, in order, if the sums over everything are needed."""
         if self._plain and not self._means:
             for name, rows in self._rows.items():
                 self._whole[name] = RunningSum(rows.dtype)
@@ -75,14 +76,14 @@ class SumsByExample(Sums):
 
 
 class _Members:
-    """The examples of a batch by group.
+    """Sort the examples of a batch by group.
 
     Args:
-        codes: the position of its group for each example, (examples,) int64.
-        groups: those that are taken in.
+        codes: index of its group for each example, (examples,) int64.
+        groups: range of groups to accumulate.
 
     Attributes:
-        rows: of the groups that are present, their positions among those taken in.
+        rows: positions of the groups present among those accumulated.
     """
 
     def __init__(self, codes: Tensor, groups: range) -> None:
@@ -92,7 +93,7 @@ class _Members:
         self.rows = present - groups.start
 
     def sums(self, values: Tensor) -> Tensor:
-        """Return sums by group of what each example has, (groups present, ...) of (examples, ...),
-        each in the order of the data.
+        """Return sums by group, (groups present, ...) from (examples, ...), each in the order of
+        the data.
         """
         return torch.segment_reduce(values[self._order], "sum", lengths=self._counts, axis=0)

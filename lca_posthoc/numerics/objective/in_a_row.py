@@ -1,5 +1,5 @@
-"""Numbers of several tensors that lie in one row, so that one operation takes all of them: for small
-models a device takes longer to begin an operation than to do it.
+"""Concatenate numbers of several tensors, so that one operation processes all of them: for small
+models, launching an operation takes longer than executing it.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from .readings import Numbers, Reading
 
 
 class Units:
-    """The units of some tensors in a row, those of one tensor after those of the one before.
+    """Concatenate the units of some tensors.
 
     Args:
-        counts: of units, by tensor.
+        counts: number of units, by tensor.
 
     Attributes:
-        places: where those of each tensor are in the row.
-        count: of all.
+        places: range of each tensor's units.
+        count: number of all units.
     """
 
     def __init__(self, counts: Mapping[str, int]) -> None:
@@ -36,7 +36,7 @@ class Units:
         self._offsets: dict[torch.device, Tensor] = {}
 
     def totals(self, values: Tensor) -> Tensor:
-        """Return sums over the units of each tensor, (..., tensors) of (..., units), float64."""
+        """Return sums over the units of each tensor, (..., tensors) from (..., units), float64."""
         if self._are_tensors:
             return values
         offsets = self._offsets.get(values.device)
@@ -52,18 +52,18 @@ def segment_sums(values: Tensor, offsets: Tensor) -> Tensor:
     """Return sums of consecutive rows, added one after the other.
 
     Args:
-        values: (rows, ...), floating.
-        offsets: where each sum begins, and the number of rows, (sums + 1,) int64.
+        values: the rows, (rows, ...), floating.
+        offsets: start of each sum, and the number of rows, (sums + 1,) int64.
     """
-    # without a look at the offsets, which waits for the device
+    # unsafe skips a check of the offsets, which would wait for the device
     return torch.segment_reduce(values, "sum", offsets=offsets, axis=0, unsafe=True)
 
 
 class InARow(Mapping[str, Tensor]):
-    """Numbers of some tensors, of each by its name, in one tensor.
+    """Hold numbers of some tensors, accessible by name, in one tensor.
 
     Attributes:
-        row: all of them, in the last axis.
+        row: all numbers, along the last axis.
     """
 
     row: Tensor
@@ -73,24 +73,24 @@ class InARow(Mapping[str, Tensor]):
         raise NotImplementedError
 
     def in_order_of(self, other: InARow) -> Tensor:
-        """Return the row with the tensors in the order in which another row has them: what was summed
-        in other ways may lie in another one.
+        """Return the row in another row's order of tensors, which differs if it was summed in
+        another way.
         """
         if [*self] == [*other]:
             return self.row
         return torch.cat([self._numbers_of(name) for name in other], -1)
 
     def _numbers_of(self, name: str) -> Tensor:
-        """Return the numbers of a tensor with the axis in which they lie in the row."""
+        """Return the numbers of a tensor with the axis of the row."""
         raise NotImplementedError
 
 
 class OfUnits(InARow):
-    """Numbers of the units of some tensors, (..., units) of each.
+    """Hold numbers of the units of some tensors, (..., units) for each.
 
     Args:
-        row: (..., units of all).
-        units: which of them are whose.
+        row: numbers of all units, (..., units).
+        units: assignment of units to tensors.
     """
 
     def __init__(self, row: Tensor, units: Units) -> None:
@@ -118,11 +118,11 @@ class OfUnits(InARow):
 
 
 class OfTensors(InARow):
-    """Numbers of some tensors, (...) of each.
+    """Hold numbers of some tensors, (...) for each.
 
     Args:
-        row: (..., tensors).
-        names: of the tensors.
+        row: numbers of all tensors, (..., tensors).
+        names: names of the tensors.
     """
 
     def __init__(self, row: Tensor, names: tuple[str, ...]) -> None:
@@ -145,6 +145,6 @@ class OfTensors(InARow):
         return self[name].unsqueeze(-1)
 
     def numbers(self) -> dict[str, Numbers]:
-        """Return them on the host, copied at once."""
+        """Return the numbers on the host, copied at once."""
         row = Reading(self.row).numbers
         return {name: row[..., place][()] for name, place in self._positions.items()}

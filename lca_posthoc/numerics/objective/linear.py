@@ -1,9 +1,10 @@
-"""Linear layers on CPUs whose widest vectors torch's own float32 matrix product leaves unused.
+"""Speed up linear layers on CPUs whose widest vectors torch's own float32 matrix product does not
+use.
 
-Where torch multiplies with Intel's MKL, a CPU of another maker gets its AVX2 kernels, also where it
-has AVX-512; oneDNN, which torch has beside it for convolutions, uses what is there. The arithmetic
-is float32 in both. The function is replaced, not the modules, and the context must be open around
-forward and backward passes, as in `normalisation`.
+If torch multiplies with Intel's MKL, a CPU of another maker gets its AVX2 kernels even if it has
+AVX-512. oneDNN, which torch includes for convolutions, uses what is available. Both compute in
+float32. The function is replaced, not the modules, and the context must be open around forward and
+backward passes, as in `normalisation`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function
 
-_LEAST = 2**21  # multiplications below which the call costs more than it saves
+_LEAST = 2**21  # multiplications; with fewer, the call costs more than it saves
 
 
 def _product(first: Tensor, second: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -34,7 +35,7 @@ def _differentiable(first: Tensor, second: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """x · Wᵀ + b; derivatives of its derivatives are torch's own."""
+    """Compute x · Wᵀ + b; second derivatives use torch's own product."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,7 +69,7 @@ def _suits(tensor: Tensor) -> bool:
 
 
 def _plain() -> bool:
-    """Tell whether calls are neither traced, transformed nor cast: by compiler, functorch, forward
+    """Return whether calls are neither traced, transformed nor cast by compiler, functorch, forward
     mode or autocast.
     """
     return not (
@@ -80,8 +81,8 @@ def _plain() -> bool:
 
 
 def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Tell whether the product is large enough to gain, and of shapes and strides that oneDNN
-    takes.
+    """Return whether the product is large enough to benefit, with shapes and strides that oneDNN
+    accepts.
     """
     return (
         input.dim() > 1
@@ -94,15 +95,13 @@ def _fits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def linear(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return `F.linear` by oneDNN; calls that do not suit it, or are too small to gain, go to
-    `native`.
-    """
+    """Return a version of `F.linear` that uses oneDNN; unsuitable or small calls use `native`."""
 
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         tensors = (input, weight) if bias is None else (input, weight, bias)
         suits = (
             _plain()
-            and not has_torch_function(tensors)  # a mode is on, which would not see the call
+            and not has_torch_function(tensors)  # an active mode would not see the call
             and all(map(_suits, tensors))
             and _fits(input, weight, bias)
         )
@@ -114,7 +113,9 @@ def linear(native: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 @functools.cache
 def preferred() -> bool:
-    """Tell whether this CPU has AVX-512 and is not Intel's, and this torch has oneDNN's product."""
+    """Return whether this CPU has AVX-512 and is not from Intel, and this torch has oneDNN's
+    product.
+    """
     try:
         vendors = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -128,7 +129,7 @@ def preferred() -> bool:
 
 @contextlib.contextmanager
 def multiplying(device: torch.device) -> Iterator[None]:
-    """Let linear layers on a CPU use the faster product around forward and backward passes."""
+    """Make linear layers on a CPU use the faster product inside the context."""
     if device.type != "cpu" or not preferred():
         yield
         return

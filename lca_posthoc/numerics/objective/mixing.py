@@ -1,5 +1,5 @@
-"""Compare the loss of a few examples in a batch with that of each of them alone: what belongs to
-one example has no meaning where the model or the loss mixes them.
+"""Compare the loss of a few examples in a batch with that of each alone: contributions of single
+examples are meaningless if the model or the loss mixes examples.
 """
 
 from __future__ import annotations
@@ -16,44 +16,49 @@ from .tap_check import tolerance_of
 
 
 def refuse_mixed(objective: Objective, name: str) -> None:
-    """Refuse a loss stated per example that is not the weighted mean of what its examples have
-    alone, at the point the module holds.
+    """Reject a loss per example that is not the weighted mean of its examples' losses alone, at the
+    point in the module.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
 
     Raises:
-        InputError: names the module that mixes them, where one does.
+        InputError: if examples are mixed; the message names the module that mixes them, if one
+            does.
     """
     split = objective.splits[str(objective.losses[name].split)]
     positions = split.spread(min(COMPARED, split.examples))
     if objective.norm_stats == "batch":
         raise InputError(
-            f"loss {name!r} is stated per example, which has no meaning with --norm-stats batch: "
-            "there the loss of an example depends on those in its batch. Use --norm-stats running, "
+            f"loss {name!r} is per example, which has no meaning with --norm-stats batch: there "
+            "the loss of an example depends on the others in its batch. Use --norm-stats running, "
             "or recalibrated."
         )
     if positions is None:
         raise InputError(
-            f"loss {name!r} is stated per example, but split {split.name!r} can be read in its own "
-            "order alone, so that no example can be compared with the same one alone. Give a "
-            "map-style Dataset."
+            f"loss {name!r} is per example, but split {split.name!r} can only be read in its own "
+            "order, so that the loss of an example alone cannot be checked. Give a map-style "
+            "Dataset."
         )
     alone = [split.at(positions[place : place + 1]) for place in range(len(positions))]
     sums = torch.stack([_sums(objective, name, data) for data in alone])
     try:
         batch = split.at(positions)
-    except InputError:  # examples of several shapes make no batch
+    except InputError:  # examples of different shapes do not form a batch
         return
     together = _sums(objective, name, batch)
     if not torch.equal(together, _sums(objective, name, batch)):
-        return  # it is random, which is refused later
+        return  # it is random, which raises an error later
     tolerance = tolerance_of(objective.dtype) * sums.abs().sum(0)
     if bool(((together - sums.sum(0)).abs() <= tolerance).all()):
         return
     module = _first_that_differs(objective, name, batch, alone)
     culprit = f" Module {module!r} is the first whose output does." if module else ""
     raise InputError(
-        f"loss {name!r} is stated per example, but the loss of {len(alone)} examples depends on "
+        f"loss {name!r} is per example, but the loss of {len(alone)} examples depends on "
         f"whether they are in one batch: Σ is {float(together[0]):.6g} there and "
-        f"{float(sums[:, 0].sum()):.6g} one at a time.{culprit} Leave per out, or state a loss that "
+        f"{float(sums[:, 0].sum()):.6g} one at a time.{culprit} Leave per out, or give a loss that "
         "is a mean over examples."
     )
 
@@ -70,8 +75,8 @@ def _sums(objective: Objective, name: str, data: object) -> Tensor:
 def _first_that_differs(
     objective: Objective, name: str, batch: object, alone: Sequence[object]
 ) -> str | None:
-    """Return the name of the first module called whose output for an example, along its first axis,
-    is another in a batch than alone.
+    """Return the name of the first module whose output for an example, along its first axis,
+    differs between a batch and the example alone.
     """
     together = _outputs(objective, name, batch)
     singles = [_outputs(objective, name, data) for data in alone]

@@ -1,5 +1,5 @@
-"""A task's model and its tensors: those that take part in the allocation, and those that stay as
-the model builds them.
+"""Build a task's model, and decide which of its tensors take part in the allocation and which keep
+the values the model builds.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .rows import InRows, Rows, is_small, rows_of
 from .settings import ObjectiveSettings
 from .tensors import added_entries, is_fixed, tensor_table, unstored
 
-_BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # by the factories of tasks in this process
+_BUILT: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models built in this process
 
 
 def new_model(task: Task) -> nn.Module:
-    """Return a new model of the task.
+    """Build a new model of the task.
 
     Raises:
-        InputError: where the factory raises, returns something else, or returns one it returned
-            before.
+        InputError: if the factory raises, returns something other than a module, or returns one it
+            returned before.
     """
     try:
         model = task.model()
@@ -43,19 +43,18 @@ def new_model(task: Task) -> nn.Module:
             "call: model=lambda: Net()."
         )
     _BUILT.add(model)
-    # inside torch.compile's wrapper, for compiled code calls F.batch_norm past the one
-    # `normalising` puts in its place
+    # unwrap torch.compile: compiled code bypasses the F.batch_norm that `normalising` installs
     return getattr(model, "_orig_mod", model)
 
 
 class ModelTensors:
-    """A model, whose tensors hold the values of one point.
+    """Hold a model whose tensors have the values of one point.
 
     Attributes:
         module: the model.
-        patterns: those of `Task.fixed`.
-        table: the tensors that are read from checkpoints.
-        frozen: names of the tensors that are not, because no checkpoint holds them.
+        patterns: patterns of `Task.fixed`.
+        table: tensors that are read from checkpoints.
+        frozen: names of tensors that are not, because no checkpoint holds them.
     """
 
     def __init__(
@@ -82,12 +81,12 @@ class ModelTensors:
 
     @cached_property
     def _large(self) -> list[str]:
-        """Return the names of the others."""
+        """Return the names of the other tensors."""
         return [name for name in self._by_name if name not in self._small]
 
     @cached_property
     def _rows(self) -> Rows:
-        """Return which small tensors are interpolated together."""
+        """Return the rows of small tensors that are interpolated together."""
         return rows_of(
             {name: tensor for name, tensor in self._small.items() if tensor.is_floating_point()}
         )
@@ -104,8 +103,8 @@ class ModelTensors:
 
     @property
     def fixed(self) -> dict[str, Tensor]:
-        """Return the tensors `Task.fixed` keeps as the model builds them, under every name they
-        have.
+        """Return the tensors that `Task.fixed` keeps as the model builds them, under every name
+        they have.
         """
         identities = {
             id(tensor) for name, tensor in self.own().items() if is_fixed(name, self.patterns)
@@ -119,21 +118,21 @@ class ModelTensors:
     @property
     def added(self) -> list[str]:
         """Return the entries of the model's state dict that are neither parameters nor buffers, and
-        stay as the model builds them.
+        keep the values the model builds.
         """
         return added_entries(self.module)
 
     @property
     def unstored(self) -> dict[str, Tensor]:
-        """Return the buffers the model builds and does not save, by name."""
+        """Return the buffers that the model builds and does not save, by name."""
         return unstored(self.module)
 
     def fixed_of(self, names: Iterable[str]) -> list[str]:
-        """Return those of some names that `Task.fixed` names."""
+        """Return the names that match `Task.fixed`."""
         return [name for name in names if is_fixed(name, self.patterns)]
 
     def own(self) -> dict[str, Tensor]:
-        """Return the tensors that stay as the task's model builds them: fixed ones, and buffers
+        """Return the tensors that keep the values the task's model builds: fixed ones, and buffers
         that are not stored.
         """
         return {
@@ -143,15 +142,20 @@ class ModelTensors:
         }
 
     def copy_own(self, other: nn.Module, names: Iterable[str]) -> None:
-        """Copy tensors that stay as a model builds them from another model of the same task."""
+        """Copy some of the tensors in `own` from another model of the same task.
+
+        Args:
+            other: the other model.
+            names: names of the tensors.
+        """
         tensors = _named_tensors(other)
         with torch.no_grad():
             for name in names:
                 self.own()[name].copy_(tensors[name])
 
     def seeded(self) -> list[str]:
-        """Return the names of the frozen and fixed tensors, where any of them holds numbers that
-        float32 does not, as one drawn at random does; none otherwise.
+        """Return the names of the frozen and fixed tensors if any of them holds a number that is
+        not a float32, as random draws in float64 do; else an empty list.
         """
         names = [
             name for name in self.own() if name in self.frozen or is_fixed(name, self.patterns)
@@ -159,8 +163,8 @@ class ModelTensors:
         return names if any(not _is_narrow(self.own()[name]) for name in names) else []
 
     def place(self, point: Mapping[str, Tensor]) -> None:
-        """Copy values into the module's own tensors, in place: recomputation under checkpointing
-        sees them too.
+        """Copy values into the module's own tensors in place, so that recomputation under
+        checkpointing sees them too.
         """
         with torch.no_grad():
             for name in self._large:
@@ -180,9 +184,10 @@ class ModelTensors:
 
     @contextlib.contextmanager
     def holding(self, point: MutableMapping[str, Tensor]) -> Iterator[None]:
-        """Copy values in, and free the large tensors they came from: inside the context, those of
-        `point` are the module's own, where these are of the same type; afterwards they are copies
-        again.
+        """Copy values in, and free the large tensors they came from.
+
+        Inside the context, the large tensors of `point` are the module's own, if they have the same
+        type; afterwards they are copies again.
         """
         self.place(point)
         same = [name for name in self._large if point[name].dtype == self._by_name[name].dtype]
@@ -195,16 +200,16 @@ class ModelTensors:
                 point[name] = point[name].clone(memory_format=torch.contiguous_format)
 
     def renew(self, point: Mapping[str, Tensor]) -> None:
-        """Copy values in and set the model to eval anew: what modules derive from their weights
-        there is derived from these.
+        """Copy values in and set the model to eval again, so that modules derive what they derive
+        from weights from these.
         """
         self.module.train(True)
         self.place(point)
         self.module.eval()
 
     def restore(self) -> None:
-        """Undo what a loss that takes derivatives itself changes on the model's tensors: their
-        gradients, and which of them require any.
+        """Undo what a loss that computes derivatives itself changes on the model's tensors:
+        gradients, and which tensors require them.
         """
         for tensor, has_gradient in self._gradients:
             tensor.grad = None
@@ -213,23 +218,23 @@ class ModelTensors:
 
     @property
     def digests(self) -> dict[str, str]:
-        """Return hashes of the tensors that checkpoints do not hold."""
+        """Return hashes of the tensors that checkpoints lack."""
         return {f"tensor {name!r}": digest_of(_some(tensor)) for name, tensor in self.own().items()}
 
 
 def bind_tensors(
     module: nn.Module, patterns: Sequence[str], settings: ObjectiveSettings
 ) -> ModelTensors:
-    """Let gradients flow to those of a model's tensors that are allocated and to no other; return
-    the model with them.
+    """Require gradients of exactly those tensors of a model that are allocated, and return the
+    model with its tensors.
 
     Args:
-        module: the model, whose tensors have their shapes.
-        patterns: those of `Task.fixed`.
-        settings: tell which tensors the checkpoints hold, and what statistics layers take.
+        module: the model; its tensors must have shapes.
+        patterns: patterns of `Task.fixed`.
+        settings: give the tensors that checkpoints hold, and the statistics that layers use.
 
     Raises:
-        InputError: where a pattern matches no tensor, or a parameter is complex.
+        InputError: if a pattern matches no tensor, or a parameter is complex.
     """
     table = tensor_table(module, settings.norm_stats, patterns, settings.stored)
     stored = {spec.name for spec in table}
@@ -254,13 +259,13 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_narrow(tensor: Tensor) -> bool:
-    """Tell whether float32 holds the values of a tensor exactly."""
+    """Return whether float32 can represent the values of a tensor exactly."""
     return not tensor.is_floating_point() or torch.equal(tensor, tensor.float().to(tensor.dtype))
 
 
 def _some(tensor: Tensor) -> tuple[str, list[Tensor]]:
-    """Return a tensor's layout, and a few thousand of its numbers from all over it: of a sparse
-    one, of its indices and values.
+    """Return a tensor's type and layout, and a few thousand evenly spaced numbers; for a sparse
+    tensor, of its indices and values.
     """
     flat = [part.reshape(-1) for part in dense_parts(tensor)]
     return f"{tensor.dtype}{tensor.layout}", [

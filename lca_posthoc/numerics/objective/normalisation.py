@@ -1,22 +1,22 @@
-r"""The behaviour of normalisation layers in a replay: a named choice, made in one place.
+r"""Control normalisation layers during a replay with a named mode.
 
-`running`: the loss depends on the running statistics stored in the checkpoints, which move as well.
-torch gives no gradient for them, so the native kernel is kept and the gradient routed through an
+`running`: the loss depends on the running statistics stored in the checkpoints, which move too.
+torch computes no gradient for them, so the native kernel is kept and the gradient passes through an
 equivalent affine pair: with $m_0, v_0$ the detached statistics, it is called with weight
-$w\sqrt{(v_0+\varepsilon)/(v+\varepsilon)}$ and bias $b-(m-m_0)\,w/\sqrt{v+\varepsilon}$. Values are
-those of the plain call; autograd sees $m$ and $v$, in derivatives of any order, of the backward and
-of the forward pass.
+$w\sqrt{(v_0+\varepsilon)/(v+\varepsilon)}$ and bias $b-(m-m_0)\,w/\sqrt{v+\varepsilon}$. Values
+equal those of the plain call; autograd sees $m$ and $v$, in derivatives of any order, in backward
+and forward mode.
 
 `batch`: statistics of each batch of a fixed partition, as in the paper; running statistics are
 neither read nor written. A network beside the model, such as a teacher in eval mode, keeps its own:
-a call is the model's where its statistics are the model's buffers.
+a call belongs to the model if its statistics are the model's buffers.
 
-`recalibrated`: as `running`, with statistics recomputed from the data at every checkpoint in place
-of the stored ones (`statistics.py`).
+`recalibrated`: like `running`, with statistics recomputed from the data at every checkpoint instead
+of the stored ones (`recalibration.py`).
 
 The functions are replaced, not the modules, so that functional calls and activation checkpointing
-(which runs the forward again during the backward pass) are served alike: the context must be open
-around both.
+(which runs the forward pass again during the backward pass) are covered: the context must be open
+around both passes.
 """
 
 from __future__ import annotations
@@ -39,18 +39,19 @@ Native = Callable[..., Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class NormalisationCall:
-    """One call of `F.batch_norm` or `F.instance_norm`.
+    """Describe one call of `F.batch_norm` or `F.instance_norm`.
 
     Attributes:
         native: torch's own function.
-        over_batch: whether it is `F.batch_norm`, whose statistics of the input are those of the
-            batch.
-        from_input: whether the caller asked for statistics of the input (`training`,
+        over_batch: whether it is `F.batch_norm`, which normalises over the batch.
+        from_input: whether the caller requested statistics of the input (`training`,
             `use_input_stats`).
-        input: (examples, channels, ...).
-        mean, variance: the running statistics, (channels,); None for a layer that has none.
-        weight, bias: (channels,), or None.
-        eps: added to the variance.
+        input: input, (examples, channels, ...).
+        mean: running mean, (channels,); None if the layer has none.
+        variance: running variance, (channels,); None if the layer has none.
+        weight: weight, (channels,), or None.
+        bias: bias, (channels,), or None.
+        eps: number added to the variance.
     """
 
     native: Native
@@ -66,13 +67,21 @@ class NormalisationCall:
     def with_input_statistics(
         self, mean: Tensor | None = None, variance: Tensor | None = None
     ) -> Tensor:
-        """Return the layer's output with statistics of the input, which are written to `mean` and
-        `variance` where these are given.
+        """Return the layer's output with statistics of the input.
+
+        Args:
+            mean: tensor to write the mean to, if given.
+            variance: tensor to write the variance to, if given.
         """
         return self.native(self.input, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
 
     def with_running_statistics(self, mean: Tensor, variance: Tensor) -> Tensor:
-        """Return the layer's output with these running statistics, which have a gradient."""
+        """Return the layer's output with given running statistics, which have a gradient.
+
+        Args:
+            mean: running mean, (channels,).
+            variance: running variance, (channels,).
+        """
         return normalised(self.input, mean, variance, self.weight, self.bias, self.eps, self.native)
 
 
@@ -85,16 +94,17 @@ def normalised(
     eps: float,
     native: Native,
 ) -> Tensor:
-    """Return the output of a layer with running statistics, which have a gradient; a function of
-    torch's to modes, which see one call.
+    """Return the output of a layer with running statistics, which have a gradient.
+
+    Torch function modes see a single call of this function.
 
     Args:
-        input: (examples, channels, ...).
-        mean: (channels,).
-        variance: (channels,).
-        weight: (channels,), or None.
-        bias: (channels,), or None.
-        eps: added to the variance.
+        input: input, (examples, channels, ...).
+        mean: running mean, (channels,).
+        variance: running variance, (channels,).
+        weight: weight, (channels,), or None.
+        bias: bias, (channels,), or None.
+        eps: number added to the variance.
         native: `F.batch_norm` or `F.instance_norm`.
     """
     tensors = (input, mean, variance, weight, bias)
@@ -109,7 +119,7 @@ Behaviour = Callable[[NormalisationCall], Tensor]
 
 
 def _is_differentiated(statistic: Tensor) -> bool:
-    """Tell whether a statistic has a gradient, or moves in a forward pass."""
+    """Return whether a statistic has a gradient or a tangent."""
     tangent = forward_ad.unpack_dual(statistic).tangent  # type: ignore[no-untyped-call]
     return statistic.requires_grad or tangent is not None
 
@@ -117,8 +127,8 @@ def _is_differentiated(statistic: Tensor) -> bool:
 def _affine(
     mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the weight and bias that make the detached statistics stand for the ones with a
-    gradient, if they have one.
+    """Return weight and bias with which the detached statistics give the same output, and which
+    carry the gradient of the statistics, if any.
     """
     if not (_is_differentiated(mean) or _is_differentiated(var)):
         return weight, bias
@@ -135,7 +145,7 @@ def running(call: NormalisationCall) -> Tensor:
     """Use the running statistics, with their gradient.
 
     Raises:
-        InputError: where a batch-norm layer asks for those of the batch.
+        InputError: if a batch-norm layer requests statistics of the batch.
     """
     if call.from_input or call.mean is None or call.variance is None:
         if call.over_batch:
@@ -163,12 +173,12 @@ def _of_batch(own: Mapping[int, Tensor]) -> Behaviour:
 
 @contextlib.contextmanager
 def normalising(mode: str, own: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Hold normalisation layers to `mode` around forward and backward passes, modules and
-    functional calls alike.
+    """Apply `mode` to normalisation layers around forward and backward passes, in modules and
+    functional calls.
 
     Args:
         mode: "running", "recalibrated" or "batch".
-        own: the buffers of the model, whose running statistics `batch` does without.
+        own: buffers of the model, whose running statistics `batch` ignores.
     """
     with replacing(
         _of_batch({id(buffer): buffer for buffer in own}) if mode == "batch" else running
@@ -178,7 +188,7 @@ def normalising(mode: str, own: Iterable[Tensor] = ()) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(behaviour: Behaviour) -> Iterator[None]:
-    """Let `behaviour` answer every call of `F.batch_norm` and `F.instance_norm`."""
+    """Let `behaviour` handle every call of `F.batch_norm` and `F.instance_norm`."""
     native: Any = (F.batch_norm, F.instance_norm)
 
     def batch_norm(

@@ -1,8 +1,8 @@
-"""One pass over the batches of a split: compute the values of losses batch by batch, and hand them
-to accumulators.
+"""Run one pass over the batches of a split: compute the values of losses batch by batch, and pass
+them to accumulators.
 
-What is kept of a batch is an accumulator's business: `Sums` keeps the loss and its gradient. Which
-groups the examples of a batch belong to is that of a `Membership`.
+An accumulator decides what to keep of a batch: `Sums` keeps the loss and its gradient. A
+`Membership` assigns the examples of a batch to groups.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from .values import LossValues, Values
 
 @dataclass(frozen=True)
 class GroupValues:
-    """The values of a loss for the elements of one group in a batch.
+    """Hold the values of a loss for the elements of one group in a batch.
 
     Attributes:
-        group: its position in the order of groups; 0 where there are none.
-        values: one per element, multiplied by its weight; autograd knows what they are made of,
-            where the accumulator needs that.
-        weights: of the elements, float64; None where all are 1.
+        group: index of the group; 0 without groups.
+        values: one value per element, multiplied by its weight; with a graph if the accumulator
+            needs one.
+        weights: weights of the elements, float64; None if all are 1.
         more_to_come: whether the same graph is needed again, for another group or loss.
-        codes: where examples are told apart, the position of its group, or its own, for each of
-            them, (examples,) int64; the first axis of the values runs over them.
+        codes: if examples are kept apart, the index of each example's group, or of the example
+            itself, (examples,) int64; the first axis of the values then runs over the examples.
     """
 
     group: int
@@ -44,50 +44,64 @@ class GroupValues:
 
 
 class Accumulator(Protocol):
-    """Takes in the values of one source over the batches of a pass."""
+    """Accumulate the values of one source over the batches of a pass."""
 
     @property
     def needs_graph(self) -> bool:
-        """Tell whether values come with the graph a backward pass needs."""
+        """Return whether values must come with the graph for a backward pass."""
 
     def take(self, part: GroupValues) -> None:
-        """Take in the values of one group in a batch; run a backward pass, if any, now."""
+        """Add the values of one group in a batch; run the backward pass, if any, immediately."""
 
 
 class Membership(Protocol):
-    """Tells which groups the examples of a batch belong to."""
+    """Assign the examples of a batch to groups."""
 
     def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
-        """Yield values of the batch group by group, the graph of all of them used in turn."""
+        """Yield the values of the batch group by group; the groups use their common graph in turn.
+
+        Args:
+            values: values and weights of the batch.
+            more_to_come: whether the graph is needed again afterwards.
+        """
 
 
 @dataclass(frozen=True)
 class OneGroup:
-    """The examples of a batch belong to one group, or there are no groups."""
+    """Assign all examples of a batch to one group, also if there are no groups."""
 
     group: int
 
     def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
-        """Yield the values as they are."""
+        """Yield the values unchanged; see `Membership.divide`.
+
+        Args:
+            values: values and weights of the batch.
+            more_to_come: as for `Membership.divide`.
+        """
         yield GroupValues(self.group, *values, more_to_come)
 
 
 @dataclass(frozen=True)
 class SeveralGroups:
-    """The examples of a batch belong to several groups; its statistics are those of the whole
-    batch.
+    """Assign the examples of a batch to several groups; statistics of the batch are those of all
+    examples.
 
     Attributes:
-        codes: the position of its group for each example, (examples,) int64.
-        groups: those that are asked for.
+        codes: index of its group for each example, (examples,) int64.
+        groups: range of groups to use.
     """
 
     codes: Tensor
     groups: range
 
     def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
-        """Yield the values of each group that is asked for; their first axis runs over the
-        examples.
+        """Yield the values of each group; their first axis runs over the examples. See
+        `Membership.divide`.
+
+        Args:
+            values: values and weights of the batch.
+            more_to_come: as for `Membership.divide`.
         """
         results, weights = values
         present = [code for code in torch.unique(self.codes).tolist() if code in self.groups]
@@ -103,18 +117,23 @@ class SeveralGroups:
 
 @dataclass(frozen=True)
 class GroupsOfElements:
-    """The elements of the examples of a batch belong to several groups.
+    """Assign the elements of a batch's examples to several groups.
 
     Attributes:
-        codes: the position of its group for each element, (examples, *elements of an example).
-        groups: those that are asked for.
+        codes: index of its group for each element, (examples, *elements of an example).
+        groups: range of groups to use.
     """
 
     codes: Tensor
     groups: range
 
     def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
-        """Yield the values of each group that is asked for, (elements of the group,)."""
+        """Yield the values of each group, (elements of the group,); see `Membership.divide`.
+
+        Args:
+            values: values and weights of the batch.
+            more_to_come: as for `Membership.divide`.
+        """
         results, weights = values
         codes = element_codes(self.codes, results)
         present = [code for code in torch.unique(codes).tolist() if code in self.groups]
@@ -130,16 +149,21 @@ class GroupsOfElements:
 
 @dataclass(frozen=True)
 class OfExamples:
-    """Every example of the batch is told apart.
+    """Keep every example of the batch apart.
 
     Attributes:
-        codes: the position of its group, or its own, for each example, (examples,) int64.
+        codes: index of each example's group, or of the example itself, (examples,) int64.
     """
 
     codes: Tensor
 
     def divide(self, values: Values, more_to_come: bool) -> Iterator[GroupValues]:
-        """Yield the values as they are."""
+        """Yield the values unchanged; see `Membership.divide`.
+
+        Args:
+            values: values and weights of the batch.
+            more_to_come: as for `Membership.divide`.
+        """
         yield GroupValues(0, *values, more_to_come, self.codes)
 
 
@@ -153,14 +177,14 @@ def batches_by_group(
     only: range | None,
     part: range | None = None,
 ) -> Batches:
-    """Yield batches of one group each, the groups in turn.
+    """Yield batches of one group each, group after group.
 
     Args:
         split: the examples.
-        batch_size: the most examples of a batch.
+        batch_size: maximum number of examples per batch.
         order: the groups; None for batches in the order of the data.
-        only: some of the groups; None for all.
-        part: some of the examples, without groups; None for all.
+        only: range of groups; None for all.
+        part: range of examples, without groups; None for all.
     """
     with contextlib.closing(split.batches(batch_size, order, only, part)) as batches:
         for group, batch in batches:
@@ -170,14 +194,13 @@ def batches_by_group(
 def batches_across_groups(
     split: Split, batch_size: int, order: Groups, only: range | None
 ) -> Batches:
-    """Yield batches in the order of the data, which may hold examples of several groups, or
-    elements.
+    """Yield batches in the order of the data, which may mix examples or elements of several groups.
 
     Args:
         split: the examples.
-        batch_size: examples of a batch.
+        batch_size: number of examples per batch.
         order: the groups.
-        only: those that are asked for; None for all.
+        only: range of groups to use; None for all.
     """
     groups = range(len(order.labels)) if only is None else only
     members: list[Membership]
@@ -191,12 +214,12 @@ def batches_across_groups(
 
 
 def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> Batches:
-    """Yield batches in the order of the data, whose examples are told apart.
+    """Yield batches in the order of the data, with examples kept apart.
 
     Args:
         split: the examples.
-        batch_size: examples of a batch.
-        order: the groups; None where every example is one.
+        batch_size: number of examples per batch.
+        order: the groups; None if every example is its own group.
     """
     own = torch.arange(split.examples, device="cpu") if order is None else order.codes
     codes = torch.split(own, batch_size)
@@ -206,11 +229,11 @@ def batches_of_examples(split: Split, batch_size: int, order: Order | None) -> B
 
 
 def one_batch(batch: object, examples: int) -> Batches:
-    """Yield one batch, whose examples are told apart.
+    """Yield one batch, with examples kept apart.
 
     Args:
         batch: the data.
-        examples: their number.
+        examples: number of examples.
     """
     yield OfExamples(torch.arange(examples, device="cpu")), batch
 
@@ -222,14 +245,14 @@ def run_pass(
     accumulators: Mapping[ValueSource, Accumulator],
     taps: Taps | None = None,
 ) -> None:
-    """Compute the values of some sources on every batch, and hand them to the accumulator of each.
+    """Compute the values of some sources on every batch, and pass them to the accumulator of each.
 
     Args:
-        loss_values: computes them, at the point the model holds.
-        batches: closed at the end.
-        names: a loss of each source; sources of one dict follow each other.
-        accumulators: by source.
-        taps: watch the pass, which is over one source then; None for none.
+        loss_values: computes the values at the point in the model.
+        batches: the batches; closed at the end.
+        names: a loss for each source; sources of one dict must follow each other.
+        accumulators: accumulator of each source.
+        taps: observe the pass, which must have a single source; None for no taps.
     """
     last = list(names)[-1]
     watching: contextlib.AbstractContextManager[object] = taps or contextlib.nullcontext()

@@ -1,8 +1,7 @@
-"""Settings of torch's backends that say how float32 products are rounded, whatever the user's code
-has set.
+"""Set how torch's backends round float32 products, overriding the user's settings.
 
-torch has older and newer settings for this, and refuses to read the older ones while the newer ones
-differ; so the newer ones are used where torch has them, from 2.9 on.
+torch has older and newer settings for this, and raises an error when the older ones are read while
+the newer ones differ. This module therefore uses the newer ones if torch has them (since 2.9).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ def dtype_of(precision: str) -> torch.dtype:
 
 
 def _newer() -> tuple[list[Any], list[Any]]:
-    """Return the settings of GPUs and those of CPUs; empty lists before torch 2.9."""
+    """Return the settings of GPUs and of CPUs; empty lists before torch 2.9."""
     backends: Any = torch.backends
     if not hasattr(backends.mkldnn, "matmul"):
         return [], []
@@ -58,8 +57,8 @@ def _older(matmul: str, tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Build and call models under this default dtype: constants made on the way must have the
-    precision asked for.
+    """Build and call models under a default dtype, because constants they create must have the
+    requested precision.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -71,9 +70,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32() -> Iterator[None]:
-    """Compute matrix products and convolutions of float32 in float32, and restore the settings
-    afterwards.
-    """
+    """Compute float32 matrix products and convolutions in float32; restore the settings afterwards."""
     parts = [setting for settings in _newer() for setting in settings]
     if not parts:
         with _older("highest", False):
@@ -85,7 +82,7 @@ def float32() -> Iterator[None]:
         older = None
     try:
         with _set(parts, "ieee"):
-            torch.set_float32_matmul_precision("highest")  # so that it can be read meanwhile
+            torch.set_float32_matmul_precision("highest")  # keeps the older setting readable
             yield
     finally:
         if older is not None:
@@ -94,9 +91,7 @@ def float32() -> Iterator[None]:
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Let matrix products and convolutions of a GPU round their inputs to ten bits; inside
-    `float32`.
-    """
+    """Let a GPU round inputs of matrix products and convolutions to ten bits; use inside `float32`."""
     on_gpus, _ = _newer()
     if not allowed:
         yield

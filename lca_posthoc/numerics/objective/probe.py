@@ -1,4 +1,4 @@
-"""Assumptions checked on a small sample before a long run; each failure names the usual
+"""Check assumptions on a small sample before a long run; each error message names the usual
 culprits.
 """
 
@@ -31,18 +31,20 @@ from .sums import Evaluation
 
 _SAMPLE = 256
 _REPEATS = 1e-6
-_DEPTH = 4  # how far from a loss's function its parameters' names are looked for
+_DEPTH = 4  # references followed from a loss's function to find the names of its parameters
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The value of a loss and the Euclidean norm of its gradient, at one point on one sample."""
+    """Hold the value of a loss and the Euclidean norm of its gradient, at one point on one sample."""
 
     loss: float
     gradient_norm: float
 
     def matches(self, other: Identity) -> bool:
-        """Tell whether both are the same loss, up to what another machine's kernels may change."""
+        """Return whether both come from the same loss, up to what another machine's kernels may
+        change.
+        """
         return all(
             abs(value - other_value) <= 1e-3 * max(abs(value), abs(other_value), 1e-12)
             for value, other_value in zip(
@@ -57,7 +59,7 @@ def _norm(evaluation: Evaluation) -> float:
 
 
 def _distance(one: Evaluation, other: Evaluation | None) -> float:
-    """Return the Euclidean distance of two gradients; of one from 0 where there is no other."""
+    """Return the Euclidean distance of two gradients, or of one from 0."""
     parts = []
     for name, gradient in one.gradient.items():
         flat = gradient.reshape(1, -1)
@@ -71,10 +73,10 @@ def _distance(one: Evaluation, other: Evaluation | None) -> float:
 
 @dataclass(frozen=True)
 class _Scale:
-    """The magnitudes that differences are relative to: mean |value| of an element, and the larger
-    norm of the gradients of a sample and its half.
+    """Hold the magnitudes that differences are relative to: mean |value| of an element, and the
+    larger gradient norm of a sample and its half.
 
-    At a minimum the gradient of the sample is pure rounding, and the loss itself may cross zero.
+    At a minimum the gradient of the sample is pure rounding, and the loss itself may be near zero.
     """
 
     value: float
@@ -82,7 +84,11 @@ class _Scale:
 
     def apart(self, one: Evaluation, other: Evaluation) -> float:
         """Return the larger of the relative differences of the values and of the gradients
-        (Euclidean); NaN where one is NaN.
+        (Euclidean), or NaN if one is NaN.
+
+        Args:
+            one: the first evaluation.
+            other: the second evaluation.
         """
         gradients = _distance(one, other) / self.gradient
         differences = [float(abs(one.loss - other.loss)) / self.value, gradients]
@@ -101,19 +107,28 @@ def _scale(
 
 
 def identify(objective: Objective, name: str) -> Identity:
-    """Return a loss's value and gradient norm on the first 256 examples, at the point the objective
-    holds.
+    """Return a loss's value and gradient norm on the first 256 examples, at the point in the
+    objective.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
 
     Raises:
-        InputError: where the forward pass changes the model.
+        InputError: if the forward pass changes the model.
     """
     with _model_unwritten(objective, name):
         return Identity(*_norm_over(objective, name, *sample_of(objective, name)))
 
 
 def loss_of_sample(objective: Objective, name: str) -> float:
-    """Return a loss on the sample `identify` takes, at the point the objective holds; in halves,
-    where the loss does not depend on how it is cut: they take half the memory.
+    """Return a loss on the sample that `identify` uses, at the point in the objective.
+
+    If the loss does not depend on the batches, compute it in halves, which take half the memory.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
     """
     split = objective.losses[name].split
     if split is None or objective.norm_stats == "batch":
@@ -126,7 +141,9 @@ def loss_of_sample(objective: Objective, name: str) -> float:
 
 
 def _norm_over(objective: Objective, name: str, batch: object) -> tuple[float, float]:
-    """Return a loss on one batch and the Euclidean norm of its gradient, which is not held."""
+    """Return a loss on one batch and the Euclidean norm of its gradient, without storing the
+    gradient.
+    """
     gradients = SquaredNorms(objective.tensors.differentiable)
     squared = objective.evaluate_on_batches(partial(objective.values, name), [batch], gradients)
     squares = math.fsum(float(part) for part in squared.gradient.values())
@@ -146,8 +163,12 @@ def _loss_over(objective: Objective, name: str, *batches: Any) -> float:
 
 
 def sample_of(objective: Objective, name: str) -> list[Any]:
-    """Return a sample no larger than a batch, so that it fits wherever a batch fits; [None] for a
-    term of the parameters.
+    """Return a sample no larger than a batch, so that it fits in memory; [None] for a term of the
+    parameters.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
     """
     split = objective.losses[name].split
     if split is None:
@@ -157,12 +178,12 @@ def sample_of(objective: Objective, name: str) -> list[Any]:
 
 
 def weighty_part(objective: Objective, name: str, most: int) -> object:
-    """Return a few neighbouring examples of a loss's split, some of which weigh something.
+    """Return a few neighbouring examples of a loss's split, some of which have weight.
 
     Args:
         objective: evaluates the loss.
-        name: of the loss, which has a split.
-        most: examples.
+        name: name of the loss, which has a split.
+        most: maximum number of examples.
     """
     split = objective.splits[objective.losses[name].on]
     start = _start(objective, name)
@@ -174,11 +195,14 @@ def weighty_part(objective: Objective, name: str, most: int) -> object:
 
 
 def _start(objective: Objective, name: str) -> int:
-    """Return the position the sample starts at: some of its examples weigh something (targets may
-    all be ignored, text all padding).
+    """Return the position where the sample starts, so that some of its examples have weight
+    (targets may all be ignored, text all padding).
 
-    Of stretches of the sample's size the first halves are tried, then the second halves, so that
-    every example is tried in the end.
+    Try the first halves of windows of the sample's size, then the second halves, so that every
+    example is tried eventually.
+
+    Raises:
+        InputError: if no example has weight.
     """
     split = objective.splits[objective.losses[name].on]
     count = _count(objective, split.name)
@@ -205,15 +229,18 @@ def _start(objective: Objective, name: str) -> int:
 
 
 def _weighs_alike(objective: Objective, name: str) -> bool:
-    """Tell whether weights come from the targets alone, so that they are the same at every
-    checkpoint and need no forward pass.
+    """Return whether weights come only from the targets, so that they are equal at every checkpoint
+    and need no forward pass.
     """
     return objective.loss_values.gave_weights.get(name) is False
 
 
 def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
-    """Refuse weights that are negative, and groups whose elements all weigh nothing: such a group
-    has no loss.
+    """Check that no weight is negative and every group has weight; a group without weight has no
+    loss.
+
+    Raises:
+        InputError: if one is, or has none.
     """
     split, order = objective.splits[objective.losses[name].on], objective.order(name)
     first = [] if _start(objective, name) == 0 else [split.sample(0, _count(objective, split.name))]
@@ -226,7 +253,7 @@ def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
     if lowest is not None and lowest < 0:
         raise InputError(
             f"a weight of loss {name!r} is {lowest:.6g}. Weights say how much an element counts: "
-            "give none below 0."
+            "return none below 0."
         )
     if (
         order is not None
@@ -235,16 +262,14 @@ def _groups_weigh(objective: Objective, name: str, sample: object) -> None:
     ):
         raise InputError(
             f"the weights of group {order.labels[empty]!r} of loss {name!r} on split "
-            f"{split.name!r} sum to 0 (are all its targets ignored?), so it has no loss. Give its "
+            f"{split.name!r} sum to 0 (are all its targets ignored?), so it has no loss. Move its "
             f"{'elements' if isinstance(order, ElementOrder) else 'examples'} to another group in "
             "group_by, or leave them out of the data."
         )
 
 
 def _weightless(objective: Objective, name: str, order: Groups) -> int | None:
-    """Return the position of the first group of which no element weighs anything; None where there
-    is none.
-    """
+    """Return the index of the first group without weight, or None."""
     split = objective.splits[objective.losses[name].on]
     if isinstance(order, ElementOrder):
         return _weightless_elements(objective, name, order, split)
@@ -260,9 +285,7 @@ def _weightless(objective: Objective, name: str, order: Groups) -> int | None:
 def _weightless_elements(
     objective: Objective, name: str, order: ElementOrder, split: Split
 ) -> int | None:
-    """Return the position of the first group of elements that weigh nothing, wherever they are;
-    None where there is none.
-    """
+    """Return the index of the first group of elements without weight in any example, or None."""
     weighs = torch.zeros(len(order.labels), dtype=torch.bool, device="cpu")
     size = objective.batch_sizes[split.name]
     with contextlib.closing(split.batches(size)) as batches:
@@ -277,8 +300,12 @@ def _weightless_elements(
 
 
 def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
-    """Give up standard errors where a random part of the examples weighs nothing; return a note
-    that says so.
+    """Drop standard errors if a random part of the examples has no weight, and return a note about
+    it.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
     """
     hidden = objective.replicates_of(name)
     order = None if hidden is None else objective.order(hidden)
@@ -288,8 +315,8 @@ def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
         return []
     del objective.data.replicated[hidden]
     return [
-        f"loss {name!r} has no standard errors: a tenth of the subset weighs nothing. Take a "
-        "larger one."
+        f"loss {name!r} has no standard errors: a tenth of the subset has no weight. Use a "
+        "larger subset."
     ]
 
 
@@ -302,12 +329,16 @@ def _count(objective: Objective, split: str) -> int:
 
 
 def check_loss(objective: Objective, name: str) -> list[str]:
-    """Probe one loss at the point the objective holds, and return notes worth recording.
+    """Check one loss at the point in the objective, and return notes to record.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
 
     Raises:
-        InputError: where an evaluation writes into its batch or the model, no gradient reaches any
-            allocated tensor, two evaluations or two batch sizes disagree, or the loss is not its
-            function's own mean.
+        InputError: if an evaluation writes into its batch or the model, no gradient reaches any
+            allocated tensor, two evaluations or two batch sizes disagree, or the loss differs from
+            its function's own mean.
     """
     _writes_nothing(objective, name)
     loss = objective.losses[name]
@@ -342,7 +373,7 @@ def check_loss(objective: Objective, name: str) -> list[str]:
         _statistics_unused(objective, name, sample, float(first.loss), scale.value)
         batch_size = objective.batch_sizes[loss.split]
         last = (split.examples - 1) // batch_size * batch_size
-        # it may be too small for batch statistics
+        # the last batch may be too small for batch statistics
         _plain_mean(objective, name, split.sample(last, split.examples))
     elif cut < stop:
         parts = _over(objective, name, *halves)
@@ -355,14 +386,12 @@ def check_loss(objective: Objective, name: str) -> list[str]:
 
 
 def _weighing(objective: Objective, name: str, batches: list[Any]) -> object:
-    """Return the first of some batches of which any element weighs something; None where there is
-    none.
-    """
+    """Return the first batch in which any element has weight, or None."""
     return next((batch for batch in batches if objective.loss_values.weighs(name, batch)), None)
 
 
 def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
-    """Return the plain mean of a batch's values, whose elements may all weigh nothing, and its
+    """Return the unweighted mean of a batch's values, because all may have weight 0, and its
     gradient.
     """
     return objective.evaluate_on_batches(
@@ -373,19 +402,22 @@ def _plain_mean(objective: Objective, name: str, batch: object) -> Evaluation:
 
 
 def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
-    """Refuse a loss of which no batch of the whole split has a gradient for any allocated tensor;
-    `first` is of a sample.
+    """Check that some batch of the split has a gradient for some allocated tensor; `first` belongs
+    to a sample.
 
-    A gradient that is 0 by value, as behind a ReLU that is off, is one.
+    A gradient whose values are all 0, as behind an inactive ReLU, counts.
+
+    Raises:
+        InputError: if none has.
     """
     allocated = {spec.name for spec in objective.allocated}
     if allocated - first.unreached:
         return
     if not allocated:
         raise InputError(
-            f"loss {name!r} has no tensor to be allocated to: every one of the model is frozen or "
-            "fixed, and no checkpoint holds it. Build the model with what was trained not frozen, "
-            "and leave that out of Task(fixed=[…])."
+            f"loss {name!r} has no tensor to allocate to: every tensor of the model is frozen or "
+            "fixed, and no checkpoint holds one. Do not freeze trained tensors when you build the "
+            "model, and leave them out of Task(fixed=[…])."
         )
     loss = objective.losses[name]
     if loss.split is not None:
@@ -401,16 +433,16 @@ def _has_gradient(objective: Objective, name: str, first: Evaluation) -> None:
             return
     where = "" if loss.split is None else f" on split {loss.split!r}"
     raise InputError(
-        f"loss {name!r}{where} has no gradient for any tensor of the model, so that nothing of its "
-        "change can be allocated. Look for torch.no_grad() or inference_mode() around it (as "
-        "evaluation functions have), for detach(), .data, .item() or numpy on the way, for a count "
-        "such as accuracy (argmax, comparisons), or for a module that merges or caches weights in "
-        "eval mode: give the loss that was minimised, as training computes it."
+        f"loss {name!r}{where} has no gradient for any tensor of the model, so its change cannot be "
+        "allocated. Look for torch.no_grad() or inference_mode() around it (as in evaluation "
+        "functions), for detach(), .data, .item() or numpy on the way, for a count such as accuracy "
+        "(argmax, comparisons), or for a module that merges or caches weights in eval mode. Give the "
+        "loss that was minimised, as training computes it."
     )
 
 
 def _own_parameters(objective: Objective, name: str, batch: object) -> list[str]:
-    """Say which parameters beside the model's a loss is computed with and has a gradient for."""
+    """Note the parameters outside the model that a loss depends on and has a gradient for."""
     with objective.mode():
         values, _ = objective.values(name, fresh(batch))
     of_model = {id(tensor) for tensor in every_name(objective.model).values()}
@@ -431,14 +463,14 @@ def _own_parameters(objective: Objective, name: str, batch: object) -> list[str]
     )
     return [
         f"loss {name!r} has parameters of its own, {named}, which no checkpoint of the model "
-        "holds: they stay as the task builds them. If they were trained too, this is another loss "
-        "than the one that was: put the model and the loss into one module, record that, and state "
-        "the loss as Loss(call=fn). If they never were, requires_grad_(False) on them says so"
+        "holds: they stay as the task builds them. If they were trained, this is not the loss that "
+        "was minimised: put the model and the loss into one module, record that, and write the loss "
+        "as Loss(call=fn). If they were not, call requires_grad_(False) on them"
     ]
 
 
 def _leaves(values: Tensor) -> list[Tensor]:
-    """Return the tensors at the leaves of the graph that values came from, in a fixed order."""
+    """Return the leaf tensors of the graph of some values, in a fixed order."""
     leaves: dict[int, Tensor] = {}
     seen, waiting = set(), [values.grad_fn]
     while waiting:
@@ -473,7 +505,7 @@ def _names_beside(loss: Loss) -> dict[int, str]:
 
 
 def _inside(value: object) -> list[Any]:
-    """Return the objects a callable or a container refers to."""
+    """Return the objects that a callable or a container refers to."""
     if isinstance(value, Mapping):
         return list(value.values())
     if isinstance(value, tuple | list):
@@ -485,7 +517,7 @@ def _inside(value: object) -> list[Any]:
     if isinstance(value, FunctionType):
         try:
             refers = inspect.getclosurevars(value)
-        except ValueError:  # of a name that is bound to nothing yet
+        except ValueError:  # a name is not bound yet
             return []
         return [*refers.nonlocals.values(), *refers.globals.values(), *(value.__defaults__ or ())]
     return (
@@ -500,19 +532,24 @@ def _casts(objective: Objective, name: str) -> list[str]:
     if dtype is None:
         return []
     return [
-        f"loss {name!r}, or the model in it, turns on autocast to {dtype} itself: it is not "
-        f"computed in {objective.precision}, and the residual of a segment cannot be refined below "
-        "what that rounds. Take autocast out of the task's loss (or pass enabled=False) for "
-        f"{objective.precision}; --precision bfloat16 has its own"
+        f"loss {name!r}, or the model in it, enables autocast to {dtype} itself: it is not computed "
+        f"in {objective.precision}, and its rounding limits how far the residual of a segment can be "
+        "refined. Remove autocast from the task's loss (or pass enabled=False) for "
+        f"{objective.precision}; --precision bfloat16 enables its own"
     ]
 
 
 def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[str]) -> list[str]:
-    """Return those of some tensors without gradient that a loss depends on all the same, through
-    detach() or no_grad().
+    """Return the tensors without gradient that a loss nevertheless depends on, through detach() or
+    no_grad().
 
-    The loss of a sample is computed with these tensors moved, at the point the objective holds,
-    which stays as it is.
+    Compute the loss of a sample with these tensors changed, and then restore the point in the
+    objective.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
+        tensors: names of the tensors to test.
     """
     own = {**dict(objective.model.named_parameters()), **dict(objective.model.named_buffers())}
     (sample,) = sample_of(objective, name)
@@ -529,7 +566,7 @@ def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[st
                 own[key].mul_(1.5).add_(0.5)
         try:
             return value() != before
-        except InputError:  # it is read, and cannot be what it was moved to
+        except InputError:  # the tensor matters: the loss rejects its changed value
             return True
         finally:
             with torch.no_grad():
@@ -548,19 +585,19 @@ def hidden_from_autograd(objective: Objective, name: str, tensors: Collection[st
 
 
 def _from_all_over(objective: Objective, name: str, count: int) -> None:
-    """Check batches and the mean on examples from all over the split too: the first ones may be of
-    one class, or all labelled.
+    """Check batches and the mean also on evenly spaced examples, because the first ones may all
+    belong to one class, or all be labelled.
     """
     split, loss = objective.splits[objective.losses[name].on], objective.losses[name]
     positions = split.spread(count)
-    # the sample was all of it
+    # the sample already was the whole split
     if positions is None or len(positions) < 2 or count == split.examples:
         return
     try:
-        # unlike each other
+        # examples that differ from each other
         sample, *parts = (split.at(part) for part in (positions, *positions.tensor_split(2)))
     except InputError:
-        # examples of several shapes, say, which stack in the order of the data alone
+        # for example, examples of different shapes that only stack in the order of the data
         return
     half = _weighing(objective, name, parts)
     if half is None:
@@ -574,9 +611,12 @@ def _from_all_over(objective: Objective, name: str, count: int) -> None:
 
 
 def _writes_nothing(objective: Objective, name: str) -> None:
-    """Refuse a loss that writes into its batch or the model.
+    """Check that a loss does not write into its batch or the model.
 
-    This must be the first evaluation of all, for a second write may change nothing.
+    Call this before any other evaluation, because a second write may not change anything.
+
+    Raises:
+        InputError: if it writes.
     """
     split = objective.losses[name].split
     batch = None if split is None else objective.splits[split].sample(0, _count(objective, split))
@@ -584,27 +624,27 @@ def _writes_nothing(objective: Objective, name: str) -> None:
 
     def values(copy: object) -> tuple[Tensor, None]:
         copies.append(copy)
-        return objective.values(name, copy)[0], None  # elements may all weigh nothing here
+        return objective.values(name, copy)[0], None  # unweighted: all weights may be 0 here
 
     with _model_unwritten(objective, name):
         objective.evaluate_on_batches(
             values, [copied(batch)], SquaredNorms(objective.tensors.differentiable)
-        )  # of a clone, no write is counted yet
+        )  # a clone has no counted writes yet
     (copy,) = copies
     if (place := _written(batch, copy, "batch")) is not None:
         raise InputError(
-            f"loss {name!r} writes into its batch ({place} is not what it was), which other losses "
-            f"and later passes are given as well. Work on a copy: {place}.clone() of a tensor, "
-            "dict(batch) where keys change, no inplace=True on the inputs."
+            f"loss {name!r} writes into its batch ({place} changed), which other losses and later "
+            f"passes use too. Work on a copy: {place}.clone() for a tensor, dict(batch) if keys "
+            "change, no inplace=True on the inputs."
         )
 
 
 def _written(
     batch: object, copy: object, place: str, known: frozenset[int] = frozenset()
 ) -> str | None:
-    """Return the first place at which a copy of a batch, new before an evaluation, was written to.
+    """Return the first place where an evaluation wrote into its copy of a batch.
 
-    Of objects only the tensors count: they may note something on themselves.
+    For objects, only tensors count: they may store notes in their attributes.
     """
     if isinstance(batch, Tensor):
         unwritten = isinstance(copy, Tensor) and copy._version == 0 and same_bytes(batch, copy)
@@ -627,12 +667,15 @@ def _written(
 
 @contextlib.contextmanager
 def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
-    """Refuse evaluations that write into a floating tensor of the model, whether or not its values
-    change this time.
+    """Check that evaluations do not write into a floating tensor of the model, even if its values
+    happen to stay equal.
 
-    Integers may count; an unallocated tensor may be replaced by another, as caches are. Sums of
-    bytes are compared of allocated tensors only: of others, such as the base of an adapter, which
-    may be large, torch's count of writes must do.
+    Integers may count, and unallocated tensors may be replaced, as caches are. Sums of bytes are
+    compared for allocated tensors only; for others, such as the base of an adapter, which may be
+    large, torch's count of writes must suffice.
+
+    Raises:
+        InputError: if they write.
     """
     before = [
         (key, tensor, tensor._version, _bit_sums(tensor) if tensor.requires_grad else None)
@@ -647,17 +690,16 @@ def _model_unwritten(objective: Objective, name: str) -> Iterator[None]:
         )
         if (replaced and sums is not None) or written:
             raise InputError(
-                f"a forward pass of loss {name!r} changes tensor {key!r} of the model, in eval "
-                "mode too, so that it is not the loss of the checkpoint. Usual culprits: "
-                "Embedding(max_norm=...), weights clamped in forward, statistics updated without a "
-                "look at self.training. Write in training mode only, or leave the tensor as it is "
-                "and use a copy."
+                f"a forward pass of loss {name!r} changes tensor {key!r} of the model even in eval "
+                "mode, so the loss is not that of the checkpoint. Usual culprits: "
+                "Embedding(max_norm=...), weights clamped in forward, statistics updated without "
+                "checking self.training. Write in training mode only, or use a copy of the tensor."
             )
 
 
 def _bit_sums(tensor: Tensor) -> Tensor:
-    """Return what the bits of each 1,024 numbers add up to as integers: a write changes it, and it
-    takes a hundredth of the tensor's memory.
+    """Sum the bits of each 1,024 numbers as integers: a write changes the sums, and they take a
+    hundredth of the tensor's memory.
     """
     flat = tensor.detach().contiguous().reshape(-1)
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -715,7 +757,7 @@ def _random_module(objective: Objective, name: str, batch: object) -> str | None
 
     def record(label: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: object, outputs: object) -> None:
-            # what a transform wraps is gone when it ends
+            # tensors wrapped by a transform are invalid after it
             if not torch._C._are_functorch_transforms_active():
                 seen[-1].append(
                     (label, [tensor.detach().clone() for tensor in tensors_of(outputs)])
@@ -750,16 +792,19 @@ def _batches(
     apart: float,
     cuts: Sequence[Positions],
 ) -> None:
-    """Refuse a loss that one batch and its parts do not agree on, by more than sums of many
-    elements round.
+    """Check that one batch and its parts agree on a loss, up to the rounding of sums of many
+    elements.
 
     Args:
-        objective: evaluates it.
-        name: of the loss.
+        objective: evaluates the loss.
+        name: name of the loss.
         whole: the loss over one batch.
-        parts: the same over the batch in two.
-        apart: how far the two are apart.
-        cuts: the positions of the examples of the batch, and of its parts.
+        parts: the loss over the batch cut in two.
+        apart: relative difference of the two.
+        cuts: positions of the examples of the batch, and of its parts.
+
+    Raises:
+        InputError: if they disagree.
     """
     if not apart <= PRECISIONS[
         objective.precision_of(name)
@@ -768,16 +813,16 @@ def _batches(
         raise InputError(
             f"loss {name!r} depends on how split {objective.losses[name].split!r} is cut into "
             f"batches: one batch or two give values {whole.loss:.6g} and {parts.loss:.6g}, "
-            f"and values or gradients differ by {apart:.1e} of their size. Usual culprits: batch statistics (use --norm-stats batch "
-            "--batch-size N), a loss that compares examples with each other, a mean taken inside "
-            "Loss(call=fn)."
-            + (f" It also turns on autocast to {cast} itself, which rounds." if cast else "")
+            f"and values or gradients differ by {apart:.1e} of their size. Usual culprits: batch "
+            "statistics (use --norm-stats batch --batch-size N), a loss that compares examples with "
+            "each other, a mean taken inside Loss(call=fn)."
+            + (f" It also enables autocast to {cast} itself, which rounds." if cast else "")
         )
 
 
 def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[Positions]) -> bool:
-    """Tell whether a batch and its parts agree one precision higher: then they differ by rounding
-    alone.
+    """Return whether a batch and its parts agree one precision higher; their difference is then
+    only rounding.
     """
     finer = PRECISIONS[objective.precision].reference
     if finer is None:
@@ -790,17 +835,21 @@ def _agree_one_precision_higher(objective: Objective, name: str, cuts: Sequence[
         )
         whole, joined = _over(reference, name, sample), _over(reference, name, *parts)
         scale = _scale(reference, name, whole, _weighing(reference, name, parts), sample)
-    except InputError:  # the task does not run in it
+    except InputError:  # the task does not run in that precision
         return False
     return scale.apart(whole, joined) <= finer.agree
 
 
 def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
-    """Return the weights of a loss's elements on the sample that identifies it, at the point the
-    objective holds.
+    """Return the weights of a loss's elements on the sample that identifies it, at the point in the
+    objective.
 
-    None for a term of the parameters, and where the weights come from the targets alone or all are
-    1.
+    Return None for a term of the parameters, or if the weights come only from the targets or all
+    are 1.
+
+    Args:
+        objective: the objective.
+        name: name of the loss.
     """
     (sample,) = sample_of(objective, name)
     return (
@@ -811,8 +860,11 @@ def weights_of_sample(objective: Objective, name: str) -> Tensor | None:
 
 
 def _runs_over_examples(objective: Objective, name: str, batch: object, examples: int) -> None:
-    """Refuse a grouped loss whose values do not run over the examples, where a batch holds
-    several groups.
+    """Check that the first axis of a grouped loss's values runs over the examples, if batches mix
+    groups.
+
+    Raises:
+        InputError: if it does not.
     """
     if not isinstance(objective.order(name), Order):
         return
@@ -829,8 +881,10 @@ def _runs_over_examples(objective: Objective, name: str, batch: object, examples
 def _elements_are_labelled(
     objective: Objective, name: str, sample: object, examples: range
 ) -> None:
-    """Refuse groups of elements that are not those of the loss: of another shape, or in another
-    order.
+    """Check that groups of elements match the loss's values in shape and order.
+
+    Raises:
+        InputError: if they do not.
     """
     order = objective.order(name)
     if not isinstance(order, ElementOrder):
@@ -842,13 +896,15 @@ def _elements_are_labelled(
     except InputError as error:
         where = f"loss {name!r} on split {objective.losses[name].on!r}"
         raise InputError(f"{where}: {error}") from error
-    if objective.norm_stats != "batch":  # where it is done for all groups
+    if objective.norm_stats != "batch":  # batch mode checks this for all groups
         _in_order(objective, name, sample, examples)
 
 
 def _in_order(objective: Objective, name: str, sample: object, examples: range) -> None:
-    """Refuse a loss whose values do not follow the order of the examples, where a batch holds
-    several groups.
+    """Check that a loss's values follow the order of the examples, if batches mix groups.
+
+    Raises:
+        InputError: if they do not.
     """
     split = objective.splits[objective.losses[name].on]
     if objective.order(name) is None:
@@ -870,8 +926,8 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
         <= PRECISIONS[objective.precision_of(name)].agree * one.abs().sum()
     ):
         raise InputError(
-            f"loss {name!r} on split {split.name!r} does not give its values in the order of the "
-            "examples, so that groups cannot be told apart in a batch that holds several. Usual "
+            f"loss {name!r} on split {split.name!r} does not return its values in the order of the "
+            "examples, so groups cannot be separated in a batch that holds several. Usual "
             "culprit: a collate_fn that reorders a batch. Let it keep the order "
             "(pack_padded_sequence does with enforce_sorted=False)."
         )
@@ -880,8 +936,10 @@ def _in_order(objective: Objective, name: str, sample: object, examples: range) 
 def _statistics_unused(
     objective: Objective, name: str, batch: object, before: float, scale: float
 ) -> None:
-    """Refuse a loss that changes with the running statistics in batch mode, which does not use
-    them.
+    """Check that a loss in batch mode does not depend on the running statistics.
+
+    Raises:
+        InputError: if it does.
     """
     statistics = [tensor for key, tensor in objective.model.named_buffers() if is_statistic(key)]
     before_move = [tensor.clone() for tensor in statistics]
@@ -892,7 +950,7 @@ def _statistics_unused(
         tensor.copy_(values)
     if not abs(after - before) <= PRECISIONS[objective.precision_of(name)].agree * scale:
         raise InputError(
-            f"loss {name!r} reads running statistics in spite of --norm-stats batch ({before:.6g} "
+            f"loss {name!r} reads running statistics despite --norm-stats batch ({before:.6g} "
             f"becomes {after:.6g} when they move). Usual culprits: batch_norm imported by name "
             "from torch.nn.functional, a scripted module, statistics that are not the model's "
             "buffers themselves. Call F.batch_norm with those or use the torch.nn layers."
@@ -912,5 +970,5 @@ def _own_mean(objective: Objective, name: str, batch: object, loss: float, scale
         raise InputError(
             f"the mean of loss {name!r} over its elements is {loss:.6g}, but its own "
             f"reduction='mean' gives {reduced:.6g}. Usual culprits: ignore_index or class weights. "
-            "Say how elements are weighted: Loss(call=fn) returning (values, weights)."
+            "State the weights of elements: Loss(call=fn) that returns (values, weights)."
         )

@@ -1,8 +1,8 @@
 """Read the user's data in one thread, the same for the whole life of the process.
 
-What data sets hold open (a connection of sqlite, a file of HDF5, a generator, what hangs on
-`threading.local`) belongs to the thread that opened it. So a task is built, and its data are read,
-in that one thread, whichever thread asks.
+Resources that data sets hold open (a connection of sqlite, an HDF5 file, a generator, anything in
+`threading.local`) belong to the thread that opened them. A task is therefore built, and its data
+read, in that one thread, whichever thread asks.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _STARTING = threading.Lock()
 
 
 class _Lane(threading.Thread):
-    """Do one job after the other; a daemon, so that a read that never ends does not keep the
-    process.
+    """Run jobs one after the other, in a daemon thread, so that a read that never returns does not
+    keep the process alive.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class _Lane(threading.Thread):
             return
         try:
             future.set_result(job())
-        except BaseException as error:  # whatever it is, it is raised where the result is wanted
+        except BaseException as error:  # any error is raised where the result is used
             future.set_exception(error)
 
 
@@ -50,8 +50,8 @@ _lane: _Lane | None = None
 
 
 def _current() -> _Lane:
-    """Return this process's thread, started where there is none yet: at first, after a fork, and
-    when one was left in a read.
+    """Return this process's thread, and start one if there is none: at first, after a fork, or
+    after one was abandoned in a read.
     """
     global _lane
     with _STARTING:
@@ -62,11 +62,11 @@ def _current() -> _Lane:
 
 
 class Reader:
-    """Run what builds a task and reads its data in the thread of this process that does so, in the
-    context it is made in.
+    """Run code that builds a task and reads its data in the reader thread of this process, in the
+    context where the reader was made.
 
-    While a module is being imported, work is done where it is asked for: another thread that
-    imports the same module would wait for it.
+    While a module is being imported, run the code directly: another thread that imports the same
+    module would wait for it.
     """
 
     def __init__(self) -> None:
@@ -74,17 +74,27 @@ class Reader:
         self._context = contextvars.copy_context()
 
     def call(self, function: Callable[..., Result], *arguments: object) -> Result:
-        """Return `function(*arguments)`, called in the thread; raises what it raises."""
+        """Return `function(*arguments)`, called in the thread; re-raise its exceptions.
+
+        Args:
+            function: the function.
+            arguments: its arguments.
+        """
         return self.result(self.submit(function, *arguments))
 
     def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
-        """Begin `function(*arguments)` in the thread, after what was begun before."""
+        """Start `function(*arguments)` in the thread, after what was started before.
+
+        Args:
+            function: the function.
+            arguments: its arguments.
+        """
         future: Future[Result] = Future()
         if self._lane is None or threading.current_thread() is self._lane:
             _Lane._do(future, lambda: function(*arguments))
             return future
         if self._lane.left or not self._lane.is_alive():
-            # a thread that was left is still inside its own
+            # an abandoned thread still uses its context
             self._lane, self._context = (
                 _current(),
                 self._context.copy(),
@@ -100,8 +110,12 @@ class Reader:
         return future
 
     def result(self, future: Future[Result]) -> Result:
-        """Wait for what was begun; interrupted meanwhile, the thread is left to itself and another
-        one reads from then on.
+        """Wait for what was started.
+
+        If interrupted meanwhile, abandon the thread; another one reads from then on.
+
+        Raises:
+            BaseException: whatever the function raised.
         """
         try:
             return future.result()
@@ -116,8 +130,8 @@ class Reader:
             self.call(items.close)
 
     def build(self, function: Callable[[], Result]) -> Result:
-        """Return `function()`, called in the thread; the caller's default device holds there, and
-        one that is set there holds here.
+        """Return `function()`, called in the thread; a default device set by the caller or by the
+        function applies in both threads.
         """
         device = torch.get_default_device()
 

@@ -1,5 +1,5 @@
-"""Numbers that stay on their device until they are wanted, and are then copied to the host together:
-each copy waits for everything the device was asked to do before.
+"""Keep numbers on their device until they are needed, then copy them to the host together: each
+copy waits for all work queued on the device.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ Array = np.ndarray[Any, Any]
 
 
 def _accept(numbers: Array) -> None:
-    """Refuse nothing."""
+    """Accept all numbers."""
 
 
 class Reading:
-    """Numbers that are on a device until they are first wanted.
+    """Hold numbers that stay on a device until they are first needed.
 
     Args:
-        values: float64, of any shape.
-        refuse: called with them once they are on the host; it raises an error for some.
+        values: numbers of any shape, float64.
+        refuse: called with the numbers on the host; raises an error for invalid ones.
     """
 
     def __init__(self, values: Tensor, refuse: Callable[[Array], None] = _accept) -> None:
@@ -37,36 +37,34 @@ class Reading:
 
     @classmethod
     def known(cls, numbers: Array) -> Reading:
-        """Return numbers that are on the host already."""
+        """Create an instance from numbers on the host."""
         reading = cls(torch.from_numpy(np.array(numbers, dtype="float64")))
         read([reading])
         return reading
 
     @property
     def numbers(self) -> Array:
-        """Return them, of the shape they had; waits for the device the first time, unless `read`
-        has done so.
-        """
+        """Return the numbers in their shape; wait for the device the first time, unless `read` did."""
         if self._values is not None:
             read([self])
         return self._numbers
 
     @property
     def waiting(self) -> Tensor | None:
-        """Return those that are not read yet, on their device; None once they are."""
+        """Return the numbers on their device, or None once they are read."""
         return self._values
 
     def take(self, numbers: Array) -> None:
-        """Take them in as they were copied, in a row."""
+        """Store the copied numbers, given as a flat array."""
         self._numbers, self._values = numbers.reshape(self.shape), None
 
     def check(self) -> None:
-        """Refuse what is to be refused of them."""
+        """Raise an error if the numbers are invalid."""
         self._refuse(self._numbers)
 
 
 def read(readings: Iterable[Reading]) -> None:
-    """Copy all that is not read yet to the host, at once for each device."""
+    """Copy all numbers that are not read yet to the host, in one copy per device."""
     waiting: dict[torch.device, dict[int, Reading]] = {}
     for reading in readings:
         if reading.waiting is not None:

@@ -1,5 +1,5 @@
-r"""Statistics of normalisation layers recomputed from the data at one point, and the loss in
-another mode.
+r"""Recompute statistics of normalisation layers from the data at one point, and the loss in another
+mode.
 
 With `recalibrated`, the statistics of a checkpoint are not the stored ones, which lag behind the
 weights, but those of the data at its weights: one forward pass with batch statistics over one
@@ -7,10 +7,10 @@ split, in a fixed partition, and for every layer and channel, over its $n$ value
 
 $m = \frac1n\sum_b n_b m_b, \qquad v = \frac1n\sum_b n_b\,(v_b + (m_b - m)^2)$
 
-from the means $m_b$ and biased variances $v_b$ of the batches: the variance within and between
-them, so that one batch of everything has its own. Instance normalisation takes the means over
-instances of their means and unbiased variances, which is what its running statistics tend to. Sums
-are float64.
+from the means $m_b$ and biased variances $v_b$ of the batches. This is the variance within and
+between batches, so that a single batch of all data has its own. Instance normalisation averages the
+means and unbiased variances of instances, to which its running statistics converge. Sums are
+float64.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ _MEAN, _VARIANCE = "running_mean", "running_var"
 
 
 class _Pool:
-    """The mean and the variance of one layer's channels so far; `between` says whether the spread
-    of the means counts.
+    """Accumulate the mean and the variance of one layer's channels.
+
+    `between` says whether the spread of the means counts.
     """
 
     def __init__(self) -> None:
@@ -60,8 +61,8 @@ class _Pool:
 
 
 def statistics_of(objective: Objective) -> dict[str, tuple[str, str]]:
-    """Return the layers with running statistics that are read from checkpoints: name → the names of
-    its mean and its variance.
+    """Return the layers whose running statistics are read from checkpoints: name → names of mean
+    and variance.
     """
     stored = {
         spec.name for spec in objective.table if spec.kind == "buffer" and is_statistic(spec.name)
@@ -75,18 +76,18 @@ def statistics_of(objective: Objective) -> dict[str, tuple[str, str]]:
 
 
 class Recalibration:
-    """The pass over the data that gives the normalisation layers of an objective their statistics
-    at a point.
+    """Run the pass over the data that gives an objective's normalisation layers their statistics at
+    a point.
 
-    The first loss of the task that is over a split says whose data that is and how the model is
-    called on it, whichever losses are evaluated: a validation loss sees statistics of the training
-    split, as a network in use does.
+    The first loss of the task that is over a split determines the data and how the model is called,
+    whichever losses are evaluated: a validation loss uses statistics of the training split, as a
+    deployed network does.
 
     Attributes:
-        loss: the name of that loss.
+        loss: name of that loss.
         batch_size: examples per batch of the partition, in the order of the data; `settle` fixes
             it.
-        kept: layers whose statistics stay as they are stored, because training did not move them.
+        kept: layers that keep their stored statistics, because training did not move them.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -96,20 +97,20 @@ class Recalibration:
 
     @property
     def split(self) -> Split:
-        """Return the data the statistics are computed from.
+        """Return the data that the statistics are computed from.
 
         Raises:
-            InputError: where the task has no such loss over a split.
+            InputError: if the task has no such loss over a split.
         """
         loss = self._objective.task.losses.get(self.loss)
         if loss is None or loss.split is None:
             what = (
-                f"the task has no loss {self.loss!r}, whose data they are of"
+                f"the task has no loss {self.loss!r}, whose data they come from"
                 if self.loss
                 else "no loss is over data"
             )
             raise InputError(
-                f"--norm-stats recalibrated: statistics cannot be recomputed, for {what}."
+                f"--norm-stats recalibrated: statistics cannot be recomputed, because {what}."
             )
         self._objective.loss_values.add_function(self.loss)
         if loss.split in self._objective.splits:
@@ -119,9 +120,7 @@ class Recalibration:
         return self._opened[loss.split]
 
     def recall(self, recorded: RecalibrationRecord | None) -> None:
-        """Take over the settings recorded when the run was created; None for a run that is being
-        created.
-        """
+        """Restore the settings that a run recorded; None for a new run."""
         over_data = (
             name for name, loss in self._objective.task.losses.items() if loss.split is not None
         )
@@ -130,11 +129,11 @@ class Recalibration:
         self.kept: list[str] = list(recorded["kept"]) if recorded else []
 
     def settle(self, batch_size: int | None, moved: Collection[str]) -> None:
-        """Fix the partition and the layers at the point the objective holds.
+        """Fix the partition and the layers at the point in the objective.
 
         Args:
-            batch_size: examples per batch; None for a choice from shapes.
-            moved: the layers whose stored statistics moved in training.
+            batch_size: examples per batch; None to choose it from shapes.
+            moved: layers whose stored statistics moved in training.
         """
         self.kept = [layer for layer in statistics_of(self._objective) if layer not in moved]
         if batch_size is None:
@@ -146,7 +145,7 @@ class Recalibration:
 
     @property
     def recorded(self) -> RecalibrationRecord:
-        """Return the settings a run records, for `recall`."""
+        """Return the settings that a run records, for `recall`."""
         split = self.split
         return {
             "loss": self.loss,
@@ -159,25 +158,25 @@ class Recalibration:
     def at(self, point: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the point with the statistics of the data at its weights.
 
-        A layer the pass does not reach keeps its stored statistics: see `unreached`.
+        A layer that the pass does not reach keeps its stored statistics: see `unreached`.
 
         Args:
             point: every tensor of the table, on the device; the objective holds it afterwards.
 
         Raises:
-            InputError: where a batch is too small to have statistics.
-            ResourceError: where a batch does not fit in memory.
+            InputError: if a batch is too small to have statistics.
+            ResourceError: if a batch does not fit in memory.
         """
         result = {**point}
         for layer, pool in self._pools(point).items():
             if pool.count:
                 mean, variance = statistics_of(self._objective)[layer]
-                # float64: what moves is a small part of them
+                # keep float64, because they move by a small part of their size
                 result[mean], result[variance] = pool.mean, pool.variance
         return result
 
     def unreached(self, point: Mapping[str, Tensor]) -> list[str]:
-        """Return the layers that should be recalibrated and that the pass does not call."""
+        """Return the layers that should be recalibrated but are not called in the pass."""
         return [layer for layer, pool in self._pools(point).items() if not pool.count]
 
     def _pools(self, point: Mapping[str, Tensor]) -> dict[str, _Pool]:
@@ -213,8 +212,11 @@ class Recalibration:
 
 @contextlib.contextmanager
 def pooling(pools: Mapping[int, _Pool]) -> Iterator[None]:
-    """Let layers use the statistics of each batch, and pool these by the layer's own running mean;
-    other layers use their own.
+    """Let layers use the statistics of each batch, and pool these in `pools` by the identity of the
+    layer's running mean; other layers use their own.
+
+    Raises:
+        InputError: if a batch is too small to have statistics.
     """
 
     def pooled(call: NormalisationCall) -> Tensor:
@@ -243,14 +245,14 @@ def pooling(pools: Mapping[int, _Pool]) -> Iterator[None]:
 def in_both_modes(
     objective: Objective, name: str, batch: object, layers: Collection[str]
 ) -> tuple[float, float]:
-    """Return a loss on one batch at the point the objective holds: with running statistics, and
-    with those of the batch.
+    """Return a loss on one batch at the point in the objective: with running statistics, and with
+    those of the batch.
 
     Args:
-        objective: evaluates it.
-        name: of the loss.
-        batch: of its split.
-        layers: those that take the batch's statistics; the others, which did not move in training,
+        objective: evaluates the loss.
+        name: name of the loss.
+        batch: a batch of its split.
+        layers: layers that use the batch's statistics; the others, which did not move in training,
             keep their stored ones.
     """
     buffers, known = dict(objective.model.named_buffers()), statistics_of(objective)

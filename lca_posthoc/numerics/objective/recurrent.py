@@ -1,12 +1,12 @@
-"""Recurrent layers whose kernels have no derivative of the kind that is asked for.
+"""Replace recurrent kernels that lack a required derivative.
 
-On a GPU, cuDNN refuses the backward pass of a forward pass in eval mode. In training mode with no
-dropout the same kernels compute the same function, and can go backward; on a CPU the functions stay
-as they are. Fused kernels have no derivative in the forward pass either: there, layers are computed
+On a GPU, cuDNN has no backward pass for a forward pass in eval mode. In training mode without
+dropout, the same kernels compute the same function and have one; on a CPU, the functions stay
+unchanged. Fused kernels have no forward-mode derivative either: there, layers are computed
 operation by operation.
 
-As in `normalisation` the functions are replaced, not the modules: `torch.nn.LSTM`, its relatives and
-their subclasses call them, and so do functional calls.
+As in `normalisation`, the functions are replaced, not the modules: `torch.nn.LSTM`, its relatives,
+their subclasses and functional calls all use them.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _without_dropout(native: Callable[..., object]) -> Callable[..., object]:
-    """Return a recurrent function that runs as in training, with no dropout, where it is called as
-    in eval mode.
-    """
+    """Return a recurrent function that runs eval-mode calls in training mode without dropout."""
 
     @functools.wraps(native)
     def recurrent(*args: object, **kwargs: object) -> object:
@@ -32,8 +30,8 @@ def _without_dropout(native: Callable[..., object]) -> Callable[..., object]:
             training = kwargs["train"]
             changed = args, {**kwargs, "dropout": 0.0, "train": True}
         else:
-            # (input, hx, params, has_biases, num_layers, dropout, train, …), of a packed sequence
-            # (data, batch_sizes, hx, …)
+            # (input, hx, params, has_biases, num_layers, dropout, train, …), or (data, batch_sizes,
+            # hx, …) for a packed sequence
             index = 5 if isinstance(args[3], bool) else 6
             training = args[index + 1]
             changed = (*args[:index], 0.0, True, *args[index + 2 :]), kwargs
@@ -47,7 +45,7 @@ def _without_fused_kernels(native: Callable[..., object]) -> Callable[..., objec
 
     @functools.wraps(native)
     def recurrent(*args: object, **kwargs: object) -> object:
-        # not `torch.backends.mkldnn.flags`, which sets how products are rounded as well
+        # `torch.backends.mkldnn.flags` would also set how products are rounded
         earlier = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
         torch._C._set_mkldnn_enabled(False)
         torch._C._set_cudnn_enabled(False)
@@ -62,7 +60,7 @@ def _without_fused_kernels(native: Callable[..., object]) -> Callable[..., objec
 
 @contextlib.contextmanager
 def _replaced(change: Callable[[Callable[..., object]], Callable[..., object]]) -> Iterator[None]:
-    """Put a changed function in the place of every recurrent function of torch."""
+    """Replace every recurrent function of torch inside the context."""
     functions: Any = torch._VF
     native = {name: getattr(functions, name) for name in _NAMES}
     of_torch = {name: getattr(torch, name) for name in _NAMES}
@@ -78,17 +76,19 @@ def _replaced(change: Callable[[Callable[..., object]], Callable[..., object]]) 
 
 
 def going_backward() -> contextlib.AbstractContextManager[None]:
-    """Let the recurrent functions of torch go backward in eval mode, around forward passes."""
+    """Give torch's recurrent functions a backward pass in eval mode; open the context around
+    forward passes.
+    """
     return _replaced(_without_dropout)
 
 
 def operation_by_operation() -> contextlib.AbstractContextManager[None]:
-    """Let derivatives be taken in forward passes through the recurrent functions of torch."""
+    """Give torch's recurrent functions forward-mode derivatives."""
     return _replaced(_without_fused_kernels)
 
 
 @contextlib.contextmanager
 def recurring(device: torch.device) -> Iterator[None]:
-    """Run recurrent layers on a GPU in a mode that goes backward; do nothing on a CPU."""
+    """Run recurrent layers on a GPU in a mode that has a backward pass; do nothing on a CPU."""
     with going_backward() if device.type == "cuda" else contextlib.nullcontext():
         yield

@@ -1,4 +1,4 @@
-"""Check what the user's functions return, and say how to mend it."""
+"""Check what the user's functions return, and suggest corrections."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from .device_errors import without_cudnn
 
 
 def inputs_and_targets(batch: object) -> tuple[Any, Any]:
-    """Return the inputs and targets of a batch, for losses that are plain functions."""
+    """Return the inputs and targets of a batch, for losses that are plain functions.
+
+    Raises:
+        InputError: if the batch is not such a pair.
+    """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
     kind = (
@@ -30,7 +34,7 @@ def inputs_and_targets(batch: object) -> tuple[Any, Any]:
 
 
 def shown(value: object) -> str:
-    """Return a few words on a value: of a tensor its type and shape, of a dict its keys.
+    """Describe a value in a few words: a tensor by type and shape, a dict by its keys.
 
     >>> shown(torch.zeros(2, 3)), shown({"logits": 0}), shown(0.5)
     ('a float32 tensor of shape [2, 3]', "a dict with 'logits'", 'a float')
@@ -49,13 +53,20 @@ def shown(value: object) -> str:
 
 
 def entries_of(stated: str, returned: object, entry: str | None) -> tuple[str, ...]:
-    """Return the names of the entries of a dict of losses, and refuse a dict without `entry`, where
-    that is not None.
+    """Return the names of the entries of a dict of losses.
+
+    Args:
+        stated: name of the loss in the task.
+        returned: what the loss returned.
+        entry: entry that must exist; None for any.
+
+    Raises:
+        InputError: if it is not a valid dict, or lacks the entry.
     """
     if not isinstance(returned, Mapping):
         raise InputError(
             f"there is no loss {f'{stated}/{entry}'!r}: loss {stated!r} returned "
-            f"{shown(returned)}, and no dict with an entry {entry!r}."
+            f"{shown(returned)}, not a dict with an entry {entry!r}."
         )
     wrong = [key for key in returned if not isinstance(key, str) or not key]
     if wrong or not returned:
@@ -73,11 +84,14 @@ def entries_of(stated: str, returned: object, entry: str | None) -> tuple[str, .
 
 
 def checked_values(where: str, values: object) -> Tensor:
-    """Return the values of a loss; refuse what is not one floating-point number per element.
+    """Check that a loss returned one floating-point number per element.
 
     Args:
-        where: names the loss and its split.
+        where: name of the loss and its split, for messages.
         values: what the loss's function returned, without weights.
+
+    Raises:
+        InputError: if it did not.
     """
     if not isinstance(values, Tensor) or not values.is_floating_point():
         raise InputError(
@@ -94,7 +108,16 @@ def checked_values(where: str, values: object) -> Tensor:
 
 
 def checked_weights(where: str, values: Tensor, weights: object) -> Tensor:
-    """Return the weights a loss gave its values; refuse others than one constant per element."""
+    """Check that a loss returned one constant weight per element.
+
+    Args:
+        where: name of the loss and its split, for messages.
+        values: values of the loss.
+        weights: what the loss returned as weights.
+
+    Raises:
+        InputError: if it did not.
+    """
     if not isinstance(weights, Tensor) or weights.shape != values.shape:
         shape = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
         raise InputError(
@@ -103,15 +126,24 @@ def checked_weights(where: str, values: Tensor, weights: object) -> Tensor:
         )
     if weights.requires_grad:
         raise InputError(
-            f"{where} returned weights that depend on the model, through which no gradient is "
-            "taken. Compute them from the batch alone, or return values that are multiplied by "
-            "them."
+            f"{where} returned weights that depend on the model, but no gradient is computed "
+            "through weights. Compute them from the batch only, or multiply the values by them."
         )
     return weights
 
 
 def refuse_broadcast(name: str, values: Tensor, outputs: object, targets: object) -> None:
-    """Refuse values of a loss whose outputs and targets were broadcast against each other."""
+    """Check that a loss's outputs and targets were not broadcast against each other.
+
+    Args:
+        name: name of the loss.
+        values: values of the loss.
+        outputs: outputs of the model.
+        targets: targets of the batch.
+
+    Raises:
+        InputError: if they were.
+    """
     if not isinstance(outputs, Tensor) or not isinstance(targets, Tensor):
         return
     if values.numel() > max(outputs.numel(), targets.numel()):
@@ -123,7 +155,16 @@ def refuse_broadcast(name: str, values: Tensor, outputs: object, targets: object
 
 
 def value_of_term(name: str, loss: Loss, model: nn.Module) -> Tensor:
-    """Return the value of a loss that is a term of the parameters, (1,)."""
+    """Return the value of a loss that is a term of the parameters, (1,).
+
+    Args:
+        name: name of the loss.
+        loss: the loss.
+        model: the model.
+
+    Raises:
+        InputError: if the term is not a tensor of one floating-point number.
+    """
     if loss.l2 is not None:
         squares = [parameter.double().square().sum() for parameter in model.parameters()]
         return 0.5 * loss.l2 * torch.stack(squares).sum().reshape(1)
@@ -142,13 +183,14 @@ def value_of_term(name: str, loss: Loss, model: nn.Module) -> Tensor:
 
 
 def way_out(loss: Loss, error: Exception, called: Mapping[str, object]) -> str:
-    """Return how to mend an error of the model or of a loss's function, where its call tells.
+    """Suggest how to fix an error of the model or of a loss's function, if the call shows it; else
+    "".
 
     Args:
-        loss: whose function was called.
-        error: what was raised.
-        called: what was handed over so far: the inputs to the model, then outputs and targets to
-            the function.
+        loss: the loss whose function was called.
+        error: the error.
+        called: what was passed so far: the inputs to the model, then outputs and targets to the
+            function.
     """
     advice = without_cudnn(error)
     if advice:
@@ -159,31 +201,31 @@ def way_out(loss: Loss, error: Exception, called: Mapping[str, object]) -> str:
         return (
             f". It was called as {name}(outputs, targets), where outputs, what the model returned, "
             f"is {shown(called['outputs'])}, and targets, the second part of a batch, is "
-            f"{shown(called['targets'])}. A function that takes them in another order or form is "
-            f"stated as Loss(lambda outputs, targets: {name}(targets, outputs)), one that takes "
-            "other arguments as Loss(call=fn), called as fn(model, batch)."
+            f"{shown(called['targets'])}. If the function takes them in another order or form, write "
+            f"Loss(lambda outputs, targets: {name}(targets, outputs)); if it takes other arguments, "
+            "write Loss(call=fn), called as fn(model, batch)."
         )
     if "inputs" in called:
         return (
             ". The model was called as model(inputs), where inputs, the first part of a batch, is "
-            f"{shown(called['inputs'])}. A model that takes other arguments is called in "
+            f"{shown(called['inputs'])}. If the model takes other arguments, call it in "
             "Loss(call=fn), fn(model, batch)."
         )
     if loss.fn is not None and isinstance(error, TypeError):
         return (
-            ". A loss or a model that takes other arguments is stated as Loss(call=fn), called as "
+            ". If the loss or the model takes other arguments, write Loss(call=fn), called as "
             "fn(model, batch)."
         )
     if loss.call is not None and isinstance(error, TypeError | AttributeError):
         return (
-            ". Loss(call=fn) is called as fn(model, batch); a function of outputs and targets is "
-            "stated as Loss(fn)."
+            ". Loss(call=fn) is called as fn(model, batch); for a function of outputs and targets, "
+            "write Loss(fn)."
         )
     return ""
 
 
 def _as_a_tensor(values: object) -> str:
-    """Return how to mend a loss that gives a plain number or a list of them."""
+    """Suggest how to fix a loss that returns a plain number."""
     if isinstance(values, Number) and not isinstance(values, bool):
         return (
             " A number has lost its gradient: return the tensor itself, without .item() or "

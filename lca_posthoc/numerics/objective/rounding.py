@@ -1,5 +1,5 @@
-"""Measure what a precision rounds: gradients along the motion at the start of a segment, on a sample
-of the examples, compared with those one precision higher.
+"""Measure the rounding error of a precision: compare gradients along the motion at the start of a
+segment, on a sample of the examples, with those one precision higher.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ def rounding_errors(
     """Return Σ|A − A*| and Σ|A*| of losses, where A is the motion times the gradient at its start,
     on a sample of the examples, and A* the same one precision higher.
 
-    Beside `start`, a point in the precision of the run and one in the higher are in memory.
+    Besides `start`, memory holds one point in the precision of the run and one in the higher
+    precision.
 
     Args:
         objective: evaluates losses; its reference is one precision higher.
-        losses: names.
-        start: of the motion; best one whose tensors are read where they are needed.
-        end: of the motion; its tensors may be replaced by others that hold the same.
-        axes: of the units where A is summed over units, by tensor; None: every parameter's.
-        every: take all examples instead of a sample.
+        losses: names of the losses.
+        start: start of the motion; preferably one that reads tensors on demand.
+        end: end of the motion; its tensors may be replaced by others with the same values.
+        axes: by tensor, the axis of its units, to sum A over units; None to use every parameter.
+        every: use all examples instead of a sample.
     """
 
     def evaluated(side: Objective, name: str, motion: Motion) -> Evaluation:
@@ -56,7 +57,7 @@ def rounding_errors(
     objective.place(start)
     motion = Motion(objective.point, end)
     ours = {name: evaluated(objective, name, motion) for name in losses}
-    # a point in twice the precision is in memory as well
+    # memory also holds a point in twice the precision
     with objective.holding(end), freed_at_once(objective.parameter_bytes):
         give_back(objective.parameter_bytes)
         finer = objective.reference
@@ -69,24 +70,24 @@ def rounding_errors(
 
 
 def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
-    """Yield the sample as batches, which weigh something; [None] for a term of the parameters."""
+    """Yield the sample as batches with weight; None for a term of the parameters."""
     on = objective.losses[name].split
     if on is None:
         yield None
         return
     split, size = objective.splits[on], objective.batch_sizes[on]
-    if every or objective.norm_stats == "batch":  # there, a batch is part of the loss
+    if every or objective.norm_stats == "batch":  # in batch mode, a batch is part of the loss
         batches = (batch for _, batch in split.batches(size))
         yield from batches if every else itertools.islice(batches, 1)
         return
     count = sampled_examples(split.examples)
     positions = split.spread(count)
     whole = torch.arange(count, device="cpu") if positions is None else positions
-    most = max(1, size // 2)  # in the higher precision, a batch takes twice the memory
+    most = max(1, size // 2)  # a batch takes twice the memory in the higher precision
     parts = torch.split(whole, most)
     try:
         sample = [split.at(part) for part in parts]
-    except InputError:  # examples of several shapes stack in the order of the data alone
+    except InputError:  # examples of different shapes only stack in the order of the data
         sample = []
     if any(objective.loss_values.weighs(name, batch) for batch in sample):
         yield from sample

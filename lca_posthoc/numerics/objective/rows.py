@@ -1,5 +1,5 @@
-"""Tensors whose numbers lie in a row: a large one alone, small ones together, so that one operation
-computes what is kept of every parameter of all of them.
+"""Arrange tensors in rows: a large one alone, small ones concatenated, so that one operation
+processes all their parameters.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from torch import Tensor
 
 from .in_a_row import segment_sums
 
-_SMALL = 2**13  # numbers of a tensor that is taken together with others
-_TOGETHER = 2**17  # numbers of a row of small ones, which stay in the cache
+_SMALL = 2**13  # largest number of elements of a tensor that is concatenated with others
+_TOGETHER = 2**17  # elements of a row of small tensors, which fit in the cache
 
 Shapes = Mapping[str, torch.Size]
 
 
 def is_small(shape: torch.Size) -> bool:
-    """Tell whether a tensor is taken together with others."""
+    """Return whether a tensor is concatenated with others."""
     return shape.numel() <= _SMALL
 
 
 def together(shapes: Shapes, kinds: Mapping[str, object]) -> list[dict[str, torch.Size]]:
-    """Return the shapes of small tensors, of those that are taken together.
+    """Group the small tensors that are concatenated.
 
     Args:
-        shapes: of all tensors.
-        kinds: of each, one of which those that are together have.
+        shapes: name → shape of each tensor.
+        kinds: name → kind; tensors in a group have the same kind.
+
+    Returns:
+        The shapes of each group, by name.
     """
     groups: list[dict[str, torch.Size]] = []
     last: dict[object, dict[str, torch.Size]] = {}
@@ -45,17 +48,17 @@ def together(shapes: Shapes, kinds: Mapping[str, object]) -> list[dict[str, torc
 
 
 class Row:
-    """One tensor of any size, or several small ones, the numbers of one after those of another.
+    """Arrange one tensor of any size, or several small ones, as a sequence of numbers.
 
     Args:
-        shapes: of the tensors.
-        device: where they are.
+        shapes: name → shape of each tensor.
+        device: device of the tensors.
 
     Attributes:
-        names: of the tensors.
-        shapes: of each.
-        places: of the numbers of each.
-        numbers: how many there are.
+        names: names of the tensors.
+        shapes: their shapes by name.
+        places: range of each tensor's numbers.
+        numbers: length of the row.
     """
 
     def __init__(self, shapes: Shapes, device: torch.device) -> None:
@@ -73,7 +76,12 @@ class Row:
         return SegmentSums(self._ends, self._device)
 
     def of(self, tensors: Mapping[str, Tensor], rows: int = 1) -> Tensor:
-        """Return the numbers of tensors, (rows, numbers), of which each has so many rows."""
+        """Return the numbers of tensors, (rows, numbers).
+
+        Args:
+            tensors: tensors by name.
+            rows: number of leading rows in each tensor.
+        """
         if isinstance(tensors, InRows):
             known = tensors.row(self.names)
             if known is not None:
@@ -82,7 +90,7 @@ class Row:
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def of_some(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Return the numbers of tensors, (1, numbers), of which some are there; 0 of the others."""
+        """Return the numbers of tensors, (1, numbers), with 0 for missing tensors."""
         like = next(tensors[name] for name in self.names if name in tensors)
         return self.of(
             {
@@ -92,22 +100,27 @@ class Row:
         )
 
     def sums(self, values: Tensor) -> Tensor:
-        """Return the sums over each tensor, (rows, tensors); of one alone, over the part of its
-        numbers that is given.
+        """Return the sums over each tensor, (rows, tensors); for a single tensor, over the given
+        part of its numbers.
         """
         return values.sum(1, keepdim=True) if len(self.names) == 1 else self._sums.of(values)
 
     def tensor(self, name: str, numbers: Tensor) -> Tensor:
-        """Return a tensor, (..., *its shape), from numbers in a row, (..., numbers)."""
+        """Return a tensor, (..., *its shape), from the numbers of a row.
+
+        Args:
+            name: name of the tensor.
+            numbers: numbers of the row, (..., numbers).
+        """
         return numbers[..., self.places[name]].reshape((*numbers.shape[:-1], *self.shapes[name]))
 
 
 class SegmentSums:
-    """Sums over consecutive numbers of each row.
+    """Sum consecutive numbers of each row.
 
     Args:
-        ends: where each sum begins, and how many numbers a row has.
-        device: where they are.
+        ends: start of each sum, and the length of a row.
+        device: device of the numbers.
     """
 
     def __init__(self, ends: list[int], device: torch.device) -> None:
@@ -116,7 +129,7 @@ class SegmentSums:
         self._offsets: dict[int, Tensor] = {}
 
     def of(self, values: Tensor) -> Tensor:
-        """Return them, (rows, sums) float64 of (rows, numbers)."""
+        """Return the sums, (rows, sums) float64 from (rows, numbers)."""
         rows = len(values)
         if rows not in self._offsets:
             starts = self._numbers * torch.arange(rows, device=self._ends.device)[:, None]
@@ -127,14 +140,14 @@ class SegmentSums:
 
 
 class Rows:
-    """A choice of tensors whose numbers lie in a row together.
+    """Decide which tensors share a row.
 
     Args:
-        shapes: of all tensors.
-        device: where they are.
+        shapes: name → shape of each tensor.
+        device: device of the tensors.
 
     Attributes:
-        every: of the rows.
+        every: all rows.
         of: the row of each tensor.
     """
 
@@ -152,11 +165,11 @@ class Rows:
 
 
 class InRows(Mapping[str, Tensor]):
-    """Numbers of some tensors, of each by its name, as they lie in rows.
+    """Hold numbers of some tensors, accessible by name, arranged in rows.
 
     Args:
-        rows: says which lie together.
-        numbers: of each row, by the name of its first tensor, (..., numbers).
+        rows: the rows.
+        numbers: numbers of each row, (..., numbers), by the name of its first tensor.
     """
 
     def __init__(self, rows: Rows, numbers: Mapping[str, Tensor]) -> None:
@@ -176,17 +189,17 @@ class InRows(Mapping[str, Tensor]):
         return len(self.rows.of)
 
     def row(self, names: tuple[str, ...]) -> Tensor | None:
-        """Return the numbers of some tensors where they are a row; None where they are not."""
+        """Return the numbers of some tensors if they form a row, else None."""
         row = self.rows.of.get(names[0])
         return None if row is None or row.names != names else self.numbers[names[0]]
 
     def added_to(self, sums: Mapping[str, Tensor]) -> InRows:
-        """Return these numbers added to sums of each row, which are changed."""
+        """Add these numbers to sums of each row in place, and return the result."""
         return InRows(self.rows, {name: sums[name].add_(of) for name, of in self.numbers.items()})
 
 
 def rows_of(tensors: Mapping[str, Tensor]) -> Rows:
-    """Return how tensors lie in rows, the same each time."""
+    """Return the rows of tensors; equal shapes return the same object."""
     shapes = tuple((name, tensor.shape) for name, tensor in tensors.items())
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     return rows_of_shapes(shapes, device)
@@ -194,5 +207,10 @@ def rows_of(tensors: Mapping[str, Tensor]) -> Rows:
 
 @functools.lru_cache(maxsize=16)
 def rows_of_shapes(shapes: tuple[tuple[str, torch.Size], ...], device: torch.device) -> Rows:
-    """Return how tensors of some shapes lie in rows, the same each time."""
+    """Return the rows of tensors of some shapes; equal arguments return the same object.
+
+    Args:
+        shapes: name and shape of each tensor.
+        device: device of the tensors.
+    """
     return Rows(dict(shapes), device)

@@ -1,4 +1,4 @@
-"""The settings an objective is built under."""
+"""Define the settings of an objective."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .precision import dtype_of
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
-    """The device, the precision and the batches an objective computes with.
+    """Hold the device, the precision and the batches of an objective.
 
     Attributes:
-        device: where the model and the data live.
-        precision: "float32", "float64", and on devices that have them "tf32" and "bfloat16"
-            (autocast), whose tensors and sums are those of float32.
+        device: device of the model and the data.
+        precision: "float32", "float64", and on devices that support them "tf32" and "bfloat16"
+            (autocast), whose tensors and sums are float32.
         norm_stats: "running", "recalibrated" or "batch".
-        batch_size: None for a deterministic choice from shapes, one for each split.
-        subset: split → the choice of its examples, see `batches.positions_of_subset`; `""` stands
-            for every split.
-        stored: normalised names of the tensors in the checkpoints; frozen parameters whose names
-            are not among them stay as the task's model builds them. None where the checkpoints hold
-            every tensor.
+        batch_size: examples per batch; None for a deterministic choice from shapes for each split.
+        subset: split → choice of its examples, see `batches.positions_of_subset`; `""` stands for
+            every split.
+        stored: normalised names of the tensors in the checkpoints; frozen parameters with other
+            names keep the values the task's model builds. None if the checkpoints hold every
+            tensor.
 
     Raises:
-        InputError: for batch statistics without a batch size.
+        InputError: if batch statistics have no batch size.
     """
 
     device: torch.device

@@ -1,4 +1,4 @@
-"""Texts that `Task.show` gives the examples of a split, for reports and figures."""
+"""Collect the texts that `Task.show` returns for the examples of a split, for reports and figures."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .containers import change_tensors
 from .sources import user_code
 
 _MOST_CHARACTERS = 80
-_RECORDED = 256_000  # characters of all examples together, which the record of a run holds
-_LEAST_CHARACTERS = 4  # shorter texts say nothing
+_RECORDED = 256_000  # characters of all examples together in the record of a run
+_LEAST_CHARACTERS = 4  # shorter texts are useless
 
 
 def texts_of(split: Split, batch_size: int, show: Callable[..., Any]) -> list[str] | None:
-    """Return a text for every example, cut so that all of them fit into the record of a run; None
-    where there are too many examples for any.
+    """Return a text for every example, cut so that all fit into the record of a run; None if there
+    are too many examples.
 
     Args:
         split: the examples.
-        batch_size: how many at a time.
-        show: returns one text for every example of a batch on the CPU; called as `show(*batch)`
-            where the batch is a tuple or list.
+        batch_size: examples per batch.
+        show: returns one text for every example of a batch on the CPU; called as `show(*batch)` if
+            the batch is a tuple or list.
 
     Raises:
-        InputError: where it returns something else.
+        InputError: if it returns something else.
     """
     length = min(_MOST_CHARACTERS, _RECORDED // split.examples)
     if length < _LEAST_CHARACTERS:

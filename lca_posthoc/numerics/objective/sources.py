@@ -1,6 +1,4 @@
-"""Readers of the examples of a split, by the kind of the user's data: at any position, or in order
-only.
-"""
+"""Read the examples of a split, by index or as a stream, depending on the user's data."""
 
 from __future__ import annotations
 
@@ -41,11 +39,16 @@ Collate = Callable[[list[Any]], Any]
 
 
 def move(batch: object, device: torch.device, dtype: torch.dtype) -> object:
-    """Return a batch on the device; floating tensors in the dtype of the computation, all others as
-    they are.
+    """Move a batch to the device, with floating tensors in the dtype of the computation and all
+    others unchanged.
+
+    Args:
+        batch: the batch.
+        device: target device.
+        dtype: type of floating tensors.
 
     Raises:
-        InputError: where a tensor, or an object that holds tensors, cannot be moved or converted.
+        InputError: if a tensor, or an object that holds tensors, cannot be moved or converted.
     """
 
     def moved(tensor: Tensor) -> Tensor:
@@ -56,7 +59,13 @@ def move(batch: object, device: torch.device, dtype: torch.dtype) -> object:
 
 
 def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> Arriving[object]:
-    """Begin to move a batch to a GPU as `move` does; neither side waits for the copies."""
+    """Start to move a batch to a GPU as `move` does, without waiting for the copies.
+
+    Args:
+        batch: the batch.
+        device: target device.
+        dtype: type of floating tensors.
+    """
 
     def load(copy: Copy) -> object:
         def moved(tensor: Tensor) -> Tensor:
@@ -72,18 +81,22 @@ def move_ahead(batch: object, device: torch.device, dtype: torch.dtype) -> Arriv
 
 
 def converted(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor without gradient and where it is; in `dtype` where it is floating; itself
-    where nothing changes.
+    """Return a tensor without gradient, on its device, and in `dtype` if it is floating; the same
+    tensor if nothing changes.
+
+    Args:
+        tensor: the tensor.
+        dtype: type of floating tensors.
     """
     if tensor.requires_grad:
         tensor = tensor.detach()
-    if tensor.is_inference():  # autograd saves none of these
+    if tensor.is_inference():  # autograd cannot save inference tensors
         tensor = tensor.clone()
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _to(device: torch.device) -> Callable[[Any], Any] | None:
-    """Return a function that moves an object by its own method `to`, such as a graph's; None where
+    """Return a function that moves an object by its own method `to`, such as a graph's; None if
     batches lie on the CPU anyway.
     """
     if device.type == "cpu":
@@ -95,7 +108,7 @@ def _to(device: torch.device) -> Callable[[Any], Any] | None:
             return thing
         try:
             copy = to(device)
-        except Exception:  # another kind of `to`, of units, say
+        except Exception:  # this `to` does something else, such as converting units
             return thing
         return copy if type(copy) is type(thing) else thing
 
@@ -119,23 +132,30 @@ def _moving(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def room_on(device: torch.device) -> float:
-    """Return the bytes a split may occupy, a share of the free memory; it decides speed, never a
-    result.
+    """Return the bytes a split may occupy, a share of the free memory; this affects speed but never
+    a result.
     """
     return _RESIDENT_SHARE * (free_on(device) if device.type == "cuda" else free_memory())
 
 
 def free_on(device: torch.device) -> float:
-    """Return the bytes that are free on a GPU, with those that torch keeps there and does not
-    use.
-    """
+    """Return the free bytes on a GPU, including those that torch caches but does not use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return float(torch.cuda.mem_get_info(device)[0] + unused)
 
 
 @contextlib.contextmanager
 def user_code(doing: str, advice: str = "") -> Iterator[None]:
-    """Raise errors of the user's data as ours, after the words `doing` and before `advice`."""
+    """Convert errors in the user's data code to `InputError`.
+
+    Args:
+        doing: start of the message.
+        advice: end of the message.
+
+    Raises:
+        InputError: if the body raises an error other than out of memory.
+        Exception: if memory runs out.
+    """
     try:
         yield
     except InputError:
@@ -148,9 +168,7 @@ def user_code(doing: str, advice: str = "") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Indexed:
-    """Examples that can be read at any position, each with its draws, which follow each other in a
-    batch.
-    """
+    """Read examples at any position, each with its draws, which follow each other in a batch."""
 
     name: str
     total: int
@@ -158,8 +176,11 @@ class Indexed:
     draws: int | None = None
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
-        """Yield one batch for each choice of positions, which count within the subset where there
-        is one.
+        """Yield one batch for each set of positions.
+
+        Args:
+            cuts: the sets of positions; they count within the subset, if there is one.
+            subset: positions of the subset, or None.
         """
         for cut in cuts:
             positions = cut if subset is None else rows(subset, cut)
@@ -176,7 +197,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples that can only be read in order, anew at every pass."""
+    """Read examples that are only available in order, anew in every pass."""
 
     name: str
     total: int
@@ -185,8 +206,14 @@ class Stream:
     passes: dict[tuple[int, int], list[bytes]] = field(default_factory=dict)
 
     def batches(self, cuts: Iterable[Positions], subset: Tensor | None) -> Iterator[Any]:
-        """Yield one batch for each range of positions, ascending; a subset is read in the order of
-        the data.
+        """Yield one batch for each ascending range of positions.
+
+        Args:
+            cuts: the ranges.
+            subset: positions of a subset, read in the order of the data, or None.
+
+        Raises:
+            InputError: if the data cannot be read, or changed since the first pass.
         """
         with user_code(f"split {self.name!r} cannot be read"):
             items = iter(self.data)
@@ -201,7 +228,7 @@ class Stream:
             with user_code(f"split {self.name!r} cannot be read"):
                 examples = list(itertools.islice(items, cut.start - position, cut.stop - position))
                 if len(examples) < len(cut):
-                    raise self._changed("fewer examples")
+                    raise InputError(self._changed("fewer examples"))
                 batch, position = self.collate(examples), cut.stop
             passes = self.passes.setdefault(first, [])
             if len(passes) < 2:
@@ -209,26 +236,30 @@ class Stream:
             yield batch
         with user_code(f"split {self.name!r} cannot be read"):
             if next(items, END) is not END:
-                raise self._changed("more examples")
+                raise InputError(self._changed("more examples"))
         if len(passes) < 2:
             passes.append(digest.digest())
         if passes[0] != passes[-1]:
-            raise self._changed("other examples")
+            raise InputError(self._changed("other examples"))
 
-    def _changed(self, what: str) -> InputError:
+    def _changed(self, what: str) -> str:
         return _unsteady(self.name, f"{what} than the {self.total} of its first pass")
 
 
-def _unsteady(name: str, what: str) -> InputError:
-    return InputError(
-        f"split {name!r} gives {what} when it is read again. Seed the generator in __iter__, so "
-        "that every pass gives the same examples in the same order, and leave random augmentation "
-        "out."
+def _unsteady(name: str, what: str) -> str:
+    return (
+        f"split {name!r} yields {what} when it is read again. Seed the generator in __iter__, so "
+        "that every pass yields the same examples in the same order, and leave out random "
+        "augmentation."
     )
 
 
 def _columns(name: str, data: object) -> Indexed:
-    """Return examples whose parts are tensors, one for each part."""
+    """Read examples whose parts are tensors, one for each part.
+
+    Raises:
+        InputError: if the tensors have different lengths.
+    """
     lengths = sorted({len(part) for part in _inside(data)})
     if len(lengths) != 1:
         raise InputError(
@@ -244,8 +275,8 @@ def _columns(name: str, data: object) -> Indexed:
 
 
 def _items(name: str, data: Any, collate: Collate = default_collate) -> Indexed:
-    """Return a map-style data set, read as a DataLoader reads it: at once where it has
-    `__getitems__`, else one by one.
+    """Read a map-style data set as a DataLoader does: with `__getitems__` if it exists, else one by
+    one.
     """
 
     def read(positions: Positions) -> object:
@@ -257,7 +288,7 @@ def _items(name: str, data: Any, collate: Collate = default_collate) -> Indexed:
 
 
 def _drawn(name: str, data: Draws) -> Indexed:
-    """Return examples of which a batch holds every draw."""
+    """Read examples so that a batch holds all draws of each."""
     collate = default_collate
     if isinstance(data.data, DataLoader):
         _check_loader(name, data.data)
@@ -271,9 +302,7 @@ def _drawn(name: str, data: Draws) -> Indexed:
 
 
 def _table(name: str, data: Any) -> Indexed:
-    """Return a Hugging Face data set, read as columns, in its own format where that gives
-    arrays.
-    """
+    """Read a Hugging Face data set as columns, in its own format if that returns arrays."""
     table = (
         data if data.format["type"] in ("torch", "numpy", "custom") else data.with_format("torch")
     )
@@ -300,19 +329,23 @@ def _table(name: str, data: Any) -> Indexed:
 
 
 def _streamed_table(name: str, data: Any) -> Indexed | Stream:
-    """Return a Hugging Face data set that can only be read in order."""
+    """Read a Hugging Face data set that is only available in order."""
     return _iterated(name, data.with_format("torch"))
 
 
 def _loaded(name: str, loader: DataLoader[Any]) -> Indexed | Stream:
-    """Return the examples of a DataLoader, whose order, batch size and workers are ours."""
+    """Read the examples of a DataLoader, ignoring its order, batch size and workers."""
     _check_loader(name, loader)
     by_position = not isinstance(loader.dataset, IterableDataset)
     return (_items if by_position else _iterated)(name, loader.dataset, loader.collate_fn)
 
 
 def _check_loader(name: str, loader: DataLoader[Any]) -> None:
-    """Refuse a loader that gives something else than every example once."""
+    """Check that a loader returns every example once.
+
+    Raises:
+        InputError: if it does not.
+    """
     batching = loader.batch_sampler
     if batching is None:
         raise InputError(
@@ -327,16 +360,19 @@ def _check_loader(name: str, loader: DataLoader[Any]) -> None:
     )
     if not every or len(sampler) != len(loader.dataset):  # type: ignore[arg-type]
         raise InputError(
-            f"split {name!r} is a DataLoader whose {type(sampler).__name__} selects or weighs "
+            f"split {name!r} is a DataLoader whose {type(sampler).__name__} selects or weights "
             "examples; a loss is a mean over every example once. Give DataLoader(dataset, "
-            "collate_fn=...) without a sampler; where some examples are meant, over "
+            "collate_fn=...) without a sampler; to use only some examples, give it "
             "torch.utils.data.Subset(dataset, indices)."
         )
 
 
 def _iterated(name: str, data: Any, collate: Collate = default_collate) -> Indexed | Stream:
-    """Read iterable data through once; return its items from host memory where they fit, else read
-    them anew at every pass.
+    """Read iterable data once; then return its items from host memory if they fit, else read them
+    anew in every pass.
+
+    Raises:
+        InputError: if the data cannot be read, or differs when it is read again.
     """
     head, items, room, total = list[Any](), list[Any](), room_on(_CPU), 0
     with user_code(f"split {name!r} cannot be read"):
@@ -353,7 +389,7 @@ def _iterated(name: str, data: Any, collate: Collate = default_collate) -> Index
         if len(again) < len(head) or (
             head and digest_of(collate(head)) != digest_of(collate(again))
         ):
-            raise _unsteady(name, "other examples")
+            raise InputError(_unsteady(name, "other examples"))
     return (
         _items(name, items, collate) if len(items) == total else Stream(name, total, data, collate)
     )
@@ -361,12 +397,12 @@ def _iterated(name: str, data: Any, collate: Collate = default_collate) -> Index
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of data that splits may be.
+    """Describe a kind of data that a split may be.
 
     Attributes:
-        recognises: tells whether data are of this kind.
-        open: returns a reader of the examples of a split, by its name and data; None where this
-            kind is refused.
+        recognises: returns whether data are of this kind.
+        open: returns a reader of the examples of a split, from its name and data; None if this kind
+            is rejected.
     """
 
     recognises: Callable[[Any], bool]
@@ -374,7 +410,7 @@ class _Kind:
 
 
 def _is_columns(data: object) -> bool:
-    """Tell whether data are tensors of several columns, each with an entry per example."""
+    """Return whether data are tensors of several columns, each with an entry per example."""
     return (
         isinstance(data, tuple | Mapping)
         and bool(parts := _inside(data))
@@ -383,14 +419,14 @@ def _is_columns(data: object) -> bool:
 
 
 def _may_be_columns(data: object) -> bool:
-    """Tell whether data may as well be columns as examples."""
+    """Return whether data could be either columns or examples."""
     return isinstance(data, Mapping | tuple) or any(
         isinstance(part, Tensor) for part in _inside(data)
     )
 
 
 def _inside(data: object) -> Sequence[Any]:
-    """Return the parts of a container of the language's own; none of other data."""
+    """Return the parts of a built-in container; an empty list for other data."""
     if isinstance(data, Mapping):
         return list(data.values())
     return data if isinstance(data, tuple | list) else []
@@ -401,7 +437,7 @@ def _is_of_hugging_face(data: object) -> bool:
 
 
 def _has_positions(data: object) -> bool:
-    """Tell whether examples can be had by position."""
+    """Return whether examples can be read by position."""
     return (
         hasattr(data, "__getitem__")
         and hasattr(data, "__len__")
@@ -409,7 +445,7 @@ def _has_positions(data: object) -> bool:
     )
 
 
-# the first that recognises the data says how they are read
+# the first kind that recognises the data reads them
 _KINDS = (
     _Kind(lambda data: isinstance(data, Draws), _drawn),
     _Kind(lambda data: isinstance(data, DataLoader), _loaded),
@@ -424,23 +460,26 @@ _KINDS = (
 
 
 def open_source(name: str, data: object) -> Indexed | Stream:
-    """Return a reader of the examples, by the kind of the data.
+    """Return a reader of the examples for the kind of the data.
+
+    Args:
+        name: name of the split, for messages.
+        data: the data.
 
     Raises:
-        InputError: for data of no kind that can be read, and for containers that may as well be
-            columns as examples.
+        InputError: if the kind is unknown, or a container could hold either columns or examples.
     """
     opener = next((kind.open for kind in _KINDS if kind.recognises(data)), None)
     if opener is None:
-        raise _refused(name, data)
+        raise InputError(_refused(name, data))
     return opener(name, data)
 
 
-def _refused(name: str, data: object) -> InputError:
+def _refused(name: str, data: object) -> str:
     parts = _inside(data)
     kinds = f" of {', '.join(sorted({type(part).__name__ for part in parts}))}" if parts else ""
     once = ", which can be read only once" if isinstance(data, Iterator) else ""
-    return InputError(
+    return (
         f"split {name!r} is a {type(data).__name__}{kinds}{once}. Give (inputs, targets) tensors, "
         "a dict of tensors, a map-style Dataset with __len__ and __getitem__, a DataLoader, or an "
         "iterable that can be read again."

@@ -1,4 +1,4 @@
-"""Sums of a loss, its weights and its gradient over many batches."""
+"""Accumulate a loss, its weights and its gradient over many batches."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from .readings import Array, Numbers, Reading
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A loss at one point, float64, and its gradient there, in the type of the model; no gradient
-    after a forward pass alone.
+    """Hold a loss at one point, in float64, and its gradient there, in the type of the model.
 
-    `totals` are the loss and the sum of the elements' weights, ([groups, ]2), on their device until
-    they are wanted. A tensor's gradient has its own shape or (groups, *shape); sums of it along
-    directions are float64 and have shape ([groups, ]directions, units). `unreached` names the
-    tensors the loss did not reach; their gradient is zero. `examples`, where they are told apart, is
-    the same with every example as a group and every tensor as one unit; the numbers of an example
-    without weight are 0. `parts`, where they are asked for, are sums of a tensor's gradient along
-    parts of the motion, float64, ([groups, ]parts); `beside` the same along further directions.
+    Attributes:
+        totals: the loss and the sum of the elements' weights, ([groups, ]2), on their device until
+            needed.
+        gradient: by tensor, its gradient, of its shape or (groups, *shape); or sums of it along
+            directions, ([groups, ]directions, units) float64. Empty after a forward pass only.
+        unreached: tensors that the loss does not depend on; their gradient is zero.
+        examples: if examples are kept apart, the same with every example as a group and every
+            tensor as one unit; the numbers of an example without weight are 0.
+        parts: if requested, sums of each tensor's gradient along parts of the motion, ([groups,
+            ]parts) float64.
+        beside: such sums along further directions.
     """
 
     totals: Reading
@@ -46,7 +49,14 @@ class Evaluation:
         gradient: Mapping[str, Tensor],
         unreached: frozenset[str] = frozenset(),
     ) -> Evaluation:
-        """Return one whose totals are on the host already."""
+        """Create an evaluation whose totals are already on the host.
+
+        Args:
+            loss: the loss, () or (groups,).
+            weight: sum of the elements' weights, of the same shape.
+            gradient: see the attribute.
+            unreached: see the attribute.
+        """
         return cls(Reading.known(np.stack([loss, weight], -1)), gradient, unreached)
 
     @property
@@ -63,16 +73,16 @@ class Evaluation:
 
     @property
     def is_grouped(self) -> bool:
-        """Tell whether there are numbers of every group."""
+        """Return whether there are numbers for each group."""
         return len(self.totals.shape) > 1
 
     def along(self, direction: int, parts: int = 0, beside: int = 0) -> Evaluation:
-        """Return the same with the sums along one of its directions, ([groups, ]units).
+        """Return the evaluation with the sums along one of its directions, ([groups, ]units).
 
         Args:
-            direction: its position.
-            parts: the number of directions after it that are parts of it.
-            beside: the number of those after these that are taken beside it.
+            direction: index of the direction.
+            parts: number of the following directions that are its parts.
+            beside: number of the directions after these that go to `beside`.
         """
         first, of_units = direction + 1, self._of_units
         return replace(
@@ -93,7 +103,7 @@ class Evaluation:
         return of_units.like(of_units.row.narrow(-2, first, count)).totals()
 
     def examples_along(self, direction: int) -> Evaluation:
-        """Return the same with those of the examples along one of the directions."""
+        """Return the evaluation with the examples' sums along one of the directions."""
         if self.examples is None:
             return self
         return replace(self, examples=self.examples.along(direction))
@@ -101,13 +111,13 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class PartialSums:
-    """Sums of a loss over a part of its data, float64, on the CPU.
+    """Hold sums of a loss over a part of its data, in float64 on the CPU.
 
     Attributes:
         loss: Σ values.
         weight: Σ weights of the elements.
-        gradient: sums of the gradient along directions, (directions, units) of each tensor that the
-            loss reached there.
+        gradient: sums of the gradient along directions, (directions, units), for each tensor that
+            the loss depends on there.
     """
 
     loss: float
@@ -118,21 +128,21 @@ class PartialSums:
 def joined(
     parts: Sequence[PartialSums], shapes: Mapping[str, tuple[int, ...]], where: str
 ) -> Evaluation:
-    """Return the mean over all elements of some parts of the data, which are added in their order.
+    """Return the mean over all elements of some parts of the data, added in order.
 
     Args:
-        parts: that together are the data.
-        shapes: of the sums of each tensor, (directions, units); none for the loss alone.
-        where: names the loss.
+        parts: parts that together are the data.
+        shapes: shape of the sums of each tensor, (directions, units); empty for the loss only.
+        where: name of the loss, for messages.
 
     Raises:
-        InputError: where the weights sum to 0.
+        InputError: if the weights sum to 0.
     """
     loss, weight = np.float64(0.0), np.float64(0.0)
     for part in parts:
         loss, weight = loss + part.loss, weight + part.weight
     if not weight > 0:
-        raise _weightless(where, float(weight))
+        raise InputError(_weightless(where, float(weight)))
     if not shapes:
         return Evaluation.known(loss / weight, weight, {})
     units = Units({name: shape[-1] for name, shape in shapes.items()})
@@ -148,11 +158,13 @@ def joined(
 
 
 class RunningSum:
-    """A sum over batches. The first one stays as it is, which is all there is of a single batch;
-    sums are of a type of their own.
+    """Accumulate a sum over batches.
+
+    The first summand is kept as it is, which suffices for a single batch; sums have a separate
+    type.
 
     Args:
-        dtype: of sums.
+        dtype: type of sums.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -161,7 +173,7 @@ class RunningSum:
         self._is_own = False
 
     def add(self, values: Tensor) -> None:
-        """Add values, which must not change later."""
+        """Add values; the caller must not modify them later."""
         if self._total is None:
             self._total = values
         else:
@@ -169,29 +181,29 @@ class RunningSum:
 
     @property
     def total(self) -> Tensor:
-        """Return the sum of what was added."""
+        """Return the sum so far."""
         assert self._total is not None, "nothing was added"
         return self._total
 
     def own(self) -> Tensor:
-        """Return the sum, which may be changed."""
+        """Return the sum as a tensor that may be modified."""
         if not self._is_own:
             self._total, self._is_own = self.total.to(self._dtype, copy=True), True
         return self.total
 
 
 class Sums:
-    """Σ values, Σ weights and Σ gradients of one source of values over batches, float64: of each of
-    some groups, over everything, or both.
+    """Accumulate Σ values, Σ weights and Σ gradients of one source of values over batches, in
+    float64: for each of some groups, over everything, or both.
 
-    A loss without groups is added up group by group too, in the order of the batches, whether or
-    not the sums of the groups are asked for.
+    A loss without groups is also summed group by group, in the order of the batches, whether or not
+    the sums of the groups are requested.
 
     Args:
-        gradients: runs backward passes, and says what is taken in of their gradients.
-        device: where the sums are.
-        groups: those that are kept apart; None for none.
-        plain: whether the sums over everything are kept.
+        gradients: runs backward passes, and decides what is accumulated of their gradients.
+        device: device of the sums.
+        groups: range of groups that are kept apart; None for none.
+        plain: whether to keep the sums over everything.
     """
 
     def __init__(
@@ -209,10 +221,10 @@ class Sums:
         self._whole: dict[str, RunningSum] = {}
         self._whole_totals = torch.zeros(2, dtype=torch.float64, device=device)
         self._group: int | None = None
-        self._part: dict[str, RunningSum] = {}  # of the group that is added to
-        self._row: dict[str, Tensor] = {}  # the same, where groups are kept apart
+        self._part: dict[str, RunningSum] = {}  # sums of the current group
+        self._row: dict[str, Tensor] = {}  # the same, if groups are kept apart
         self._part_totals = self._whole_totals
-        # of each group, the tensors nothing was added to yet: theirs is copied
+        # for each group, the tensors without a sum yet, whose first summand is copied
         self._empty: dict[int, set[str]] = {}
         self._part_empty: set[str] = set()
         self._reached: set[str] = set()
@@ -227,7 +239,7 @@ class Sums:
 
     @property
     def needs_graph(self) -> bool:
-        """Tell whether gradients are summed too."""
+        """Return whether gradients are summed too."""
         return bool(self._gradients.shapes)
 
     def take(self, part: GroupValues) -> None:
@@ -243,9 +255,7 @@ class Sums:
         """Add to the sums of this group from now on."""
         if group == self._group:
             return
-        assert not (self._plain and group in self._empty), (
-            "what is added up group by group takes each group once"
-        )
+        assert not (self._plain and group in self._empty), "sums over groups need each group once"
         self._close()
         self._group = group
         self._part_empty = self._empty.setdefault(group, set(self._gradients.shapes))
@@ -269,12 +279,12 @@ class Sums:
         self._whole_totals = self._whole_totals + self._part_totals
 
     def _end(self) -> None:
-        """Close the group that is added to; nothing more is added."""
+        """Close the current group; nothing more may be added."""
         self._close()
         self._group, self._part, self._row = None, {}, {}
 
     def _add(self, name: str, values: Tensor) -> None:
-        """Add what gradients come to in a batch."""
+        """Add the result of a batch's gradients."""
         if self._groups is None:
             self._part.setdefault(name, RunningSum(self._gradients.dtype)).add(values)
         elif name in self._part_empty:
@@ -284,7 +294,7 @@ class Sums:
             self._row[name] += values
 
     def partial(self) -> PartialSums:
-        """Return the sums over everything, where these alone are kept."""
+        """Return the sums over everything, if only these are kept."""
         self._end()
         loss, weight = self._whole_totals.tolist()
         by_key = {name: running.total.cpu() for name, running in self._whole.items()}
@@ -292,15 +302,16 @@ class Sums:
         return PartialSums(loss, weight, {name: of_tensors[name] for name in self._reached})
 
     def evaluation(self, grouped: bool, where: str, order: Groups | None) -> Evaluation:
-        """Return the mean over all elements, or over those of each group; the same one each time.
+        """Return the mean over all elements, or over those of each group; repeated calls return the
+        same object.
+
+        If the weights of a group, or all weights, sum to 0, reading the totals raises an
+        InputError.
 
         Args:
-            grouped: whether of each group.
-            where: names the loss and its split.
+            grouped: whether to return the mean of each group.
+            where: name of the loss and its split, for messages.
             order: the groups.
-
-        Where the weights of a group, or of everything, sum to 0, its totals raise an InputError when
-        they are read.
         """
         if grouped not in self._means:
             self._end()
@@ -317,7 +328,7 @@ class Sums:
         return self._means[grouped]
 
     def _mean(self, name: str, grouped: bool, weights: Tensor) -> Tensor:
-        """Return the mean gradient of one tensor, whose sum is released."""
+        """Return the mean gradient of one tensor, and release its sum."""
         shape, dtype = self._gradients.shapes[name], self._gradients.mean_dtype
         if grouped:
             total = self._rows.pop(name)
@@ -326,11 +337,11 @@ class Sums:
         if name not in self._whole:
             return torch.zeros(shape, dtype=dtype, device=self._device)
         total = self._whole.pop(name).total
-        # never in place: gradients of several tensors may lie in the same memory, and the sums of
-        # groups go on being used
+        # never in place: gradients of several tensors may share memory, and the sums of groups are
+        # still needed
         mean = torch.empty(shape, dtype=dtype, device=self._device)
         values, means = total.reshape(-1), mean.view(-1)
-        # piece by piece, for to take twice the memory takes longer than to divide
+        # piece by piece, because allocating twice the memory takes longer than dividing
         for _, part in blocks(1, values.numel()):
             means[part] = values[part].double() / weights
         return mean
@@ -339,12 +350,13 @@ class Sums:
 def refusing_weightless(
     where: str, labels: Sequence[object] | None, first: int = 0
 ) -> Callable[[Array], None]:
-    """Return what refuses a loss, or its groups, whose weights sum to 0, once its totals are read.
+    """Return a function that raises an error for totals of a loss, or of its groups, whose weights
+    sum to 0.
 
     Args:
-        where: names the loss and its split.
-        labels: of all groups; None where there are none.
-        first: position of the first group that there are totals of.
+        where: name of the loss and its split, for messages.
+        labels: labels of all groups; None without groups.
+        first: index of the first group in the totals.
     """
 
     def refuse(totals: Array) -> None:
@@ -352,10 +364,10 @@ def refusing_weightless(
         if not (weights > 0).all():
             empty = int((weights > 0).argmin())
             place = where if labels is None else f"group {labels[first + empty]!r} of {where}"
-            raise _weightless(place, float(weights[empty]))
+            raise InputError(_weightless(place, float(weights[empty])))
 
     return refuse
 
 
-def _weightless(place: str, total: float) -> InputError:
-    return InputError(f"the weights of {place} sum to {total}. Give at least one element a weight.")
+def _weightless(place: str, total: float) -> str:
+    return f"the weights of {place} sum to {total}. Give at least one element a weight."

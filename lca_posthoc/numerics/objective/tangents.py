@@ -1,8 +1,8 @@
-"""Derivatives of single operations along directions of their operands.
+"""Compute derivatives of single operations along directions of their operands.
 
-Where an operation is linear in an operand, its derivative along a direction is the operation itself
-with the direction in the operand's place, and nothing added. What has no such rule, and neither
-draws random numbers nor writes, is differentiated in forward mode.
+If an operation is linear in an operand, its derivative along a direction is the operation itself
+with the direction in place of the operand, without a bias. Other operations are differentiated in
+forward mode, unless they draw random numbers or write.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .normalisation import normalised
 
-Place = tuple[int | str, int | None]  # a position or keyword, and a position in the list there
+Place = tuple[int | str, int | None]  # position or keyword, and index in a list given there
 Function = Callable[..., Any]
 
 
 @dataclass(slots=True)
 class Call:
-    """One call of a function of torch's."""
+    """Represent one call of a torch function."""
 
     function: Function
     args: tuple[Any, ...]
@@ -33,7 +33,7 @@ class Call:
 
     @property
     def operands(self) -> dict[Place, Tensor]:
-        """Return the tensors it is called with, those in lists too."""
+        """Return the tensors among its arguments, including those in lists."""
         if self._operands is None:
             operands: dict[Place, Tensor] = {}
             arguments: Iterable[tuple[int | str, Any]] = enumerate(self.args)
@@ -50,7 +50,7 @@ class Call:
         return self._operands
 
     def with_operands(self, tensors: Mapping[Place, Tensor | None]) -> Call:
-        """Return the same call with other tensors in some places."""
+        """Return the call with other tensors in some places."""
         args, kwargs = list(self.args), dict(self.kwargs)
         for (key, index), tensor in tensors.items():
             values: Any = args if isinstance(key, int) else kwargs
@@ -62,8 +62,8 @@ class Call:
         return Call(self.function, tuple(args), kwargs)
 
     def by_position(self, names: tuple[str, ...]) -> Call:
-        """Return the same call with arguments of these names, in this order, given by position as
-        far as all before them are.
+        """Return the call with the named arguments passed by position, as far as all before them
+        are given.
         """
         args, kwargs = list(self.args), dict(self.kwargs)
         for name in names[len(args) :]:
@@ -73,33 +73,48 @@ class Call:
         return Call(self.function, tuple(args), kwargs)
 
     def argument(self, position: int, name: str, default: object) -> Any:
-        """Return an argument given by position or by name."""
+        """Return an argument given by position or by name.
+
+        Args:
+            position: its position.
+            name: its name.
+            default: value if it is not given.
+        """
         return self.args[position] if position < len(self.args) else self.kwargs.get(name, default)
 
     def run(self) -> Any:
-        """Return what it returns; of a linear layer by the function that is in place, see
-        `multiplying`.
-        """
+        """Execute the call; a linear layer uses the function that `multiplying` installed."""
         function = F.linear if self.function is torch._C._nn.linear else self.function
         return function(*self.args, **self.kwargs)
 
 
-# (call, place of an operand, direction): the derivative, of a shape that broadcasts to the output's
+# (call, place of an operand, direction) → derivative, which broadcasts to the shape of the output
 Rule = Callable[[Call, Place, Tensor], Tensor]
 
 
 def in_forward_mode(call: Call, place: Place, direction: Tensor) -> Tensor:
-    """Return the derivative as forward-mode differentiation computes it.
+    """Return the derivative computed by forward-mode differentiation.
+
+    Args:
+        call: the call.
+        place: place of the operand.
+        direction: direction of the operand.
 
     Raises:
-        RuntimeError: where torch has none.
+        RuntimeError: if torch has no forward mode for the operation.
     """
     tangent: Tensor = jvp(call, place, direction)[1]
     return tangent
 
 
 def jvp(call: Call, place: Place, direction: Tensor) -> tuple[Any, Any]:
-    """Return what a call returns, and its derivative in forward mode."""
+    """Return the result of a call, and its derivative in forward mode.
+
+    Args:
+        call: the call.
+        place: place of the operand.
+        direction: direction of the operand.
+    """
     primal = call.operands[place]
     again, derivative, *_ = torch.func.jvp(
         lambda tensor: call.with_operands({place: tensor}).run(), (primal,), (direction,)
@@ -108,19 +123,25 @@ def jvp(call: Call, place: Place, direction: Tensor) -> tuple[Any, Any]:
 
 
 def multilinear(call: Call, place: Place, direction: Tensor) -> Tensor:
-    """Return the derivative of an operation linear in the operand."""
+    """Return the derivative of an operation that is linear in the operand.
+
+    Args:
+        call: the call.
+        place: place of the operand.
+        direction: direction of the operand.
+    """
     result: Tensor = call.with_operands({place: direction}).run()
     return result
 
 
 @dataclass(frozen=True)
 class ByChannel:
-    """A derivative along an operand that has one number for each channel: the direction, times a
-    factor of the channel, and times what the layer's weight scales.
+    """Describe a derivative along an operand with one number per channel: the direction, times a
+    factor per channel, and possibly times what the layer's weight scales.
 
     Attributes:
-        is_scale: whether it is times what the weight scales.
-        factor: (channels,); None for 1.
+        is_scale: whether to multiply by what the weight scales.
+        factor: factor per channel, (channels,); None for 1.
     """
 
     is_scale: bool
@@ -129,14 +150,14 @@ class ByChannel:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer with a weight and a bias.
+    """Describe a layer with a weight and a bias.
 
     Attributes:
-        names: of its arguments, in order.
-        linear_in: those the layer is linear in, with no bias.
-        axes_behind: the number of the output's axes behind the one the bias runs along; None where
-            they are all but the first two.
-        scales: whether the weight is a factor for each channel, as that of normalisation layers.
+        names: names of its arguments, in order.
+        linear_in: arguments in which the layer, without bias, is linear.
+        axes_behind: number of the output's axes after the bias axis; None if the bias axis is the
+            second.
+        scales: whether the weight is a factor per channel, as in normalisation layers.
     """
 
     names: tuple[str, ...]
@@ -145,7 +166,13 @@ class Layer:
     scales: bool = False
 
     def derivative(self, call: Call, place: Place, direction: Tensor) -> Tensor:
-        """Return the derivative, see `Rule`."""
+        """Return the derivative, see `Rule`.
+
+        Args:
+            call: the call.
+            place: place of the operand.
+            direction: direction of the operand.
+        """
         name = self._name(place)
         if name == "bias":
             return direction.reshape(*direction.shape, *(1,) * self.behind(call))
@@ -155,8 +182,12 @@ class Layer:
         return result
 
     def by_channel(self, call: Call, place: Place) -> ByChannel | None:
-        """Return how an operand with a number for each channel enters the output; None for other
+        """Return how an operand with one number per channel enters the output; None for other
         operands.
+
+        Args:
+            call: the call.
+            place: place of the operand.
         """
         if call.operands[place].dim() != 1:
             return None
@@ -175,12 +206,12 @@ class Layer:
         return None
 
     def scaled(self, call: Call) -> Tensor:
-        """Return what the weight scales, of the shape of the output."""
+        """Return what the weight scales, in the shape of the output."""
         factor: Tensor = self._without(call, "weight", "bias").run()
         return factor
 
     def behind(self, call: Call) -> int:
-        """Return the number of the output's axes behind that of the channels."""
+        """Return the number of the output's axes after that of the channels."""
         return call.args[0].dim() - 2 if self.axes_behind is None else self.axes_behind
 
     def _name(self, place: Place) -> str:
@@ -205,9 +236,9 @@ def _sum(first: float, second: float, scaled: int = 1) -> Rule:
     """Return the rule of an addition or subtraction.
 
     Args:
-        first: the factor of the first term.
-        second: that of the second.
-        scaled: which of them `alpha` multiplies.
+        first: factor of the first term.
+        second: factor of the second term.
+        scaled: index of the term that `alpha` multiplies.
     """
 
     def rule(call: Call, place: Place, direction: Tensor) -> Tensor:
@@ -248,7 +279,7 @@ def _root(call: Call, place: Place, direction: Tensor) -> Tensor:
 
 
 def _embedding(call: Call, place: Place, direction: Tensor) -> Tensor:
-    """Return the rows of the direction, none where the index is the one of padding."""
+    """Return the rows of the direction, with 0 for the padding index."""
     rows: Tensor = call.with_operands({place: direction}).run()
     indices, padding = call.args[1], call.argument(2, "padding_idx", -1)
     if padding is not None and padding >= 0:
@@ -262,7 +293,7 @@ def _bag(call: Call, place: Place, direction: Tensor) -> Tensor:
 
 
 def _normalised(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return what torch's weight normalisation does, of which torch has no forward mode."""
+    """Compute torch's weight normalisation by operations that have a forward mode."""
     axes = [other for other in range(v.dim()) if other != dim]
     scale: Tensor = g / torch.linalg.vector_norm(v, dim=axes, keepdim=True)
     return v * scale
@@ -273,7 +304,7 @@ def _weight_norm(call: Call, place: Place, direction: Tensor) -> Tensor:
 
 
 def _attention(call: Call, place: Place, direction: Tensor) -> Tensor:
-    with sdpa_kernel(SDPBackend.MATH):  # the only one of which torch has forward mode
+    with sdpa_kernel(SDPBackend.MATH):  # the only kernel with a forward mode
         return in_forward_mode(call, place, direction)
 
 
@@ -284,7 +315,7 @@ _NORMALISED = ("input", "mean", "variance", "weight", "bias")
 _T: Any = torch.Tensor
 _V: Any = torch._C._VariableFunctions
 
-# names of leading arguments that may be given by keyword
+# names of leading arguments that may be passed by keyword
 NAMES: dict[Function, tuple[str, ...]] = {
     torch._weight_norm: ("v", "g", "dim"),
     torch.embedding: ("weight", "indices"),
@@ -365,7 +396,7 @@ RULES: dict[Function, Rule] = {
     ),
 }
 
-# whose derivatives look at no operand
+# functions whose derivatives do not depend on operands
 ADDITIONS: frozenset[Function] = frozenset(
     (
         *(torch.add, _T.add, _T.__add__, _T.__radd__, _T.add_, _T.__iadd__),
@@ -373,7 +404,7 @@ ADDITIONS: frozenset[Function] = frozenset(
         torch.rsub,
     )
 )
-# linear in their one operand, which other tensors merely tell a shape or type
+# functions that are linear in their one operand; other tensors only give a shape or type
 RESHAPING: frozenset[Function] = frozenset(
     (
         *(_T.t, torch.t, _T.transpose, torch.transpose, _T.permute, torch.permute),
@@ -390,8 +421,8 @@ LIKE_ANOTHER: frozenset[Function] = frozenset(
 
 
 def rule_of(call: Call) -> Rule | None:
-    """Return the rule of a call, by whose derivative shares can be told; None where there is none,
-    or where its gradient is not that of what it computes.
+    """Return the rule of a call for separating examples; None if there is none, or if the gradient
+    differs from that of the computed function.
     """
     function = call.function
     if function is torch.batch_norm and call.argument(5, "training", True):
@@ -401,13 +432,13 @@ def rule_of(call: Call) -> Rule | None:
         and call.argument(3, "running_mean", None) is not None
         and call.argument(5, "use_input_stats", True)
     ):
-        return None  # the call writes them
+        return None  # the call writes running statistics
     if function is torch.embedding and call.argument(3, "scale_grad_by_freq", False):
         return None
     if function is torch.embedding_bag and (
         call.argument(3, "scale_grad_by_freq", False) or call.argument(4, "mode", 0) == 2
     ):
-        return None  # of a maximum, which row it is depends on the weight
+        return None  # in mode "max", the weight determines which row is used
     if function is F.scaled_dot_product_attention and call.argument(4, "dropout_p", 0.0):
         return None
     if "out" in call.kwargs:

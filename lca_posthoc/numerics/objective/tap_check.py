@@ -1,9 +1,9 @@
-"""Compare what taps tell of a few examples in a batch with each of these examples alone.
+"""Compare what taps compute for a few examples in a batch with each of these examples alone.
 
-The sum of a site over all of its output, of one example alone, needs no axis. Whatever the model
-did before (transposed, flattened batch and time), the axis of the examples is the one along which
-the site's sums of a batch are those. Plain backward passes of the same examples then tell whether
-the shares are right.
+For a single example, the sum of a site over all its output needs no axis. Whatever the model did
+before (transposed, flattened batch and time), the axis of the examples is the one along which the
+sums for a batch equal those sums. Plain backward passes of the same examples then verify the
+shares.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from .tap_sites import Site
 from .taps import ExampleShares, Taps
 from .values import Values
 
-# an example whose loss hardly depends on the parameters has shares of rounding alone: the size it
-# is compared by is at least this part of the largest
+# An example whose loss hardly depends on the parameters has shares of pure rounding: the scale for
+# its comparison is at least this part of the largest.
 LEAST = 0.01
-Direction = tuple[str, int]  # a tensor, and the index of a motion
+Direction = tuple[str, int]  # name of a tensor, and index of a motion
 
 
 @dataclass(frozen=True)
 class Check:
-    """The outcome of a comparison of a batch with single examples.
+    """Hold the outcome of comparing a batch with single examples.
 
     Attributes:
-        axes: by position of a site its function and tensors, and where the examples are in its
-            output; None where no axis is theirs.
-        untold: why the shares of a tensor cannot be told by example, by name.
+        axes: for each site, in order: its function and tensors, and the location of the examples in
+            its output, or None if no axis runs over them.
+        untold: name of a tensor → why its shares cannot be separated by example.
     """
 
     axes: Axes
@@ -44,7 +44,7 @@ class Check:
 
 
 def unchecked(why: str) -> Check:
-    """Return the outcome where there is nothing to compare."""
+    """Return the outcome if there is nothing to compare."""
     return Check([], {"": why})
 
 
@@ -54,14 +54,16 @@ def same_elements(
     alone: Mapping[int, object],
     dtype: torch.dtype,
 ) -> bool:
-    """Tell whether the elements of the loss of a batch run over its examples first: whether those of
-    an example sum to what it has alone, and their weights as well.
+    """Return whether the first axis of a loss's elements runs over the examples of a batch.
+
+    It does if the elements of an example, and their weights, sum to the same as for the example
+    alone.
 
     Args:
         values: returns the weighted values of a batch, and the weights.
         batch: the data, and the number of examples.
-        alone: batches of one example, by its position in the batch.
-        dtype: in which they are computed.
+        alone: position in the batch → batch of that one example.
+        dtype: type of the computation.
     """
     data, examples = batch
     together = values(data)
@@ -81,11 +83,13 @@ def same_elements(
 
 
 class Drawn(Mapping[str, Tensor]):
-    """A point in a direction from another that is drawn at random and moves every tensor by as much
-    as its own numbers; each tensor is computed when it is asked for, the same in every process.
+    """Represent a random point at a distance from another: it moves every tensor by about its own
+    size.
+
+    Each tensor is computed on access, with the same numbers in every process.
 
     Args:
-        point: the other one.
+        point: the other point.
     """
 
     def __init__(self, point: Mapping[str, Tensor]) -> None:
@@ -108,7 +112,7 @@ class Drawn(Mapping[str, Tensor]):
 
 
 class _EveryAxis:
-    """Records the sums along every axis that may be that of the examples."""
+    """Record the sums along every axis that may be that of the examples."""
 
     def __init__(self, examples: int) -> None:
         self._examples = examples
@@ -117,7 +121,14 @@ class _EveryAxis:
         self.sums: dict[int, dict[ExampleAxis, dict[Direction, Tensor]]] = {}
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
-        """Record the sums of one direction, (examples,) float64 for each axis."""
+        """Record the sums of one direction, (examples,) float64 for each axis.
+
+        Args:
+            site: the site.
+            source: name of the tensor.
+            index: index of the motion.
+            products: products at the site.
+        """
         self.signatures[site.position] = site.signature
         axes = self.sums.setdefault(site.position, {})
         for axis in possible_axes(products.shape, self._examples):
@@ -127,7 +138,7 @@ class _EveryAxis:
 
 
 class _Alone:
-    """Records the sums over all of a site's output, and over the sizes of its entries."""
+    """Record the sums over all of a site's output, and over the absolute values of its entries."""
 
     def __init__(self) -> None:
         self.untold: dict[str, str] = {}
@@ -142,8 +153,8 @@ class _Alone:
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """Return by how much, of the size of its terms, a sum may differ between a batch and one
-    example alone.
+    """Return how much a sum may differ between a batch and one example alone, relative to the size
+    of its terms.
     """
     return 0.25 * math.sqrt(torch.finfo(dtype).eps)
 
@@ -158,12 +169,12 @@ def check(
     """Find the axes of the examples, and compare shares with those of single examples.
 
     Args:
-        tensors: leaves of autograd's, by name.
+        tensors: leaves of autograd, by name.
         motions: the directions.
         values: returns the weighted values of a batch.
         batch: the data, and the number of examples.
-        alone: batches of one example, by its position in the batch; not the first alone, which
-            most axes agree on.
+        alone: position in the batch → batch of that one example; not only the first, on which most
+            axes agree.
     """
     taps = Taps(tensors, motions)
     tolerance = tolerance_of(next(iter(tensors.values())).dtype)
@@ -181,7 +192,9 @@ def check(
 def _differing(
     told: Mapping[str, Tensor], singles: Mapping[int, Mapping[str, Tensor]], tolerance: float
 ) -> dict[str, str]:
-    """Return which tensors' shares are not those of single examples, and of which example."""
+    """Return the tensors whose shares differ from those of single examples, with the first such
+    example.
+    """
     sizes = {
         position: sum(float(sums.abs().sum()) for sums in truth.values())
         for position, truth in singles.items()
@@ -243,7 +256,7 @@ def _agree(
     alone: Mapping[int, Mapping[Direction, Tensor]],
     tolerance: float,
 ) -> bool:
-    """Tell whether examples have the same sums in a batch and alone, where both have any."""
+    """Return whether examples have the same sums in a batch and alone, if both have any."""
     for direction, of_batch in sums.items():
         single = {
             position: recorded[direction]

@@ -1,4 +1,6 @@
-"""Products of the gradient of an output and its derivative along a direction, and their sums."""
+"""Multiply the gradient of an output by its derivative along a direction, and sum the products by
+example.
+"""
 
 from __future__ import annotations
 
@@ -11,26 +13,31 @@ from .example_axis import ExampleAxis, sums_along
 
 
 class Products(Protocol):
-    """Products, one for each entry of an output."""
+    """Hold products, one for each entry of an output."""
 
     @property
     def shape(self) -> torch.Size:
         """Return the shape of the output."""
 
     def sums(self, axis: ExampleAxis, examples: int) -> Tensor:
-        """Return the sum over the entries of each example, (examples,) float64."""
+        """Return the sum over the entries of each example, (examples,) float64.
+
+        Args:
+            axis: location of the examples.
+            examples: number of examples.
+        """
 
     def whole(self) -> Tensor:
-        """Return the sum over all entries and that over their sizes, (2,) float64."""
+        """Return the sum over all entries and over their absolute values, (2,) float64."""
 
 
 class EntryProducts:
-    """Products that are computed entry by entry.
+    """Compute products entry by entry.
 
     Args:
-        above: the gradient of the output.
-        tangent: its derivative, of a shape that broadcasts to that.
-        is_own: whether the products may take the place of the derivative.
+        above: gradient of the output.
+        tangent: its derivative, which broadcasts to that shape.
+        is_own: whether the products may overwrite the derivative.
     """
 
     def __init__(self, above: Tensor, tangent: Tensor, is_own: bool) -> None:
@@ -39,22 +46,27 @@ class EntryProducts:
         self.shape = above.shape
 
     def sums(self, axis: ExampleAxis, examples: int) -> Tensor:
-        """Return the sum over the entries of each example, (examples,) float64."""
+        """Return the sum over the entries of each example, (examples,) float64.
+
+        Args:
+            axis: location of the examples.
+            examples: number of examples.
+        """
         return axis.fold(sums_along(self._products, axis.axis), examples)
 
     def whole(self) -> Tensor:
-        """Return the sum over all entries and that over their sizes, (2,) float64."""
+        """Return the sum over all entries and over their absolute values, (2,) float64."""
         flat = self._products.reshape(1, -1)
         return torch.cat([sums_along(flat, 0), sums_along(flat.abs(), 0)])
 
 
 class Channels:
-    """Products of an operand that has one number for each channel: what all its directions share.
+    """Compute what all directions of an operand with one number per channel share.
 
     Args:
-        above: the gradient of the output.
-        factor: by which the operand enters the output; None for 1. It is written to.
-        axes_behind: the number of axes behind that of the channels.
+        above: gradient of the output.
+        factor: factor with which the operand enters the output; None for 1. The call overwrites it.
+        axes_behind: number of axes after that of the channels.
     """
 
     def __init__(self, above: Tensor, factor: Tensor | None, axes_behind: int) -> None:
@@ -66,18 +78,18 @@ class Channels:
         else:
             is_alike = factor.dtype == above.dtype
             self.products = factor.mul_(above) if is_alike else factor * above
-        # summed over the axes behind, where there are any: then small
+        # the sum over the axes after the channels, if any, which is small
         self.by_channel = self.products
         if axes_behind:
             self.by_channel = self.products.flatten(self.axis + 1).sum(-1).double()
 
 
 class ChannelProducts:
-    """Products of one direction of an operand that has one number for each channel.
+    """Compute products of one direction of an operand with one number per channel.
 
     Args:
         channels: what all directions share.
-        direction: (channels,).
+        direction: the direction, (channels,).
     """
 
     def __init__(self, channels: Channels, direction: Tensor) -> None:
@@ -85,7 +97,12 @@ class ChannelProducts:
         self.shape = channels.shape
 
     def sums(self, axis: ExampleAxis, examples: int) -> Tensor:
-        """Return the sum over the entries of each example, (examples,) float64."""
+        """Return the sum over the entries of each example, (examples,) float64.
+
+        Args:
+            axis: location of the examples.
+            examples: number of examples.
+        """
         if axis.axis >= self._channels.axis:
             return self._by_entry().sums(axis, examples)
         by_channel = self._channels.by_channel
@@ -93,7 +110,7 @@ class ChannelProducts:
         return axis.fold(sums_along(along, axis.axis), examples)
 
     def whole(self) -> Tensor:
-        """Return the sum over all entries and that over their sizes, (2,) float64."""
+        """Return the sum over all entries and over their absolute values, (2,) float64."""
         return self._by_entry().whole()
 
     def _by_entry(self) -> EntryProducts:

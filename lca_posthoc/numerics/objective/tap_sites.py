@@ -1,5 +1,5 @@
-"""Places where parameters meet data, and directions of the tensors that meet it there: parameters,
-and what is made of parameters alone.
+"""Represent the places where parameters meet data, and directions of the tensors that meet it
+there: parameters, and tensors computed from parameters only.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from .tap_products import ChannelProducts, Channels, EntryProducts, Products
 
 
 class Untold(Exception):
-    """The shares of some tensors cannot be told by example; says why."""
+    """Give the reason why the shares of some tensors cannot be separated by example."""
 
 
 # --- directions of tensors made of parameters -----------------------------------------------------
 
 
 class Parameter:
-    """A parameter, or a buffer that moves.
+    """Represent a parameter, or a buffer that moves.
 
     Args:
         tensor: the parameter.
         name: its name.
-        motions: the directions of all tensors.
-        keeps: whether its own are kept from batch to batch, rather than computed again.
+        motions: directions of all tensors.
+        keeps: whether to keep its directions from batch to batch, instead of recomputing them.
     """
 
     def __init__(self, tensor: Tensor, name: str, motions: Sequence[Motion], keeps: bool) -> None:
@@ -52,7 +52,12 @@ class Parameter:
         self._kept: dict[int, Tensor] = {}
 
     def direction(self, source: str, index: int) -> Tensor:
-        """Return the difference of the points of a motion."""
+        """Return the difference between the points of a motion.
+
+        Args:
+            source: name of the parameter.
+            index: index of the motion.
+        """
         if index in self._kept:
             return self._kept[index]
         motion = self._motions[index]
@@ -63,13 +68,13 @@ class Parameter:
 
 
 class Derived:
-    """A result of an operation on parameters alone.
+    """Represent a result of an operation on parameters only.
 
     Args:
         tensor: the result.
-        call: what made it, with parameters detached.
-        operands: those of the call that have directions.
-        output: its position, where the call returns several.
+        call: the call that computed it, with parameters detached.
+        operands: operands of the call that have directions.
+        output: its position, if the call returns several tensors.
     """
 
     def __init__(self, tensor: Tensor, call: Call, operands: Operands, output: int | None) -> None:
@@ -79,7 +84,12 @@ class Derived:
         self._known: dict[tuple[str, int], Tensor] = {}
 
     def direction(self, source: str, index: int) -> Tensor:
-        """Return its derivative along one of the motions of a parameter it is made of."""
+        """Return its derivative along one of the motions of a parameter it was computed from.
+
+        Args:
+            source: name of the parameter.
+            index: index of the motion.
+        """
         if (source, index) in self._known:
             return self._known[source, index]
         self._versions.check()
@@ -96,7 +106,7 @@ class Derived:
     def _part(self, place: Place, direction: Tensor) -> Tensor:
         if self._call.function in RESHAPING:
             operand = self._operands[place].tensor
-            if direction.stride() != operand.stride():  # on which a view depends
+            if direction.stride() != operand.stride():  # a view depends on strides
                 direction = torch.empty_like(operand).copy_(direction)
             tangent = self._of(multilinear(self._call, place, direction))
         elif self._output is None and (rule := rule_of(self._call)) is not None:
@@ -105,7 +115,7 @@ class Derived:
             again, derivatives = jvp(self._call, place, direction)
             tangent = self._of(derivatives)
             if not torch.equal(self._of(again), self.tensor):
-                raise Untold("it does not compute the same twice")
+                raise Untold("it does not repeat its result")
         return tangent.expand(self.tensor.shape)
 
     def _of(self, result: Any) -> Tensor:
@@ -113,17 +123,17 @@ class Derived:
         return tensor
 
 
-Made = Parameter | Derived  # a tensor made of parameters alone
+Made = Parameter | Derived  # a tensor computed from parameters only
 Operands = Mapping[Place, Made]
 
 
 def sources_of(operands: Operands) -> tuple[str, ...]:
-    """Return the names of the parameters that operands are made of, in ascending order."""
+    """Return the names of the parameters that operands were computed from, in ascending order."""
     return tuple(sorted({source for made in operands.values() for source in made.sources}))
 
 
 class Versions:
-    """Notices when operands of a call are written to after it."""
+    """Detect writes to the operands of a call after it."""
 
     def __init__(self, call: Call) -> None:
         self._versions = [
@@ -133,7 +143,11 @@ class Versions:
         ]
 
     def check(self) -> None:
-        """Raise where one was."""
+        """Check that there was no write.
+
+        Raises:
+            Untold: if there was one.
+        """
         if any(tensor._version != version for tensor, version in self._versions):
             raise Untold("an operand is written to later")
 
@@ -142,26 +156,32 @@ class Versions:
 
 
 class Recorder(Protocol):
-    """Takes in what each site of a batch comes to."""
+    """Record the results at each site of a batch."""
 
     untold: dict[str, str]
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
-        """Take in the products of the output's gradient and its derivative along a motion of a
+        """Record the products of the output's gradient and its derivative along a motion of a
         tensor.
+
+        Args:
+            site: the site.
+            source: name of the tensor.
+            index: index of the motion.
+            products: the products.
         """
 
 
 @dataclass
 class Site:
-    """A call in which parameters meet data.
+    """Represent a call in which parameters meet data.
 
     Attributes:
-        position: in the order of the calls of a batch.
-        call: with parameters detached.
-        operands: those that have directions.
-        rule: the derivative of the call.
-        casts: whether the call casts its operands, by autocast.
+        position: index among the calls of a batch.
+        call: the call, with parameters detached.
+        operands: operands that have directions.
+        rule: derivative of the call.
+        casts: whether autocast casts the operands of the call.
     """
 
     position: int
@@ -181,11 +201,20 @@ class Site:
 
     @property
     def signature(self) -> Signature:
-        """Return what tells it from others: the function, and the tensors."""
+        """Return what identifies it: the function, and the tensors."""
         return self.call.function.__name__, sources_of(self.operands)
 
     def record(self, above: Tensor, recorder: Recorder, directions: int) -> None:
-        """Hand the products of the output's gradient to a recorder."""
+        """Pass the products of the output's gradient to a recorder.
+
+        Args:
+            above: gradient of the output.
+            recorder: the recorder.
+            directions: number of directions.
+
+        Raises:
+            RuntimeError: if memory runs out.
+        """
         products = _ProductsOf(self._as_computed(), self.rule, above)
         for place, made in self.operands.items():
             for source in made.sources:
@@ -195,12 +224,15 @@ class Site:
                         direction = made.direction(source, index)
                         recorder.take(self, source, index, products.along(place, direction))
                 except (Untold, RuntimeError) as error:
-                    if is_out_of_memory(error):
-                        raise
-                    recorder.untold[source] = f"{self.call.function.__name__}: {error}"
+                    recorder.untold[source] = self._reason(error)
+
+    def _reason(self, error: Exception) -> str:
+        if is_out_of_memory(error):
+            raise error
+        return f"{self.call.function.__name__}: {error}"
 
     def _as_computed(self) -> Call:
-        """Return the call with operands of the type of its parameters."""
+        """Return the call with operands in the type of its parameters."""
         if not self.casts:
             return self.call
         wide = next(iter(self.operands.values())).tensor.dtype
@@ -214,22 +246,29 @@ class Site:
 
 
 class _ProductsOf:
-    """Products of the gradient of a call's output and its derivatives.
+    """Compute products of the gradient of a call's output and its derivatives.
 
     Args:
-        call: with operands of the type they are computed in.
-        rule: the derivative of the call.
-        above: the gradient of its output.
+        call: the call, with operands in the type of the computation.
+        rule: derivative of the call.
+        above: gradient of its output.
     """
 
     def __init__(self, call: Call, rule: Rule, above: Tensor) -> None:
         self._call, self._rule, self._above = call, rule, above
         self._layer = LAYERS.get(call.function)
         self._by_channel: dict[Place, ByChannel | None] = {}
-        self._channels: dict[bool, Channels] = {}  # by whether they are what the weight scales
+        self._channels: dict[
+            bool, Channels
+        ] = {}  # key: whether they include what the weight scales
 
     def along(self, place: Place, direction: Tensor) -> Products:
-        """Return those along a direction of an operand."""
+        """Return the products along a direction of an operand.
+
+        Args:
+            place: place of the operand.
+            direction: the direction.
+        """
         if self._layer is not None:
             if place not in self._by_channel:
                 self._by_channel[place] = self._layer.by_channel(self._call, place)

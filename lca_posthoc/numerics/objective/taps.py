@@ -1,18 +1,17 @@
-"""Directional derivatives of every example's loss, tensor by tensor, from one backward pass.
+"""Compute directional derivatives of every example's loss, tensor by tensor, in one backward pass.
 
-Where a parameter meets data in an operation y = f(a, W), the derivative of example x's loss along a
-direction ΔW is the sum, over the entries of y that belong to x, of δ · ∂f/∂W ΔW, with δ the
-gradient of the output. `Taps` detaches parameters there, so that no gradient of theirs is computed,
-and hangs a hook on y, which takes these sums. Tensors made of parameters alone (transposes,
+If a parameter meets data in an operation y = f(a, W), the derivative of example x's loss along a
+direction ΔW is the sum of δ · ∂f/∂W ΔW over the entries of y that belong to x, with δ the gradient
+of the output. `Taps` detaches parameters there, so that their gradients are not computed, and
+registers a hook on y that computes these sums. Tensors computed from parameters only (transposes,
 normalised weights, B · A of adapters) carry a direction for each parameter to where they meet data.
+Operations without a rule get the parameter itself: autograd then computes its gradient, and its
+shares are reported as untold. So are those of every tensor if the loss takes forward-mode
+derivatives, which taps cannot see.
 
-Operations without a rule get the parameter itself: autograd then delivers a gradient to it, and its
-shares are reported as untold. So are those of every tensor where derivatives are taken in the
-forward pass, which taps are blind to.
-
-Sites hold what they need of the forward pass themselves: activation checkpointing gives the same
-shares, but saves no memory. Whether an axis is that of the examples, and whether the loss mixes
-them, is not known here: `tap_check.check` compares with single examples.
+Sites store what they need of the forward pass themselves: activation checkpointing gives the same
+shares, but saves no memory. This module does not know whether an axis is that of the examples, or
+whether the loss mixes them: `tap_check.check` compares with single examples.
 """
 
 from __future__ import annotations
@@ -49,10 +48,10 @@ from .tap_sites import Derived, Made, Operands, Parameter, Recorder, Site, Untol
 _DERIVATIVES: frozenset[Function] = frozenset(
     (torch.autograd.grad, torch.autograd.backward, torch.Tensor.backward)
 )
-# their functions in Python would hide from a mode what they call
+# Python functions of these modules would hide the calls they make from a mode
 _PYTHON_FUNCTIONS: tuple[Any, ...] = (torch.nn.functional, torch.functional, torch._tensor)
 _PLAIN: tuple[type, ...] = (Tensor, torch.nn.Parameter)
-# what tells of a tensor or of a mode, and returns no tensor
+# functions that describe a tensor or set a mode, and return no tensor
 _TELLING: frozenset[Function] = frozenset(
     (
         *(Tensor.dim, Tensor.size, Tensor.stride, Tensor.numel, Tensor.__len__, Tensor.data_ptr),
@@ -61,11 +60,11 @@ _TELLING: frozenset[Function] = frozenset(
         torch._C._set_grad_enabled,
     )
 )
-KEPT = 2**24  # bytes: directions of models up to it are computed once for all batches
+KEPT = 2**24  # bytes; directions of models up to this size are computed once for all batches
 
 
 class _Anchor(torch.autograd.Function):
-    """Make a new tensor require a gradient, in place, so that it can have a hook."""
+    """Make a new tensor require a gradient in place, so that it can have a hook."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ class _Anchor(torch.autograd.Function):
 
 
 class _Batch:
-    """The calls of a forward pass over one batch.
+    """Process the calls of a forward pass over one batch.
 
     Args:
         tensors: the parameters.
@@ -97,7 +96,7 @@ class _Batch:
         self.differentiated = False
 
     def run(self, call: Call) -> Any:
-        """Return what a call returns, its parameters detached where that can be made up for."""
+        """Execute a call, with its parameters detached if their shares can be computed otherwise."""
         if call.function in _DERIVATIVES:
             self.differentiated = True
             return call.run()
@@ -115,13 +114,13 @@ class _Batch:
         return self._tapped(call, made, rule)
 
     def release(self) -> None:
-        """Free the operands of all sites, and what was made of parameters."""
+        """Free the operands of all sites, and all tensors computed from parameters."""
         for site in self._sites:
             site.release()
         self._made.clear()
 
     def _operands(self, call: Call) -> dict[Place, Made]:
-        """Return the operands that are made of parameters."""
+        """Return the operands that were computed from parameters only."""
         known = self._made
         return {
             place: known[id(tensor)]
@@ -130,7 +129,7 @@ class _Batch:
         }
 
     def _meets_data(self, call: Call) -> bool:
-        """Tell whether an operand depends on data."""
+        """Return whether an operand depends on data."""
         return any(
             tensor.requires_grad or tensor in self._data
             for tensor in call.operands.values()
@@ -138,8 +137,8 @@ class _Batch:
         )
 
     def _marked(self, call: Call, result: Any) -> Any:
-        """Remember that a result depends on data, where an operand does; one that requires a
-        gradient tells by itself.
+        """Remember that a result depends on data, if an operand does; one that requires a gradient
+        needs no mark.
         """
         written = call.args[0] if call.function is torch.Tensor.__setitem__ else result
         unmarked = [
@@ -153,18 +152,18 @@ class _Batch:
         return result
 
     def _left(self, call: Call, made: Operands) -> Any:
-        """Return what a call of the parameters themselves returns."""
+        """Execute a call on the parameters themselves."""
         before = Versions(call)
         result = call.run()
         try:
             before.check()
-        except Untold:  # one that was written to is made of something else now
+        except Untold:  # an operand that was written to has a new value
             for operand in made.values():
                 self._made.pop(id(operand.tensor), None)
         return result
 
     def _derived(self, call: Call, made: dict[Place, Made]) -> Any:
-        """Return the result of a call on parameters alone, and keep its directions."""
+        """Execute a call on parameters only, and keep the directions of its result."""
         result = self._left(call, made)
         several = isinstance(result, (list, tuple))
         detached = _detached(call, made)
@@ -176,7 +175,7 @@ class _Batch:
         return result
 
     def _tapped(self, call: Call, made: dict[Place, Made], rule: Rule) -> Any:
-        """Return the result of a call with parameters detached, with a hook on it."""
+        """Execute a call with parameters detached, and register a hook on its result."""
         call = _detached(call, made)
         result = call.run()
         several = isinstance(result, tuple)
@@ -200,7 +199,9 @@ def _detached(call: Call, made: Operands) -> Call:
 
 
 def _suits(call: Call) -> bool:
-    """Tell whether the operands of a call are ordinary real tensors, and it writes into no view."""
+    """Return whether the operands of a call are ordinary real tensors, and it does not write into a
+    view.
+    """
     operands = list(call.operands.values())
     in_place = call.function.__name__ in ("add_", "sub_", "__iadd__", "__isub__")
     return all(
@@ -210,13 +211,13 @@ def _suits(call: Call) -> bool:
 
 
 def _is_transformed() -> bool:
-    """Tell whether a transform of functorch's or forward mode is active."""
+    """Return whether a functorch transform or forward mode is active."""
     functorch: bool = torch._C._are_functorch_transforms_active()
     return functorch or torch.autograd.forward_ad._current_level >= 0
 
 
 def _is_of_subclass(*tensors: Any) -> bool:
-    """Tell whether any tensor has behaviour of its own, whatever mode is on."""
+    """Return whether any tensor has its own behaviour, whatever mode is active."""
     if len(tensors) == 1 and isinstance(tensors[0], (tuple, list)):
         tensors = tuple(tensors[0])
     disabled = torch._C._disabled_torch_function_impl
@@ -229,8 +230,8 @@ def _is_of_subclass(*tensors: Any) -> bool:
 
 @contextlib.contextmanager
 def _opened(*modules: Any) -> Iterator[None]:
-    """Let a mode see the operations that functions in Python of some modules of torch's consist of,
-    in place of the functions.
+    """Let a mode see the operations that Python functions of some torch modules call, instead of
+    the functions.
     """
     native = [
         (module, name, getattr(module, name))
@@ -251,18 +252,18 @@ def _opened(*modules: Any) -> Iterator[None]:
 
 
 class ExampleShares:
-    """Directional derivatives of every example's summed values.
+    """Collect directional derivatives of every example's summed values.
 
     Args:
-        tensors: whose shares are taken.
-        directions: their number.
-        examples: their number.
-        axes: by position of a site its function and tensors, and where the examples are in its
-            output, see `tap_check.check`; None for the first axis everywhere, which is trusted
-            where it has as many entries as there are examples.
+        tensors: tensors whose shares are collected.
+        directions: number of directions.
+        examples: number of examples.
+        axes: for each site its function and tensors, and the location of the examples in its
+            output, see `tap_check.check`; None for the first axis everywhere, if it has as many
+            entries as there are examples.
 
     Attributes:
-        untold: why the shares of a tensor cannot be told, by name.
+        untold: name of a tensor → why its shares cannot be separated.
     """
 
     def __init__(
@@ -276,13 +277,13 @@ class ExampleShares:
         self._uses = uses_of(signature for signature, _ in axes or ())
         self._directions = directions
         self._sums: dict[str, dict[tuple[int, int], Tensor]] = {}  # by tensor, direction and use
-        self._axis_of: dict[int, ExampleAxis] = {}  # by position of a site
+        self._axis_of: dict[int, ExampleAxis] = {}  # by position of the site
         self.untold: dict[str, str] = {}
 
     @property
     def shares(self) -> dict[str, Tensor]:
-        """Return the derivatives of the tensors that can be told, (directions, examples) float64;
-        zero where the values do not depend on a tensor.
+        """Return the derivatives of all tensors that can be separated, (directions, examples)
+        float64; zero if the values do not depend on a tensor.
         """
         reached = self.reached
         shape = self._directions, self._examples
@@ -315,7 +316,14 @@ class ExampleShares:
         return torch.stack(rows).reshape(self._directions, uses, -1).transpose(1, 2)
 
     def take(self, site: Site, source: str, index: int, products: Products) -> None:
-        """Add the sums of each example."""
+        """Add the sums of each example.
+
+        Args:
+            site: the site.
+            source: name of the tensor.
+            index: index of the motion.
+            products: the products at the site.
+        """
         if site.position not in self._axis_of:
             self._axis_of[site.position] = self._axis(site, products.shape)
         sums = products.sums(self._axis_of[site.position], self._examples)
@@ -333,17 +341,17 @@ class ExampleShares:
             self._axes[site.position] if site.position < len(self._axes) else (("", ()), None)
         )
         if signature != site.signature:
-            raise Untold("the model ran otherwise than where the axes were found")
+            raise Untold("the model made other calls than when the axes were found")
         if axis is None or not axis.fits(shape, self._examples):
             raise Untold("no axis of its output is that of the examples")
         return axis
 
 
 class Taps(TorchFunctionMode):
-    """Taps a model's parameters, while it is the context of forward and backward passes.
+    """Tap a model's parameters while it is the context of forward and backward passes.
 
     Args:
-        tensors: leaves of autograd's, by name.
+        tensors: leaves of autograd, by name.
         motions: the directions.
     """
 
@@ -389,21 +397,26 @@ class Taps(TorchFunctionMode):
         name = function.__name__
         if self._batch is None or name == "__set__" or function in _TELLING:
             return function(*args, **kwargs)
-        if name == "__get__" and function not in RESHAPING:  # a shape, a type
+        if name == "__get__" and function not in RESHAPING:  # for example a shape or a type
             result = function(*args)
             if not isinstance(result, Tensor):
                 return result
         return self._batch.run(Call(function, args, kwargs))
 
     def begin(self, data: object) -> None:
-        """Watch the forward pass over a batch, which follows."""
+        """Start to observe the forward pass over a batch."""
         self._batch = _Batch(self._made, data, self._hook)
 
     def backward(self, total: Tensor, recorder: Recorder, retain_graph: bool = False) -> None:
-        """Run a backward pass from the sum of a batch's values, and have what the sites come to
-        recorded.
+        """Run a backward pass from the sum of a batch's values, and record the results at the
+        sites.
 
         Gradients that reach a tensor itself are freed, and its shares are untold.
+
+        Args:
+            total: the sum.
+            recorder: records the results.
+            retain_graph: as for `torch.Tensor.backward`.
         """
         assert self._batch is not None, "no batch was begun"
         if self._batch.differentiated:
@@ -413,7 +426,7 @@ class Taps(TorchFunctionMode):
 
         self._recorder, self._is_retained = recorder, retain_graph
         try:
-            # the mode stays on, for what runs again under activation checkpointing
+            # the mode stays active for recomputation under activation checkpointing
             with _opened(torch.autograd):
                 total.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         finally:
@@ -433,7 +446,7 @@ class Taps(TorchFunctionMode):
         return reached
 
     def _hook(self, site: Site, above: Tensor) -> None:
-        if self._recorder is None:  # a derivative that the loss takes
+        if self._recorder is None:  # the loss takes a derivative
             assert self._batch is not None
             self._batch.differentiated = True
             return

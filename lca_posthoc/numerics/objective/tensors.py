@@ -1,5 +1,5 @@
-"""The table of a model's tensors: which are allocated, which are only loaded, along which axis
-their units run.
+"""Build the table of a model's tensors: which are allocated, which are only loaded, and along which
+axis their units run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ def tensor_table(
     """Return the model's tensors in its own order: parameters once each with their aliases, then
     persistent buffers.
 
-    Floating buffers are allocated as tensors of kind "buffer", but for running statistics in
-    `batch` mode, which the loss does not depend on. Every other stored tensor is "state". Tensors
-    that match a pattern of `fixed` are left out, and so are frozen parameters that none of the
-    names `held` in the checkpoints stands for. A tensor counts as stored where the state dict has
-    it, by identity or, where a hook puts a copy there, by name; a parameter also where a name in
-    `held` stands for it.
+    Floating buffers are allocated as tensors of kind "buffer", except running statistics in `batch`
+    mode, which the loss does not depend on. Every other stored tensor is "state". A tensor counts
+    as stored if it is in the state dict, by identity or, if a hook puts a copy there, by name; a
+    parameter also if its name is in `held`.
+
+    Args:
+        model: the model.
+        norm_stats: mode of normalisation layers.
+        fixed: patterns of tensors to leave out.
+        held: normalised names of the tensors in the checkpoints; frozen parameters that are not
+            among them are left out. None if the checkpoints hold all.
 
     Raises:
-        InputError: where a parameter is complex.
+        InputError: if a parameter is complex.
     """
     stored = model.state_dict(keep_vars=True)
     by_id: dict[int, list[str]] = {}
@@ -47,7 +52,7 @@ def tensor_table(
             continue
         is_hidden = name in parameters and held is not None and normalise(name) in held
         if id(tensor) not in by_id and normalise(name) not in by_name and not is_hidden:
-            continue  # a non-persistent buffer: the model builds it, checkpoints do not hold it
+            continue  # a non-persistent buffer: the model builds it, and checkpoints lack it
         aliases = tuple(alias for alias in by_id.get(id(tensor), ()) if alias != name)
         frozen = name in parameters and not tensor.requires_grad
         if (
@@ -58,9 +63,9 @@ def tensor_table(
             continue
         if name in parameters and tensor.is_complex():
             raise InputError(
-                f"parameter {name!r} is complex, and a loss's change is allocated to real numbers. "
+                f"parameter {name!r} is complex, but a loss change is allocated to real numbers. "
                 f"Keep it as a real tensor of shape {[*tensor.shape, 2]} (torch.view_as_real) and "
-                "call torch.view_as_complex in forward; or freeze it by Task(fixed=[…])."
+                "call torch.view_as_complex in forward; or freeze it with Task(fixed=[…])."
             )
         kind = "parameter" if name in parameters else "buffer"
         if not tensor.is_floating_point() or (norm_stats == "batch" and is_statistic(name)):
@@ -78,8 +83,8 @@ def tensor_table(
 
 
 def added_entries(model: nn.Module) -> list[str]:
-    """Return the state dict's entries that are no parameter or buffer, but put there by hooks or
-    `get_extra_state`.
+    """Return the state dict's entries that are neither parameters nor buffers, but added by hooks
+    or `get_extra_state`.
     """
     own = [*model.parameters(), *model.buffers()]
     identities, names = set(map(id, own)), {normalise(name) for name in every_name(model)}
@@ -93,7 +98,7 @@ def added_entries(model: nn.Module) -> list[str]:
 
 
 def unstored(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers a model builds and does not save, by name."""
+    """Return the buffers that a model builds and does not save, by name."""
     stored = model.state_dict(keep_vars=True)
     identities, names = set(map(id, stored.values())), set(map(normalise, stored))
     return {
@@ -104,14 +109,17 @@ def unstored(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_fixed(name: str, patterns: Sequence[str]) -> bool:
-    """Tell whether a tensor stays as the model builds it."""
+    """Return whether a tensor keeps the value that the model builds.
+
+    Args:
+        name: name of the tensor.
+        patterns: patterns of `Task.fixed`.
+    """
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _owners(model: nn.Module) -> dict[int, frozenset[str]]:
-    """Return, by the tensor's identity, the names of the classes of the first module that holds
-    it.
-    """
+    """Map the identity of each tensor to the class names of the first module that holds it."""
     owners: dict[int, frozenset[str]] = {}
     for module in model.modules():
         kinds = frozenset(kind.__name__ for kind in type(module).__mro__)
@@ -122,7 +130,7 @@ def _owners(model: nn.Module) -> dict[int, frozenset[str]]:
 
 def _unit_axis(owner: frozenset[str], dims: int) -> int | None:
     """Return the axis of output neurons and channels: 0, but 1 for transposed convolutions and
-    Conv1D; None for a scalar.
+    Conv1D, and None for a scalar.
     """
     if dims == 0:
         return None

@@ -1,5 +1,6 @@
-"""Copies between the host and a CUDA device on streams of their own, through page-locked memory: what
-is computed there goes on, and the host waits for no copy before it needs the numbers.
+"""Copy between the host and a CUDA device on separate streams, through page-locked memory.
+
+The device keeps computing, and the host does not wait for a copy until it needs the numbers.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ from torch import Tensor
 Load = TypeVar("Load")
 Copy = Callable[[Tensor], Tensor]
 
-_AT_ONCE = 2**26  # bytes that are page-locked together
+_AT_ONCE = 2**26  # bytes that are page-locked at a time
 
 
 @dataclass(frozen=True)
 class Arriving(Generic[Load]):
-    """Tensors that are on their way to a device, and an object that holds them.
+    """Hold tensors on their way to a device, and an object that contains them.
 
     Attributes:
         load: the object.
         copies: the tensors.
-        copied: happens on the device once they are there.
+        copied: event that occurs on the device once they have arrived.
     """
 
     load: Load
@@ -33,19 +34,19 @@ class Arriving(Generic[Load]):
     copied: torch.cuda.Event
 
     def here(self) -> Load:
-        """Return it, for what the current stream is asked to do from now on: that waits for the
-        copies, the host does not.
+        """Return the object for use on the current stream, which waits for the copies; the host
+        does not wait.
         """
         if self.copies:
             current = torch.cuda.current_stream(self.copies[0].device)
             current.wait_event(self.copied)
-            for tensor in self.copies:  # whose memory is the other stream's
+            for tensor in self.copies:  # their memory belongs to the other stream
                 tensor.record_stream(current)
         return self.load
 
 
 class ToDevice:
-    """Copies tensors of the host to a CUDA device, from any thread.
+    """Copy tensors from the host to a CUDA device, from any thread.
 
     Args:
         device: the device.
@@ -55,7 +56,7 @@ class ToDevice:
         self._device, self._stream = device, _stream(device)
 
     def begin(self, load: Callable[[Copy], Load]) -> Arriving[Load]:
-        """Begin to copy; `load(copy)` returns an object that holds the copies it asks for."""
+        """Start to copy; `load(copy)` returns an object that contains the copies it requests."""
         copies: list[Tensor] = []
 
         def copy(tensor: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ class ToDevice:
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a copy on a device, which is there once the current stream has come so far; a large
-    tensor is page-locked piece by piece.
+    """Return a copy on a device, which is complete once the current stream reaches this point;
+    page-lock a large tensor piece by piece.
     """
     if tensor.nbytes <= _AT_ONCE or not tensor.is_contiguous():
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -84,10 +85,10 @@ def _copied(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class FromDevice:
-    """Copies numbers that a device computes into memory of the host.
+    """Copy numbers from a device into host memory.
 
     Args:
-        device: the device; from a CPU they are copied at once.
+        device: the device; from a CPU, numbers are copied immediately.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -96,24 +97,27 @@ class FromDevice:
         self._leaving: list[tuple[Tensor, Tensor, torch.cuda.Event]] = []
 
     def begin(self, values: Tensor, place: Tensor) -> None:
-        """Begin to copy; `values` may change afterwards, and `place`, on the host, has them once
-        `finish` has returned.
+        """Start to copy.
+
+        Args:
+            values: numbers on the device; they may change after the call.
+            place: tensor on the host; it is filled once `finish` returns.
         """
         if self._stream is None:
             place.copy_(values)
             return
-        own = values.clone()  # before the current stream changes them
+        own = values.clone()  # the current stream may change the original
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         staged = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
         with torch.cuda.stream(self._stream):
             staged.copy_(own, non_blocking=True)
-        own.record_stream(self._stream)  # it is freed before it is copied
+        own.record_stream(self._stream)  # Python frees it before the copy is done
         copied = _event()
         copied.record(self._stream)
         self._leaving.append((staged, place, copied))
 
     def finish(self) -> None:
-        """Wait until all that was begun is in its place."""
+        """Wait until all copies are complete."""
         for staged, place, copied in self._leaving:
             copied.synchronize()
             place.copy_(staged)
@@ -122,8 +126,12 @@ class FromDevice:
 
 @functools.cache
 def to_device(device: torch.device, what: str) -> ToDevice:
-    """Return what copies tensors to a CUDA device, the same one for all that is called alike: it
-    waits for no copies of others, and takes the memory of earlier ones.
+    """Return the object that copies tensors to a CUDA device; one object for each name waits for no
+    other copies and reuses memory.
+
+    Args:
+        device: the device.
+        what: name of the purpose.
     """
     return ToDevice(device)
 

@@ -1,5 +1,5 @@
-"""The values of losses on one batch: call the model and the losses' functions as the run computes,
-and check what they return.
+"""Compute the values of losses on one batch: call the model and the losses' functions in the run's
+mode, and check what they return.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ from .returned import (
 from .settings import ObjectiveSettings
 from .sharing import Returned, SharedOutputs
 
-# one value per element, multiplied by its weight, and the weights (float64); None where all weigh 1
+# one value per element, multiplied by its weight, and the weights (float64), or None if all are 1
 Values = tuple[Tensor, Tensor | None]
 
 
 class LossValues:
-    """Computes the values of losses on batches, at the point that the model holds.
+    """Compute the values of losses on batches, at the point in the model.
 
     Args:
-        task: states the losses.
-        losses: those that are evaluated, by name.
-        model: what the losses are of.
-        settings: the device, the precision and the mode of normalisation layers.
+        task: defines the losses.
+        losses: the evaluated losses by name.
+        model: the model.
+        settings: device, precision and mode of normalisation layers.
 
     Attributes:
-        losses: those that are evaluated, by name.
-        functions: the losses on the device, in the precision, by name.
-        gave_weights: of each loss evaluated yet, whether its function ever gave weights itself.
+        losses: the evaluated losses by name.
+        functions: the losses converted to device and precision, by name.
+        gave_weights: for each loss evaluated so far, whether its function ever returned weights.
         restore: undoes what a function changed on the model; called after each.
     """
 
@@ -63,13 +63,12 @@ class LossValues:
         self.gave_weights: dict[str, bool] = {}
         self.restore: Callable[[], None] = lambda: None
         self._task, self.losses = task, losses
-        # by the name under which a loss that returns a dict is stated: the entries of its first
-        # batch
+        # for each loss that returns a dict, by its name in the task: the entries of its first batch
         self._entries: dict[str, tuple[str, ...]] = {}
         self._functions_per_element: dict[str, Callable[[Any, Any], Any]] = {}
 
     def add_function(self, name: str) -> None:
-        """Make a loss of the task known to `values` though it is not one of those evaluated."""
+        """Make a loss of the task available to `values` although it is not among those evaluated."""
         if name not in self.functions:
             loss = stated_loss(self._task, name)
             self.functions[name] = loss.on_device(self.settings.device, self.settings.dtype)
@@ -79,12 +78,12 @@ class LossValues:
         weights (float64) unless all are 1.
 
         Args:
-            name: of the loss.
-            batch: of its split; the function may write into it.
-            shared: outputs of other losses on the batch, to be used where they serve.
+            name: name of the loss.
+            batch: a batch of its split; the function may write into it.
+            shared: outputs of other losses on the batch, to reuse if possible.
 
         Raises:
-            InputError: where the model or the function fails, or returns something else.
+            InputError: if the model or the function fails, or returns something invalid.
         """
         loss = self.functions[name]
         if loss.split is None:
@@ -109,12 +108,12 @@ class LossValues:
     def values_of_sources(
         self, names: Mapping[ValueSource, str], batch: object
     ) -> Iterator[tuple[ValueSource, Values]]:
-        """Yield the values of several sources on one batch, which share what they can of the
-        forward pass.
+        """Yield the values of several sources on one batch, which share as much of the forward pass
+        as possible.
 
         Args:
             names: a loss of each source.
-            batch: of their split.
+            batch: a batch of their split.
         """
         shared, common = SharedOutputs(), fresh(batch)
         for source, name in names.items():
@@ -122,7 +121,13 @@ class LossValues:
             yield source, self.values(name, separate, shared)
 
     def returned(self, name: str, batch: object, shared: SharedOutputs | None = None) -> Returned:
-        """Return what a loss's function returns for a batch; the entries of one dict share it."""
+        """Return what a loss's function returns for a batch; the entries of one dict share it.
+
+        Args:
+            name: name of the loss.
+            batch: a batch of its split.
+            shared: as for `values`.
+        """
         loss = self.functions[name]
         source = id(self.losses[name].source if name in self.losses else None)
         if shared is not None and source in shared.returned:
@@ -146,9 +151,13 @@ class LossValues:
         """Return the part of a function's result that is the loss of this name: all of it, or an
         entry of a dict.
 
+        Args:
+            name: name of the loss.
+            returned: the function's result.
+
         Raises:
-            InputError: where it returned a dict and the name stands for no entry, or there is no
-                such entry; where its entries changed from one batch to the next.
+            InputError: if it is a dict and the name stands for no entry, the entry is missing, or
+                the entries changed since an earlier batch.
         """
         stated, entry = origin(self._task, name)
         if entry is None and not isinstance(returned, Mapping):
@@ -159,10 +168,10 @@ class LossValues:
             other = min(set(first) ^ set(entries))
             raise InputError(
                 f"loss {stated!r} returned an entry {other!r} for one batch and not for another. "
-                "Return every entry for every batch; where one says nothing of an element, give "
-                "the element a weight of 0: (values, weights)."
+                "Return every entry for every batch; if one does not apply to an element, give the "
+                "element a weight of 0: (values, weights)."
             )
-        # it is only called to see what the model does
+        # the call only serves to observe the model
         if entry is None and name not in self.losses:
             entry = entries[0]
         if entry is None:
@@ -173,7 +182,7 @@ class LossValues:
         return returned[entry]
 
     def expect_entries(self, entries: Mapping[str, tuple[str, ...]]) -> None:
-        """Refuse other entries of losses that return dicts than these, from now on."""
+        """Reject, from now on, other entries than these from losses that return dicts."""
         self._entries.update(entries)
 
     def _per_element(self, name: str, loss: Loss) -> Callable[[Any, Any], Any]:
@@ -182,25 +191,42 @@ class LossValues:
         return self._functions_per_element[name]
 
     def weighs(self, name: str, batch: object) -> bool:
-        """Tell whether any element of a batch has a weight above 0."""
+        """Return whether any element of a batch has a weight above 0.
+
+        Args:
+            name: name of the loss.
+            batch: a batch of its split.
+        """
         weights = self.weights(name, batch)
         return weights is None or bool(weights.sum() > 0)
 
     def lowest_weight(self, name: str, batch: object) -> float | None:
-        """Return the smallest weight of an element of a batch; None where the loss gives no
-        weights.
+        """Return the smallest weight of an element of a batch; None if the loss returns no weights.
+
+        Args:
+            name: name of the loss.
+            batch: a batch of its split.
         """
         weights = self.weights(name, batch)
         return None if weights is None else float(weights.min())
 
     def weights(self, name: str, batch: object) -> Tensor | None:
-        """Return the weights of the elements of a batch, float64; None where all weigh the same."""
+        """Return the weights of the elements of a batch, float64; None if all are equal.
+
+        Args:
+            name: name of the loss.
+            batch: a batch of its split.
+        """
         with self.mode():
             return self.values(name, fresh(batch))[1]
 
     def autocast(self, name: str, batch: object) -> str | None:
-        """Return the type to which a loss, or the model in it, casts by an autocast of its own on
-        a batch; None where it turns none on.
+        """Return the type that a loss or the model casts to with its own autocast on a batch; None
+        if neither enables it.
+
+        Args:
+            name: name of the loss.
+            batch: a batch of its split.
         """
         watch = Watch(self.settings.device)
         with self.mode(), watch:
@@ -210,7 +236,8 @@ class LossValues:
 
     @contextlib.contextmanager
     def mode(self, layers: contextlib.AbstractContextManager[None] | None = None) -> Iterator[None]:
-        """Compute as the run does, around forward and backward passes, with autograd recording.
+        """Compute as the run does inside the context, around forward and backward passes, with
+        autograd recording.
 
         Args:
             layers: a context that gives normalisation layers another behaviour than the run's mode.
@@ -220,7 +247,7 @@ class LossValues:
             multiplying(self.settings.device),
             recurring(self.settings.device),
             default_dtype(self.settings.dtype),
-            # also where no gradient is wanted of a loss: it may take derivatives itself
+            # also if no gradient is needed, because a loss may take derivatives itself
             torch.enable_grad(),
             tf32(self.settings.precision == "tf32"),
         ):
@@ -233,13 +260,17 @@ class LossValues:
 
     @contextlib.contextmanager
     def _user_code(self, loss: Loss, called: Mapping[str, object]) -> Iterator[None]:
-        """Raise errors of the model or the loss function as ours, naming the split they happened
-        on.
+        """Convert errors of the model or the loss function, and name their split.
 
         Args:
-            loss: whose function is called.
-            called: what was handed over so far: the inputs to the model, then outputs and targets
-                to the function.
+            loss: the loss whose function is called.
+            called: what was passed so far: the inputs to the model, then outputs and targets to the
+                function.
+
+        Raises:
+            InputError: if the body raises an error.
+            SpanError: if the body raises it.
+            Exception: if memory runs out, or the device is unusable.
         """
         try:
             yield
