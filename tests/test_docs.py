@@ -193,6 +193,11 @@ def test_the_gallery_lists_every_example() -> None:
     ] == []
 
 
+def test_pictures_load_fast() -> None:
+    sizes = {path.name: path.stat().st_size for path in (DOCS / "images").rglob("*.*")}
+    assert {name: size for name, size in sizes.items() if size > 1_000_000} == {}
+
+
 def test_no_page_names_a_path_of_the_machine_it_was_built_on(site: Path) -> None:
     paths = [str(ROOT), str(site.parent), sys.prefix]
     for path in (*SOURCES, *site.rglob("*.html"), *site.rglob("*.js")):

@@ -84,7 +84,7 @@ def test_mnist_fc_adds_up_without_refinement_and_draws_its_picture(tmp_path: Pat
         assert each["max_segment_residual"] <= 1e-3
         assert each["unconverged"] == 0
         assert each["evaluations"] <= 2 * 20 + spans + 1
-    picture = tmp_path / "layers.png"  # the README's
+    picture = tmp_path / "layers.png"  # the gallery's
     lca = Path(sys.executable).with_name("lca")
     subprocess.run([lca, "plot", tmp_path / "ck.lca", "layers", "-o", picture], check=True)
     assert picture.stat().st_size > 10_000
