@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx import addnodes
 from sphinx.application import Sphinx
+from sphinx.writers.html5 import HTML5Translator
 
 import lca_posthoc
 
@@ -23,6 +26,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 exclude_patterns = ["_build"]
 
 myst_heading_anchors = 3
+# formulas between dollar signs, which GitHub shows too
+myst_enable_extensions = ["dollarmath"]
+html_math_renderer = "mathml"
 
 autodoc_member_order = "bysource"
 # the callbacks' own trainers, which need not be installed
@@ -131,6 +137,18 @@ def options_text(app: Sphinx, context: Any, lines: list[str]) -> None:
             lines[at] = before + required + _inline(text)
 
 
+def formula(writer: HTML5Translator, node: nodes.math) -> None:
+    """Write a formula within a line as MathML, which browsers typeset without any script."""
+    writer.body.append(tex2mathml(node.astext()))
+    raise nodes.SkipNode
+
+
+def displayed_formula(writer: HTML5Translator, node: nodes.math_block) -> None:
+    """Write a formula on a line of its own as MathML."""
+    writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
+    raise nodes.SkipNode
+
+
 def outside(app: Sphinx, document: Any) -> None:
     """Links from a page to README.md and its like at the top of the repository lead to their pages
     of the site.
@@ -147,3 +165,4 @@ def setup(app: Sphinx) -> None:
     app.connect("sphinx-click-process-description", help_text)
     app.connect("sphinx-click-process-options", options_text)
     app.connect("doctree-read", outside)
+    app.add_html_math_renderer("mathml", (formula, None), (displayed_formula, None))

@@ -19,6 +19,7 @@ import pytest
 
 import lca_posthoc
 from lca_posthoc import findings, plots
+from lca_posthoc.base.declarations import declared_findings
 from lca_posthoc.cli import COMMANDS, cli
 
 ROOT = Path(__file__).parents[1]
@@ -188,9 +189,22 @@ def test_the_gallery_lists_every_example() -> None:
     text = (DOCS / "gallery.md").read_text()
     assert [
         path.name
-        for path in (DOCS / "examples").glob("*.py")
-        if f"(examples/{path.name})" not in text
+        for path in (DOCS / "examples").iterdir()
+        if path.suffix in (".py", ".ipynb") and f"(examples/{path.name})" not in text
     ] == []
+
+
+def test_the_gallery_has_every_figure_with_the_line_that_makes_it() -> None:
+    text = (DOCS / "gallery.md").read_text()
+    lines = re.findall(r"^lca plot .*? (\w+)(?: --.*)? -o (\w+)\.png$", text, re.MULTILINE)
+    assert lines == [(name, name) for name in declared_findings()]
+    shown = re.findall(r"^!\[\w+\]\(images/figures/(\w+)\.png\)$", text, re.MULTILINE)
+    assert shown == list(declared_findings())
+
+
+def test_pictures_load_fast() -> None:
+    sizes = {path.name: path.stat().st_size for path in (DOCS / "images").rglob("*.*")}
+    assert {name: size for name, size in sizes.items() if size > 1_000_000} == {}
 
 
 def test_no_page_names_a_path_of_the_machine_it_was_built_on(site: Path) -> None:

@@ -13,12 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from nbclient import NotebookClient
+from PIL import Image
 from safetensors import safe_open
 
 from lca_posthoc import open_run
+from lca_posthoc.base.declarations import declared_findings
+from tests.helpers.browser import CHROMIUM
 
 EXAMPLES = Path(__file__).parent.parent / "docs" / "examples"
 
@@ -57,6 +62,35 @@ def test_a_script_of_the_gallery_holds_what_it_asserts_and_draws_its_figure(
     assert picture.stat().st_size > 10_000
 
 
+def test_every_line_of_the_gallery_draws_its_figure(tmp_path: Path) -> None:
+    command(EXAMPLES / "every_figure.py", tmp_path, 32)
+    assert {picture.stem for picture in tmp_path.glob("*.png")} == {*declared_findings()}
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason=f"{CHROMIUM} is not installed")
+def test_the_microscope_is_filmed(tmp_path: Path) -> None:
+    command(EXAMPLES / "report_film.py", tmp_path)
+    film = tmp_path / "report_film.gif"
+    with Image.open(film) as pictures:
+        assert getattr(pictures, "n_frames", 1) > 20
+    assert film.stat().st_size < 1_000_000
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.ipynb")))
+def test_a_notebook_runs_from_top_to_bottom_and_is_stored_without_outputs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for home in ("HOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR"):
+        monkeypatch.setenv(home, str(tmp_path))
+    notebook = nbformat.read(EXAMPLES / name, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell for cell in cells if cell.outputs or cell.execution_count] == []
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources=place).execute()
+    shown = {output.output_type for cell in cells for output in cell.outputs}
+    assert {"execute_result", "display_data", "stream"} <= shown
+
+
 @needs("mnist.safetensors")
 def test_forgotten_images_close_on_their_own_loss_and_are_drawn(tmp_path: Path) -> None:
     shown = command(EXAMPLES / "mnist_forgotten.py", tmp_path, 25)
@@ -84,7 +118,7 @@ def test_mnist_fc_adds_up_without_refinement_and_draws_its_picture(tmp_path: Pat
         assert each["max_segment_residual"] <= 1e-3
         assert each["unconverged"] == 0
         assert each["evaluations"] <= 2 * 20 + spans + 1
-    picture = tmp_path / "layers.png"  # the README's
+    picture = tmp_path / "layers.png"  # the gallery's
     lca = Path(sys.executable).with_name("lca")
     subprocess.run([lca, "plot", tmp_path / "ck.lca", "layers", "-o", picture], check=True)
     assert picture.stat().st_size > 10_000

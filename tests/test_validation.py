@@ -362,7 +362,7 @@ def test_tables_say_what_result_files_hold(scripts: Any, tmp_path: Path) -> None
         for seed, values in enumerate(results):
             (folder / f"seed{seed}.json").write_text(json.dumps(values))
     scripts("report").report(tmp_path, tmp_path / "out")
-    text = (tmp_path / "out" / "validation-tables.md").read_text()
+    text = (tmp_path / "out" / "measurements" / "validation-tables.md").read_text()
     (rows,) = {
         part.partition("\n\n")[2].strip()
         for part in text.split("### ")
@@ -462,4 +462,7 @@ def test_a_command_does_an_experiment_once_and_its_loss_is_that_of_the_replay(
     command(*run)
     assert file.read_bytes() == told  # not done again: its times are as they were
     command(SCRIPTS / "report.py", tmp_path, tmp_path / "out")
-    assert f"| {experiment} | " in (tmp_path / "out" / "validation-tables.md").read_text()
+    assert (
+        f"| {experiment} | "
+        in (tmp_path / "out" / "measurements" / "validation-tables.md").read_text()
+    )

@@ -4,8 +4,8 @@ r"""Tables and figures of all results that are there.
 python docs/examples/validation/report.py PLACE docs
 ```
 
-Reads `PLACE/EXPERIMENT/NETWORK/seedK.json` and writes `docs/validation-tables.md` and three figures
-in `docs/images`.
+Reads `PLACE/EXPERIMENT/NETWORK/seedK.json` and writes `docs/measurements/validation-tables.md` and
+three figures in `docs/images`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLOURS = (
 
 ABOUT = """# All tables of the validation
 
-Written by `docs/examples/validation/report.py`; [Validation](validation.md) says what was done and
+Written by `docs/examples/validation/report.py`; [Validation](../validation.md) says what was done and
 what follows from it. Rank correlations are Spearman's between what was predicted of the items of one
 comparison and what came of them, as means over comparisons and seeds; slopes are those of what came
 of it against what was predicted, through the origin. Intervals of both are of 95 %, by bootstrap over
@@ -424,7 +424,9 @@ def report(place: Path, out: Path) -> None:
     every = [results for name in EXPERIMENTS if (results := read(place, name)).files]
     images = out / "images"
     images.mkdir(parents=True, exist_ok=True)
-    (out / "validation-tables.md").write_text(tables(every))
+    measurements = out / "measurements"
+    measurements.mkdir(exist_ok=True)
+    (measurements / "validation-tables.md").write_text(tables(every))
     draw_correlations(every, images / "validation_correlations.png")
     for results in every:
         if results.experiment == "undo":
