@@ -473,6 +473,6 @@ def test_what_is_exported_reads_back(
 
 def test_the_summary_says_what_shows_the_examples(told: Told) -> None:
     result = lca("summary", told.run.path)
-    assert "24 examples of 'train' told apart" in result.output
+    assert "24 examples of 'train': `lca plot" in result.output
     assert "examples --loss train" in " ".join(result.output.split())
-    assert "told apart" not in lca("summary", told.run.path, "--loss", "plain").output
+    assert "examples of" not in lca("summary", told.run.path, "--loss", "plain").output

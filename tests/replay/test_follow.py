@@ -484,8 +484,8 @@ def test_status_says_that_a_run_follows_and_where_it_waits(series: Place) -> Non
     assert "it follows a recorder" in working
     assert "waits for more" not in working
     words = " ".join(waits.split())
-    assert "complete so far; follows" in words
-    assert f"up to step {STEPS - 1} they are replayed, and it waits for more" in words
+    assert "complete so far; following" in words
+    assert f"it has replayed up to step {STEPS - 1} and waits for more" in words
     assert json.loads(document)["following"] == {"waits_after": STEPS - 1}
     assert faults("status", json.loads(document)) == []
     assert "following" not in json.loads(lca("status", series.out, "--json").stdout)
@@ -494,8 +494,8 @@ def test_status_says_that_a_run_follows_and_where_it_waits(series: Place) -> Non
 @pytest.mark.parametrize(
     ("state", "began", "words"),
     [
-        ("recording", None, ["goes on. The same `lca run` follows it on"]),
-        ("closed", None, ["has closed since. The same `lca run` takes the rest"]),
+        ("recording", None, ["is still running. The same `lca run` follows it again"]),
+        ("closed", None, ["has closed since. The same `lca run` replays the rest"]),
         ("failed", None, ["ended without closing", "Resume the training", "leave --follow out"]),
         ("recording", 0.0, ["ended without closing", "Resume the training", "leave --follow out"]),
     ],
@@ -509,7 +509,7 @@ def test_status_of_a_follower_that_was_stopped_says_how_the_training_stands(
     ends = sign_of(os.getpid(), state=state)
     write_sign(series.iterates, ends if began is None else replace(ends, began=began))
     said = " ".join(lca("status", series.out).stdout.split())
-    says(said, "complete so far; no longer follows", "it followed the training", *words)
+    says(said, "complete so far; stopped following", "it was stopped while following", *words)
 
 
 def test_a_finished_follower_is_told_that_nothing_comes_and_not_that_nothing_is_to_do(

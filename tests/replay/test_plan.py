@@ -342,7 +342,7 @@ def test_the_command_plans_a_recording(tmp_path: Path) -> None:
             "--loss",
             "all",
         ),
-        "--loss, --rule: of a training that is yet to be recorded, only --task and --json count",
+        "--loss, --rule: --recording uses only --task and --json",
     )
 
 

@@ -398,15 +398,15 @@ def test_bursts_are_recorded_and_replayed_without_the_gaps_between_them(tmp_path
     assert list(run.steps["step"].values) == [0, 1, 10, 11, 20, 21]
     assert findings.summary(run)["segments"] == 6
     summary = lca("summary", tmp_path / "run.lca").output
-    says(summary, "6 of 22 training steps", "loss change, over the segments seen")
-    says(summary, "loss change in the gaps, which are not replayed")
+    says(summary, "6 of 22 training steps", "loss change, over the segments replayed")
+    says(summary, "loss change in the gaps, not replayed")
     figures = findings.summary(run)
     ends = run.steps["loss_end"].values[[1, 3]], run.steps["loss_start"].values[[2, 4]]
     assert figures["gaps"] == 2
     assert figures["gaps_change"] == pytest.approx(float((ends[1] - ends[0]).sum()), abs=1e-12)
     replayed(tmp_path, tmp_path / "part.lca", segments="0.5@1")
     part = lca("summary", tmp_path / "part.lca").output
-    says(part, "outside the gaps, estimated", "change over all of training, gaps too")
+    says(part, "without the gaps, estimated", "change over all of training with its gaps")
     assert findings.summary(open_run(tmp_path / "part.lca")["train"])["gaps_change"] is None
     listed = open_trajectory(tmp_path / "checkpoints", steps="0,10,20")  # asked for
     assert listed.breaks == frozenset()

@@ -260,7 +260,7 @@ def test_a_damaged_span_is_repaired_to_the_same_bytes(made: Path, tmp_path: Path
     (chunk, *_) = sorted((run / "data.zarr/train/units/out.bias/c/0").rglob("*"))
     chunk.write_bytes(b"")
     done = lca("repair", run, "--task", place / "task.py", "--cluster", "inline")
-    assert (done.exit_code, done.stdout) == (0, "loss 'train': computed again span 0\n")
+    assert (done.exit_code, done.stdout) == (0, "loss 'train': recomputed span 0\n")
     assert stored(run) == stored(made / "shards.lca")
 
 
