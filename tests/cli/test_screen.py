@@ -499,7 +499,7 @@ def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
     _, rest = process.communicate()
     assert process.returncode == 128 + number, rest
     assert [line for line in rest.splitlines() if not line.startswith("lca: ")] == []
-    says(rest, "Run the same command again to go on.")
+    says(rest, "Run the same command again to resume.")
     assert "segments" not in rest.splitlines()[-1]
 
 

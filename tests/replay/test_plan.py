@@ -383,9 +383,7 @@ def test_space_is_refused_by_its_estimate_after_compression(
     run = lca_posthoc.run(
         tmp_path / "ck", task, out=out, losses=losses, progress=notes.append, **options
     )
-    assert any(
-        "a run that meets a full disk stops" in getattr(event, "text", "") for event in notes
-    )
+    assert any("a run on a full disk stops" in getattr(event, "text", "") for event in notes)
     assert list(verify(run.path)) == []
 
 

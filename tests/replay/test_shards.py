@@ -331,7 +331,7 @@ EXAMPLES = (GROUPS[0], 'Loss(F.cross_entropy, on="validation", per="example")')
         (("", ""), ("--keep", "parameters"), "--keep parameters takes the whole gradient"),
         (("", ""), ("--subset", "0.5@1"), "is over a random subset"),
         (GROUPS, ("--loss", "validation"), "loss 'validation' has groups"),
-        (EXAMPLES, ("--loss", "validation"), "loss 'validation' tells every example apart"),
+        (EXAMPLES, ("--loss", "validation"), "loss 'validation' gives results per example"),
         (("", ""), ("--norm-stats", "recalibrated"), "at every checkpoint"),
         (("", ""), ("--shards", "none"), "must be auto, or a number from 1 on"),
     ],
