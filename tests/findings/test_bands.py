@@ -127,7 +127,7 @@ def test_shares_are_of_segments_of_one_step(folder: Path) -> None:
     helping, dense = findings.helping(sparse), sparse.tensors.isel(step=[0, 1])
     assert np.isnan(helping["helping"].values).tolist() == [False] * 2 + [True] * 4
     assert "hero_share" not in helping
-    assert "held back" in helping.attrs["left_out"]
+    assert "withheld" in helping.attrs["left_out"]
     counted = float(dense["helping"].sum() / (2 * dense["elements"].sum()))
     figures = findings.summary(sparse)
     assert figures["helping"] == pytest.approx(counted)
@@ -141,7 +141,7 @@ def test_shares_are_of_segments_of_one_step(folder: Path) -> None:
 def test_what_counts_parameters_is_held_back_where_all_segments_are_long(
     name: str, folder: Path
 ) -> None:
-    with pytest.raises(LCAError, match=r"straight line.*held back"):
+    with pytest.raises(LCAError, match=r"straight line.*withheld"):
         getattr(findings, name)(loss_of(folder, "long"))
     figures = findings.summary(loss_of(folder, "long"))
     assert not {"helping", "hurting", "zero"} & set(figures)

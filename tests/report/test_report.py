@@ -693,7 +693,7 @@ def test_bars_of_runs_beside_each_other_have_one_scale_and_the_headline_its_run(
     says(
         Tags(text).text,
         "bars on one scale",
-        "share trainings: what differs between them is how these were measured",
+        "share trainings: they differ in how they were measured",
     )
     table = Table(
         title="",
