@@ -769,7 +769,9 @@ def test_weights_that_do_not_move_at_first_do_not_make_two_trainings_one(tmp_pat
 
 
 def test_pairs_need_as_many_runs(arms: Path) -> None:
-    with pytest.raises(InputError, match="same number of runs under every label, got 3 under 'a', 2 under 'b'"):
+    with pytest.raises(
+        InputError, match="same number of runs under every label, got 3 under 'a', 2 under 'b'"
+    ):
         compare({"a": trained(arms, *SLOW), "b": trained(arms, *FAST[:2])}, paired=True)
 
 

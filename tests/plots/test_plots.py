@@ -397,7 +397,7 @@ def test_layers_of_groups_are_a_picture_with_zero_in_the_middle() -> None:
     assert np.array_equal(image.get_array(), given["total"].values)
     assert image.norm.vmin == -image.norm.vmax
     assert to_hex(image.cmap(image.norm(0.0))) == colours.NEUTRAL
-    with pytest.raises(InputError, match="pick one"):
+    with pytest.raises(InputError, match="Pick one"):
         draw("layers", given, quantity="cumulative")
     with pytest.raises(
         InputError, match="quantity is one of 'cumulative', 'total', 'mean', got 'sum'"

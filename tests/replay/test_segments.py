@@ -150,7 +150,7 @@ def test_figures_of_a_random_part_say_which_in_words_and_draw_its_errors(sampled
     for quantity, axis in (("total", 0), ("cumulative", 1)):
         axes = plots.layers(layers, quantity=quantity)
         caption = axes.figure.get_supxlabel()
-        says(" ".join(caption.split()), words, "two standard errors of the segments drawn")
+        says(" ".join(caption.split()), words, "two standard errors from drawing segments")
         assert "`segments`" not in caption
         drawn = [
             piece[:, axis]
