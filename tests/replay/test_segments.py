@@ -169,7 +169,7 @@ def test_report_and_export_of_a_random_part_leave_out_the_rest(
     says((tmp_path / "page.html").read_text(), "drawn at random all over training")
     exported = lca("export", sampled, "-o", tmp_path / "tables", "--format", "csv")
     assert exported.exit_code == 0, exported.output
-    says(exported.output, "--segments 0.5@1", "left out: ", "peaks", "oscillation")
+    says(exported.output, "--segments 0.5@1", "skipped: ", "peaks", "oscillation")
     written = {path.name.partition("_")[0] for path in (tmp_path / "tables/train").iterdir()}
     assert written == {"curve.csv", "layers", "units"}
 
@@ -259,7 +259,7 @@ def test_a_random_part_stays_one_of_the_checkpoints_it_was_drawn_from(
     before = data_of(out)
     for file in files[41:]:
         shutil.copy(file, tmp_path / "checkpoints")
-    says(" ".join(replayed(tmp_path, out)), "20 checkpoints after step 40 are left out")
+    says(" ".join(replayed(tmp_path, out)), "20 checkpoints after step 40 are not used")
     assert data_of(out) == before
     replayed(tmp_path, out, segments="0.4@3")
     assert open_run(out)["train"].steps["step_end"].max() <= 40
@@ -330,7 +330,7 @@ def test_gaps_are_left_out_and_nothing_turns_across_them(
     monkeypatch.setattr(prepare._Match, "room_for_windows", windows)
     out = tmp_path / "part.lca"
     notes = replayed(place, out, steps=RANGES, span=span, keep="parameters", losses=["train"])
-    says(" ".join(notes), "3 gaps between checkpoints are left out", "33→50", "29 of 59 training")
+    says(" ".join(notes), "3 gaps between checkpoints are skipped", "33→50", "29 of 59 training")
     same_as_in(dense, out)
     part = open_run(out)["train"]
     ends = list(zip(part.steps["step"].values, part.steps["step_end"].values, strict=True))
