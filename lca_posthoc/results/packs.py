@@ -1,9 +1,9 @@
-"""Small chunks of a span in one file, in runs that were made in an object store: a request for each
-of them would take longer than all their bytes.
+"""Store the small chunks of a span in one file, in runs in an object store, where a request for
+each would take longer than all their bytes.
 
-Chunks lie one behind the other, as they are, in the order in which their paths are sorted. The
-commit marker says, for each, its place beside its size and CRC-32. Zarr does not read packs, so such
-a run has none of Zarr's metadata either. In a file system, every chunk is a file of its own.
+Chunks lie one after the other, sorted by path. For each, the commit marker records its offset
+beside its size and CRC-32. Zarr does not read packs, so such a run lacks Zarr's metadata too. In a
+file system, every chunk is a file of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from . import disk
 
 PACKS = "packs"
-LARGEST = 2**20  # bytes of a chunk; a larger one is a file of its own
+LARGEST = 2**20  # bytes of a chunk; a larger one gets its own file
 
 Seal = list[int]
 """Of a chunk: its size, its CRC-32, and its place, where it lies in a pack."""
@@ -32,7 +32,7 @@ def write_pack(path: Path, chunks: Mapping[str, bytes], durable: bool) -> dict[s
     Args:
         path: of the pack.
         chunks: their bytes, by their paths below the run.
-        durable: whether they are on disk when this returns.
+        durable: whether to flush them to disk before returning.
     """
     seals, place = dict[str, Seal](), 0
     for chunk in sorted(chunks):
@@ -52,6 +52,6 @@ def read_chunk(path: Path, seal: Seal, pack: Path) -> bytes:
         pack: of the span or window it belongs to.
 
     Raises:
-        OSError: where it cannot be read.
+        OSError: if it cannot be read.
     """
     return disk.read_part(pack, seal[2], seal[0]) if is_packed(seal) else disk.read(path)

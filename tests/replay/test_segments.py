@@ -169,7 +169,7 @@ def test_report_and_export_of_a_random_part_leave_out_the_rest(
     says((tmp_path / "page.html").read_text(), "drawn at random all over training")
     exported = lca("export", sampled, "-o", tmp_path / "tables", "--format", "csv")
     assert exported.exit_code == 0, exported.output
-    says(exported.output, "--segments 0.5@1", "skipped: ", "peaks", "oscillation")
+    says(exported.output, "--segments 0.5@1", "missing: ", "peaks", "oscillation")
     written = {path.name.partition("_")[0] for path in (tmp_path / "tables/train").iterdir()}
     assert written == {"curve.csv", "layers", "units"}
 
