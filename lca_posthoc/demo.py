@@ -90,7 +90,7 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
     """Train, record and replay both losses under `directory`, and write `report.html` there.
 
     Raises:
-        InputError: where `directory` exists and is not empty.
+        InputError: if `directory` exists and is not empty.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(

@@ -49,54 +49,53 @@ def compare(
     confidence: float = 0.95,
     paired: bool | None = None,
 ) -> xr.Dataset:
-    """Compare the allocation of each layer in runs under several labels, with intervals and p-values
-    over repeats.
+    """Compare the allocation of each layer in runs under several labels, with intervals and
+    p-values over repeats.
 
     The runs under one label count as independent repeats, such as seeds. Their layer sums get
-    Student's t interval and the one-sample t-test against 0; against the runs of the first label,
-    Welch's t-test, or the paired t-test where runs come in pairs: each run of either label begins
-    from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for all
-    layers of all labels together, `p_difference_holm` for all layers of all labels but the first
-    (Holm 1979): where there is nothing to find, any p of such a family falls below α with a chance
-    of at most α. What takes more repeats than there are (two for an interval or a p, on both sides
-    of a difference) is NaN, as is a p of numbers without any spread.
+    Student's t interval and the one-sample t-test against 0. Against the runs of the first label
+    they get Welch's t-test, or the paired t-test if runs form pairs: each run of either label
+    begins from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for
+    all layers of all labels together, `p_difference_holm` for all layers of all labels except the
+    first (Holm 1979): if there are no differences, the chance that any p of such a family falls
+    below α is at most α. Results that need more repeats (two for an interval or a p, on both sides
+    of a difference) are NaN, and so is a p of numbers without any spread.
 
-    Runs of one training are no repeats of each other: those that share a checkpoint which training
-    has moved to, as after a copy, under another rule or `--norm-stats`, or over other steps. Under
-    one label such a training counts once, by the first of its runs. Labels that share trainings are
-    compared in pairs or not tested. `attrs["notes"]` says so, and names settings, splits, examples
-    and steps in which the runs differ, a line each.
+    Runs of one training are no repeats of each other: those that share a checkpoint that training
+    has moved to, for example a copy, or a replay under another rule or `--norm-stats`, or over
+    other steps. Such a training counts once under one label, by the first of its runs. Labels that
+    share trainings are compared in pairs or not tested. `attrs["notes"]` reports this, and names
+    settings, splits, examples and steps in which the runs differ, a line each.
 
-    Sums are over the segments that are there. Runs may differ in their numbers of steps and in
-    their layers.
+    Sums include the finished segments. Runs may have different numbers of steps and different
+    layers.
 
     Args:
         runs: results of one loss without groups, or several of them, by label.
-        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers that
-            moved are layers of their own, as in `layers`.
+        by: layers by "module", by "tensor", or by that many parts of the module's name. Buffers
+            that moved are layers of their own, as in `layers`.
         confidence: of the intervals, between 0 and 1.
-        paired: True takes the k-th run of every label as a pair with the k-th of the first, for
-            runs that share a seed and no checkpoint; False never pairs; None pairs by the first
-            checkpoint.
+        paired: True pairs the k-th run of every label with the k-th of the first, for runs that
+            share a seed and no checkpoint; False never pairs; None pairs by the first checkpoint.
 
     Returns:
         `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run
         lacks the layer; `mean`, `low`, `high`, `p`, `p_holm` (label, layer); `difference`,
         `p_difference`, `p_difference_holm` (label, layer) to the first label; `loss_end` (label)
-        and, where every run was made with `--keep statistics` or more, `helping` (label; share of
+        and, if every run was made with `--keep statistics` or more, `helping` (label; share of
         parameters × segments), means over runs, each with `_low` and `_high`; `loss_change`
         (label), a mean; `p_loss_end` (label), the test of the last loss against the first label,
-        not corrected; `path_band` (label, layer), by how much other paths through the same checkpoints
-        would change `mean`, averaged over runs, where runs tell it of segments longer than one
-        training step (else NaN): it is no spread over repeats, is in no interval and no p, and
-        does not shrink with more of them; `runs` (label), how many; `trainings` (label), how many of them are different
-        trainings; `paired` (label), whether the tests against the first label are of pairs; coord
-        `path` (label, run).
+        not corrected; `path_band` (label, layer), how much other paths through the same
+        checkpoints would change `mean`, averaged over runs that measured it on segments longer than
+        one training step (else NaN): it is no spread over repeats, enters no interval and no p, and
+        does not shrink with more of them; `runs` (label), their number; `trainings` (label), the
+        number of different trainings among them; `paired` (label), whether the tests against the
+        first label are paired; coord `path` (label, run).
 
     Raises:
         InputError: for no runs, a run given twice under one label, a loss with groups, an
             impossible confidence, or `paired` where labels have different numbers of runs.
-        LCAError: where a run has no finished segment yet, or stored numbers are damaged.
+        LCAError: if a run has no finished segment yet, or stored numbers are damaged.
     """
     if isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")

@@ -47,9 +47,9 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     coefficient of |A| (Gini 1912; zeros are counted).
 
     Args:
-        results: one loss of a run. The histogram is there from `--keep statistics` on; the sample,
+        results: one loss of a run. The histogram needs `--keep statistics`; the sample,
             and the double Weibull distribution fitted to it (scipy's `dweibull`, location 0,
-            maximum likelihood, exact zeros left out), at `--keep parameters`.
+            maximum likelihood, exact zeros excluded), need `--keep parameters`.
         sample: how many elements to draw with replacement, uniformly over parameters × segments (×
             groups).
         seed: of numpy's default generator.
@@ -58,12 +58,12 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
         `count` (bin[, group]) with coordinates `lower` and `upper`; by group `zero` (a count),
         `helping`, `hurting` (shares), `mean`, `mean_absolute`, `standard_deviation` (of the bins'
         middles; the mean is exact), `top_share`, `gini` with bounds; `sample` (draw),
-        `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). Where every
-        allocation is 0 there is no bin, and what is not defined is NaN; `left_out` says so.
+        `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). If every
+        allocation is 0, there is no bin, and undefined figures are NaN; `left_out` says so.
 
     Raises:
-        LCAError: where the run keeps sums alone, a segment is longer than one training step, none
-            is there yet, or stored numbers are damaged.
+        LCAError: if the run keeps only sums, a segment is longer than one training step, none
+            is finished yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "sizes of single allocations")
     refuse_straight_lines(table, FINDING.single_steps, "sizes of single allocations")

@@ -62,7 +62,7 @@ def microscope(
 
     Rows of a picture run over the output axis (and the height of filters), columns over the input
     axis (and the width); a vector is one column. Frames are sums over stretches of consecutive
-    segments, pixels over blocks of neighbouring parameters where not all fit: both still add up.
+    segments, pixels over blocks of neighbouring parameters where not all fit: totals stay the same.
 
     Args:
         results: one loss of a run kept with `--keep parameters`.
@@ -76,12 +76,12 @@ def microscope(
         loss, with attributes `shape` (of the tensor), `axes` (of the tensor, those in rows and
         those in columns) and `pool` (parameters a pixel sums, [rows, columns]); coordinates `step`,
         `step_end`, `step:loss_start` and `step:loss_end`; attribute `scale`, the 99.5 % quantile of
-        |values| that are not zero, over all frames and tensors.
+        nonzero |values|, over all frames and tensors.
 
     Raises:
-        LCAError: if the run does not keep parameters, no segment is there yet, or stored numbers
-            are damaged.
-        InputError: for a tensor or group that is not there.
+        LCAError: if the run does not keep parameters, no segment is finished yet, or stored
+            numbers are damaged.
+        InputError: for an unknown tensor or group.
     """
     table = tables(results, FINDING.level, "allocations of single parameters")
     steps, data = results.steps, results.allocation

@@ -64,21 +64,21 @@ def oscillation(
     most: int = 3,
     checkpoints: str | Path | None = None,
 ) -> xr.Dataset:
-    """Return turns of the weight, sign changes of the gradient and of the allocation, and the
-    course of chosen parameters.
+    """Count turns of weights, sign changes of gradients and allocations, and trace chosen
+    parameters.
 
-    A turn is a change of sign between two values that are not zero with only zeros between them;
-    the gradient is its mean along each segment. The interval is the number of segments divided by
-    the turns: the mean time between two of them. Parameters that never moved are left out of the
-    means, which are NaN where none did.
+    A turn is a change of sign between two nonzero values with only zeros between them; the gradient
+    is its mean along each segment. The interval is the number of segments divided by the turns,
+    which is the mean time between two of them. Means exclude parameters that never moved, and are
+    NaN if none did.
 
     Args:
         results: one loss of a run. Turns need every segment and `--keep statistics`; traces `--keep
             parameters`.
-        parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most`
-            that hurt most.
+        parameters: to trace, as "fc1.weight[3, 17]"; by default the `most` that helped and the
+            `most` that hurt most.
         most: the number of each.
-        checkpoints: the directory the run was computed from, for weights and gradients; without,
+        checkpoints: the directory the run was computed from, for weights and gradients; by default
             the recorded one, or one of its name beside the run.
 
     Returns:
@@ -90,9 +90,9 @@ def oscillation(
 
     Raises:
         LCAError: if the run keeps only sums, a segment is longer than one training step and no
-            parameter is named, no segment is there yet, or stored numbers are damaged.
-        InputError: for a parameter that is not there.
-        SpanError: where a checkpoint is not the one the run was made from.
+            parameter is named, no segment is finished yet, or stored numbers are damaged.
+        InputError: for an unknown parameter.
+        SpanError: if a checkpoint is not the one the run was made from.
     """
     table = tables(results, FINDING.level, "turns of parameters")
     left_out = unfinished(results)

@@ -52,14 +52,14 @@ def peaks(
     seed: int = 0,
     stretch: int = 50,
 ) -> xr.Dataset:
-    """Return the peak moments of every layer and group, the number all layers share, and the number
-    they would share by chance.
+    """Return the peak moments of every layer and group, the number that all layers share, and the
+    number to expect by chance.
 
     A *peak moment* (Lan et al. 2019) is a local minimum in t of the allocation of (layer, group);
-    of these, the `top` lowest that are below zero are kept. For the controls "motion" (Σ|Δθ|) and
-    "gradient" (Σ|mean gradient|), maxima take the place of minima. A plateau counts once, at its
+    of these, the `top` lowest below zero are kept. For the controls "motion" (Σ|Δθ|) and
+    "gradient" (Σ|mean gradient|), maxima replace minima. A plateau counts once, at its
     first segment. A segment without a finished and finite segment on either side is no peak. A
-    segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer
+    segment is *aligned* in a group if every layer has a peak in it. Buffers belong to no layer
     here. A layer without a single peak, such as a frozen one, does not count among all layers;
     `left_out` names it.
 
@@ -68,26 +68,26 @@ def peaks(
     * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can
       be peaks, the same offset for all groups of a layer. It keeps what the groups share and how
       peaks are spaced (minima are never adjacent), and assumes that peaks are as likely late in
-      training as early. Where they are not, layers that have nothing to do with each other but all
-      learn most early on are found aligned.
+      training as early. If they are not, the test finds unrelated layers aligned that all learn most
+      early on.
     * `p_local`: the same within stretches of about `stretch` segments, an offset each. It keeps how
       many peaks each part of training has, so it asks whether peaks fall together *within* such a
       part.
     * `p_independent`: within a group, each layer's peaks are a uniformly random subset of the
-      segments that can be peaks; groups are independent. This is exact for what it assumes, but
-      groups are not independent and minima are not a uniform subset: the rotations are the ones to
-      trust.
+      segments that can be peaks; groups are independent. This is exact under its assumptions, but
+      groups are not independent and minima are not a uniform subset: trust the rotations
+      instead.
 
     For both rotations p = (1 + draws with at least as many alignments) / (draws + 1), so it is
     never below 1 / (draws + 1).
 
     Args:
         results: one loss of a run. Without groups it has one group, "all"; so has "motion", which
-            no group enters.
-        signal: "allocation", "motion" or, of a run made with `--keep statistics` or more,
+            is the same for all groups.
+        signal: "allocation", "motion" or, for a run made with `--keep statistics` or more,
             "gradient".
-        by: layers by "module", "tensor", or so many parts of the module's name. Many layers hardly
-            ever align all together.
+        by: layers by "module", "tensor", or that many parts of the module's name. Many layers hardly
+            ever all align.
         top: peaks kept per layer and group.
         draws: rotations per test.
         seed: of the rotations.
@@ -95,15 +95,15 @@ def peaks(
 
     Returns:
         `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and
-        `observed_total`, `expected_total`: alignments, and their mean if layers had nothing to do
-        with each other; `shift`, `local` (draw): totals of the rotations; `p_shift`, `p_local`,
+        `observed_total`, `expected_total`: alignments, and their expectation for independent
+        layers; `shift`, `local` (draw): totals of the rotations; `p_shift`, `p_local`,
         `p_independent`; `p_shift_group` (group), not corrected for the number of groups; coord
-        `counted` (layer): whether the layer is part of the question.
+        `counted` (layer): whether the layer counts.
 
     Raises:
-        InputError: for an unknown signal, numbers below one, fewer than two layers, or where no
-            segment has one on either side.
-        LCAError: where the run does not keep the signal, or stored numbers are damaged.
+        InputError: for an unknown signal, numbers below one, fewer than two layers, or if no
+            segment has a neighbour on both sides.
+        LCAError: if the run does not keep the signal, or stored numbers are damaged.
     """
     _check(signal, top=top, draws=draws, stretch=stretch)
     values, layers, groups = _values(results, signal, by)

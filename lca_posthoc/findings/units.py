@@ -62,13 +62,13 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     Returns:
         `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates
         `layer` and `index` of unit, and `step`, `step_end`: the training steps at which stretches
-        start and end. Of a run of a random part of the segments, `--segments`, `total` is an
+        start and end. For a random part of the segments (`--segments`), `total` is an
         estimate, and `segments` (unit[, group]) its standard error.
 
     Raises:
-        LCAError: where the run keeps no units, no segment is there yet, or stored numbers are
+        LCAError: if the run keeps no units, no segment is finished yet, or stored numbers are
             damaged.
-        InputError: for a layer that is not there.
+        InputError: for an unknown layer.
     """
     table = tables(results, FINDING.level, "sums of units", sampled=True)
     data = results.units

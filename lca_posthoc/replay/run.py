@@ -211,8 +211,8 @@ def run(
 
     Raises:
         InputError: for anything wrong before the first evaluation.
-        SpanError: where spans failed; the others are complete.
-        ResourceError: where workers, a GPU or space are missing.
+        SpanError: if spans failed; the others are complete.
+        ResourceError: if workers, a GPU or space are missing.
         Interrupted: after Ctrl-C or SIGTERM, once the spans in flight are committed; it is a
             `KeyboardInterrupt` too.
     """
@@ -448,7 +448,7 @@ class _Job:
         return common_root(places_of(self.checkpoints))
 
     def refuse_options(self, settings: Settings) -> None:
-        """Reject to follow or to remove checkpoints where that is impossible."""
+        """Reject `--follow` and `--consume` where they are impossible."""
         if self.follow:
             refuse_remote(self.checkpoints)
             refuse_a_part(settings, "--follow")
@@ -692,7 +692,7 @@ class _Driver:
     ) -> None:
         existing = self._job.recorded()
         if strangers:
-            self._status.begin("asking each worker what it has")
+            self._status.begin("checking each worker")
             with results.shared_directory_token(self._job.path) as token:
                 self._status.note(check_workers(cluster, trajectory, settings["device"], token))
         ready = self._prepare(cluster, settings, trajectory, existing)
@@ -941,7 +941,7 @@ def _named_disk_errors() -> Iterator[None]:
     """Translate an error of the file system into one that names a remedy.
 
     Raises:
-        ResourceError: where space or a permission is missing.
+        ResourceError: if space or a permission is missing.
         LCAError: for any other error of a file.
     """
     try:

@@ -205,7 +205,7 @@ def _has_files(directory: Path) -> bool:
         return any(obstore.list(store, key, chunk_size=1))
 
 
-# --- what it must keep to -------------------------------------------------------------------------
+# --- guarantees -------------------------------------------------------------------------
 
 
 def check_promises(run: Path) -> None:

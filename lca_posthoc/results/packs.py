@@ -18,7 +18,7 @@ PACKS = "packs"
 LARGEST = 2**20  # bytes of a chunk; a larger one gets its own file
 
 Seal = list[int]
-"""Of a chunk: its size, its CRC-32, and its place, where it lies in a pack."""
+"""The size of a chunk, its CRC-32, and its offset if it lies in a pack."""
 
 
 def is_packed(seal: Seal) -> bool:

@@ -586,7 +586,7 @@ class RunWriter:
             if row < commits.manifest.segments
         )
 
-    # --- what is there ----------------------------------------------------------------------------
+    # --- existing spans ----------------------------------------------------------------------------
 
     def pending(self, loss: str) -> list[int]:
         """Return the spans of a loss that have no marker, or lost their totals before these were

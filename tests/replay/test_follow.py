@@ -274,7 +274,9 @@ def test_a_run_of_a_part_removes_nothing_although_the_part_is_not_asked_for_agai
 def test_files_of_no_recorder_are_not_removed(series: Place) -> None:
     path = series.iterates / "step_00000003.safetensors"
     path.rename(series.iterates / "iterate_step_3.safetensors")
-    with pytest.raises(InputError, match=r"step_3.safetensors \(step 3\) is no file as a recorder"):
+    with pytest.raises(
+        InputError, match=r"step_3.safetensors \(step 3\) has no name that a recorder"
+    ):
         series.replay(consume=True)
 
 

@@ -328,7 +328,7 @@ EXAMPLES = (GROUPS[0], 'Loss(F.cross_entropy, on="validation", per="example")')
 @pytest.mark.parametrize(
     ("task", "options", "why"),
     [
-        (("", ""), ("--keep", "parameters"), "--keep parameters takes the whole gradient"),
+        (("", ""), ("--keep", "parameters"), "--keep parameters needs the whole gradient"),
         (("", ""), ("--subset", "0.5@1"), "is over a random subset"),
         (GROUPS, ("--loss", "validation"), "loss 'validation' has groups"),
         (EXAMPLES, ("--loss", "validation"), "loss 'validation' gives results per example"),
@@ -384,7 +384,7 @@ def test_fewer_shards_than_asked_for_are_said_with_the_reason(
     planned = plan(made / "ck", made / "task.py", shards=3, **options)
     (note,) = (note for note in planned.notes if "shard" in note)
     assert f"cut into {count(planned.shards, 'shard')}, not the 3 of --shards" in note
-    assert f"it is {batches} and a shard takes at least one" in note
+    assert f"it has {batches} and a shard takes at least one" in note
     assert planned.shards == int(batches[0])
 
 

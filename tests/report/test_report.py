@@ -564,7 +564,7 @@ def test_examples_of_another_loss_are_shown_with_its_name(
             assert opened.js(SEEN) == opened.js(LINKED)
             assert opened.js(EMPTY) == []
             for name in ("examples", "clusters"):
-                says(opened.text(f"#{name} .note"), "This is of loss train.")
+                says(opened.text(f"#{name} .note"), "This section shows loss train.")
         first = opened.source("story", "story loss")
         opened.page.select_option("#examples select", "1")
         other = opened.source("story", "story loss")
