@@ -1,7 +1,7 @@
-"""The first minute: train a small network on real digits, record every iterate, replay it, write
-the report.
+"""Run the demo: train a small network on real digits, record every iterate, replay it, write the
+report.
 
-The data are 1,797 images of 8 × 8 pixels that travel with the package (source: `data/README.md`).
+The data are 1,797 images of 8 × 8 pixels, included in the package (source: `data/README.md`).
 `task` is also a task for the command line: `lca run DIR/checkpoints --task lca_posthoc.demo:task`.
 """
 
@@ -90,7 +90,7 @@ def demo(directory: Path, progress: Listener | None = None) -> Run:
     """Train, record and replay both losses under `directory`, and write `report.html` there.
 
     Raises:
-        InputError: where `directory` exists and is not empty.
+        InputError: if `directory` exists and is not empty.
     """
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(

@@ -117,7 +117,7 @@ def test_a_replay_says_that_it_needs_linux(place: Path, tmp_path: Path) -> None:
     arguments = (place / "checkpoints", place / "small_task.py", tmp_path / "run.lca")
     done = on_a_bare_system(RUNNING, tmp_path, *arguments)
     assert done.returncode == 5, done.stderr
-    assert "runs are computed on Linux (on Windows: in WSL)" in done.stderr
+    assert "runs need Linux (on Windows: WSL)" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,6 +1,7 @@
-"""The command line: one file per command; each reads its options, calls one function, prints.
+"""Run the `lca` command line: each command has a file that reads options, calls one function and
+prints the result.
 
-Commands are loaded when they are called, so that `lca --help` and every `dask` call stay fast.
+Commands are imported when they are called, so that `lca --help` and every `dask` call stay fast.
 """
 
 from __future__ import annotations
@@ -19,27 +20,27 @@ from ..replay.display import Stream, open_standard_descriptors, showable, stderr
 
 COMMANDS = {
     "basis": "Write the directions in which training moved the weights most.",
-    "compare": "Set runs beside each other: layer sums, intervals, p-values.",
-    "demo": "Train, record and replay a small real model: the first minute.",
+    "compare": "Compare runs: layer sums, intervals, p-values.",
+    "demo": "Train, record and replay a small real model in under a minute.",
     "export": "Write findings as NetCDF, CSV, Parquet or TensorBoard files.",
-    "import": "Make checkpoints in other formats into safetensors files.",
-    "info": "Print what a report of a bug needs.",
-    "inspect": "Say whether checkpoints are those of one training.",
-    "plan": "Say what a run would cost, and probe the task.",
+    "import": "Convert checkpoints in other formats to safetensors files.",
+    "info": "Print what a bug report needs.",
+    "inspect": "Check whether checkpoints belong to one training.",
+    "plan": "Estimate what a run costs, and probe the task.",
     "plot": "Draw a finding: layers, curve, microscope, … as a picture or a film.",
     "remove": "Drop a loss from a run.",
-    "repair": "Compute damaged spans of a run again.",
-    "report": "Write the findings of runs into one page that opens offline.",
+    "repair": "Recompute damaged spans of a run.",
+    "report": "Write the findings of runs into one HTML page that opens offline.",
     "run": "Allocate the loss change of every segment to every parameter.",
-    "status": "Say how far a run is.",
-    "summary": "Show headline figures and what each module did.",
+    "status": "Show the progress of a run.",
+    "summary": "Show headline figures and what each module was allocated.",
     "verify": "Check every stored byte of a run.",
 }
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 class _Failure(click.ClickException):
-    """An error of this package as click reports it: one line on stderr and the error's own exit
+    """An error of this package, which click shows as one line on stderr, with the error's own exit
     code.
     """
 
@@ -53,7 +54,7 @@ class _Failure(click.ClickException):
 
 
 def _refusal(error: click.UsageError) -> _Failure:
-    """Return a wrong call in one line, with the nearest option where one is mistyped."""
+    """Return a usage error in one line, with the nearest option where one is mistyped."""
     text, called = error.format_message(), error.ctx
     if isinstance(error, click.NoSuchOption) and called is not None:
         options = [
@@ -68,14 +69,14 @@ def _refusal(error: click.UsageError) -> _Failure:
 
 
 class _Context(click.Context):
-    """A context that shows its help in signs that the terminal has."""
+    """A context that replaces characters in its help that the terminal cannot show."""
 
     def get_help(self) -> str:
         return showable(super().get_help(), getattr(sys.stdout, "encoding", None) or "utf-8")
 
 
 class _Group(click.Group):
-    """A group that knows its commands by name and imports one when it is called."""
+    """A group that lists its commands by name and imports a command when it is called."""
 
     context_class = _Context
 
@@ -90,6 +91,7 @@ class _Group(click.Group):
         ).command
         assert isinstance(command, click.Command)
         command.name = name  # every file calls its own `command`
+        command.help = (command.help or "").partition("\f")[0].rstrip()  # `Args:` follow
         command.context_class = _Context
         return command
 
@@ -121,7 +123,7 @@ class _Group(click.Group):
             known = (
                 error
                 if isinstance(error, LCAError)
-                else Interrupted("stopped. Run the same command again to go on.")
+                else Interrupted("stopped. Run the same command again to resume.")
             )
             raise _Failure(known) from None
         except click.UsageError as error:
@@ -132,7 +134,7 @@ class _Group(click.Group):
             if ctx.params.get("debug"):
                 traceback.print_exc(file=sys.stderr)
             text = (
-                f"unexpected {type(error).__name__}: {error}. See where with `lca --debug …`, and "
+                f"unexpected {type(error).__name__}: {error}. Show the traceback with `lca --debug …`, and "
                 "please report it with what `lca info` prints."
             )
             raise _Failure(LCAError(text)) from None
@@ -148,7 +150,7 @@ class _Group(click.Group):
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
 @click.version_option(package_name="lca_posthoc", prog_name="lca")
 @click.pass_context
-def cli(ctx: click.Context, debug: bool) -> None:
+def cli(ctx: click.Context, /, **_: bool) -> None:
     """Loss Change Allocation after training: which weights did the learning.
 
     Training saves every iterate as safetensors; `lca run` replays them, computes full-data

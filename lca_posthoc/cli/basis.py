@@ -28,20 +28,20 @@ _MOST_ROWS = 10
     "--directions",
     type=int,
     metavar="K",
-    help="How many.  [default: 10, with --per-matrix 1 of each; fewer where there are fewer]",
+    help="How many directions.  [default: 10; 1 each with --per-matrix; fewer where fewer exist]",
 )
 @click.option(
     "--per-matrix",
     is_flag=True,
-    help="Directions of each tensor of two axes or more by itself, which are 0 in all others.",
+    help="Find directions of each tensor of two or more axes by itself, 0 in all others.",
 )
 @click.option(
     "--random",
     type=int,
     metavar="K",
-    help="K random orthonormal directions over the same tensors instead, to compare with.",
+    help="Draw K random orthonormal directions over the same tensors instead, to compare with.",
 )
-@click.option("--seed", type=int, help="Of random directions.  [default: 0]")
+@click.option("--seed", type=int, help="Seed of random directions.  [default: 0]")
 @json_option
 def command(
     checkpoints: tuple[str, ...],
@@ -55,19 +55,33 @@ def command(
     pattern: str | None,
     rename: tuple[str, ...],
 ) -> None:
-    """Write the directions in which training moved the weights of CHECKPOINTS most into FILE, for
-    `lca run --along FILE`.
+    """Write the directions in which training moved the weights of CHECKPOINTS most, for `lca run
+    --along FILE`.
 
-    They are the leading right singular vectors of the matrix whose rows are the displacements,
-    from each checkpoint to the next, over all parameters. No model and no data are needed.
+    They are the leading right singular vectors of the matrix whose rows are the displacements from
+    each checkpoint to the next, over all parameters. It needs neither model nor data.
 
     \b
     lca basis checkpoints -o directions.safetensors
     lca basis checkpoints -o matrices.safetensors --per-matrix --directions 2
     lca basis checkpoints -o random.safetensors --random 10 --seed 1
 
-    Running statistics of normalisation layers and what does not move have no part in them. A
-    direction points to where training went. Nothing is written over.
+    It leaves out running statistics of normalisation layers and tensors that do not move. The sign
+    of a direction follows the motion. Existing files are not overwritten.
+
+    \f
+
+    Args:
+        checkpoints: directories, or paths with {step} in them.
+        out: the file to write.
+        directions: how many; the default for None.
+        per_matrix: finds directions of each matrix by itself.
+        random: how many random directions to draw in their place; None for none.
+        seed: of random directions; 0 for None.
+        as_json: prints a document in place of words.
+        steps: the training steps to read, as for `lca run`.
+        pattern: a regular expression with `(?P<step>…)` for names.
+        rename: rules "OLD=NEW" for names of tensors.
     """
     from ..checkpoints.basis import write_basis
 
@@ -123,7 +137,7 @@ def _part(part: Part) -> dict[str, object]:
 
 
 def _shown(part: Part) -> list[int]:
-    """Return the numbers of directions whose share of the motion is shown."""
+    """Return how many leading directions to print shares of the motion for."""
     from ..checkpoints.basis import SHOWN
 
     most = len(part.singular_values) or len(part.directions)
@@ -131,7 +145,12 @@ def _shown(part: Part) -> list[int]:
 
 
 def print_basis(basis: Basis, console: Console) -> None:
-    """Print singular values and shares of the motion, what is left out, and where the file is."""
+    """Print singular values, shares of the motion, the tensors left out, and the file.
+
+    Args:
+        basis: directions of a series of checkpoints.
+        console: to print on.
+    """
     parameters = sum(part.parameters for part in basis.parts)
     print_words(
         f"{count(basis.segments, 'segment')}, steps {basis.steps[0]} to {basis.steps[-1]}; "
@@ -160,7 +179,7 @@ def print_basis(basis: Basis, console: Console) -> None:
 
 
 def _singular_values(part: Part) -> Table:
-    """Return the leading singular values of displacements."""
+    """Return a table of the leading singular values."""
     rows = table("direction", "singular value", "share of Σ‖Δθ‖²")
     values = part.singular_values[: len(part.directions)]
     for number, value in enumerate(values[:_MOST_ROWS]):
@@ -169,7 +188,7 @@ def _singular_values(part: Part) -> Table:
 
 
 def _matrices(basis: Basis) -> Table:
-    """Return the directions of each matrix, with the share of its own motion they capture."""
+    """Return a table of the directions of each matrix, with the share of its motion they capture."""
     rows = table("tensor", "directions", "parameters", "moved, of all", "captured, of its own")
     for part in basis.parts:
         rows.add_row(

@@ -60,25 +60,27 @@ _LABEL = (
     show_default=True,
     help="Layers: module, tensor, or how many parts of a module's name.",
 )
-@click.option("--confidence", type=float, default=0.95, show_default=True, help="Of the intervals.")
+@click.option(
+    "--confidence", type=float, default=0.95, show_default=True, help="Level of the intervals."
+)
 @click.option(
     "--paired/--unpaired",
     default=None,
-    help="The k-th runs of all labels are a pair, as of one seed.  [default: runs that begin from "
-    "the same checkpoint]",
+    help="Pair the k-th runs of all labels, for example by seed.  [default: pair runs that begin "
+    "from the same checkpoint]",
 )
 @click.option(
     "-o",
     "--out",
     type=click.Path(),
     metavar="PLACE",
-    help="Write the comparison to a file or directory instead, as lca export does.",
+    help="Write the comparison to a file or directory instead of printing it.",
 )
 @click.option(
     "--format",
     "format_",
     type=Choice(("netcdf", "csv", "parquet")),
-    help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
+    help="Format of the files.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
 )
 @json_option
 def command(
@@ -91,17 +93,31 @@ def command(
     format_: str | None,
     as_json: bool,
 ) -> None:
-    """Set runs beside each other: what each layer allocated, with intervals and p-values over
-    repeats.
+    """Compare runs: what each layer was allocated, with intervals and p-values over repeats.
 
     Runs under one LABEL are repeats, such as seeds; RUN may then be a pattern. A run without a
-    label is one by itself. Differences are to the first label, tested in pairs where runs begin
-    from the same checkpoint. Runs of one training are no repeats of each other and count once.
+    label is a label of its own. Every label is compared with the first, by paired tests where runs
+    begin from the same checkpoint. Several runs of one training count once.
 
     \b
     lca compare free.lca frozen.lca
     lca compare 'free=free-*.lca' 'frozen=frozen-*.lca' --loss train --by 1
     lca compare free.lca frozen.lca -o comparison.nc
+
+    \f
+
+    Args:
+        runs: paths of runs, each with "LABEL=" before it or without.
+        loss: its name; the first of the first run for None.
+        by: "module", "tensor", or the number of parts of a module's name.
+        confidence: of the intervals, between 0 and 1.
+        paired: whether tests are paired; decided by the first checkpoints for None.
+        out: the file or directory to write; None to print.
+        format_: of the files; None to tell from `out`.
+        as_json: prints a document in place of a table.
+
+    Raises:
+        InputError: for options that exclude each other.
     """
     from ..errors import InputError
     from ..findings import compare
@@ -131,8 +147,12 @@ def command(
 
 
 def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
-    """Return the paths under each label, in order; an argument that exists is a path, even with "="
-    or "*" in it.
+    """Return the paths under each label, in order.
+
+    An argument that exists is a path, even with "=" or "*" in it.
+
+    Raises:
+        InputError: for a label given twice, or without a run.
     """
     from glob import glob
     from pathlib import Path
@@ -156,14 +176,20 @@ def labelled(runs: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def _readable(text: str) -> str:
-    """Return a word of the command line as UTF-8 has it, also where the locale's encoding could not
-    read it.
-    """
+    """Return an argument decoded as UTF-8 where the locale's encoding could not decode it."""
     return os.fsencode(text).decode("utf-8", "backslashreplace")
 
 
 def open_labelled(paths: dict[str, list[str]], loss: str | None) -> dict[str, list[LossResults]]:
-    """Open the loss of every run, by label; without a name, the first loss of the first run."""
+    """Open the loss of every run, by label.
+
+    Args:
+        paths: of the runs, by label.
+        loss: its name; the first loss of the first run for None.
+
+    Raises:
+        InputError: if a run lacks the loss.
+    """
     from ..errors import InputError
     from ..results import open_run
 
@@ -205,9 +231,7 @@ def document(comparison: xr.Dataset) -> dict[str, object]:
 
 
 def print_comparison(comparison: xr.Dataset) -> None:
-    """Print the headline figures of each label, then its layers beside those of the others, with
-    Holm's p-values.
-    """
+    """Print the headline figures of each label, then a table of layers with Holm's p-values."""
     labels = [safe(label) for label in comparison["label"].values]
     repeats = bool((comparison["runs"] > 1).any())
     console = stdout()
@@ -227,6 +251,7 @@ def print_comparison(comparison: xr.Dataset) -> None:
 
 
 def _by_label(comparison: xr.Dataset) -> list[xr.Dataset]:
+    """Split a comparison into one data set for each label."""
     return [comparison.isel(label=position) for position in range(comparison.sizes["label"])]
 
 
@@ -252,7 +277,7 @@ def _headline(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table
 
 
 def _layers(comparison: xr.Dataset, labels: list[str], repeats: bool) -> Table:
-    """Return a row for each layer, with the columns of every label beside each other."""
+    """Return a table with a row for each layer, the labels side by side."""
     columns = []
     bent = not bool(comparison["path_band"].isnull().all())
     for position, label in enumerate(labels):
@@ -307,7 +332,7 @@ def _interval(
 
 
 def _scale(values: xr.DataArray) -> float:
-    """Return the largest size among numbers that stand together."""
+    """Return the largest finite magnitude."""
     return max(
         (abs(value) for value in values.values.ravel().tolist() if math.isfinite(value)),
         default=0.0,

@@ -1,6 +1,6 @@
-"""Words the shell completes beside commands, options and choices: findings, losses and paths.
+"""Complete findings, losses and paths in a shell.
 
-Completing must be quick: it imports neither torch nor what computes.
+Completion must be fast: this module imports neither torch nor anything that computes.
 """
 
 from __future__ import annotations
@@ -14,27 +14,49 @@ from ..base.declarations import declared_findings
 
 
 def complete_path(ctx: click.Context, param: click.Parameter, begun: str) -> list[CompletionItem]:
-    """Let the shell complete a path."""
+    """Let the shell complete a path.
+
+    Args:
+        ctx: the call so far.
+        param: being completed.
+        begun: the word typed so far.
+    """
     return [CompletionItem(begun, type="file")]
 
 
 def complete_finding(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
-    """Return the findings whose names begin so."""
+    """Return the findings whose names start with the typed word.
+
+    Args:
+        ctx: the call so far.
+        param: being completed.
+        begun: the word typed so far.
+    """
     return sorted(name for name in declared_findings() if name.startswith(begun))
 
 
 def complete_run_or_finding(
     ctx: click.Context, param: click.Parameter, begun: str
 ) -> list[CompletionItem]:
-    """Return, once a run is named, the findings whose names begin so; let the shell complete a path
-    where there are none.
+    """Complete a finding once a run is named, and a path before.
+
+    Args:
+        ctx: the call so far.
+        param: being completed.
+        begun: the word typed so far.
     """
     names = complete_finding(ctx, param, begun) if _paths(ctx) else []
     return [*complete_path(ctx, param, begun), *map(CompletionItem, names)]
 
 
 def complete_loss(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
-    """Return the losses whose names begin so, of the runs on this machine that are named so far."""
+    """Return the losses, of the local runs named so far, whose names start with the typed word.
+
+    Args:
+        ctx: the call so far.
+        param: being completed.
+        begun: the word typed so far.
+    """
     from ..errors import LCAError
     from ..results import read_manifest
 
@@ -42,16 +64,16 @@ def complete_loss(ctx: click.Context, param: click.Parameter, begun: str) -> lis
     for path in _paths(ctx):
         try:
             losses = read_manifest(path).losses if path.is_dir() else {}
-        except (LCAError, OSError):  # a command says what is wrong with it, completion does not
+        except (LCAError, OSError):  # the command reports the error; completion stays silent
             continue
         names |= dict.fromkeys(name for name in losses if name.startswith(begun))
     return list(names)
 
 
 def _paths(ctx: click.Context) -> list[Path]:
-    """Return what may be a run among the arguments so far, without labels."""
+    """Return the arguments so far that may be runs, without labels."""
     words = [
-        *ctx.args,  # all of them, where an option that lacks its value ends the call
+        *ctx.args,  # every argument, if the call ends in an option without its value
         *(ctx.params.get("runs") or ()),
         *filter(None, (ctx.params.get("run"), ctx.params.get("finding"))),
     ]

@@ -16,9 +16,9 @@ from .summary import print_summary
 @click.argument("directory", type=click.Path(path_type=Path), default="lca-demo", metavar="[DIR]")
 def command(directory: Path) -> None:
     """Train a small network on real digits, record every iterate, replay it into DIR, and write a
-    report of it.
+    report.
 
-    Takes less than a minute on two CPU cores. DIR is lca-demo unless named; it must not exist yet.
+    It takes less than a minute on two CPU cores. DIR must not exist; it is lca-demo by default.
 
     \b
     lca demo

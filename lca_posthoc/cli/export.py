@@ -18,13 +18,13 @@ from .show import say, stdout
     required=True,
     type=click.Path(),
     metavar="PLACE",
-    help="A new directory, or for one table a file.",
+    help="A new directory, or a file for one table.",
 )
 @click.option(
     "--format",
     "format_",
     type=Choice(("netcdf", "csv", "parquet", "tensorboard")),
-    help="What to write.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
+    help="Format of the files.  [default: as PLACE ends (.nc, .csv, .parquet), else netcdf]",
 )
 @click.option(
     "--loss",
@@ -40,7 +40,7 @@ from .show import say, stdout
     multiple=True,
     metavar="NAME",
     shell_complete=complete_finding,
-    help="A finding, such as layers (repeatable).  [default: all that the run allows but "
+    help="A finding, such as layers (repeatable).  [default: all that the run allows except "
     "microscope]",
 )
 def command(
@@ -54,8 +54,17 @@ def command(
     lca export checkpoints.lca -o curve.csv --loss train --finding curve
     lca export checkpoints.lca -o events --format tensorboard     # tensorboard --logdir events
 
-    Nothing is written over. Parquet needs pyarrow, TensorBoard tensorboard: pip install
-    'lca_posthoc[export]'.
+    Existing files are not overwritten. Parquet needs pyarrow, TensorBoard needs tensorboard: pip
+    install 'lca_posthoc[export]'.
+
+    \f
+
+    Args:
+        run: the path or URL of a run.
+        out: a new directory, or a file for one table.
+        format_: of the files; None to tell from `out`.
+        losses: names; all where there are none.
+        findings: names; all but microscope where there are none.
     """
     from ..export import export
     from ..results import open_run

@@ -17,38 +17,38 @@ from .show import bar, prints_to_stderr, say, stdout
 @click.option(
     "--key",
     metavar="KEY",
-    help="The entry of each checkpoint that is the state dict, where that is not clear: a name, or "
-    "a path such as app.model.",
+    help="The entry of each checkpoint that holds the state dict, where that is ambiguous: a name, "
+    "or a path such as app.model.",
 )
 @click.option(
     "--pattern",
     metavar="REGEX",
-    help="Finds (?P<step>\\d+) in names, also where it counts epochs or saves; names it does not "
-    "match are left out.",
+    help="A regular expression with (?P<step>\\d+) for names, also where it counts epochs or saves; "
+    "names that do not match are skipped.",
 )
 @click.option(
     "--steps",
     metavar="A:B[:K],S,…",
-    help="Of a place with {step} in it: the training steps to import, as for lca run.",
+    help="For a SOURCE with {step} in it: the training steps to import, as for lca run.",
 )
 @click.option(
     "--dataset",
     metavar="NAME",
-    help="Of an HDF5 file: the one with a row for every iterate.  [default: all_weights]",
+    help="For an HDF5 file: the data set with a row for every iterate.  [default: all_weights]",
 )
 @click.option(
     "--task",
     metavar="FILE[:FUNCTION]",
     shell_complete=complete_path,
-    help="Of an HDF5 file: the task whose model says the order and the shapes of the parameters.",
+    help="For an HDF5 file: the task whose model gives the order and shapes of the parameters.",
 )
 def command(source: str, directory: str, **options: Any) -> None:
-    """Write the checkpoints of SOURCE as safetensors files into DIR, which `lca run` reads.
+    """Convert the checkpoints of SOURCE to safetensors files in DIR, which `lca run` reads.
 
-    Takes what torch.save, Lightning and older Hugging Face trainers wrote, shards of
+    Reads what torch.save, Lightning and older Hugging Face trainers wrote, shards of
     torch.distributed.checkpoint and DeepSpeed, and HDF5 with a row for every iterate. Run again, it
-    goes on where it stopped and takes up new checkpoints. SOURCE is their directory, or a place with
-    {step} where the step stands.
+    resumes and adds new checkpoints. SOURCE is a directory, or a path with {step} in place of the
+    step.
 
     \b
     lca import lightning_logs/version_0/checkpoints checkpoints
@@ -57,11 +57,18 @@ def command(source: str, directory: str, **options: Any) -> None:
     lca import 'run7/step{step}/pytorch_model.bin' checkpoints --steps 0:100,200
     lca import weights.h5 checkpoints --task my_task.py
 
-    Of a training that saved every step, the optimiser's states are read too (optimizer.pt of a
-    trainer, optimizer_states of Lightning), for `lca run --causes`.
+    Where every step was saved, it reads the optimiser's states too (optimizer.pt of a trainer,
+    optimizer_states of Lightning), for `lca run --causes`.
 
-    Nothing but tensors and plain data is unpickled; objects of other classes are read past.
-    safetensors files need no import for their weights. HDF5 needs h5py: pip install 'lca_posthoc[convert]'.
+    It unpickles tensors and plain data alone and skips objects of other classes. safetensors files
+    need no import for their weights. HDF5 needs h5py: pip install 'lca_posthoc[convert]'.
+
+    \f
+
+    Args:
+        source: a directory, or a path with {step} in it.
+        directory: where the safetensors files go.
+        options: of `convert`, None where not given.
     """
     from ..convert import convert
     from ..errors import amount

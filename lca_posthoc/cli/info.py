@@ -18,24 +18,30 @@ if TYPE_CHECKING:
 
     from ..results import Manifest
 
-_LINES = 20  # of the log
-_WIDTH = 22  # of names
+_LINES = 20  # lines of the log
+_WIDTH = 22  # width of the column of names
 _CREATED_WITH = ("lca_posthoc", "python", "torch", "numpy", "zarr", "platform")
 
 
 @click.command()
 @click.argument("run", type=click.Path(), required=False)
-@click.option("--paths", is_flag=True, help="Show directories and addresses as they are.")
+@click.option("--paths", is_flag=True, help="Show directories and addresses in full.")
 def command(run: str | None, paths: bool) -> None:
-    """Print what a report of a bug needs: releases, devices, threads; of RUN also its settings, its
+    """Print what a bug report needs: versions, devices, threads; for RUN also its settings, its
     file system and the end of its log.
 
     \b
     lca info checkpoints.lca
 
-    Of paths only the last name is shown, of addresses only what they begin with; no variables of
-    the environment but those that limit threads. Results and the task file are not shown. Read it
-    before you make it public: names of losses and what an error says are shown.
+    Paths are cut to their last part and addresses to their scheme. Environment variables are not
+    shown, except those that limit threads; nor are results or the task file. Read the output before
+    you publish it: it shows names of losses and texts of errors.
+
+    \f
+
+    Args:
+        run: the path or URL of a run; None for the machine alone.
+        paths: whether to show paths and addresses in full.
     """
     from ..base.environment import additions, dependencies, devices, package, system
     from ..checkpoints.paths import path_of
@@ -54,17 +60,17 @@ def _as_it_is(text: str) -> str:
 
 @dataclass(frozen=True)
 class _Described:
-    """A run as it is printed: what is known of it, and the last lines of its log."""
+    """The facts about a run, and the last lines of its log."""
 
     rows: dict[str, str]
     events: list[str]
 
 
 def _describe(run: Path) -> _Described:
-    """Return what is known of a run; of one that cannot be read, why.
+    """Return the facts about a run, or why it cannot be read.
 
     Raises:
-        InputError: where it is no run.
+        InputError: if there is no run.
     """
     from ..errors import InputError, LCAError
     from ..results import last_events, read_manifest
@@ -109,7 +115,7 @@ def _rows_of(manifest: Manifest) -> Iterator[tuple[str, str]]:
 
 
 def _home_of(run: Path) -> dict[str, str]:
-    """Return the kind of place a run lies in, and whether the kernel locks it."""
+    """Return the file system of a run, and whether it has kernel locks."""
     from ..base.environment import file_system
     from ..results import has_kernel_lock, is_object_store
 
@@ -123,13 +129,13 @@ def _event(line: str, shown: Callable[[str], str]) -> str:
     """Return a line of the log as it is printed."""
     try:
         event = json.loads(line)
-    except ValueError:  # of which a crash left half
+    except ValueError:  # a crash left half a line
         return shown(line)
     return json.dumps(_mapped(event, shown), ensure_ascii=False)
 
 
 def _mapped(value: object, shown: Callable[[str], str]) -> object:
-    """Return a document of JSON with another text in place of each."""
+    """Return a JSON document with every string mapped."""
     if isinstance(value, dict):
         return {name: _mapped(entry, shown) for name, entry in value.items()}
     if isinstance(value, list):

@@ -35,18 +35,27 @@ def command(
     pattern: str | None,
     rename: tuple[str, ...],
 ) -> None:
-    """Say whether CHECKPOINTS are those of one training, before anything is computed from them.
+    """Check whether CHECKPOINTS belong to one training, before computing anything from them.
 
     \b
     lca inspect checkpoints
     lca inspect checkpoints --steps :1000 --json
 
-    Every checkpoint is read once; no model and no data are needed. Named are files that hold the
-    same weights, wherever they lie, checkpoints of another seed or training, exchanged steps,
-    jumps, NaN and Inf, half precision with the share of weights it froze, and missing steps.
+    It reads every checkpoint once and needs neither model nor data. It names files with the same
+    weights, checkpoints of another seed or training, swapped steps, jumps, NaN and Inf, half
+    precision with the share of weights it froze, and missing steps.
 
-    A defect: a file is wrong, or not of this training. A doubt is worth a look. A note is as it
-    should be. The exit code is 0 whatever is seen; --json tells scripts the worst grade.
+    A defect means that a file is wrong or not of this training. A doubt is worth a look. A note is
+    as it should be. The exit code is always 0; scripts read the worst grade from --json.
+
+    \f
+
+    Args:
+        checkpoints: a directory, or a path with {step} in it.
+        as_json: prints a document in place of words.
+        steps: the training steps to read, as for `lca run`.
+        pattern: a regular expression with `(?P<step>…)` for names.
+        rename: rules "OLD=NEW" for names of tensors.
     """
     from ..checkpoints.inspection import inspect
 
@@ -81,7 +90,12 @@ def document(inspection: Inspection) -> dict[str, object]:
 
 
 def print_inspection(inspection: Inspection, console: Console) -> None:
-    """Print what was seen, the worst first, the distances, and a verdict."""
+    """Print the observations, the worst first, the distances, and a verdict.
+
+    Args:
+        inspection: of a series of checkpoints.
+        console: to print on.
+    """
     dtypes = ", ".join(inspection.dtypes)
     print_words(
         f"{count(len(inspection.steps), 'checkpoint')}, steps {inspection.steps[0]} to "
@@ -116,29 +130,29 @@ def _verdict(inspection: Inspection) -> str:
 
 
 def _gaps(inspection: Inspection) -> str:
-    """Return which gaps a replay leaves out, or how it could; "" where there are none."""
+    """Say which gaps a replay skips, or how it could skip them; "" where there are none."""
     if inspection.gaps:
         before, after = max(inspection.gaps, key=lambda gap: gap[1] - gap[0])
         number = len(inspection.gaps)
         return (
             f"{count(number, 'gap')} between checkpoints{', the longest' if number > 1 else ','} "
-            f"{before}→{after}, {'is' if number == 1 else 'are'} left out below, as `lca run` leaves "
-            "them out."
+            f"{before}→{after}, {'is' if number == 1 else 'are'} skipped below, as `lca run` skips "
+            "them."
         )
     if inspection.bursts:
         ranges = [f"{first}:{last}" for first, last in inspection.bursts if first < last]
         steps = ",".join(ranges if len(ranges) <= _MOST_RANGES else [*ranges[:_MOST_RANGES], "…"])
         return (
-            f"The checkpoints are {len(inspection.bursts)} bursts, which no recorder states: `lca "
+            f"The checkpoints are {len(inspection.bursts)} bursts, which no recorder declares: `lca "
             f"run` joins them by {count(len(inspection.bursts) - 1, 'long segment')}, counted below. --steps {steps} "
-            "leaves the gaps out."
+            "skips the gaps."
         )
     return ""
 
 
 def _distances(inspection: Inspection) -> Table:
-    """Return the distances of neighbours that a segment joins, by stretches of segments where there
-    are many.
+    """Return a table of the distances between consecutive checkpoints, by ranges of segments where
+    there are many.
     """
     before_gaps = {before for before, _ in inspection.gaps}
     starts = [place for place, step in enumerate(inspection.steps[:-1]) if step not in before_gaps]
@@ -165,5 +179,5 @@ def _distances(inspection: Inspection) -> Table:
 
 
 def _finite(values: Sequence[float]) -> list[float]:
-    """Return those values that are finite; 0 where none is."""
+    """Return the finite values; [0] where there are none."""
     return [value for value in values if math.isfinite(value)] or [0.0]

@@ -1,4 +1,4 @@
-"""Options several commands share, written once, and words to choose from."""
+"""Define the options that several commands share."""
 
 from __future__ import annotations
 
@@ -15,10 +15,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class Choice(click.Choice[str]):
-    """Words to choose from; the refusal of another names the nearest one."""
+    """A choice of words; the error for another word suggests the nearest one."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the word that was given."""
+        """Return the chosen word.
+
+        Args:
+            value: the word on the command line.
+            param: the option.
+            ctx: the call.
+
+        Raises:
+            BadParameter: for any other word.
+        """
         try:
             return super().convert(value, param, ctx)
         except click.BadParameter as error:
@@ -37,7 +46,7 @@ def _chain(*decorators: Callable[[Any], Any]) -> Callable[[F], F]:
 
 
 def _option_of_setting(name: str, setting: Setting) -> Callable[[F], F]:
-    """Return the option of a setting; None, or no values at all, where it is not given."""
+    """Return a decorator that adds the option of a setting, None or () by default."""
     choices = (*(["auto"] if setting.automatic else []), *setting.choices)
     shown = f"  [default: {setting.shown_default}]" if setting.shown_default else ""
     return click.option(
@@ -74,20 +83,19 @@ replay_options = _chain(
         "--out",
         type=click.Path(),
         metavar="RUN",
-        help="Run directory, or its URL in an object store. Needed for several places and remote ones.  [default: CHECKPOINTS.lca; "
-        "of a place with {step} in it, the directory before it]",
+        help="Run directory, or its URL in an object store. Required for several or remote CHECKPOINTS.  [default: CHECKPOINTS.lca; "
+        "for a path with {step} in it, the directory before it]",
     ),
     click.option(
         "--causes",
         is_flag=True,
-        help="Tell what moved the weights: signal, noise, momentum, decay, rest.",
+        help="Split allocations by what moved the weights: signal, noise, momentum, decay, rest.",
     ),
     click.option(
         "--along",
         type=click.Path(),
         metavar="FILE",
-        help="Tell what the loss changed by along each direction of a file, as lca basis writes "
-        "it.",
+        help="Split allocations along each direction of a file that lca basis wrote.",
     ),
     *(_option_of_setting(name, setting) for name, setting in SETTINGS.items()),
 )

@@ -32,23 +32,34 @@ _COLUMNS = (
     "--recording",
     type=int,
     metavar="STEPS",
-    help="Before training: what saving every iterate would take.",
+    help="Before training: estimate what saving STEPS iterates takes.",
 )
 def command(
     checkpoints: tuple[str, ...], as_json: bool, recording: int | None, **options: Any
 ) -> None:
-    """Say what `lca run` with the same options would cost, and probe the task.
+    """Estimate what `lca run` with the same options costs, and probe the task.
 
     \b
     lca plan checkpoints --task my_task.py
     lca plan checkpoints --task my_task.py --loss all --rule trapezoid
     lca plan checkpoints --task my_task.py --recording 5000
+
+    \f
+
+    Args:
+        checkpoints: directories, or paths with {step} in them.
+        as_json: prints a document in place of tables.
+        recording: how many iterates a training will save; None to plan a run.
+        options: of `lca run`, None where not given.
+
+    Raises:
+        InputError: for several directories to record into, or fewer than one worker.
     """
     if recording is not None:
         directory, *more = checkpoints
         if more:
             raise InputError(
-                "--recording is for one directory, in which checkpoints will be saved."
+                "--recording takes one directory, in which training will save checkpoints."
             )
         _of_recording(directory, recording, as_json, **options)
         return
@@ -67,11 +78,11 @@ def command(
 
 
 def _print(planned: Plan, *, asked: bool) -> None:
-    """Print a row for each loss, and one for each level of `--keep` with what all losses take.
+    """Print a row for each loss, and one for each level of `--keep`.
 
     Args:
         planned: what a run costs.
-        asked: whether a level is asked for.
+        asked: whether the user chose a level.
     """
     console = stdout()
     print_words(
@@ -83,26 +94,26 @@ def _print(planned: Plan, *, asked: bool) -> None:
     console.print()
     console.print(_levels(planned, asked=asked))
     print_words(
-        f"free: {amount(planned.free_memory)} of memory for each worker, beside what it holds now, "
+        f"free: {amount(planned.free_memory)} of memory for each worker, beside what it already uses, "
         f"and {_space(planned.free)}",
         console,
     )
     print_words(
-        "Memory and disk are estimates, disk after compression. Time is that of evaluations alone, "
+        "Memory and disk are estimates, disk after compression. Time counts evaluations alone, "
         f"of all losses together, on one {'GPU' if planned.device == 'cuda' else 'CPU core'}; "
-        "start-up, reading, bookkeeping and storing come on top and are not timed here.",
+        "start-up, reading, bookkeeping and storing add to it.",
         console,
     )
     print_words(
         "An evaluation is one gradient over all examples: at the ends of segments, between them as "
-        "the rule has it, and for other paths where segments are long; each is the time of one, "
-        "alone that of the loss without the others, stored what it takes at the level taken.",
+        "the rule asks, and for other paths where segments are long. Each: the time of one. "
+        "Alone: the loss without the others. Stored: its disk space at the chosen level.",
         console,
     )
 
 
 def _space(free: int | None) -> str:
-    return "the store tells of no bound on its space" if free is None else f"{amount(free)} on disk"
+    return "the store reports no limit of space" if free is None else f"{amount(free)} on disk"
 
 
 def _levels(planned: Plan, *, asked: bool) -> Table:
@@ -147,10 +158,7 @@ def _of_recording(directory: str, count: int, as_json: bool, task: str, **others
         called[name] for name, value in others.items() if value not in (None, (), False)
     )
     if without_effect:
-        raise InputError(
-            f"{', '.join(without_effect)}: of a training that is yet to be recorded, only --task "
-            "and --json count."
-        )
+        raise InputError(f"{', '.join(without_effect)}: --recording uses only --task and --json.")
     planned = plan_recording(directory, task, count)
     if as_json:
         print_json({"schema": 1, **asdict(planned)})
@@ -168,8 +176,8 @@ def _print_recording(planned: RecordingPlan) -> None:
         console,
     )
     print_words(
-        f"writing one took {duration(planned.seconds_each)} here, flushing included: faster steps "
-        "would wait",
+        f"writing one took {duration(planned.seconds_each)} here, flushing included: training steps "
+        "shorter than that wait",
         console,
     )
     if not planned.every:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Callback = TypeVar("Callback", bound=Callable[..., object])
 Value: TypeAlias = "str | int | tuple[str, ...]"
-Options: TypeAlias = dict[str, Value]  # of the command line, those that were given
+Options: TypeAlias = dict[str, Value]  # the options given on the command line
 Inches: TypeAlias = tuple[float, float]
 Drawn: TypeAlias = "tuple[str, xr.Dataset]"  # the label of a run, and its finding
 Plot: TypeAlias = "Callable[..., Axes | Figure]"
@@ -45,13 +45,16 @@ lca plot checkpoints.lca curve --loss per_class --group 3 --group 8
 lca plot checkpoints.lca microscope -o film.mp4
 lca plot adam=a.lca adam=b.lca sgd=c.lca compare
 
-Several runs go side by side in {beside}; {compared} takes repeats under one LABEL=RUN.
+Several runs are drawn side by side by {beside}. {compared} takes repeats under one LABEL=RUN.
 """
 
 
 def findings_drawn(runs: str | None = None) -> list[str]:
-    """Return the names of the findings that can be drawn, in the order of the alphabet: all, or
-    those of "one", "beside" or "compared" runs.
+    """Return the names of the findings that can be drawn, in alphabetical order.
+
+    Args:
+        runs: "one", "beside" or "compared", to return only the findings that take so many; None for
+            all.
     """
     return sorted(
         name for name, finding in declared_findings().items() if runs in (None, finding.runs)
@@ -59,7 +62,7 @@ def findings_drawn(runs: str | None = None) -> list[str]:
 
 
 def _listed(names: Sequence[str], last: str) -> str:
-    """Return names as a part of a sentence.
+    """Join names into one phrase.
 
     >>> _listed(["a", "b", "c"], "or")
     'a, b or c'
@@ -78,7 +81,7 @@ def _help() -> str:
 
 
 def _declared_options() -> dict[str, Option]:
-    """Return every option that a finding declares, by its parameter, in the order of findings."""
+    """Return every option that a finding declares, by parameter name."""
     return {
         option.name: option
         for finding in declared_findings().values()
@@ -87,7 +90,7 @@ def _declared_options() -> dict[str, Option]:
 
 
 def _takes_declared_options(function: Callback) -> Callback:
-    """Give a command the options that the findings declare."""
+    """Add the options that the findings declare to a command."""
     for option in reversed(_declared_options().values()):
         function = click.option(
             option.flag,
@@ -102,7 +105,7 @@ def _takes_declared_options(function: Callback) -> Callback:
 
 
 def _type_of(option: Option) -> click.ParamType[Any] | type:
-    """Return the type of an option's values as click knows it."""
+    """Return click's type for an option's values."""
     if isinstance(option.kind, tuple):
         return Choice(option.kind)
     if option.kind == "count":
@@ -118,7 +121,7 @@ def _type_of(option: Option) -> click.ParamType[Any] | type:
     "--out",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A .png, .svg or .pdf; of the microscope also .mp4 or .gif.  [default: FINDING.png]",
+    help="A .png, .svg or .pdf file; for the microscope also .mp4 or .gif.  [default: FINDING.png]",
 )
 @click.option(
     "--loss",
@@ -126,20 +129,18 @@ def _type_of(option: Option) -> click.ParamType[Any] | type:
     multiple=True,
     metavar="NAME",
     shell_complete=complete_loss,
-    help="A loss of the run; of generalisation two, over two splits.  [default: the first, or the "
-    "first over either split]",
+    help="A loss of the run; for generalisation two, over two splits.  [default: the first, or "
+    "the first over either split]",
 )
 @_takes_declared_options
 @click.option(
     "--size",
     metavar="WxH",
-    help="Of the figure, in inches, such as 7x4; letters keep theirs.  [default: as the finding "
-    "needs]",
+    help="Width and height of the figure in inches, such as 7x4; letters keep their size.  "
+    "[default: as the finding needs]",
 )
-@click.option("--title", metavar="TEXT", help="A line above the figure.")
-@click.option(
-    "--font", metavar="NAME", help="The family of the letters, such as serif or 'Times New Roman'."
-)
+@click.option("--title", metavar="TEXT", help="A title above the figure.")
+@click.option("--font", metavar="NAME", help="Font family, such as serif or 'Times New Roman'.")
 def command(
     runs: tuple[str, ...],
     finding: str,
@@ -150,7 +151,18 @@ def command(
     font: str | None,
     **flags: Value | None,
 ) -> None:
-    """Draw a finding of runs into a file."""
+    """Draw a finding of runs into a file.
+
+    Args:
+        runs: paths of runs, each with "LABEL=" before it or without.
+        finding: its name.
+        out: the file; FINDING.png for None.
+        losses: names; the finding's default where there are none.
+        size: "WIDTHxHEIGHT" in inches.
+        title: above the figure.
+        font: the family of its letters.
+        flags: options that findings declare, None where not given.
+    """
     _check_finding(runs, finding)
     options = {
         name: value
@@ -171,7 +183,11 @@ def command(
 
 
 def _check_finding(runs: tuple[str, ...], finding: str) -> None:
-    """Refuse an unknown finding, and one of no run."""
+    """Reject an unknown finding, or a finding without a run.
+
+    Raises:
+        InputError: with the command to write.
+    """
     from ..errors import InputError
 
     known, near = ", ".join(findings_drawn()), did_you_mean(finding, findings_drawn())
@@ -190,7 +206,11 @@ def _check_finding(runs: tuple[str, ...], finding: str) -> None:
 
 
 def _check_options(finding: str, options: Options) -> None:
-    """Refuse an option that the finding does not declare."""
+    """Reject an option that the finding does not declare.
+
+    Raises:
+        InputError: naming the findings that take it.
+    """
     from ..errors import InputError
 
     for name in options:
@@ -205,7 +225,11 @@ def _check_options(finding: str, options: Options) -> None:
 
 
 def _check_moment(path: Path, options: Options) -> None:
-    """Refuse a step of a film, and frames per second of a picture."""
+    """Reject `--step` for a film and `--fps` for a picture.
+
+    Raises:
+        InputError: for either.
+    """
     from ..errors import InputError
 
     film = path.suffix.lower() in FILMS
@@ -214,7 +238,11 @@ def _check_moment(path: Path, options: Options) -> None:
 
 
 def _check_runs(finding: str, count: int) -> None:
-    """Refuse several runs for a finding that is drawn of one."""
+    """Reject several runs for a finding that draws one.
+
+    Raises:
+        InputError: naming the findings that take several.
+    """
     from ..errors import InputError
 
     if count > 1 and declared_findings()[finding].runs == "one":
@@ -228,8 +256,10 @@ def _check_runs(finding: str, count: int) -> None:
 def _look(
     finding: str, size: str | None, title: str | None, font: str | None
 ) -> Iterator[tuple[Inches | None, str | None]]:
-    """Yield a figure's size in inches and its title; letters that are drawn inside the block are of
-    the family `font`.
+    """Yield a figure's size in inches and its title, and use the font inside the block.
+
+    Raises:
+        InputError: for a font that is not installed, or a size or title of the microscope.
     """
     from ..errors import InputError
 
@@ -257,7 +287,11 @@ def _look(
 
 
 def _inches(size: str) -> Inches:
-    """Return the width and height that `--size` gives."""
+    """Return the width and height that `--size` gives.
+
+    Raises:
+        InputError: for any other text than two numbers from 1 to 100.
+    """
     import re
 
     from ..errors import InputError
@@ -283,7 +317,11 @@ def _path(path: Path, finding: str) -> Path:
 
 
 def _results(path: str, losses: tuple[str, ...], finding: str) -> list[LossResults]:
-    """Return the losses of a run that a finding is of: two over two splits, or one."""
+    """Return the losses of a run that a finding draws: one, or two over two splits.
+
+    Raises:
+        InputError: if the run lacks them, or there are too many.
+    """
     from ..errors import InputError
     from ..findings.generalisation import no_two_splits, two_splits
     from ..results import open_run
@@ -318,7 +356,7 @@ def _draw(
 ) -> None:
     import matplotlib as mpl
 
-    mpl.use("agg")  # no window, whatever the machine has
+    mpl.use("agg")  # no window, even where the machine has a display
     from .. import findings, plots
 
     plot: Plot = getattr(plots, finding)
@@ -336,14 +374,14 @@ def _draw(
             to_file(pairs[0][1], path, **to_plot)
         else:
             _save(plot, pairs, to_plot, path, *look)
-    # a refusal says it itself
+    # an `InputError` carries its own message
     for left_out in dict.fromkeys(result.attrs["left_out"] for _, result in pairs):
         if left_out:
             say(left_out)
 
 
 def _taken(function: Callable[..., object], options: Options) -> Options:
-    """Return the options that a finding, or a figure, has a parameter for."""
+    """Return the options that a function has a parameter for."""
     parameters = inspect.signature(function).parameters
     return {name: value for name, value in options.items() if name in parameters}
 
@@ -355,7 +393,11 @@ def _find(
     groups: Sequence[str],
     options: Options,
 ) -> list[Drawn]:
-    """Compute the finding of each run, under its label; of compared runs there is one for all."""
+    """Compute the finding of each run, by label; compared runs share one.
+
+    Raises:
+        InputError: for several losses of compared runs.
+    """
     from .. import findings
     from ..errors import InputError
 
@@ -377,7 +419,11 @@ def _find(
 def _of_groups(
     finding: str, results: list[LossResults], labels: Sequence[str], options: Options
 ) -> xr.Dataset:
-    """Compute the finding of one run, of the groups that are named alone."""
+    """Compute the finding of one run, for the groups that are named.
+
+    Raises:
+        InputError: for several groups where the finding shows one.
+    """
     from .. import findings
     from ..errors import InputError
 
@@ -389,13 +435,17 @@ def _of_groups(
     if by_itself and picked:
         return find(*results, **options, group=picked[0])
     of_run = find(*results, **options)
-    if picked and "group" in of_run.dims:  # a finding may have nothing of single groups
+    if picked and "group" in of_run.dims:  # a finding may have no figures of single groups
         return of_run.sel(group=picked[0] if len(picked) == 1 else picked)
     return of_run
 
 
 def _group(results: LossResults, label: str) -> str | int:
-    """Return the group that a word names; labels are numbers or words."""
+    """Return the group with a label; labels are numbers or strings.
+
+    Raises:
+        InputError: if the loss has no such group.
+    """
     from ..errors import InputError
 
     groups = results.record.groups or []
@@ -439,7 +489,7 @@ def _save(
 
 
 def _alone(plot: Plot, result: xr.Dataset, options: Options, size: Inches | None) -> Figure:
-    """Draw one run into a figure of its own, of the size it needs or of `size`."""
+    """Draw one run into a new figure, of the size it needs or of `size`."""
     import matplotlib.pyplot as plt
     from matplotlib.figure import Figure
 
@@ -457,7 +507,11 @@ def _alone(plot: Plot, result: xr.Dataset, options: Options, size: Inches | None
 
 
 def _frame(film: xr.Dataset, step: int) -> int:
-    """Return the frame that shows the segments around a training step."""
+    """Return the index of the frame that shows the segments around a training step.
+
+    Raises:
+        InputError: if no segment covers the step.
+    """
     from ..errors import InputError
 
     start, end = film["step"].values, film["step_end"].values
@@ -470,9 +524,7 @@ def _frame(film: xr.Dataset, step: int) -> int:
 
 
 def _panels(plot: Plot, pairs: list[Drawn], options: Options, size: Inches | None) -> Figure:
-    """Draw runs beside each other, each under its label, all on the same axes and scale of
-    colours.
-    """
+    """Draw runs side by side, each under its label, on shared axes and one colour scale."""
     from ..plots.style import share_colours
 
     figure, used = _grid(pairs, options, size)
@@ -490,7 +542,7 @@ def _panels(plot: Plot, pairs: list[Drawn], options: Options, size: Inches | Non
 
 
 def _grid(pairs: list[Drawn], options: Options, size: Inches | None) -> tuple[Figure, list[Axes]]:
-    """Make a figure with a panel for each run, in rows of three, as tall as their layers need."""
+    """Return a figure with a panel for each run, in rows of three, as tall as their layers need."""
     import matplotlib.pyplot as plt
 
     columns = min(3, len(pairs))
@@ -511,9 +563,7 @@ def _grid(pairs: list[Drawn], options: Options, size: Inches | None) -> tuple[Fi
 
 
 def _extent(plot: Plot, pairs: list[Drawn], options: Options) -> np.ndarray[Any, Any]:
-    """Return the corners of the box around everything drawn of all runs, in coordinates of the
-    data.
-    """
+    """Return the corners of the box around everything drawn, in data coordinates."""
     from matplotlib.figure import Figure
     from matplotlib.transforms import Bbox
 

@@ -15,13 +15,19 @@ from .show import stdout
     required=True,
     metavar="NAME",
     shell_complete=complete_loss,
-    help="The loss to drop, with everything stored for it.",
+    help="The loss to remove, with everything stored for it.",
 )
 def command(run: str, loss: str) -> None:
-    """Drop a loss from RUN; what is stored for the others is not touched.
+    """Remove a loss from RUN; the results of other losses stay.
 
     \b
     lca remove checkpoints.lca --loss per_class
+
+    \f
+
+    Args:
+        run: the path or URL of a run.
+        loss: its name.
     """
     from ..results import remove_loss
 

@@ -20,21 +20,28 @@ from .show import prints_to_stderr, stdout
     required=True,
     metavar="FILE[:FUNCTION]",
     shell_complete=complete_path,
-    help="The task the run was made with; its path is not recorded.",
+    help="The task that the run was made with; a run does not record its path.",
 )
 @click.option(
     "--checkpoints",
     type=click.Path(),
     metavar="DIR",
-    help="Where they are now.  [default: where they were]",
+    help="Where the checkpoints are now.  [default: where they were]",
 )
 @cluster_options
 def command(run: str, task: str, **options: Any) -> None:
-    """Compute again exactly the damaged spans of RUN, put its metadata right, and sweep leftovers.
+    """Recompute the damaged spans of RUN, restore its metadata, and remove leftover files.
 
     \b
     lca verify checkpoints.lca
     lca repair checkpoints.lca --task my_task.py
+
+    \f
+
+    Args:
+        run: the path or URL of a run.
+        task: as for `lca run`.
+        options: of `repair`, None where not given.
     """
     from ..replay.run import repair
     from ..results import open_run
@@ -43,10 +50,10 @@ def command(run: str, task: str, **options: Any) -> None:
         done = repair(run, task, progress=listen, **options)
     console = stdout()
     for name, spans in done.spans.items():
-        console.print(f"loss {name!r}: computed again {_some(spans)}", markup=False)
+        console.print(f"loss {name!r}: recomputed {_some(spans)}", markup=False)
     rest = len(done.damage) - sum(damage.span is not None for damage in done.damage)
     if rest:
-        console.print(f"put right {count(rest, 'other file')}")
+        console.print(f"restored {count(rest, 'other file')}")
     if done.leftovers:
         console.print(f"removed {count(done.leftovers, 'leftover file')}")
     if not done.damage:
@@ -54,7 +61,7 @@ def command(run: str, task: str, **options: Any) -> None:
     unfinished = [name for name, results in open_run(run).items() if not results.complete]
     if unfinished:
         console.print(
-            f"not finished yet: {', '.join(unfinished)}; `lca run` goes on with them", markup=False
+            f"not finished yet: {', '.join(unfinished)}; `lca run` resumes them", markup=False
         )
 
 

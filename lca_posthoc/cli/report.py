@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     default="report.html",
     show_default=True,
     metavar="FILE",
-    help="The page to write; an older one is replaced.",
+    help="The page to write; replaces an older one.",
 )
 @click.option(
     "--loss",
@@ -31,12 +31,11 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="NAME",
     shell_complete=complete_loss,
-    help="Show this loss (repeatable); the first of a run made with --keep parameters goes under "
-    "the microscope.  [default: all that fit]",
+    help="A loss to show (repeatable). The microscope shows the first of a run made with --keep "
+    "parameters.  [default: all that fit]",
 )
 def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
-    """Write everything there is to see in one or several RUNs into one file that opens without a
-    network.
+    """Write all findings of one or several RUNs into one HTML file that opens offline.
 
     \b
     lca report checkpoints.lca
@@ -44,8 +43,15 @@ def command(runs: tuple[str, ...], out: str, losses: tuple[str, ...]) -> None:
     lca report checkpoints.lca --loss validation
     lca report 'free=free-*.lca' 'frozen=frozen-*.lca'
 
-    Runs under one LABEL are repeats, such as seeds: layers are compared over them, as by `lca
-    compare`.
+    Runs under one LABEL are repeats, such as seeds: the report compares layers over them, as `lca
+    compare` does.
+
+    \f
+
+    Args:
+        runs: paths of runs, each with "LABEL=" before it or without.
+        out: the path of the page.
+        losses: names; all that fit where there are none.
     """
     from pathlib import Path
 

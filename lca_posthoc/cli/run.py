@@ -21,40 +21,39 @@ if TYPE_CHECKING:
 @replay_options
 @cluster_options
 @click.option(
-    "--dashboard", is_flag=True, help="Serve Dask's dashboard of local workers on loopback."
+    "--dashboard", is_flag=True, help="Serve Dask's dashboard for local workers on loopback."
 )
 @click.option(
     "--ignore-space",
     is_flag=True,
-    help="Begin although the estimated result does not fit into the free space.",
+    help="Start even if the estimated result does not fit into the free space.",
 )
 @click.option(
     "--follow",
     is_flag=True,
-    help="Take iterates as a Recorder writes them, beside a training that goes on, until it has "
-    "closed.",
+    help="Replay iterates while a Recorder writes them, until the training closes it.",
 )
 @click.option(
     "--consume",
     is_flag=True,
-    help="Remove each iterate once all that is computed from it is on the disk. The last one stays.",
+    help="Delete each iterate once everything computed from it is on disk. The last one stays.",
 )
 @click.option(
     "--keep-every",
     type=int,
     metavar="K",
-    help="With --consume: leave the iterates of every K-th step.",
+    help="With --consume: keep the iterates of every K-th step.",
 )
 @json_option
 def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Allocate the loss change between consecutive CHECKPOINTS to every parameter.
 
-    Run again, it resumes, adds losses that are missing, and takes up new checkpoints at the end.
+    Run again, it resumes, adds missing losses, and replays new checkpoints at the end.
 
-    CHECKPOINTS is a directory of them, a place with {step} in it (step{step}/model.safetensors,
-    hf://ORG/NAME@step{step} with --steps), the cache of a hub (models--ORG--NAME), or several of
-    these that hold one series. Remote files are kept in a cache of at most 20 GB (LCA_CACHE_SIZE,
-    LCA_CACHE).
+    CHECKPOINTS is a directory of checkpoints, a path with {step} in it
+    (step{step}/model.safetensors, hf://ORG/NAME@step{step} with --steps), the cache of a hub
+    (models--ORG--NAME), or several of these that hold one series. Remote files are cached, at most
+    20 GB (LCA_CACHE_SIZE, LCA_CACHE).
 
     \b
     lca run checkpoints --task my_task.py
@@ -63,6 +62,13 @@ def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None
     lca run checkpoints --task my_task.py --follow --consume
     lca run checkpoints --task my_task.py --cluster tls://head:8786 \\
         --tls-ca ca.pem --tls-cert me.pem --tls-key me.key
+
+    \f
+
+    Args:
+        checkpoints: directories, or paths with {step} in them.
+        as_json: prints a document in place of tables.
+        options: of `lca_posthoc.run`, None where not given.
     """
     from ..findings import summary
     from ..replay.run import run
@@ -89,9 +95,9 @@ def command(checkpoints: tuple[str, ...], as_json: bool, **options: Any) -> None
 
 
 def _print_ways_on(run: Path) -> None:
-    """Print how to look at a run, in commands to copy, and where it is."""
+    """Print where a run is, with commands to copy that show it."""
     console = stdout()
-    ways = "To write all there is to see into one page, report.html, or print this again:"
+    ways = "To write all findings into one page, report.html, or print this again:"
     print_words(f"\n{ways}", console)
     for name in ("report", "summary"):
         console.print(f"  lca {name} {quoted(run)}")
@@ -99,7 +105,7 @@ def _print_ways_on(run: Path) -> None:
 
 
 def _say_unconverged(summaries: dict[str, Summary]) -> None:
-    """Say how many segments of each loss stay above the tolerance."""
+    """Warn of the segments of each loss that stay above the tolerance."""
     for name, figures in summaries.items():
         if figures["unconverged"]:
             say(

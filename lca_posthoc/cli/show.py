@@ -1,4 +1,4 @@
-"""Printing for all commands: consoles, tables that lose no number, numbers made short."""
+"""Print for all commands: consoles, tables that cut no number, short forms of numbers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ..replay.display import say as say
 from ..replay.display import stderr as stderr
 from ..replay.display import waiting as waiting
 
-_GAP = 2  # cells between two columns
-_SHORTEST = 20  # cells to which a name is cut before columns go below each other
-_SHORTEST_HEAD = 16  # cells to which the heading of numbers is cut
-_FEWEST = 8  # cells of a name on a terminal that has no room for it and one number
+_GAP = 2  # columns of the terminal between two columns of a table
+_SHORTEST = 20  # width to which a name is cut before columns wrap into blocks
+_SHORTEST_HEAD = 16  # width to which the heading of numbers is cut
+_FEWEST = 8  # width of a name where the terminal has no room for it and one number
 
 
 def stdout() -> Console:
-    """Return where results go; whatever its width, no line is cut."""
+    """Return the console for results, which cuts no line."""
     return Console(
         file=Stream(sys.stdout, matters=True),  # type: ignore[arg-type]
         highlight=False,
@@ -38,19 +38,24 @@ def stdout() -> Console:
 
 
 def print_words(text: str, console: Console) -> None:
-    """Print sentences: on a terminal in lines of its width, elsewhere as they are."""
+    """Print sentences, wrapped on a terminal and unwrapped elsewhere.
+
+    Args:
+        text: to print; control characters are already escaped.
+        console: to print on.
+    """
     console.print(Text(wrapped(text, console)))
 
 
 @contextlib.contextmanager
 def prints_to_stderr() -> Iterator[None]:
-    """Send to stderr what the user's own code prints, so that stdout holds results alone."""
+    """Redirect what the user's own code prints to stderr, so that stdout holds results alone."""
     with contextlib.redirect_stdout(Stream(sys.stderr, matters=False)):
         yield
 
 
 def print_json(document: object) -> None:
-    """Print one JSON document on stdout; numbers that are not finite become null."""
+    """Print one JSON document on stdout, with null for numbers that are not finite."""
     print(
         json.dumps(_finite(document), indent=2), file=Stream(sys.stdout, matters=True), flush=True
     )
@@ -70,21 +75,21 @@ def share(value: float) -> str:
 
 
 def units_of_loss(value: float, scale: float, sign: str = "+", digits: int = 6) -> str:
-    """Return a number in units of loss: with so many digits behind the point, or with a power of
-    ten where losses are huge or tiny.
+    """Return a number in units of loss: fixed-point, or with a power of ten where losses are huge
+    or tiny.
 
     Args:
         value: the number.
-        scale: the largest |value| of the numbers that stand together.
-        sign: "+" where positive numbers have a sign too, else "".
-        digits: how many stand behind the point.
+        scale: the largest magnitude among the numbers printed together.
+        sign: "+" to give positive numbers a sign, else "".
+        digits: after the decimal point.
 
     >>> units_of_loss(-0.5, 2.3), units_of_loss(2.5e9, 2.5e9, ""), units_of_loss(-1.23e-6, 2.3)
     ('-0.500000', '2.500000e+09', '-1.2e-06')
     """
     if value and not 1e-3 <= scale < 1e6:
         return f"{value:{sign}.{digits}e}"
-    tiny = 0 < abs(value) < 10.0 ** (1 - digits)  # of which one digit or none would be left
+    tiny = 0 < abs(value) < 10.0 ** (1 - digits)  # fixed-point would leave one digit or none
     return f"{value:{sign}.{1 if tiny else digits}{'e' if tiny else 'f'}}"
 
 
@@ -92,14 +97,14 @@ def units_of_loss(value: float, scale: float, sign: str = "+", digits: int = 6) 
 
 
 class Table:
-    """Names, numbers and words in columns; see `table`."""
+    """A table of names, numbers and words; see `table`."""
 
     def __init__(self, columns: Sequence[str], names: int, words: int) -> None:
         self._columns, self._names, self._words = list(columns), names, len(columns) - words
         self._rows: list[list[str]] = []
 
     def add_row(self, *cells: str | Text) -> None:
-        """Add a row, a cell for each column."""
+        """Add a row with a cell for each column."""
         self._rows.append([cell.plain if isinstance(cell, Text) else cell for cell in cells])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
@@ -112,11 +117,11 @@ class Table:
                 yield Text("\n".join(lines))
 
     def blocks(self, width: int | None, encoding: str = "utf-8") -> list[list[str]]:
-        """Return the lines of each block of columns, its headings first.
+        """Return the lines of each block of columns, headings first.
 
         Args:
-            width: cells of the terminal; None where nothing need be cut.
-            encoding: what it lacks is shown in other signs.
+            width: of the terminal in columns; None to cut nothing.
+            encoding: of the terminal; characters it lacks are replaced.
         """
         dots = showable("…", encoding)
         heads = [showable(head, encoding) for head in self._columns]
@@ -144,8 +149,8 @@ class Table:
         return blocks
 
     def _least(self, index: int, head: str, column: list[str]) -> int:
-        """Return how narrow a column may get: numbers and words stay whole, names and headings do
-        not.
+        """Return the least width of a column: numbers and words are never cut, names and headings
+        are.
         """
         cells = max(map(cell_len, column), default=0)
         if index < self._names:
@@ -154,13 +159,16 @@ class Table:
 
 
 def table(*columns: str, names: int = 1, words: int = 0) -> Table:
-    """Return a plain table: the first `names` columns are names, the last `words` are words, the
-    others numbers.
+    """Return a plain table.
 
-    In a pipe or a file everything stands whole. On a terminal names, and headings of numbers, are
-    cut in the middle where there is no room; numbers and words never are: where there is no room
-    for all of them, columns go into blocks below each other, each of which begins with the first
-    column.
+    In a pipe or a file nothing is cut. On a terminal too narrow for the table, names and headings
+    of numbers are cut in the middle. Where numbers and words still do not fit, columns wrap into
+    blocks below each other, each beginning with the first column.
+
+    Args:
+        columns: headings, those of names first, those of words last, those of numbers between.
+        names: how many columns hold names.
+        words: how many hold words.
     """
     return Table(columns, names, words)
 
@@ -181,9 +189,7 @@ def _stacked(full: list[int], least: list[int], width: int | None) -> list[list[
 
 
 def _shared(full: list[int], least: list[int], width: int | None) -> list[int]:
-    """Return the widths of the columns of a block: what they need, else the widest ones give way
-    first.
-    """
+    """Return the widths of the columns of a block; the widest shrink first."""
     if width is None:
         return full
     room = width - _GAP * (len(full) - 1)
@@ -193,7 +199,7 @@ def _shared(full: list[int], least: list[int], width: int | None) -> list[int]:
     widths = _capped(full, least, cap)
     for index, wide in enumerate(full):
         widths[index] += max(0, min(wide - widths[index], room - sum(widths)))
-    if sum(widths) > room:  # of a terminal with no room for one column of numbers beside a name
+    if sum(widths) > room:  # a terminal with no room for one number beside a name
         widths[0] = max(1, min(widths[0], max(_FEWEST, room - sum(widths[1:]))))
     return widths
 

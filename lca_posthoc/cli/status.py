@@ -26,13 +26,22 @@ _STOPPED = "stopped: run `lca run` again to finish"
 @click.argument("run", type=click.Path())
 @json_option
 def command(run: str, as_json: bool) -> None:
-    """Say how far RUN is: while it is prepared, while it runs, and after.
+    """Show the progress of RUN while it is prepared, while it runs, and after.
 
     \b
     lca status checkpoints.lca
 
-    What is done is read from the commit markers, what is underway from reports of the workers, at
-    most a few seconds old.
+    Finished work is read from commit markers. Work underway is read from reports of the workers,
+    which are at most a few seconds old.
+
+    \f
+
+    Args:
+        run: the path or URL of a run.
+        as_json: prints a document in place of a table.
+
+    Raises:
+        InputError: if there is no run, and none is being prepared.
     """
     from ..checkpoints.paths import path_of
     from ..errors import InputError
@@ -48,7 +57,7 @@ def command(run: str, as_json: bool) -> None:
         if as_json:
             print_json({"schema": 1, "losses": {}, **more})
         else:
-            print_words(f"{safe(run)} is not there yet: {_preparing(preparing)}", stdout())
+            print_words(f"{safe(run)} does not exist yet: {_preparing(preparing)}", stdout())
         return
     last = last_run(opened.path)
     by_loss = _status(opened, last)
@@ -64,7 +73,7 @@ def command(run: str, as_json: bool) -> None:
 def _print(
     opened: Run, by_loss: dict[str, _Status], last: LastRun | None, preparing: Starting | None
 ) -> None:
-    """Print a row for each loss, and a line on the driver."""
+    """Print a row for each loss, and a line about the driver."""
     console = stdout()
     following = _following(by_loss, last)
     stopped = _stopped_following(by_loss, last)
@@ -72,7 +81,7 @@ def _print(
     if following is not None:
         print_words(_follows(following), console)
     if preparing is not None:
-        print_words(f"a driver is about to go on with it: {_preparing(preparing)}", console)
+        print_words(f"a driver is about to resume it: {_preparing(preparing)}", console)
     elif following is not None and following.waits_after is not None:
         return
     elif last is not None and _stopped_following(by_loss, last):
@@ -84,39 +93,34 @@ def _print(
 
 
 def _following(by_loss: dict[str, _Status], last: LastRun | None) -> LastRun | None:
-    """Return the driver that takes iterates as a training records them; None where none does."""
+    """Return the driver that replays iterates as a training records them; None where none does."""
     runs = any(status.progress["running"] for status in by_loss.values())
     return last if last is not None and runs and last.follows and last.ended is None else None
 
 
 def _stopped_following(by_loss: dict[str, _Status], last: LastRun | None) -> bool:
-    """Tell whether the last driver ended while it took iterates as a training recorded them."""
+    """Tell whether the last driver ended while following a recording."""
     runs = any(status.progress["running"] for status in by_loss.values())
     return last is not None and last.follows and not runs
 
 
 def _after_following(opened: Run) -> str:
-    """Return how the training stands that a driver followed before it ended, and what to do."""
+    """Describe the recording that the last driver followed, and what to do."""
     from ..checkpoints.recorded import read_sign
 
     root = Path(opened.manifest.root)
     sign = read_sign(root)
-    stopped = f"it followed the training that is recorded in {safe(str(root))}, and was stopped"
+    stopped = f"it was stopped while following the recording in {safe(str(root))}"
     if sign is None:
-        return f"{stopped}; no recorder's sign is there now. `lca run` takes what is there"
+        return f"{stopped}; no recorder is registered there now. `lca run` replays the iterates that exist"
     if sign.is_recording(root):
-        return (
-            f"{stopped}; the recorder ({safe(sign.who)}) goes on. The same `lca run` follows it on"
-        )
+        return f"{stopped}; the recorder ({safe(sign.who)}) is still running. The same `lca run` follows it again"
     if sign.state == "closed":
-        return (
-            f"{stopped} before the end; the recorder has closed since. The same `lca run` takes the "
-            "rest"
-        )
+        return f"{stopped}; the recorder has closed since. The same `lca run` replays the rest"
     return (
         f"{stopped}; the recorder ({safe(sign.who)}) ended without closing. Resume the training "
-        "into the directory and run the same `lca run`, or leave --follow out to end with the "
-        "iterates that are there"
+        "into the directory and run the same `lca run`, or leave --follow out to replay only the "
+        "iterates that exist"
     )
 
 
@@ -124,9 +128,9 @@ def _follows(last: LastRun) -> str:
     waits = (
         ""
         if last.waits_after is None
-        else f"; up to step {last.waits_after} they are replayed, and it waits for more"
+        else f"; it has replayed up to step {last.waits_after} and waits for more"
     )
-    return f"it follows a recorder, and takes iterates as they come{waits}"
+    return f"it follows a recorder{waits}"
 
 
 def _table(by_loss: dict[str, _Status], *, follows: bool, stopped: bool) -> Table:
@@ -148,7 +152,7 @@ def _table(by_loss: dict[str, _Status], *, follows: bool, stopped: bool) -> Tabl
 
 
 def _steps(loss: Progress) -> str:
-    """Return which steps are done, and of which."""
+    """Return which steps are finished, out of which."""
     stretches = [f"{first}–{last}" for first, last in loss["steps_done"]]
     whole = f"{loss['first_step']}–{loss['last_step']}"
     return whole if stretches == [whole] else f"{few(stretches) or 'none'} of {whole}"
@@ -157,9 +161,9 @@ def _steps(loss: Progress) -> str:
 def _state(name: str, status: _Status, *, follows: bool, stopped: bool) -> str:
     loss = status.progress
     if loss["complete"] and stopped:
-        return "complete so far; no longer follows"
+        return "complete so far; stopped following"
     if loss["complete"] and follows:
-        return "complete so far; follows"
+        return "complete so far; following"
     if loss["complete"]:
         return (
             f"complete so far; {count(loss['behind'], 'more segment')} with --loss {safe(name)}"
@@ -170,28 +174,26 @@ def _state(name: str, status: _Status, *, follows: bool, stopped: bool) -> str:
         return "running"
     if steps := status.not_finite:
         where = f"steps {few([*map(str, steps)])}" if len(steps) > 1 else f"step {steps[0]}"
-        return f"done but for NaN or Inf at {where}"
+        return f"done except for NaN or Inf at {where}"
     return _STOPPED
 
 
 def _not_finite(missing: list[int], last: LastRun | None) -> list[int]:
-    """Return the steps of checkpoints whose NaN or Inf keeps all missing spans from being replayed;
-    none where one misses otherwise.
-    """
+    """Return the steps of checkpoints with NaN or Inf, where these alone keep spans from finishing."""
     failed = {} if last is None or last.ended is None else last.not_finite
     return sorted({failed[span] for span in missing}) if set(missing) <= set(failed) else []
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Status:
-    """The progress of a loss, and its pace.
+    """The progress of a loss, and its speed.
 
     Attributes:
         progress: from the commit markers.
         not_finite: the steps of the checkpoints with NaN or Inf, where these alone keep the loss
             from being complete.
-        segments_per_second: of all losses together; None where it does not run.
-        seconds_left: of all losses together; None where it does not run.
+        segments_per_second: of all losses together; None where the loss is not running.
+        seconds_left: of all losses together; None where the loss is not running.
     """
 
     progress: Progress
@@ -200,7 +202,7 @@ class _Status:
     seconds_left: float | None = None
 
     def document(self) -> dict[str, object]:
-        """Return what `lca status --json` prints of the loss."""
+        """Return the entry of the loss in `lca status --json`."""
         return {
             **{name: value for name, value in self.progress.items() if name != "missing"},
             "segments_per_second": self.segments_per_second,
@@ -210,7 +212,7 @@ class _Status:
 
 
 def _status(opened: Run, last: LastRun | None) -> dict[str, _Status]:
-    """Return how far each loss of a run is."""
+    """Return the progress of each loss of a run."""
     from ..results import underway
 
     computing = sum(report.segments for report in underway(opened.path))
@@ -249,13 +251,10 @@ def _pace(by_loss: dict[str, _Status], last: LastRun) -> str:
 
 def _ending(last: LastRun) -> str:
     if last.ended is None:
-        return (
-            "its driver was killed, or lost its machine; the same `lca run` goes on where it "
-            "stopped"
-        )
+        return "its driver was killed, or lost its machine; the same `lca run` resumes it"
     if not last.ended:
         return (
-            "its last driver did what it was asked for; `lca run` with the losses that are missing "
-            "goes on"
+            "its last driver finished what it was asked for; `lca run` with the missing losses "
+            "resumes it"
         )
     return f"the last driver ended with {safe(last.ended)}"

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ..findings.summary import Figures, Part, Summary
     from ..results import LossResults, Run
 
-TOP = 20  # modules below each other
+TOP = 20  # modules in a table of modules
 _BESIDE = 8  # modules beside the groups of a loss
-_LOSSES = 6  # losses whose modules are shown unless they are asked for
-_BESIDE_EACH_OTHER = 3  # losses whose figures and their labels fit beside each other on 80 columns
+_LOSSES = 6  # more losses than this are shown without modules by default
+_BESIDE_EACH_OTHER = 3  # losses whose figures fit side by side into 80 columns
 _Overall = Literal["loss_start", "loss_end", "loss_change", "allocated", "residual"]
 _SHARES: tuple[Literal["helping", "hurting", "zero"], ...] = ("helping", "hurting", "zero")
 _OVERALL: tuple[_Overall, ...] = get_args(_Overall)
@@ -43,24 +43,35 @@ _OVERALL: tuple[_Overall, ...] = get_args(_Overall)
     "--top",
     type=click.IntRange(min=1),
     metavar="N",
-    help=f"Show the N modules that were allocated most.  [default: {TOP}; {_BESIDE} beside groups]",
+    help=f"Show the N modules with the largest allocations.  [default: {TOP}; {_BESIDE} beside groups]",
 )
 @click.option("--all", "everything", is_flag=True, help="Show every tensor, in the model's order.")
 @json_option
 def command(
     run: str, losses: tuple[str, ...], top: int | None, everything: bool, as_json: bool
 ) -> None:
-    """Show headline figures of RUN and what each module did, the strongest first.
+    """Show headline figures of RUN and what each module was allocated, the largest first.
 
-    Of more than six losses each is one row; --loss NAME, --top and --all show their modules and
-    tensors. A module is what holds a kernel and its bias. Buffers that moved, such as running
-    statistics, are a row of their own. --json has every module and every tensor, whatever --top and
-    --all say.
+    A module is a kernel with its bias. Buffers that moved, such as running statistics, have rows of
+    their own. With more than six losses each is one row; --loss NAME, --top and --all show modules
+    and tensors. --json always holds every module and every tensor.
 
     \b
     lca summary checkpoints.lca
     lca summary checkpoints.lca --loss train --top 50
     lca summary checkpoints.lca --all
+
+    \f
+
+    Args:
+        run: the path or URL of a run.
+        losses: names; all where there are none.
+        top: how many modules to show; a default for None.
+        everything: shows every tensor, not modules.
+        as_json: prints a document in place of tables.
+
+    Raises:
+        InputError: for `top` together with `everything`, or a loss that the run lacks.
     """
     from ..errors import InputError
     from ..findings import summary
@@ -88,23 +99,23 @@ def command(
 
 
 def _say_what_is_missing(results: LossResults, figures: Summary) -> None:
-    """Say which segments figures are not over."""
+    """Warn of the segments that figures do not include."""
     if not results.complete:
         say(
-            f"loss {results.name!r} is not complete: figures are over the "
+            f"loss {results.name!r} is not complete: figures include the "
             f"{_finished(figures['segments'])}"
         )
     if results.manifest.breaks:
         seen, steps = results.manifest.steps_seen
         say(
             f"loss {results.name!r}: {count(len(results.manifest.breaks), 'gap')} between "
-            f"checkpoints left out: figures are over {seen:,} of {count(steps, 'training step')}"
+            f"checkpoints skipped: figures include {seen:,} of {count(steps, 'training step')}"
         )
     if results.behind:
         say(
             f"loss {results.name!r} ends at step {figures['last_step']}, "
-            f"{count(results.behind, 'segment')} before the run does: it was not asked for when "
-            f"checkpoints were added. Name it with --loss {results.name} to `lca run` to go on"
+            f"{count(results.behind, 'segment')} before the run does: it was not chosen when "
+            f"checkpoints were added. Pass --loss {results.name} to `lca run` to replay the rest"
         )
 
 
@@ -115,13 +126,13 @@ def print_summary(
     top: int | None = None,
     everything: bool = False,
 ) -> None:
-    """Print headline figures side by side, then each loss's groups and what its modules did.
+    """Print headline figures side by side, then each loss's groups and modules.
 
     Args:
         summaries: the `summary` of each loss.
-        run: where the results are, for the line that says how to see more.
+        run: where the results are, for the line that tells how to see more.
         top: how many modules are shown; None for as many as fit a screen.
-        everything: whether every tensor is shown instead.
+        everything: whether to show every tensor, not modules.
     """
     from ..findings.summary import is_grouped, is_plain
 
@@ -150,16 +161,21 @@ def print_summary(
 
 
 def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
-    """Print, of losses on segments of more than one training step, what their sums mean."""
+    """Print what sums mean for losses with segments of more than one training step.
+
+    Args:
+        run: holds the losses.
+        summaries: the `summary` of each loss.
+    """
     console = stdout()
     for name, figures in summaries.items():
         if not figures["long_segments"]:
             continue
         known = figures["path_band"] is not None
         about_band = (
-            "± path is by how much other paths through the same checkpoints would change them"
+            "± path is how much other paths through the same checkpoints would change them"
             if known
-            else "by how much other paths would change them is told with --path-band on"
+            else "--path-band on tells how much other paths would change them"
         )
         doubling = figures["doubling"]
         if doubling is not None:
@@ -170,7 +186,7 @@ def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
         if run[name].holds("statistics"):
             some = figures["long_segments"] < figures["segments"]
             about_shares = (
-                f"; shares that help are {'of the others alone' if some else 'held back'}"
+                f"; shares that help are {'of the others alone' if some else 'not given'}"
             )
         line = (
             f"{safe(name)}: {figures['long_segments']:,} of "
@@ -182,20 +198,30 @@ def print_paths(run: Run, summaries: Mapping[str, Summary]) -> None:
 
 
 def print_examples(run: Run, losses: Iterable[str]) -> None:
-    """Print, of the losses whose examples are told apart, what shows these."""
+    """Print how to see the examples of the losses with `per=`.
+
+    Args:
+        run: holds the losses.
+        losses: names.
+    """
     console = stdout()
     for name in losses:
         record = run[name].record
         if record.per is not None:
             line = (
-                f"{count(record.rows or 0, record.per)} of {name!r} told apart: `lca plot "
+                f"{count(record.rows or 0, record.per)} of {name!r}: `lca plot "
                 f"{quoted(run.path)} examples --loss {quoted(name)}`"
             )
             print_words(line, console)
 
 
 def print_causes(run: Run, summaries: Mapping[str, Summary]) -> None:
-    """Print, of a run with causes, how large rest is of each loss, and what the causes did."""
+    """Print the share of rest and the sums of the causes, for a run with causes.
+
+    Args:
+        run: holds the losses.
+        summaries: the `summary` of each loss.
+    """
     from ..findings.causes import LARGE, amount, percent
 
     console = stdout()
@@ -204,8 +230,8 @@ def print_causes(run: Run, summaries: Mapping[str, Summary]) -> None:
             return
         rest, allocated = figures["causes"]["rest_share"], figures["causes"]["allocated"]
         share = rest if isinstance(rest, float) else max(rest)
-        large = ", too large to believe the others" if share > LARGE else ""
-        within = "" if isinstance(rest, float) else " in the group with most"
+        large = ", too large to trust the others" if share > LARGE else ""
+        within = "" if isinstance(rest, float) else " in the group with the most"
         sums = [
             f"{cause} {amount(total)}"
             for cause, total in allocated.items()
@@ -220,7 +246,13 @@ def print_causes(run: Run, summaries: Mapping[str, Summary]) -> None:
 
 
 def print_directions(run: Run, summaries: Mapping[str, Summary]) -> None:
-    """Print, of a run along directions, how much of the motion and of each loss is theirs."""
+    """Print which shares of the motion and of each loss the directions capture, for a run with
+    directions.
+
+    Args:
+        run: holds the losses.
+        summaries: the `summary` of each loss.
+    """
     from ..findings.directions import balance_of
 
     console = stdout()
@@ -243,14 +275,12 @@ def print_directions(run: Run, summaries: Mapping[str, Summary]) -> None:
 
 
 def _have_more_tensors(summaries: dict[str, Summary]) -> bool:
-    """Tell whether modules stand for more than one tensor each."""
+    """Tell whether any module holds more than one tensor."""
     return any(len(of_loss["tensors"]) > len(of_loss["modules"]) for of_loss in summaries.values())
 
 
 def _the_rest(unshown: set[int], run: Path) -> str:
-    """Return the line that says how many modules are not shown, in one table or another, and how to
-    see them.
-    """
+    """Return the line that tells how many modules are not shown, and how to see them."""
     more = " and ".join(f"{number:,}" for number in sorted(unshown))
     which = f"{more} more module{'' if unshown == {1} else 's'}: " if unshown else ""
     strongest = ", --top N the N strongest modules" if unshown else ""
@@ -258,7 +288,7 @@ def _the_rest(unshown: set[int], run: Path) -> str:
 
 
 def _print_losses(summaries: Mapping[str, Summary]) -> None:
-    """Print a row for each of many losses; of one with groups, the loss of the whole split."""
+    """Print a row for each loss; a loss with groups has the loss of the whole split."""
     helping = ["helping"] if any("helping" in of_loss for of_loss in summaries.values()) else []
     rows = table(
         "loss", "groups", "segments", "start → end", "change", "allocated", "residual", *helping
@@ -278,15 +308,13 @@ def _print_losses(summaries: Mapping[str, Summary]) -> None:
 
 
 def _one_share(figures: Summary) -> str:
-    """Return the share of parameters that helped a loss without groups; "" of any other."""
+    """Return the share of parameters that helped a loss without groups; "" for any other loss."""
     helping = figures.get("helping")
     return share(helping) if isinstance(helping, float) else ""
 
 
 def _print_plain(plain: dict[str, Figures[float]]) -> None:
-    """Print the figures of losses without groups: beside each other, or as rows where they are
-    many.
-    """
+    """Print the figures of losses without groups: side by side, or as rows where there are many."""
     if len(plain) > _BESIDE_EACH_OTHER:
         _print_losses(plain)
     elif plain:
@@ -297,13 +325,13 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
     headline = table("", *(safe(name) for name in plain))
     ends = [_numbers([of["loss_start"], of["loss_end"]], "") for of in plain.values()]
     sampled = any(figures["sampled_of"] is not None for figures in plain.values())
-    of_drawn = " (of what was drawn)" if sampled else ""
+    of_drawn = " (of the drawn segments)" if sampled else ""
     headline.add_row(f"loss at the start{of_drawn}", *(start for start, _ in ends))
     headline.add_row(f"loss at the end{of_drawn}", *(end for _, end in ends))
     changes = [_numbers([of["loss_change"], of["allocated"]]) for of in plain.values()]
     gaps = any(figures["gaps"] for figures in plain.values())
-    outside = ", outside the gaps, estimated" if gaps else ", estimated"
-    over = outside if sampled else ", over the segments seen" if gaps else ""
+    outside = ", without the gaps, estimated" if gaps else ", estimated"
+    over = outside if sampled else ", over the segments replayed" if gaps else ""
     headline.add_row(f"loss change{over}", *(change for change, _ in changes))
     headline.add_row(
         f"allocated, Σ over parameters and segments{', estimated' if sampled else ''}",
@@ -312,17 +340,17 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
     if any(figures["gaps_change"] is not None for figures in plain.values()):
         beside = [figures["gaps_change"] for figures in plain.values()]
         headline.add_row(
-            "loss change in the gaps, which are not replayed",
+            "loss change in the gaps, not replayed",
             *("" if change is None else _numbers([change])[0] for change in beside),
         )
     if sampled:
         headline.add_row(
-            "± standard error, by the segments drawn",
+            "± standard error, from drawing segments",
             *(_error_cell(figures["segments_error"]) for figures in plain.values()),
         )
         true = [figures["identity_change"] for figures in plain.values()]
         headline.add_row(
-            "change over all of training, gaps too, 256 examples"
+            "change over all of training with its gaps, 256 examples"
             if gaps
             else "true change, first checkpoint to last, 256 examples",
             *("" if change is None else _numbers([change])[0] for change in true),
@@ -352,7 +380,7 @@ def _print_headline(plain: dict[str, Figures[float]]) -> None:
 
 
 def _counted(every: Iterable[Figures[float]]) -> str:
-    """Return which segments shares are over, in words: those of one training step."""
+    """Return which segments shares count: those of one training step."""
     counts = {
         (figures["segments"] - figures["long_segments"], figures["segments"]) for figures in every
     }
@@ -363,13 +391,14 @@ def _counted(every: Iterable[Figures[float]]) -> str:
 
 
 def _error_cell(error: float | None) -> str:
-    """Return a standard error as a cell of a table; "" for none."""
+    """Return a standard error as a table cell; "" for None."""
     return "" if error is None else f"{error:.1e}"
 
 
 def _print_parts(figures: Figures[float], top: int, everything: bool) -> int:
-    """Print every tensor, or the strongest modules and a row for the others; return how many these
-    are.
+    """Print every tensor, or the modules with the largest allocations and one row for the others.
+
+    Return how many modules share that row.
     """
     if everything:
         _print_rows("tensor", figures["tensors"], [], figures)
@@ -382,9 +411,7 @@ def _print_parts(figures: Figures[float], top: int, everything: bool) -> int:
 def _print_rows(
     what: str, shown: list[Part[float]], others: list[Part[float]], figures: Figures[float]
 ) -> None:
-    """Print a row for each module or tensor, one for the others together, and one for what the run
-    does not keep.
-    """
+    """Print a row for each module or tensor, one for the others, and one for tensors not kept."""
     shown = [*shown, *([_together(others)] if others else [])]
     of_rows = [
         row["standard_error"] if row["segments_error"] is None else row["segments_error"]
@@ -421,8 +448,9 @@ def _print_rows(
 
 
 def _last_column(shown: list[Part[float]]) -> tuple[list[str], list[str]]:
-    """Return the heading of the last column and its cells: shares that helped, and what did not
-    move. Where no shares were counted and everything moved there is no heading.
+    """Return the heading and cells of the last column: shares that helped, or whether a part moved.
+
+    There is no heading where shares are not counted and every part moved.
     """
     if all("helping" in row for row in shown):
         shares = [share(row["helping"]) if row["moved"] else "did not move" for row in shown]
@@ -432,7 +460,7 @@ def _last_column(shown: list[Part[float]]) -> tuple[list[str], list[str]]:
 
 
 def _together(others: list[Part[float]]) -> Part[float]:
-    """Return the figures of some modules as one row."""
+    """Return the figures of several modules as one row."""
     parameters = sum(other["parameters"] for other in others)
     together: Part[float] = {
         "name": f"({len(others):,} more)",
@@ -450,8 +478,9 @@ def _together(others: list[Part[float]]) -> Part[float]:
 
 
 def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> int:
-    """Print a row for each group and one for all: their losses, and what modules did to them;
-    return how many modules are not shown.
+    """Print a row for each group and one for all: their losses and the allocations of modules.
+
+    Return how many modules are not shown.
     """
     columns, more = _columns(figures, top, everything)
     start, end, change, _, residual = (_overall(figures, name) for name in _OVERALL)
@@ -463,7 +492,7 @@ def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> 
     scale = _scale([part for column in parts for part in column])
     cells = [[units_of_loss(part, scale, digits=4) for part in column] for column in parts]
     labels = [*map(str, figures["groups"] or []), "(all)"]
-    examples = [*counts, figures["examples"]]  # one may have elements in several groups
+    examples = [*counts, figures["examples"]]  # an example may have elements in several groups
     residuals = [*figures["residual"], residual]
     shares = [[*map(share, figures["helping"]), ""]] if "helping" in figures else []
     heading = ["helping"] if shares else []
@@ -484,8 +513,9 @@ def _print_groups(figures: Figures[list[float]], top: int, everything: bool) -> 
 def _columns(
     figures: Figures[list[float]], top: int, everything: bool
 ) -> tuple[dict[str, list[float]], int]:
-    """Return what is shown beside the groups: every tensor, or the strongest modules and the others
-    together; and how many are not.
+    """Return the columns beside the groups, and how many modules they leave out.
+
+    Columns are every tensor, or the modules with the largest allocations and the sum of the others.
     """
     if everything:
         return {tensor["name"]: tensor["allocated"] for tensor in figures["tensors"]}, 0
@@ -501,7 +531,7 @@ def _columns(
 
 
 def _numbers(values: Sequence[float], sign: str = "+", digits: int = 6) -> list[str]:
-    """Return numbers that stand together in units of loss."""
+    """Format numbers that are printed together, in units of loss."""
     return [units_of_loss(value, _scale(values), sign, digits) for value in values]
 
 
@@ -514,7 +544,7 @@ def _finished(segments: int) -> str:
 
 
 def _overall(figures: Summary, name: _Overall) -> float:
-    """Return a figure of a loss; of one with groups, that of the whole split."""
+    """Return a figure of a loss; for a loss with groups, that of the whole split."""
     figure, weights = figures[name], figures["group_weights"]
     if isinstance(figure, float) or weights is None:
         return cast("float", figure)
@@ -556,7 +586,7 @@ def _caption(name: str, figures: Summary) -> str:
 
 
 def _error(figures: Summary) -> str:
-    """Return the measured error of a precision, in words; nothing where it was not measured."""
+    """Describe the measured error of a precision; "" where it was not measured."""
     reference = PRECISIONS[figures["precision"]].reference
     if figures["precision_error"] is None or reference is None:
         return ""

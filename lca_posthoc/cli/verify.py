@@ -23,13 +23,22 @@ _MOST_ROWS = 1000  # rows of the table
 @click.argument("run", type=click.Path())
 @json_option
 def command(run: str, as_json: bool) -> None:
-    """Check every stored byte of RUN against its commit markers; while it runs and after, and
-    wherever it was copied to.
+    """Check every stored byte of RUN against its commit markers.
 
     \b
     lca verify checkpoints.lca
 
-    The exit code is 4 where something is damaged. Files of a run that was killed are no damage.
+    RUN may still be running, and may be a copy. The exit code is 4 where a file is damaged. Files
+    that a killed run left behind are no damage.
+
+    \f
+
+    Args:
+        run: the path or URL of a run.
+        as_json: prints a document in place of words.
+
+    Raises:
+        DamageError: if a file is damaged.
     """
     from ..errors import DamageError, amount
     from ..results import verify
@@ -57,7 +66,7 @@ def command(run: str, as_json: bool) -> None:
 
 
 def _checked(checked: Verification) -> tuple[list[Damage], list[str]]:
-    """Return what is damaged and which files belong to nothing, and show how far the check is."""
+    """Return the damage and the files that belong to no commit, and show progress."""
     from ..errors import amount
     from ..results import Damage
 
@@ -73,7 +82,7 @@ def _checked(checked: Verification) -> tuple[list[Damage], list[str]]:
 
 
 def _way(run: str, damages: list[Damage]) -> str:
-    """Return what puts damage right."""
+    """Return how to repair damage, as a sentence without its period."""
     if damages[0].is_of_the_record:
         return "Restore it from a copy"
     return f"Run `lca repair {quoted(run)} --task FILE`"

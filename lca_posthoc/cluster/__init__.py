@@ -1,10 +1,10 @@
-"""The places where work runs: this process, local Dask workers, or those of a scheduler somewhere.
-A cluster gets a callable and JSON-like specs; it knows no more.
+"""Run work in this process, on local Dask workers, or on those of another scheduler. A cluster gets
+a callable and JSON-like specs, and knows no more.
 
-`protocol` is what an engine offers; `assignments` decides who gets which spec and what a death
-costs, for engines whose workers come and go; `dask` carries that out on a Dask `scheduler`, started
-by `local` or reached by `remote`; `inline` needs none of it. A cluster drains when its `stop` event
-is set: what runs is finished, what waits is not started.
+`protocol` defines what an engine offers. `assignments` decides which worker gets which spec and
+what a death costs, for engines whose workers come and go. The `dask_…` modules execute this on a
+Dask scheduler, started by `dask_local` or reached by `dask_remote`; `inline` needs none of it. A
+cluster drains when its `stop` event is set: running specs finish, waiting ones are not started.
 """
 
 from __future__ import annotations
@@ -57,16 +57,16 @@ __all__ = [
 def open_cluster(
     where: ClusterConfig, device: str | None, stop: threading.Event
 ) -> Iterator[Cluster]:
-    """Start or reach what `where` names and leave it as it was afterwards.
+    """Start or reach the cluster that `where` names, and restore its state afterwards.
 
     Args:
         where: inline, local, or the address of a scheduler.
-        device: "cuda" or "cpu"; None for a GPU where there is one. At an address the workers tell.
-        stop: set by whoever wants the cluster to drain.
+        device: "cuda" or "cpu"; None for a GPU if there is one. At an address the workers decide.
+        stop: drains the cluster when set.
 
     Raises:
-        ResourceError: where workers do not come up or cannot be reached.
-        InputError: for another kind, or options that do not go with it.
+        ResourceError: if workers do not start or cannot be reached.
+        InputError: for an unknown kind, or options that do not belong to it.
     """
     where.check()
     if where.kind == "inline":
@@ -79,7 +79,7 @@ def open_cluster(
         opened = at_address(where, device, stop)
     else:
         raise InputError(
-            f"--cluster {where.kind!r} is not known. Use local, inline, tcp://HOST:PORT, "
+            f"--cluster {where.kind!r} is unknown. Use local, inline, tcp://HOST:PORT, "
             "tls://HOST:PORT or file:SCHEDULER.json."
         )
     with opened as cluster:

@@ -1,17 +1,16 @@
-"""Decide which worker is given which spec, and what becomes of it, without knowing an engine.
+"""Decide which worker gets which spec, and how specs end, independently of an engine.
 
-`Assignments` is told what happened: a worker came, answered or is gone, a spec is finished, so late
-it is. It answers with what is to be done: hand a spec to a worker, cancel it, ask a newcomer, or
-report an `Outcome`. It reads no clock and starts nothing, so that the same events have the same
-answers.
+`Assignments` receives events: a worker came, answered or left, a spec finished, time passed. It
+answers with actions: submit a spec to a worker, cancel it, ask a newcomer, or report an `Outcome`.
+It reads no clock and starts nothing, so that equal events have equal answers.
 
 Its laws:
 
 * A worker has at most `WINDOW` specs: one it works on, and others that wait there.
-* A spec that is taken ends as `Done` or as `Lost`, once; after `drain`, what is not handed out ends
-  without either.
+* A spec that is taken ends as `Done` or as `Lost`, once; after `drain`, specs that were not
+submitted end without either.
 * A death counts against the spec its worker was working on, not against those that waited there.
-* An answer that comes after its spec was dealt with, or twice, changes nothing.
+* An answer that arrives after its spec ended, or twice, changes nothing.
 """
 
 from __future__ import annotations
@@ -26,24 +25,24 @@ from ..base.text import duration
 from .protocol import Done, Lost, Outcome, Refused, Retried, Spec, Waiting
 
 WINDOW = 2  # specs of a worker: the one it works on, and one that waits there
-TRIES = 2  # deaths that lose a spec
-LEAVES = 4  # workers that left, each in the middle of it, that lose a spec
-ANSWER_SECONDS = 120.0  # for a worker to come up, or to answer a small question
+TRIES = 2  # deaths after which a spec is lost
+LEAVES = 4  # workers that left during a spec after which it is lost
+ANSWER_SECONDS = 120.0  # for a worker to start, or to answer a small question
 ALONE_SECONDS = 300.0  # without any worker
-QUIET_SECONDS = 10.0  # of them, in which a nanny starts a new one
-LEAVE_SECONDS = 45.0  # Dask lets what runs on a leaving worker go on for 30
+QUIET_SECONDS = 10.0  # of these, in which a nanny starts a new one
+LEAVE_SECONDS = 45.0  # Dask lets a leaving worker's task run for 30
 SLOW_SECONDS = 60.0  # and ten times as long as its peers
 SILENT = (
     f"did not answer within {duration(ANSWER_SECONDS)}: it is busy with other work, stuck, or "
-    "without lca_posthoc"
+    "lacks lca_posthoc"
 )
 DIED = "its worker died or cannot be reached"
-LEFT = "its worker left before it was done"
+LEFT = "its worker left before finishing it"
 
 
 @dataclass(frozen=True)
 class Submit:
-    """A spec is to be handed to a worker; its answer comes with the number of the attempt."""
+    """Submit a spec to a worker; its answer carries the number of the attempt."""
 
     attempt: int
     worker: str
@@ -52,14 +51,14 @@ class Submit:
 
 @dataclass(frozen=True)
 class Cancel:
-    """An attempt is nobody's any more."""
+    """Cancel an attempt that nobody needs any more."""
 
     attempt: int
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A newcomer is to be asked whether it can take part."""
+    """Ask a newcomer whether it can take part."""
 
     attempt: int
     worker: str
@@ -67,7 +66,7 @@ class Ask:
 
 @dataclass(frozen=True)
 class Overdue:
-    """An attempt takes far longer than its peers; `worker` is the name people know."""
+    """Report an attempt that takes far longer than its peers; `worker` is its readable name."""
 
     attempt: int
     spec: Spec
@@ -77,7 +76,7 @@ class Overdue:
 
 @dataclass(frozen=True)
 class Abandoned:
-    """No worker is left, and none came in so many seconds: there is nothing more to wait for."""
+    """Give up: no worker is left, and none came in so many seconds."""
 
     seconds: float
 
@@ -87,7 +86,7 @@ Action = Submit | Cancel | Ask | Overdue | Abandoned | Outcome
 
 @dataclass
 class InFlight:
-    """A spec under way, and how often a worker died of it or left."""
+    """A spec underway, with the numbers of workers that died or left during it."""
 
     spec: Spec
     deaths: int = 0
@@ -96,8 +95,8 @@ class InFlight:
 
 @dataclass
 class WorkerSlot:
-    """A worker that takes part: its specs by attempt, of which it works on the first, since when,
-    and when that was last reported as slow.
+    """A worker that takes part: its specs by attempt (it works on the first), since when, and when
+    it was last reported as slow.
     """
 
     name: str
@@ -117,7 +116,7 @@ class _Newcomer:
 
 @dataclass(frozen=True)
 class _Leaver:
-    """A spec whose worker was told to leave, and until when it may still finish it."""
+    """A spec whose worker was told to leave, and the time until which it may finish."""
 
     flight: InFlight
     name: str
@@ -125,13 +124,13 @@ class _Leaver:
 
 
 class Assignments:
-    """Assign specs to workers.
+    """Assigns specs to workers.
 
     Args:
-        specs: taken one by one, when there is room; None where there is none before another one
-            underway has ended.
+        specs: taken one by one when there is room; yields None while the next one needs another
+            outcome first.
         now: seconds on any clock, as in every event.
-        leave_seconds: for which a worker that was told to leave may still finish what it works on.
+        leave_seconds: for which a worker that was told to leave may finish its current spec.
     """
 
     def __init__(
@@ -150,45 +149,61 @@ class Assignments:
         self._alone_since = now
         self._reported_alone = False
 
-    # --- what is
+    # --- state
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nothing is under way and nothing will be."""
+        """Tell whether nothing is underway and nothing will be."""
         underway = self._leavers or any(slot.flights for slot in self._slots.values())
         return not underway and (self._draining or (self._exhausted and not self._again))
 
     @property
     def attempts(self) -> list[int]:
-        """Return the attempts that are with workers now."""
+        """Return the attempts that workers have now."""
         return [attempt for slot in self._slots.values() for attempt in slot.flights]
 
     @property
     def newcomers(self) -> dict[int, str]:
-        """Return, by attempt, the workers that were asked and did not answer yet."""
+        """Return, by attempt, the workers that were asked and have not answered yet."""
         return {attempt: newcomer.worker for attempt, newcomer in self._newcomers.items()}
 
     @property
     def leaving(self) -> dict[int, Spec]:
-        """Return, by attempt, the specs whose workers may still finish though they are gone."""
+        """Return, by attempt, the specs that workers which left may still finish."""
         return {attempt: leaver.flight.spec for attempt, leaver in self._leavers.items()}
 
     # --- workers come and go
 
     def take_in(self, worker: str, name: str) -> None:
-        """Let a worker take part."""
+        """Let a worker take part.
+
+        Args:
+            worker: its address.
+            name: its readable name.
+        """
         self._slots[worker] = WorkerSlot(name)
 
     def came(self, worker: str, name: str, now: float) -> list[Action]:
-        """Ask a worker that joined before it takes part."""
+        """Ask a worker that joined before it takes part.
+
+        Args:
+            worker: its address.
+            name: its readable name.
+            now: seconds on the clock.
+        """
         attempt = next(self._attempts)
         self._newcomers[attempt] = _Newcomer(worker, name, now)
         return [Ask(attempt, worker)]
 
     def answered(self, attempt: int, refusal: str | None) -> list[Action]:
-        """Let a newcomer take part, or refuse it with the reason."""
+        """Let a newcomer take part, or reject it.
+
+        Args:
+            attempt: of the question.
+            refusal: the reason; None to accept.
+        """
         newcomer = self._newcomers.pop(attempt, None)
-        if newcomer is None:  # it was refused because it did not answer in time
+        if newcomer is None:  # it was rejected for not answering in time
             return []
         if refusal is not None:
             return [Refused(newcomer.name, refusal)]
@@ -196,8 +211,14 @@ class Assignments:
         return []
 
     def gone(self, worker: str, now: float, *, may_finish: bool, why: str = DIED) -> list[Action]:
-        """Count a death against the spec a worker that is gone was working on, unless it may still
-        finish; specs that waited there are handed out again. `why` says what it died of.
+        """Count a death against the current spec of a lost worker, unless it may still finish;
+        reassign specs that waited there.
+
+        Args:
+            worker: its address.
+            now: seconds on the clock.
+            may_finish: whether the worker was told to leave, and may finish its current spec.
+            why: the cause of the death.
         """
         slot = self._slots.pop(worker, None)
         if slot is None:
@@ -219,7 +240,7 @@ class Assignments:
     # --- specs
 
     def assign(self, now: float) -> list[Submit]:
-        """Hand one spec to every worker first, then one that waits there."""
+        """Submit one spec to every worker first, then one that waits there."""
         submitted: list[Submit] = []
         for filled in range(WINDOW):
             for worker, slot in self._slots.items():
@@ -231,7 +252,13 @@ class Assignments:
         return submitted
 
     def finished(self, attempt: int, result: object, now: float) -> list[Action]:
-        """Report what a spec returned."""
+        """Report the result of a spec.
+
+        Args:
+            attempt: of the spec.
+            result: of its function.
+            now: seconds on the clock.
+        """
         leaver = self._leavers.pop(attempt, None)
         if leaver is not None:
             return [Done(leaver.flight.spec, result, leaver.name, len(self._slots))]
@@ -244,7 +271,12 @@ class Assignments:
         return [Done(flight.spec, result, slot.name, len(self._slots))]
 
     def failed(self, attempt: int, why: str) -> list[Action]:
-        """Count an exception that nobody caught like a death."""
+        """Count an uncaught exception like a death.
+
+        Args:
+            attempt: of the spec.
+            why: describes the exception.
+        """
         slot = self._slot_of(attempt)
         if slot is None:
             return []
@@ -253,14 +285,14 @@ class Assignments:
         return [self._try_again(flight, slot.name, why)]
 
     def drain(self) -> None:
-        """Hand out nothing more; what is under way may end."""
+        """Submit nothing more; specs underway may end."""
         self._draining = True
 
     # --- time passes
 
     def tick(self, now: float) -> list[Action]:
-        """Give up newcomers that do not answer and leavers that did not finish; name what is slow,
-        and that nobody is left.
+        """Give up newcomers that do not answer and leavers that do not finish; report slow specs,
+        and that no worker is left.
         """
         return [
             *self._silent_newcomers(now),

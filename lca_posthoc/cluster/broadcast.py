@@ -1,4 +1,4 @@
-"""Bytes that were put into this process for the specs that come after them."""
+"""Hold bytes that were sent to this process for later specs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ _DELIVERED: dict[str, bytes] = {}
 
 
 def take_in(key: str, data: bytes) -> None:
-    """Keep bytes under a key."""
+    """Keep bytes under a key.
+
+    Args:
+        key: names them.
+        data: the bytes.
+    """
     _DELIVERED[key] = data
 
 

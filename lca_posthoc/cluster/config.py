@@ -1,4 +1,4 @@
-"""A user's choice of where work runs, and the check that it can be meant."""
+"""Hold the user's choice of a cluster, and check it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ClusterConfig:
     Args:
         kind: "local", "inline", `tcp://HOST:PORT`, `tls://HOST:PORT`, or `file:SCHEDULER.json`.
         workers: how many local workers; at an address, how many to wait for.
-        tls_ca: certificate authority, certificate and key, PEM files, for `tls://`.
-        tls_cert: see `tls_ca`.
-        tls_key: see `tls_ca`.
+        tls_ca: PEM file of the certificate authority, for `tls://`.
+        tls_cert: PEM file of the certificate, for `tls://`.
+        tls_key: PEM file of its key, for `tls://`.
         insecure: use a cluster whose listeners are open to others and not encrypted.
-        dashboard: serve Dask's dashboard of local workers on loopback.
+        dashboard: serve Dask's dashboard for local workers on loopback.
     """
 
     kind: str = "local"
@@ -37,17 +37,21 @@ class ClusterConfig:
 
     @property
     def is_address(self) -> bool:
-        """Tell whether it names a scheduler somebody else started."""
+        """Tell whether it names a scheduler that somebody else started."""
         return self.kind.startswith(("file:", *(f"{scheme}://" for scheme in SCHEMES)))
 
     @property
     def tls(self) -> dict[str, Path]:
-        """Return the TLS files that were given, by option."""
+        """Return the given TLS files, by option."""
         files = {"--tls-ca": self.tls_ca, "--tls-cert": self.tls_cert, "--tls-key": self.tls_key}
         return {option: Path(file) for option, file in files.items() if file is not None}
 
     def check(self) -> None:
-        """Refuse what cannot be meant, before anything is started."""
+        """Reject options that contradict each other, before anything starts.
+
+        Raises:
+            InputError: naming the options.
+        """
         if self.workers is not None and self.workers < 1:
             raise InputError(f"--workers must be 1 or more, got {self.workers}.")
         for option, file in self.tls.items():
@@ -67,10 +71,10 @@ class ClusterConfig:
                 )
 
     def address(self) -> str:
-        """Return the scheduler's address, read from its file where one is named.
+        """Return the scheduler's address, read from its file if one is named.
 
         Raises:
-            InputError: where there is no such file, no address in it, or one that is open to others
+            InputError: if the file is missing or holds no address, or the address is open to others
                 without TLS.
         """
         address = (
@@ -109,7 +113,7 @@ def _has_port(address: str) -> bool:
 
 
 def is_closed(address: str) -> bool:
-    """Tell whether only this host, or whoever holds a certificate, can talk to an address.
+    """Tell whether only this host, or holders of a certificate, can talk to an address.
 
     >>> [is_closed(each) for each in ("tcp://127.0.0.1:1", "tcp://[::1]:1", "tls://10.0.0.1:1", "tcp://10.0.0.1:1", "tcp://node:1")]
     [True, True, True, False, False]
@@ -124,9 +128,9 @@ def is_closed(address: str) -> bool:
 
 
 def open_to_others(who: str) -> str:
-    """Return the message that refuses a listener which is open to others."""
+    """Return the message that rejects a listener open to others."""
     return (
-        f"{who} is open to the network without TLS: whoever reaches it can run code as you. Start "
+        f"{who} is open to the network without TLS: anyone who reaches it can run code as you. Start "
         "it with --host 127.0.0.1, or with TLS and give --tls-ca, --tls-cert and --tls-key, or "
         "give --insecure on a network you trust."
     )

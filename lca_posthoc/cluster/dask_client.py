@@ -1,7 +1,7 @@
-"""A Dask scheduler as this package uses it: who runs there, one task for one worker, its answer.
+"""Wrap a Dask scheduler: its workers, one task for one worker, its answer.
 
-Dask carries, starts and cancels; it decides nothing. A task is restricted to one worker and is
-never tried again by Dask itself.
+Dask transports, starts and cancels; it decides nothing. A task is restricted to one worker and is
+never retried by Dask itself.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class DaskClient:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, client: Client) -> Iterator[DaskClient]:
-        """Use it, and leave nothing behind on the workers afterwards."""
+        """Open the scheduler, and leave nothing behind on the workers afterwards."""
         scheduler = cls(client)
         try:
             yield scheduler
         finally:
-            if client.status == "running":  # else there is nobody to tell
+            if client.status == "running":  # otherwise nobody can be told
                 with contextlib.suppress(OSError, TimeoutError):
                     for key in scheduler._delivered:
                         client.unregister_worker_plugin(key)
@@ -54,22 +54,22 @@ class DaskClient:
     # --- who is there
 
     def running(self) -> set[str]:
-        """Return the addresses of the workers, without those on their way out."""
+        """Return the addresses of the workers, without leaving ones."""
         client = self.client
         return set(self.ask(lambda: client.sync(client.scheduler.ncores_running)))
 
     def info(self) -> dict[str, dict[str, Any]]:
-        """Return what the scheduler tells of each worker, by address."""
+        """Return the scheduler's information on each worker, by address."""
         workers: dict[str, dict[str, Any]] = self.ask(self.client.scheduler_info)["workers"]
         return workers
 
     def threads(self) -> dict[str, int]:
-        """Return how many threads each worker has, by address."""
+        """Return the number of threads of each worker, by address."""
         threads: dict[str, int] = self.ask(self.client.nthreads)
         return threads
 
     def without_gpu(self, addresses: Iterable[str]) -> list[str]:
-        """Return those of the workers that do not offer `GPU=1`."""
+        """Return the workers that do not offer `GPU=1`."""
         info = self.info()
         return [
             address
@@ -78,21 +78,19 @@ class DaskClient:
         ]
 
     def learn_names(self, addresses: Iterable[str]) -> None:
-        """Remember what workers are called, also for when they are gone."""
+        """Remember the workers' names, for when they are gone."""
         info = self.info()
         self._names |= {
             address: str(info[address]["name"]) for address in addresses if address in info
         }
 
     def named(self, address: str) -> str:
-        """Return a worker's name and address, as people know it."""
+        """Return a worker's readable name and address."""
         name = self._names.get(address, address)
         return address if name == address else f"{name} ({address})"
 
     def told_to_leave(self, address: str) -> bool:
-        """Tell whether a worker that is gone was told to go, and so may still finish what it was
-        doing.
-        """
+        """Tell whether a lost worker was told to leave, and so may still finish its current task."""
         with contextlib.suppress(OSError, TimeoutError):
             for _, event in reversed(self.client.get_events(address)):
                 if event.get("action") == "remove-worker":
@@ -103,7 +101,14 @@ class DaskClient:
     # --- tasks
 
     def submit(self, place: str, spec: Spec, address: str, *, on_gpu: bool) -> Future:
-        """Give a worker a spec for the function that `place_of` named."""
+        """Submit a spec to a worker.
+
+        Args:
+            place: key of the function, from `place_of`.
+            spec: JSON-like.
+            address: of the worker.
+            on_gpu: whether the task takes the worker's GPU.
+        """
         return self.client.submit(
             _work,
             place,
@@ -118,15 +123,15 @@ class DaskClient:
         )
 
     def ask_for_us(self, address: str) -> Future:
-        """Ask whether this package is installed on a worker; one that lacks it could not say so in
-        our words.
+        """Ask whether this package is installed on a worker, which could not report its absence
+        itself.
         """
         return self.client.submit(
             has_us(), key=f"lca-{uuid.uuid4().hex}", pure=False, workers=[address]
         )
 
     def stack(self, key: str) -> list[str]:
-        """Return the stack of a running task, the innermost call last."""
+        """Return the stack of a running task, innermost call last."""
         with contextlib.suppress(Exception):
             stacks_by_worker = self.client.sync(
                 self.client.scheduler.call_stack, keys=[key], callback_timeout=5
@@ -136,7 +141,7 @@ class DaskClient:
         return []
 
     def restart(self, address: str) -> None:
-        """End a worker's process; its nanny, where it has one, starts another."""
+        """End a worker's process; its nanny, if it has one, starts another."""
         from distributed import TimeoutError as DaskTimeoutError
 
         with contextlib.suppress(DaskTimeoutError, TimeoutError):
@@ -151,13 +156,13 @@ class DaskClient:
                 self.ask(self.client.retire_workers, [address], close_workers=True, remove=True)
 
     def stop(self) -> None:
-        """Let the workers begin nothing of what waits there."""
+        """Stop the workers from starting waiting tasks."""
         self.ask(_event(self._stopping, self.client).set)
 
     # --- bytes
 
     def deliver(self, data: bytes) -> str:
-        """Put bytes into every worker process, also one that starts later; returns their key."""
+        """Send bytes to every worker process, including later ones; return their key."""
         key = f"lca-{uuid.uuid4().hex}"
         self.ask(self.client.register_plugin, _delivery(key, data), name=key)
         self._delivered.append(key)
@@ -166,7 +171,16 @@ class DaskClient:
     # --- a scheduler that is gone
 
     def ask(self, question: Callable[..., Any], *arguments: object, **named: object) -> Any:
-        """Ask the scheduler; one that is gone is an error that says so."""
+        """Ask the scheduler.
+
+        Args:
+            question: a method of the client.
+            arguments: of the method.
+            named: arguments of the method.
+
+        Raises:
+            ResourceError: if the scheduler is gone.
+        """
         from distributed.client import ClosedClientError
 
         try:
@@ -177,13 +191,18 @@ class DaskClient:
     def gone(self, error: object) -> ResourceError:
         """Return the error for a scheduler that is gone."""
         return ResourceError(
-            f"the scheduler is gone ({shortly(error)}). What was committed is kept; start it and "
+            f"the scheduler is gone ({shortly(error)}). Committed results are kept; start it and "
             "run the same command again."
         )
 
 
 def answer_of(future: Future, seconds: float) -> Any:
-    """Return the answer to a question, or why there is none under `"error"`."""
+    """Return the answer to a question, or the reason for its absence under `"error"`.
+
+    Args:
+        future: of the question.
+        seconds: to wait.
+    """
     from distributed import TimeoutError as DaskTimeoutError
 
     try:
@@ -196,9 +215,7 @@ def answer_of(future: Future, seconds: float) -> Any:
 
 
 def result_of(future: Future) -> list[object]:
-    """Return the result of a finished task as the only item, none if its worker is not there to
-    give it.
-    """
+    """Return a finished task's result in a list; [] if its worker is gone."""
     from distributed import TimeoutError as DaskTimeoutError
 
     if future.status == "finished":
@@ -208,7 +225,7 @@ def result_of(future: Future) -> list[object]:
 
 
 def has_us() -> Callable[[], bool]:
-    """Return a function that travels by value and says whether this package is installed where it
+    """Return a function, pickled by value, that tells whether this package is installed where it
     runs.
     """
 
@@ -224,9 +241,7 @@ def has_us() -> Callable[[], bool]:
 
 
 def place_of(function: Function) -> str:
-    """Return the name under which a callable is found again, so that a scheduler need not import
-    it.
-    """
+    """Return the key of a callable, so that a scheduler need not import it."""
     return f"{function.__module__}:{function.__qualname__}"
 
 
@@ -258,7 +273,7 @@ def _delivery(key: str, data: bytes) -> WorkerPlugin:
     from distributed import WorkerPlugin
 
     class Delivery(WorkerPlugin):  # type: ignore[misc]
-        """Puts bytes into every worker process, also one that starts later."""
+        """Sends bytes to every worker process, including later ones."""
 
         name = key
 

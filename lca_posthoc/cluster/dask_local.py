@@ -1,4 +1,4 @@
-"""Single-threaded Dask worker processes of this host: one per visible GPU, or one per core."""
+"""Run single-threaded Dask workers on this host: one per visible GPU, or one per core."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from .protocol import Cluster
 if TYPE_CHECKING:
     from distributed import Client, SpecCluster, Worker, WorkerPlugin
 
-_SILENT = logging.CRITICAL + 1  # Dask calls a client that has left critical, with a traceback
+_SILENT = logging.CRITICAL + 1  # Dask logs a client that has left as critical, with a traceback
 _SETTINGS = {
     "distributed.scheduler.worker-ttl": "30 minutes",
     "distributed.scheduler.work-stealing": False,
     "distributed.scheduler.allowed-failures": 0,
     "distributed.nanny.pre-spawn-environ": {
-        # Dask's own choice hands freed memory back at once; a replay frees and takes the same
-        # blocks at every batch, and page faults then cost as much as the arithmetic. 32 MiB is the
-        # most glibc takes for the second one.
+        # Dask returns freed memory at once, but a replay frees and takes the same blocks at every
+        # batch, and page faults then cost as much as the arithmetic. 32 MiB is the most that glibc
+        # accepts for the second setting.
         "MALLOC_TRIM_THRESHOLD_": 256 * 2**20,
         "MALLOC_MMAP_THRESHOLD_": 32 * 2**20,
         "OMP_NUM_THREADS": 1,
         "MKL_NUM_THREADS": 1,
         "OPENBLAS_NUM_THREADS": 1,
     },
-    # of the messages to each worker, every one with its spec
+    # of the messages to each worker, each of which holds its spec
     "distributed.admin.low-level-log-length": 10,
     "distributed.worker.daemon": False,
     "distributed.worker.profile.enabled": False,
@@ -51,11 +51,17 @@ _SETTINGS = {
 
 @contextlib.contextmanager
 def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> Iterator[Cluster]:
-    """Start workers, and end them afterwards."""
+    """Start workers, and end them afterwards.
+
+    Args:
+        where: how many workers, and whether to serve the dashboard.
+        device: "cuda" or "cpu".
+        stop: drains the cluster when set.
+    """
     import dask
 
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        sys.exit(1)  # a worker importing a script without a `__main__` guard; the driver says so
+        sys.exit(1)  # a worker imports a script without a `__main__` guard; the driver reports it
     specs = _worker_specs(device, where.workers or local_workers(device))
     with contextlib.ExitStack() as stack:
         stack.enter_context(dask.config.set(_SETTINGS))
@@ -63,15 +69,15 @@ def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> It
         _wait_for(client, len(specs))
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = client.dashboard_link if where.dashboard else None
-            # A nanny whose worker dies while it starts gives up; asking for as many as before
-            # starts another one.
+            # a nanny whose worker dies at startup gives up; asking for the same number again starts
+            # another one
             workers.full_strength = len(specs)
             workers.replace = functools.partial(cluster.scale, len(specs))
             yield workers
 
 
 def _worker_specs(device: str, count: int) -> dict[int, dict[str, object]]:
-    """Return workers as a `SpecCluster` starts them."""
+    """Return worker specifications for a `SpecCluster`."""
     from distributed import Nanny
 
     environments = gpu_environments() if device == "cuda" else [{}]
@@ -93,7 +99,7 @@ def _worker_specs(device: str, count: int) -> dict[int, dict[str, object]]:
 
 
 def _scheduler_spec(*, dashboard: bool) -> dict[str, object]:
-    """Return a scheduler as a `SpecCluster` starts it."""
+    """Return a scheduler specification for a `SpecCluster`."""
     from distributed import Scheduler
 
     options = {
@@ -108,7 +114,11 @@ def _scheduler_spec(*, dashboard: bool) -> dict[str, object]:
 def _start(
     stack: contextlib.ExitStack, specs: dict[int, dict[str, object]], *, dashboard: bool
 ) -> tuple[SpecCluster, Client]:
-    """Start a scheduler with its workers, and a client of it; `stack` ends them."""
+    """Start a scheduler with its workers, and a client; `stack` ends them.
+
+    Raises:
+        ResourceError: if the workers do not start.
+    """
     from distributed import Client, SpecCluster
 
     scheduler = _scheduler_spec(dashboard=dashboard)
@@ -120,13 +130,17 @@ def _start(
     except (RuntimeError, OSError) as error:
         raise ResourceError(
             f"local workers did not start ({' '.join(str(error).split())[:120]}). A script that "
-            "calls run() needs `if __name__ == '__main__':` around it, for workers import the "
+            "calls run() needs `if __name__ == '__main__':` around it, because workers import the "
             "script; or use cluster='inline'."
         ) from error
 
 
 def _wait_for(client: Client, count: int) -> None:
-    """Wait until all workers are there, and prepare their processes."""
+    """Wait until all workers are connected, and prepare their processes.
+
+    Raises:
+        ResourceError: if some do not connect in time.
+    """
     from distributed import TimeoutError as DaskTimeoutError
 
     try:
@@ -134,7 +148,7 @@ def _wait_for(client: Client, count: int) -> None:
         client.register_plugin(_settle_in())
     except (DaskTimeoutError, TimeoutError, OSError) as error:
         raise ResourceError(
-            f"only {len(client.scheduler_info()['workers'])} of {count} local workers came up "
+            f"only {len(client.scheduler_info()['workers'])} of {count} local workers started "
             f"within {duration(ANSWER_SECONDS)} ({error}). Ask for fewer with --workers, or run in this "
             "process with --cluster inline."
         ) from None
@@ -144,8 +158,8 @@ def _settle_in() -> WorkerPlugin:
     from distributed import WorkerPlugin
 
     class SettleIn(WorkerPlugin):  # type: ignore[misc]
-        """Ctrl-C reaches every process of the terminal, but only the driver decides; what tasks
-        print is no result.
+        """Ignores Ctrl-C, which reaches every process of the terminal although only the driver
+        decides, and redirects prints of tasks away from the results.
         """
 
         name = "lca-settle-in"
@@ -158,8 +172,8 @@ def _settle_in() -> WorkerPlugin:
 
 
 def local_workers(device: str) -> int:
-    """Return how many workers this host has by default: one per visible GPU, or one per core that
-    this process may use.
+    """Return the default number of workers: one per visible GPU, or one per core that this process
+    may use.
     """
     if device == "cuda":
         return len(gpu_environments())
@@ -172,6 +186,9 @@ def gpu_environments() -> list[dict[str, str]]:
     """Return an environment for a worker per visible GPU.
 
     A list inherited from a job scheduler (indices, UUIDs, MIG ids) is split, never renumbered.
+
+    Raises:
+        ResourceError: if no GPU is visible.
     """
     inherited = os.environ.get("CUDA_VISIBLE_DEVICES")
     if inherited is None:
@@ -193,9 +210,7 @@ def gpu_environments() -> list[dict[str, str]]:
 
 
 def visible_device() -> str:
-    """Return the device `--device auto` stands for here: "cuda" where torch sees a GPU, else
-    "cpu".
-    """
+    """Return the device for `--device auto`: "cuda" if torch sees a GPU, else "cpu"."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

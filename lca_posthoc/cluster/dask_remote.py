@@ -1,4 +1,4 @@
-"""The workers of a scheduler somebody else started, at an address."""
+"""Use the workers of a scheduler that somebody else started, at an address."""
 
 from __future__ import annotations
 
@@ -26,7 +26,16 @@ CONNECT_SECONDS = 30.0
 def at_address(
     where: ClusterConfig, device: str | None, stop: threading.Event
 ) -> Iterator[Cluster]:
-    """Connect, look at who listens, wait for workers."""
+    """Connect, check the listeners, and wait for workers.
+
+    Args:
+        where: the address and its options.
+        device: "cuda" or "cpu"; None if the workers decide.
+        stop: drains the cluster when set.
+
+    Raises:
+        ResourceError: if the scheduler lacks this package.
+    """
     address = where.address()
     with _quiet(), _connected(where, address) as client:
         if not where.insecure:
@@ -44,7 +53,11 @@ def at_address(
 
 
 def _connected(where: ClusterConfig, address: str) -> Client:
-    """Return a client of the scheduler, to be closed."""
+    """Return a client of the scheduler; the caller closes it.
+
+    Raises:
+        ResourceError: if no scheduler answers.
+    """
     from distributed import Client
 
     try:
@@ -57,13 +70,17 @@ def _connected(where: ClusterConfig, address: str) -> Client:
     except (OSError, TimeoutError, RuntimeError) as error:
         raise ResourceError(
             f"no scheduler answers at {address} ({shortly(_root(error))}). Start one with `dask "
-            "scheduler`, or check the address, the network, and whether it is a tls:// one and "
-            "lets these certificates in."
+            "scheduler`, or check the address, the network, and whether it is a tls:// address that "
+            "accepts these certificates."
         ) from None
 
 
 def _wait_for(client: Client, asked_for: int | None, address: str) -> None:
-    """Wait until as many workers are there as were asked for, or one."""
+    """Wait until the requested number of workers is connected, or one.
+
+    Raises:
+        ResourceError: if too few connect in time.
+    """
     from distributed import TimeoutError as DaskTimeoutError
 
     count = asked_for or 1
@@ -80,24 +97,20 @@ def _wait_for(client: Client, asked_for: int | None, address: str) -> None:
 
 
 def _root(error: BaseException) -> BaseException:
-    """Return the first of the errors that led to one another."""
+    """Return the first error in a chain of causes."""
     while (before := error.__cause__ or error.__context__) is not None:
         error = before
     return error
 
 
 def _serves_dashboard(dask_scheduler: Scheduler) -> bool:
-    """A scheduler has a web server in any case; the dashboard is an application of its own in
-    it.
-    """
+    """Tell whether the scheduler's web server, which always runs, serves the dashboard."""
     return bool(getattr(dask_scheduler.http_application, "applications", None))
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence Dask's client, which logs with tracebacks what we say of failing workers in our own
-    words.
-    """
+    """Silence Dask's client, which logs tracebacks for worker failures that we report ourselves."""
     from distributed.utils import silence_logging_cmgr
 
     asyncio = logging.getLogger("asyncio")
@@ -117,7 +130,7 @@ def _security(where: ClusterConfig, address: str) -> Security | None:
         return None
     files = where.tls
     if not files:
-        security = Security()  # what Dask's own configuration says
+        security = Security()  # from Dask's own configuration
         if security.tls_ca_file is None or security.tls_client_cert is None:
             raise InputError(f"{address} needs --tls-ca, --tls-cert and --tls-key.")
         return security
@@ -139,7 +152,12 @@ def _security(where: ClusterConfig, address: str) -> Security | None:
 
 
 def _refuse_open_listeners(client: Client) -> None:
-    """An address may be closed and the listener behind it open; so may those of the workers be."""
+    """Reject a scheduler or workers with open listeners: an address may be closed while the
+    listener behind it is open.
+
+    Raises:
+        InputError: naming the listener.
+    """
 
     def listeners(dask_scheduler: Scheduler) -> list[str]:
         return [str(listener.listen_address) for listener in dask_scheduler.listeners]

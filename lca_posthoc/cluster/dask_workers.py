@@ -1,7 +1,7 @@
-"""Specs on the workers of a Dask scheduler: `Assignments` decides, `DaskClient` carries.
+"""Run specs on the workers of a Dask scheduler: `Assignments` decides, `DaskClient` executes.
 
-Here are the two brought together: what arrives from Dask becomes an event of `Assignments`, and
-each of its actions a task of Dask or an outcome for the driver.
+This module connects the two: messages from Dask become events of `Assignments`, and its actions
+become Dask tasks or outcomes for the driver.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .protocol import Committed, Crew, Function, Outcome, Question, Slow, Spec, 
 if TYPE_CHECKING:
     from distributed import Client, Future
 
-LOOK_SECONDS = 1.0  # between two looks at who is there
+LOOK_SECONDS = 1.0  # between two polls of the scheduler's workers
 _ARRIVAL_SECONDS = 0.2  # of waiting for an answer, after which signals are handled
 NO_GPU = "offers no GPU: start it with --resources GPU=1"
 
@@ -33,8 +33,8 @@ class Members:
     """The workers that take part, and those already seen.
 
     Attributes:
-        able: addresses of those that take part, in the order they came.
-        question: a function's place and a spec, by which newcomers are asked; None to ask nothing.
+        able: addresses of those that take part, in order of arrival.
+        question: a function's key and a spec, with which newcomers are asked; None to ask nothing.
     """
 
     def __init__(self, scheduler: DaskClient) -> None:
@@ -47,11 +47,11 @@ class Members:
 
     @property
     def is_look_due(self) -> bool:
-        """Tell whether the last look is long ago."""
+        """Tell whether it is time for the next poll."""
         return time.monotonic() - self._looked > LOOK_SECONDS
 
     def look(self) -> tuple[list[str], list[str]]:
-        """Return who came since the last look, and who of those that take part went."""
+        """Return the workers that came since the last poll, and those taking part that left."""
         self._looked = time.monotonic()
         running = self._scheduler.running()
         came = [address for address in running if address not in self._seen]
@@ -62,7 +62,7 @@ class Members:
         return came, went
 
     def forget(self, addresses: Iterable[str]) -> None:
-        """Take workers for newcomers when they are seen the next time."""
+        """Treat workers as newcomers when they are seen again."""
         self._seen -= set(addresses)
 
 
@@ -70,9 +70,9 @@ class Workers:
     """The workers of a scheduler; see `Cluster`.
 
     Attributes:
-        dashboard: the address of Dask's own page, where it is served.
-        full_strength: how many workers there ought to be, if `replace` can start others.
-        replace: starts workers in place of those that are gone for good.
+        dashboard: the address of Dask's own page, if it is served.
+        full_strength: how many workers there should be, if `replace` can start others.
+        replace: starts workers in place of permanently lost ones.
     """
 
     dashboard: str | None = None
@@ -86,12 +86,18 @@ class Workers:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, client: Client, device: str | None, stop: threading.Event) -> Iterator[Workers]:
-        """Open them, and leave nothing behind on the workers afterwards."""
+        """Open the workers, and leave nothing behind on them afterwards.
+
+        Args:
+            client: of the scheduler.
+            device: "cuda" or "cpu"; None until `settle_on`.
+            stop: drains the cluster when set.
+        """
         with DaskClient.opened(client) as scheduler:
             yield cls(scheduler, device, stop)
 
     def crew(self) -> Crew:
-        """See `Cluster.crew`."""
+        """Return the workers that take part now, see `Cluster.crew`."""
         able, info, threads = self._members.able, self._scheduler.info(), self._scheduler.threads()
         hosts = Counter(info[address]["host"] for address in able if address in info)
         several = [address for address in able if threads.get(address, 1) > 1]
@@ -104,12 +110,12 @@ class Workers:
         )
 
     def deliver(self, data: bytes) -> str:
-        """See `Cluster.deliver`."""
+        """Send bytes to every worker, see `Cluster.deliver`."""
         return self._scheduler.deliver(data)
 
     def settle_on(self, device: str) -> None:
-        """See `Cluster.settle_on`; on GPUs every worker must offer `GPU=1`, so that nobody else's
-        work shares it.
+        """Compute on a device from now on, see `Cluster.settle_on`; on GPUs every worker must offer
+        `GPU=1`, so that no other work shares it.
         """
         self._device = device
         if device == "cuda":
@@ -126,7 +132,12 @@ class Workers:
             )
 
     def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
-        """See `Cluster.check_workers`."""
+        """Ask every worker, see `Cluster.check_workers`.
+
+        Args:
+            question: a function at module level.
+            spec: its argument.
+        """
         scheduler, able = self._scheduler, self._members.able
         of_newcomers = self._members.question = place_of(question), spec
         answers = {
@@ -144,7 +155,14 @@ class Workers:
     def map(
         self, function: Function, specs: Iterable[Spec | None], committed: Committed | None = None
     ) -> Generator[Outcome]:
-        """See `Cluster.map`."""
+        """Yield the outcome of each spec, see `Cluster.map`.
+
+        Args:
+            function: at module level.
+            specs: JSON-like.
+            committed: returns the result of a spec whose worker left during it, or None while there
+                is none.
+        """
         leave_seconds = assignments.LEAVE_SECONDS if committed else 0.0
         work = _Work(
             place_of(function),
@@ -186,13 +204,13 @@ class Workers:
 
 
 class _Work:
-    """One call of `Workers.map`: events in, actions carried out.
+    """One call of `Workers.map`: takes events, executes actions.
 
     Args:
-        place: of the function.
-        assigned: who gets what.
-        scheduler: that carries it.
-        members: who takes part; those that come and go meanwhile are noted there.
+        place: key of the function.
+        assigned: decides which worker gets which spec.
+        scheduler: executes.
+        members: the workers; records those that come and leave.
         on_gpu: whether each spec needs a GPU of its own.
     """
 
@@ -208,7 +226,7 @@ class _Work:
         self._place, self._on_gpu = place, on_gpu
         self._assigned, self._scheduler, self._members = assigned, scheduler, members
         self._futures: dict[int, tuple[str, Future]] = {}  # by attempt, with the worker's address
-        self._questions: dict[int, tuple[str, Future]] = {}  # likewise
+        self._questions: dict[int, tuple[str, Future]] = {}  # by attempt, with the worker's address
         self._arrived: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self._drained = False
         for address in members.able:
@@ -216,18 +234,18 @@ class _Work:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether nothing is under way and nothing will be."""
+        """Tell whether nothing is underway and nothing will be."""
         return self._assigned.is_over
 
     def drain(self) -> None:
-        """Begin nothing more, here and on the workers."""
+        """Start nothing more, here and on the workers."""
         if not self._drained:
             self._drained = True
             self._scheduler.stop()
             self._assigned.drain()
 
     def abandon(self) -> None:
-        """Cancel what waits; what runs is nobody's any more."""
+        """Cancel waiting specs; results of running ones are ignored."""
         self._members.forget(self._assigned.newcomers.values())  # to be asked again
         with contextlib.suppress(Exception):
             self._scheduler.client.cancel([future for _, future in self._futures.values()])
@@ -235,21 +253,21 @@ class _Work:
     # --- events
 
     def hand_out(self) -> Iterator[Outcome]:
-        """Hand out what there is room for."""
+        """Submit as many specs as there is room for."""
         return self._carry_out(self._assigned.assign(time.monotonic()))
 
     def next_arrived(self) -> tuple[int, Future] | None:
-        """Return the next answer, waking up now and then so that signals are handled."""
+        """Return the next answer, waking up regularly so that signals are handled."""
         with contextlib.suppress(queue.Empty):
             return self._arrived.get(timeout=_ARRIVAL_SECONDS)
         return None
 
     def take(self, attempt: int, future: Future) -> Iterator[Outcome]:
-        """Take an answer of a worker, to a question or with the result of a spec."""
+        """Take a worker's answer to a question, or the result of a spec."""
         if attempt in self._questions:
             address, _ = self._questions.pop(attempt)
             yield from self._take_answer(attempt, address, future)
-        elif attempt in self._futures:  # else its worker is gone; its specs were dealt with
+        elif attempt in self._futures:  # otherwise its worker is gone and its specs were reassigned
             yield from self._take_result(attempt, future)
 
     def _take_answer(self, attempt: int, address: str, future: Future) -> Iterator[Outcome]:
@@ -279,11 +297,11 @@ class _Work:
         if self._scheduler.client.status != "running":
             raise self._scheduler.gone("the connection is lost")
         address, _ = self._futures[attempt]
-        self._members.forget([address])  # where it runs again under the same address, it is new
+        self._members.forget([address])  # a worker restarted under the same address is a newcomer
         return self._worker_left(address)
 
     def look(self) -> Iterator[Outcome]:
-        """Take in who came, deal with who went."""
+        """Admit workers that came, and handle those that left."""
         came, went = self._members.look()
         for address in came:
             name = self._scheduler.named(address)
@@ -296,7 +314,7 @@ class _Work:
             yield from self._worker_left(address)
 
     def _worker_unusable(self, address: str, why: str) -> Iterator[Outcome]:
-        """Start a worker anew that can compute nothing more; it is a newcomer then."""
+        """Restart a worker that can compute nothing more; it is then a newcomer."""
         self._members.forget([address])
         yield from self._worker_gone(address, may_finish=False, why=why)
         self._scheduler.restart(address)
@@ -312,7 +330,7 @@ class _Work:
         )
 
     def take_committed(self, committed: Committed) -> Iterator[Outcome]:
-        """Take what workers that were told to go have finished, rather than do it twice."""
+        """Take results that leaving workers have committed, in place of computing them twice."""
         for attempt, spec in self._assigned.leaving.items():
             result = committed(spec)
             if result is not None:
@@ -321,7 +339,7 @@ class _Work:
                 )
 
     def tick(self) -> Iterator[Outcome]:
-        """Mind the time."""
+        """Handle the passing of time."""
         yield from self._carry_out(self._assigned.tick(time.monotonic()))
         for attempt in self._questions.keys() - self._assigned.newcomers.keys():
             del self._questions[attempt]
@@ -335,7 +353,7 @@ class _Work:
                     future = self._submit(self._place, spec, address, on_gpu=self._on_gpu)
                     self._await(self._futures, attempt, address, future)
                 case Ask(attempt, address):
-                    assert self._members.question is not None  # else nobody is asked
+                    assert self._members.question is not None  # otherwise no newcomer is asked
                     place, spec = self._members.question
                     future = self._submit(place, spec, address, on_gpu=False)
                     self._await(self._questions, attempt, address, future)
@@ -360,7 +378,7 @@ class _Work:
 
 
 def _answers(addresses: Iterable[str], ask: Callable[[str], Future]) -> dict[str, Any]:
-    """Ask workers, all at once, and return their answers by address."""
+    """Ask workers simultaneously, and return their answers by address."""
     futures = {address: ask(address) for address in addresses}
     deadline = time.monotonic() + assignments.ANSWER_SECONDS
     return {
@@ -371,6 +389,6 @@ def _answers(addresses: Iterable[str], ask: Callable[[str], Future]) -> dict[str
 
 def _nobody_left(seconds: float) -> ResourceError:
     return ResourceError(
-        f"no worker is left, and none came within {duration(seconds)}. What was committed is kept; "
+        f"no worker is left, and none came within {duration(seconds)}. Committed results are kept; "
         "start workers and run the same command again."
     )

@@ -1,4 +1,4 @@
-"""In this process, one spec after the other."""
+"""Run specs in this process, one after the other."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .protocol import (
 
 
 class Inline:
-    """See `Cluster`."""
+    """An engine without workers; see `Cluster`."""
 
     def __init__(self, device: str, stop: threading.Event) -> None:
         self._device, self._stop = device, stop
@@ -32,7 +32,12 @@ class Inline:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, device: str, stop: threading.Event) -> Iterator[Cluster]:
-        """Open a cluster that forgets what was delivered when it is over."""
+        """Open a cluster that forgets delivered bytes at the end.
+
+        Args:
+            device: "cuda" or "cpu".
+            stop: drains the cluster when set.
+        """
         cluster = cls(device, stop)
         try:
             yield cluster
@@ -41,30 +46,41 @@ class Inline:
                 broadcast.drop(key)
 
     def crew(self) -> Crew:
-        """See `Cluster.crew`."""
+        """Return this process as the crew, see `Cluster.crew`."""
         return Crew(workers=1, device=self._device)
 
     def deliver(self, data: bytes) -> str:
-        """See `Cluster.deliver`."""
+        """Keep bytes in this process, see `Cluster.deliver`."""
         self._delivered.append(uuid.uuid4().hex)
         broadcast.take_in(self._delivered[-1], data)
         return self._delivered[-1]
 
     def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
-        """See `Cluster.check_workers`."""
+        """Ask this process, see `Cluster.check_workers`.
+
+        Args:
+            question: a function.
+            spec: its argument.
+        """
         try:
             return {"this process": question(spec)}
         except Unusable as error:
             return {"this process": {"error": str(error)}}
 
     def settle_on(self, device: str) -> None:
-        """See `Cluster.settle_on`."""
+        """Compute on a device from now on, see `Cluster.settle_on`."""
         self._device = device
 
     def map(
         self, function: Function, specs: Iterable[Spec | None], committed: Committed | None = None
     ) -> Generator[Outcome]:
-        """See `Cluster.map`."""
+        """Yield the outcome of each spec, see `Cluster.map`.
+
+        Args:
+            function: to run.
+            specs: JSON-like.
+            committed: unused; no worker can leave.
+        """
         for spec in specs:
             if self._stop.is_set():
                 return

@@ -1,8 +1,9 @@
-"""The contract of an engine: five methods of `Cluster`, and what `Cluster.map` tells of each spec.
+"""Define the contract of an engine: the five methods of `Cluster`, and the outcomes that
+`Cluster.map` yields.
 
-Another engine is one new file that offers these five, and its line in `open_cluster`. It decides
-neither who gets which spec nor what a worker's death costs: `assignments` does, for any engine
-whose workers may die, join and leave.
+Another engine is one new file with these five methods, and its line in `open_cluster`. It decides
+neither which worker gets which spec nor what a worker's death costs: `assignments` does, for any
+engine whose workers may die, join and leave.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ Committed = Callable[[Spec], object]
 
 
 class Unusable(Exception):
-    """Raised by a function: the process it ran in can compute nothing more, so its worker is started
-    anew and the spec tried once elsewhere.
+    """Raised by a function whose process can compute nothing more: its worker is restarted and the
+    spec retried once elsewhere.
     """
 
 
 @dataclass(frozen=True)
 class Done:
-    """A spec and what its function returned, on which worker; None where the cluster drained before
-    it was started. `workers` is how many work now.
+    """A spec, its function's result, and its worker; the result is None if the cluster drained
+    before starting it.
+
+    `workers` is how many work now.
     """
 
     spec: Spec
@@ -37,7 +40,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Lost:
-    """A spec no worker could finish, and why."""
+    """A spec that no worker could finish, and why."""
 
     spec: Spec
     why: str
@@ -45,7 +48,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Retried:
-    """A spec is tried again, because its worker died or left."""
+    """A spec is retried, because its worker died or left."""
 
     spec: Spec
     worker: str
@@ -66,7 +69,7 @@ class Slow:
 
 @dataclass(frozen=True)
 class Refused:
-    """A worker joined and cannot take part."""
+    """A worker joined but cannot take part."""
 
     worker: str
     why: str
@@ -74,7 +77,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class Waiting:
-    """No worker is left; the cluster waits so long for one."""
+    """No worker is left; the cluster waits for one, for some seconds."""
 
     seconds: float
 
@@ -90,8 +93,8 @@ class Crew:
         workers: how many.
         device: "cuda" or "cpu", on which they compute; None until `Cluster.settle_on`.
         max_per_host: the most that share a host.
-        several_threads: names of those that have more than one thread.
-        dashboard: the address of the engine's own page, where it has one.
+        several_threads: names of those with more than one thread.
+        dashboard: the address of the engine's own page, if it has one.
     """
 
     workers: int
@@ -102,25 +105,29 @@ class Crew:
 
 
 class Cluster(Protocol):
-    """One way to run a callable over specs."""
+    """A way to run a callable over specs."""
 
     def crew(self) -> Crew:
-        """Return who takes part now."""
+        """Return the workers that take part now."""
 
     def deliver(self, data: bytes) -> str:
-        """Put bytes where every worker finds them, also one that joins later; returns the key for
+        """Make bytes available to every worker, including later ones; return the key for
         `delivered`.
         """
 
     def check_workers(self, question: Question, spec: Spec) -> dict[str, Spec]:
-        """Return what a question returns on each worker, before any gets work; late ones are asked
-        the same.
+        """Return a question's answer from each worker, before any gets work; later workers are
+        asked too.
 
         A worker whose answer holds `"error"`, or that gives none, does not take part.
+
+        Args:
+            question: a function at module level.
+            spec: its argument.
         """
 
     def settle_on(self, device: str) -> None:
-        """Compute on "cuda" or "cpu" from here on.
+        """Compute on "cuda" or "cpu" from now on.
 
         Raises:
             ResourceError: naming the workers that cannot.
@@ -129,15 +136,15 @@ class Cluster(Protocol):
     def map(
         self, function: Function, specs: Iterable[Spec | None], committed: Committed | None = None
     ) -> Generator[Outcome]:
-        """Yield what becomes of each spec, as it comes; specs are taken from the iterable only when
+        """Yield the outcome of each spec as it arrives, taking specs from the iterable only when
         there is room.
 
-        Specs may follow from outcomes: the iterable gives None where there is none before another
-        of those underway has ended, and is asked again then.
+        Specs may depend on outcomes: the iterable yields None while the next spec needs another
+        outcome first, and is asked again after it.
 
         Args:
             function: at module level.
             specs: JSON-like.
-            committed: the result of a spec whose worker left in the middle of it, or None while
-                there is none.
+            committed: returns the result of a spec whose worker left during it, or None while there
+                is none.
         """

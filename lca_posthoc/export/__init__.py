@@ -1,4 +1,4 @@
-"""Findings for other programs: NetCDF, CSV and Parquet files, TensorBoard events."""
+"""Export findings for other programs: NetCDF, CSV and Parquet files, TensorBoard events."""
 
 from .netcdf import read_netcdf
 from .write import FORMATS, export, export_comparison

@@ -1,4 +1,4 @@
-"""The choice of losses and findings to export, and the reasons for which one is left out."""
+"""Choose losses and findings to export, and explain why others are skipped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Chosen = tuple[str, str, Callable[[], xr.Dataset]]
 
 
 def known() -> list[str]:
-    """Return the findings that can be exported, all but those of several runs."""
+    """Return the findings that can be exported: all except those of several runs."""
     return sorted(
         name for name, finding in declared_findings().items() if finding.runs != "compared"
     )
@@ -38,14 +38,14 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
 
     Args:
         run: an open run.
-        losses: their names; all where empty.
-        requested: names of findings; where empty, all that the run allows but `microscope`, and
-            those of examples of the losses alone that tell them apart, those of causes and
-            directions of the runs alone that have them.
-        say: called with a sentence on what is left out, and why.
+        losses: their names; empty for all.
+        requested: names of findings; empty for all that the run allows except `microscope`.
+            Findings of examples, causes and directions are then chosen only for losses and runs
+            that have them.
+        say: called with a sentence on what is skipped, and why.
 
     Raises:
-        InputError: for an unknown name, or a finding asked for that the run does not allow.
+        InputError: for an unknown name, or a requested finding that the run does not allow.
     """
     _check_names(run, losses, requested)
     names, wanted = list(dict.fromkeys(losses or run)), list(dict.fromkeys(requested))
@@ -72,7 +72,7 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
             elif requested:
                 raise InputError(f"{name} of loss {loss!r} cannot be exported: {obstacle}")
             elif not paired or loss == names[0]:
-                say(f"{name} of loss {loss!r} is left out: {obstacle}")
+                say(f"{name} of loss {loss!r} is skipped: {obstacle}")
     if not calls:
         raise InputError(
             f"{run.path} has nothing to export yet. Let `lca run` commit a span first."
@@ -80,7 +80,11 @@ def choose(run: Run, losses: Sequence[str], requested: Sequence[str], say: Say) 
 
 
 def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> None:
-    """Refuse a loss that the run does not have, and an unknown finding."""
+    """Reject a loss that the run lacks, and an unknown finding.
+
+    Raises:
+        InputError: naming the nearest one.
+    """
     for loss in losses:
         if loss not in run:
             raise InputError(no_loss(run.path, loss, run))
@@ -93,7 +97,7 @@ def _check_names(run: Run, losses: Sequence[str], requested: Sequence[str]) -> N
 
 
 def _has_subject(results: LossResults, name: str) -> bool:
-    """Tell whether a loss has the examples and the part of results that a finding is of."""
+    """Tell whether a loss has the examples and the part of results that a finding needs."""
     finding = declared_findings()[name]
     return (
         has_part(results, finding.part)
@@ -103,12 +107,12 @@ def _has_subject(results: LossResults, name: str) -> bool:
 
 
 def _unasked() -> list[str]:
-    """Return the findings that are exported where none is named."""
+    """Return the findings that are exported by default."""
     return [name for name in known() if not declared_findings()[name].on_request]
 
 
 def _say_beyond(keep: str, beyond: dict[str, list[str]], say: Say) -> None:
-    """Say which findings that nobody named need more than the run's level of `--keep`."""
+    """Say which default findings need more than the run's level of `--keep`."""
     unasked = set(_unasked())
     parts = [
         f"{', '.join(more)} (--keep {level})"
@@ -116,16 +120,21 @@ def _say_beyond(keep: str, beyond: dict[str, list[str]], say: Say) -> None:
         if (more := [name for name in names if name in unasked])
     ]
     if parts:
-        say(f"the run keeps {keep}, so {' and '.join(parts)} are left out.")
+        say(f"the run keeps {keep}, so {' and '.join(parts)} are skipped.")
 
 
 def too_little_kept(results: LossResults, name: str) -> str | None:
-    """Say why a run does not keep enough for a finding, and the way out; None where it does."""
+    """Say why a run keeps too little for a finding, and what to do; None if it keeps enough.
+
+    Args:
+        results: one loss of a run.
+        name: of the finding.
+    """
     level = declared_findings()[name].level
     if results.holds(level):
         return None
     return (
-        f"the run keeps {results.manifest.keep}, and it needs --keep {level}. Run again into "
+        f"the run keeps {results.manifest.keep}, but it needs --keep {level}. Run again into "
         f"another directory: --keep {level} --out OTHER.lca."
     )
 
@@ -136,7 +145,7 @@ def _call(name: str, results: tuple[LossResults, ...]) -> Callable[[], xr.Datase
 
 
 def _pair(run: Run, names: Sequence[str]) -> tuple[LossResults, LossResults] | None:
-    """Return the two losses over two splits that are compared; None where there are none."""
+    """Return the two losses over two splits to compare; None if there are none."""
     pair = two_splits({name: run[name] for name in names})
     return None if pair is None else (run[pair[0]], run[pair[1]])
 
@@ -147,7 +156,7 @@ def _obstacle(
     pair: tuple[LossResults, LossResults] | None,
     losses: dict[str, LossResults],
 ) -> str | None:
-    """Say why a finding cannot be computed; None where it can."""
+    """Say why a finding cannot be computed; None if it can."""
     if (too_little := too_little_kept(results, name)) is not None:
         return too_little
     if not results.progress()["segments_done"]:
@@ -159,7 +168,7 @@ def _obstacle(
     if not has_part(results, declared_findings()[name].part):
         return without_part(results, declared_findings()[name].part)
     if declared_findings()[name].examples and not tells_examples(results):
-        return 'it does not tell its examples apart. State it with Loss(…, per="example").'
+        return 'it has no results per example. Declare it with Loss(…, per="example").'
     if declared_findings()[name].losses != 2:
         return None
     if pair is None:

@@ -1,5 +1,5 @@
-"""TensorBoard events: scalars of every segment and histograms of the allocation, over training
-steps.
+"""Write TensorBoard events: scalars of every segment and histograms of the allocation, over
+training steps.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ _FINDINGS = ("curve", "helping", "layers")
 def write_events(run: Run, place: Path, losses: list[str], requested: list[str], say: Say) -> None:
     """Write a directory of events for each loss.
 
-    Scalars (float64) at the training step a segment ends at: `loss`, `predicted`, `residual`;
-    `helping` and `hurting`, shares of the parameters; `allocated/LAYER` of the segment and
-    `cumulative/LAYER` up to it. For a loss with groups each of them is `…/group GROUP`. Histograms
-    `allocation`: the stored bins, exact zeros in the bin that ends at 0. A run made with `--keep
-    tensors` or `units` has neither shares nor histograms.
+    Scalars (float64) are at the training step where a segment ends: `loss`, `predicted`,
+    `residual`; `helping` and `hurting`, shares of the parameters; `allocated/LAYER` of the segment
+    and `cumulative/LAYER` up to it. For a loss with groups, each is `…/group GROUP`. Histograms
+    `allocation` hold the stored bins, with exact zeros in the bin that ends at 0. A run made with
+    `--keep tensors` or `units` has neither shares nor histograms.
 
     Args:
         run: an open run.
         place: an empty directory.
-        losses: names; all where empty.
-        requested: of curve, helping and layers; all where empty. Histograms come with `helping`.
-        say: called with a sentence on what is left out or thinned.
+        losses: names; empty for all.
+        requested: of curve, helping and layers; empty for all. Histograms come with `helping`.
+        say: called with a sentence on what is skipped or thinned.
 
     Raises:
         InputError: for an unknown name, a finding that is no curve over training, or one that the
             run does not allow.
-        ResourceError: where tensorboard is not installed.
+        ResourceError: if tensorboard is not installed.
     """
     for name in losses:
         if name not in run:
@@ -65,7 +65,7 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
         results = run[name]
         if not results.progress()["segments_done"]:
             say(
-                f"loss {name!r} is left out: it has no finished segment yet. Let `lca run` commit "
+                f"loss {name!r} is skipped: it has no finished segment yet. Let `lca run` commit "
                 "a span first."
             )
             continue
@@ -86,12 +86,12 @@ def write_events(run: Run, place: Path, losses: list[str], requested: list[str],
 
 
 def _kept(keep: str, say: Say) -> list[str]:
-    """Return the findings that a level of `--keep` allows, and say what it does not."""
+    """Return the findings that a level of `--keep` allows, and say which it does not."""
     allowed = [name for name in _FINDINGS if holds(keep, declared_findings()[name].level)]
     if "helping" not in allowed:
         say(
             f"the run keeps {keep}, so shares of parameters that help and histograms (--keep "
-            "statistics) are left out."
+            "statistics) are skipped."
         )
     return allowed
 
@@ -173,7 +173,7 @@ def _write_histograms(writer: SummaryWriter, results: LossResults, say: Say) -> 
 def _histogram(
     counts: np.ndarray[Any, Any], zeros: int, edges: np.ndarray[Any, Any]
 ) -> dict[str, float | list[float]]:
-    """Return the occupied range as TensorBoard takes it: each bin by its upper edge, with the bin
+    """Return the occupied range in TensorBoard's format: each bin by its upper edge, with the bin
     below it empty.
     """
     counts = counts.copy()
@@ -198,7 +198,7 @@ def _histogram(
 
 
 def _thinned(count: int, most: int) -> list[int]:
-    """Return at most `most` places among `count`, evenly spaced, the last one always."""
+    """Return at most `most` evenly spaced positions among `count`, always including the last."""
     if count <= most:
         return list(range(count))
     return sorted(

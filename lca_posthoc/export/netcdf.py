@@ -1,7 +1,7 @@
-"""A finding as a NetCDF 4 file, and back: every number, name, type and attribute.
+"""Write a finding as a NetCDF 4 file and read it back, with every number, name, type and attribute.
 
-NetCDF does not allow every name, text or attribute. One that does not fit is written as the nearest
-that does; the attribute `lca_posthoc` of the file, JSON, records the original.
+NetCDF does not allow every name, text or attribute. Where one does not fit, the file has the
+nearest that does, and its attribute `lca_posthoc`, JSON, records the original.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _ENGINE: Literal["h5netcdf"] = "h5netcdf"
 
 
 class _Record(TypedDict):
-    """The originals of what NetCDF does not allow: names, attributes and types by variable, texts
-    that are escaped.
+    """The originals of what NetCDF does not allow: names, attributes and types by variable, and
+    escaped texts.
     """
 
     names: dict[str, str]
@@ -38,10 +38,10 @@ class _Record(TypedDict):
 
 
 def needed_for_netcdf() -> None:
-    """Ask for the packages NetCDF is written and read with.
+    """Import the packages that NetCDF needs.
 
     Raises:
-        ResourceError: where one is not installed.
+        ResourceError: if one is not installed.
     """
     for package in ("h5netcdf", "h5py"):
         optional_package(package, "NetCDF")
@@ -87,7 +87,7 @@ def read_netcdf(path: str | Path) -> xr.Dataset:
 
     Raises:
         InputError: for a file that `lca export` did not write.
-        ResourceError: where h5netcdf is not installed.
+        ResourceError: if h5netcdf is not installed.
     """
     needed_for_netcdf()
     with xr.open_dataset(path, engine=_ENGINE, decode_times=False, mask_and_scale=False) as opened:
@@ -116,9 +116,7 @@ def read_netcdf(path: str | Path) -> xr.Dataset:
 
 
 def _names(data: xr.Dataset) -> dict[str, str]:
-    """Return the name in the file of each variable and axis: its own where NetCDF allows that
-    everywhere.
-    """
+    """Return the name in the file of each variable and axis: its own where every NetCDF allows it."""
     keys = {str(name): str(name) for name in (*data.variables, *data.dims)}
     odd = list(filter(_is_odd, keys))
     in_use = set(keys) - set(odd)
@@ -132,7 +130,7 @@ def _names(data: xr.Dataset) -> dict[str, str]:
 
 
 def _is_odd(name: str) -> bool:
-    """Tell whether NetCDF does not allow a name everywhere."""
+    """Tell whether some NetCDF does not allow a name."""
     return not _PLAIN.fullmatch(name) or len(name) > _LONGEST
 
 
@@ -186,7 +184,7 @@ def _is_fitting(name: object, value: object) -> bool:
 
 
 def _fitting(attributes: Mapping[Hashable, object]) -> dict[str, object]:
-    """Return attributes as other programs read them; those that do not fit become text, and `_odd`
+    """Return attributes that other programs can read; those that do not fit become text, and `_odd`
     returns their values.
     """
     fitting = {}
@@ -201,7 +199,7 @@ def _fitting(attributes: Mapping[Hashable, object]) -> dict[str, object]:
 
 
 def _odd(attributes: Mapping[Hashable, object]) -> dict[str, object]:
-    """Return the attributes that do not fit, as plain as JSON."""
+    """Return the attributes that do not fit, as plain JSON."""
     return {
         str(name): json.loads(json.dumps(value, default=_as_list))
         for name, value in attributes.items()
@@ -222,7 +220,7 @@ def _restored_attributes(
 
 
 def _as_list(value: object) -> object:
-    """Return arrays and numpy's numbers as JSON can write them, anything else as text."""
+    """Convert arrays and numpy's numbers to JSON, anything else to text."""
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return str(value)

@@ -1,5 +1,5 @@
-"""A finding as tables: one for each set of axes its variables have, a row for every place along
-them.
+"""Convert a finding to tables: one for each set of axes its variables have, with a row for every
+place along them.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ def tables(data: xr.Dataset) -> Iterator[tuple[tuple[str, ...], pd.DataFrame]]:
 
     Yields:
         The axes, and the table: a column for each axis (its labels, or numbers from 0), for each
-            other label along the axes, and for
-        each variable, with unchanged values.
+        other label along the axes, and for each variable, with unchanged values.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, variable in data.data_vars.items():
@@ -54,7 +53,7 @@ def _numbers(dim: str, size: int) -> xr.Variable:
 
 
 def _column(variable: xr.Variable, sizes: dict[str, int]) -> np.ndarray[Any, Any]:
-    """Return the values, once for every row."""
+    """Return the values, one for every row."""
     order = sorted(variable.dims, key=list(sizes).index)  # type: ignore[arg-type]
     shape = [size if dim in order else 1 for dim, size in sizes.items()]
     values = np.broadcast_to(
@@ -68,15 +67,19 @@ def _column(variable: xr.Variable, sizes: dict[str, int]) -> np.ndarray[Any, Any
 
 
 def whole(text: str) -> str:
-    """Return a text that can be written as UTF-8: half a character, which Python allows, becomes
-    its number.
+    """Return a text that UTF-8 can encode: lone surrogates, which Python allows, become their
+    numbers.
     """
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def file_names(finding: str, axes: list[tuple[str, ...]], suffix: str) -> list[str]:
-    """Return the names of the files: that of the finding, with the axes where it has several
-    tables.
+    """Return the names of the files: the finding's, with the axes if it has several tables.
+
+    Args:
+        finding: its name.
+        axes: of each table.
+        suffix: of the files, such as ".csv".
     """
     if len(axes) < 2:
         return [f"{finding}{suffix}" for _ in axes]
@@ -85,11 +88,15 @@ def file_names(finding: str, axes: list[tuple[str, ...]], suffix: str) -> list[s
 
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
-    """Write a table as UTF-8: lines end in a newline, texts have quotes, numbers have every digit
+    """Write a table as UTF-8: lines end in a newline, texts are quoted, numbers have all digits
     they need, `nan` and `inf` stay.
 
-    Names are written unchanged, also those that begin with = or @: a table is data, and quotes say
-    that it is text.
+    Names are written unchanged, even if they begin with = or @: a table is data, and quotes mark
+    text.
+
+    Args:
+        table: to write.
+        path: of the file.
     """
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
@@ -100,18 +107,22 @@ def write_csv(table: pd.DataFrame, path: Path) -> None:
 
 
 def _plain(values: np.ndarray[Any, Any]) -> Iterable[Any]:
-    """Return numbers that `csv` writes with as few digits as tell them from their neighbours of the
-    same type.
+    """Return numbers that `csv` writes with the fewest digits that distinguish them within their
+    type.
     """
     return values if values.dtype == np.float32 else values.tolist()
 
 
 def write_parquet(table: pd.DataFrame, path: Path, attributes: Mapping[str, object]) -> None:
-    """Write a table as Parquet, with its types; attributes of the finding and of its columns are
-    JSON in the file's metadata.
+    """Write a table as Parquet, with its types.
+
+    Args:
+        table: to write.
+        path: of the file.
+        attributes: of the finding and its columns, stored as JSON in the file's metadata.
 
     Raises:
-        ResourceError: where pyarrow is not installed.
+        ResourceError: if pyarrow is not installed.
     """
     pyarrow = optional_package("pyarrow", "Parquet")
     converted = pyarrow.Table.from_pandas(table, preserve_index=False)
@@ -122,7 +133,12 @@ def write_parquet(table: pd.DataFrame, path: Path, attributes: Mapping[str, obje
 
 
 def column_descriptions(data: xr.Dataset, names: Sequence[str]) -> dict[str, object]:
-    """Return the attributes of a finding and of the columns of a table, as plain as JSON."""
+    """Return the attributes of a finding and of a table's columns, as plain JSON.
+
+    Args:
+        data: a finding.
+        names: of the columns.
+    """
     known = {name: data[name].variable for name in names if name in data.variables}
     columns = {
         name: {"type": _type(column.dtype), **column.attrs} for name, column in known.items()

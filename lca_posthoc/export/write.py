@@ -1,6 +1,4 @@
-"""Write findings of a run to files: everything under a temporary name first, renamed when it is
-whole.
-"""
+"""Write findings of a run to files: everything under a temporary name, renamed once it is complete."""
 
 from __future__ import annotations
 
@@ -37,22 +35,22 @@ def export(
 
     Args:
         run: an open run.
-        target: a directory, made as TARGET/LOSS/FINDING.nc and so on; or, for one table of one
+        target: a directory, created with TARGET/LOSS/FINDING.nc and so on; or, for one table of one
             finding of one loss, a file that ends in .nc, .csv or .parquet.
-        format: "netcdf", "csv", "parquet" or "tensorboard"; that of the file's ending, else netcdf,
-            where None.
-        losses: names; all where empty.
-        findings: names; where empty, all that the run allows but `microscope`.
-        say: called with a sentence on what is left out, and why.
+        format: "netcdf", "csv", "parquet" or "tensorboard"; None for that of the file's ending, or
+            netcdf.
+        losses: names; empty for all.
+        findings: names; empty for all that the run allows except `microscope`.
+        say: called with a sentence on what is skipped, and why.
 
     Returns:
         The files that were written.
 
     Raises:
-        InputError: for an unknown name, a finding asked for that the run does not allow, or a
-            target that is there already.
-        ResourceError: where a package for the format is not installed.
-        LCAError: where stored numbers are damaged.
+        InputError: for an unknown name, a requested finding that the run does not allow, or an
+            existing target.
+        ResourceError: if a package for the format is not installed.
+        LCAError: if stored numbers are damaged.
     """
 
     def write(building: Path, chosen: str) -> None:
@@ -74,15 +72,16 @@ def export_comparison(
 
     Args:
         found: the result of `findings.compare`.
-        target: a directory, made with compare.nc or the tables in it; or a file that ends in .nc.
-        format: "netcdf", "csv" or "parquet"; that of the file's ending, else netcdf, where None.
+        target: a directory, created with compare.nc or the tables in it; or a file that ends in
+            .nc.
+        format: "netcdf", "csv" or "parquet"; None for that of the file's ending, or netcdf.
 
     Returns:
         The files that were written.
 
     Raises:
-        InputError: for another finding, or a target that is there already.
-        ResourceError: where a package for the format is not installed.
+        InputError: for another finding, or an existing target.
+        ResourceError: if a package for the format is not installed.
     """
     if found.attrs.get("finding") != "compare":
         raise InputError(
@@ -105,8 +104,11 @@ def export_comparison(
 def _place(
     place: Path, format: str | None, write: Callable[[Path, str], None], hint: str
 ) -> list[Path]:
-    """Let `write` fill an empty directory in a format, move the result to its place once it is
-    whole, and return its files.
+    """Let `write` fill an empty directory, move the result to its place once it is complete, and
+    return its files.
+
+    Raises:
+        InputError: if several files should become one, or the place is taken.
     """
     is_file = place.suffix in SUFFIXES and not place.is_dir()
     chosen = format or SUFFIXES.get(place.suffix if is_file else "", "netcdf")
@@ -132,7 +134,7 @@ def _place(
         return [place]
     except (NotADirectoryError, FileExistsError):
         raise InputError(
-            f"{place} cannot be made: something else is in its place. Choose another with -o."
+            f"{place} cannot be created: something else is in its place. Choose another with -o."
         ) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -149,7 +151,7 @@ def _check(place: Path, chosen: str, is_file: bool) -> None:
         place.is_dir() and not place.is_symlink() and not any(place.iterdir())
     ):
         raise InputError(
-            f"{place} is there already, and nothing is written over. Choose another place with -o."
+            f"{place} already exists, and nothing is overwritten. Choose another place with -o."
         )
     if chosen == "netcdf":
         needed_for_netcdf()
@@ -163,14 +165,14 @@ def _write_findings(
     run: Run, building: Path, chosen: str, losses: Sequence[str], findings: Sequence[str], say: Say
 ) -> None:
     about: dict[str, object] = {}
-    said = set[str]()  # of which findings what `--keep` leaves out, the same of every loss
+    said = set[str]()  # findings whose `--keep` note was printed; it is the same for every loss
     for loss, finding, call in choose(run, losses, findings, say):
         try:
             data: xr.Dataset = call()
         except InputError as error:
             if findings:
                 raise
-            say(f"{finding} of loss {loss!r} is left out: {error}")
+            say(f"{finding} of loss {loss!r} is skipped: {error}")
             continue
         beyond = str(data.attrs.get("beyond_keep", ""))
         if beyond and finding not in said:

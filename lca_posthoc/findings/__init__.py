@@ -1,4 +1,4 @@
-"""From a run to small labelled results: one file per analysis."""
+"""Turn a run into small labelled results: one file per analysis."""
 
 from ..base.declarations import declared_findings
 from .blocks import blocks as blocks

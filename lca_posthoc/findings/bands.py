@@ -1,5 +1,5 @@
-"""Errors of sums over training by the path between checkpoints and by the examples that were drawn;
-and what is held back on segments of more than one training step.
+"""Estimate the errors of sums over training from the path between checkpoints and from drawing
+examples, and withhold results on segments of more than one training step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..numerics.long_segments import is_long, pairs
 from ..results import LossResults
 from .common import Numbers, scale_of
 
-Members = Sequence[Sequence[int]]  # positions of the tensors that are added up, of each sum
+Members = Sequence[Sequence[int]]  # for each sum, the positions of the tensors it adds
 
 
 def long_segments(table: xr.Dataset) -> Numbers:
@@ -30,9 +30,9 @@ def _lengths(table: xr.Dataset) -> Numbers:
 
 
 def straight_lines(table: xr.Dataset) -> str:
-    """Say which segments are longer than one training step, and what that means; "" for none.
+    """Describe the segments longer than one training step, and what that means; "" for none.
 
-    A sentence that may end in what is held back.
+    The sentence may continue with what is withheld.
     """
     long = long_segments(table)
     if not long.any():
@@ -43,47 +43,45 @@ def straight_lines(table: xr.Dataset) -> str:
 
 
 def held_back(table: xr.Dataset, what: str) -> list[str]:
-    """Say that something is held back on segments of more than one training step; nothing where
+    """Say that something is withheld on segments of more than one training step; nothing where
     there are none.
 
     Args:
         table: with the coordinates of the segments.
-        what: is held back, in the plural.
+        what: is withheld, in the plural.
     """
     about = straight_lines(table)
     if not about:
         return []
-    return [
-        f"{about}: {what} would say what that line did, not what training did, and are held back."
-    ]
+    return [f"{about}: {what} would describe that line, not training, and are withheld."]
 
 
 def _lacks(table: xr.Dataset, single_steps: str) -> bool:
-    """Tell whether some or every segment has to be of one training step, and is not."""
+    """Tell whether some or all segments must have one training step, and do not."""
     long = long_segments(table)
     return bool(long.any()) if single_steps == "every" else bool(single_steps and long.all())
 
 
 def refuse_straight_lines(table: xr.Dataset, single_steps: str, what: str) -> None:
-    """Refuse what says nothing of segments of more than one training step.
+    """Reject a finding that is meaningless on segments of more than one training step.
 
     Args:
         table: with the coordinates of the segments.
-        single_steps: which of them must be of one step, see `Finding`.
-        what: is held back, in the plural.
+        single_steps: which of them must have one step, see `Finding`.
+        what: is withheld, in the plural.
 
     Raises:
-        InputError: says why, and where net sums are.
+        InputError: with the reason, and where to find net sums.
     """
     if _lacks(table, single_steps):
         raise InputError(
-            f"{held_back(table, what)[0]} Net sums of layers and units are told: `lca plot RUN "
+            f"{held_back(table, what)[0]} Net sums of layers and units are available: `lca plot RUN "
             "layers`."
         )
 
 
 def needs_single_steps(results: LossResults, name: str) -> str | None:
-    """Say why a finding is held back on segments of more than one training step; None where it is
+    """Say why a finding is withheld on segments of more than one training step; None where it is
     not.
 
     Args:
@@ -93,20 +91,18 @@ def needs_single_steps(results: LossResults, name: str) -> str | None:
     table = results.steps
     if not _lacks(table, declared_findings()[name].single_steps):
         return None
-    return f"{straight_lines(table)}, and it is about single parameters in single training steps."
+    return f"{straight_lines(table)}, and it needs single parameters in single training steps."
 
 
 def path_bands(results: LossResults, members: Members) -> Numbers | None:
-    """Return by how much other paths would change sums over training, ([group, ]sums), in units of
-    loss; None where the run does not tell it.
+    """Return how much other paths would change sums over training, ([group, ]sums), in units of
+    loss; None where the run did not measure it.
 
-    Two other paths are looked at: a curve through the same checkpoints, whose shift each long
-    segment has, and the line to the next checkpoint but one, which is less the sum of both halves.
-    The shifts of each are added up as they are, which keeps what is systematic. To both sums comes
-    twice the root of the sum of their squares, of the path that has more: what shifts of random
-    signs come to.
-
-    Of a random part of the segments, both are scaled to all of them.
+    Two other paths are compared with the straight line: a curve through the same checkpoints, which
+    shifts each long segment, and the line to the next checkpoint but one, minus the sum of both
+    halves. The signed shifts of each path are added, which keeps systematic changes. Twice the root
+    of the sum of their squares, of the path where it is larger, is added for shifts of random
+    signs. For a random part of the segments, both are scaled to all of them.
 
     Args:
         results: one loss of a run.
@@ -117,7 +113,12 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
 
 
 def bands_of_shifts(results: LossResults, shifts: tuple[Numbers, Numbers]) -> Numbers:
-    """Return the same from the shifts of two other paths, see `other_paths`."""
+    """Return the bands of sums from the shifts of two other paths, see `other_paths`.
+
+    Args:
+        results: one loss of a run.
+        shifts: of the curve and of the doubled lines.
+    """
     larger = scale_of(results, len(shifts[0]))
     systematic = larger * sum(np.abs(of_path.sum(0)) for of_path in shifts)
     random = np.max([np.sqrt((of_path**2).sum(0)) for of_path in shifts], axis=0)
@@ -127,7 +128,11 @@ def bands_of_shifts(results: LossResults, shifts: tuple[Numbers, Numbers]) -> Nu
 
 def other_paths(results: LossResults, members: Members) -> tuple[Numbers, Numbers] | None:
     """Return the shifts of two other paths, (segments, [group, ]sums) and (pairs, [group, ]sums);
-    None where the run does not tell them, or no segment is long.
+    None where the run did not measure them, or no segment is long.
+
+    Args:
+        results: one loss of a run.
+        members: of each sum.
     """
     if results.manifest.settings["path_band"] != "on":
         return None
@@ -145,7 +150,7 @@ def other_paths(results: LossResults, members: Members) -> tuple[Numbers, Number
 
 
 def _halves(results: LossResults, table: xr.Dataset) -> Numbers:
-    """Return the rows of both halves of every doubled line of which both are finished, (lines, 2)."""
+    """Return the rows of both halves of every doubled line, where both are finished, (lines, 2)."""
     manifest = results.manifest
     row_of = {int(step): row for row, step in enumerate(table["step"].values)}
     starts = [checkpoint.step for checkpoint in manifest.checkpoints]
@@ -163,8 +168,12 @@ def _summed(column: xr.DataArray, members: Members) -> Numbers:
 
 
 def example_errors(results: LossResults, members: Members) -> Numbers | None:
-    """Return the standard errors of sums over training by the examples that were drawn, (sums,), in
-    units of loss; None of a loss over all of its examples, and where there are no replicates.
+    """Return the standard errors of sums over training from drawing examples, (sums,), in units of
+    loss; None for a loss over all of its examples, or without replicates.
+
+    Args:
+        results: one loss of a run.
+        members: of each sum.
     """
     table, record = results.tensors, results.record
     if "replicates" not in table or table.sizes["replicate"] < 2:

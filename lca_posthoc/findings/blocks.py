@@ -1,5 +1,5 @@
-"""Repeated blocks, such as the layers of a transformer: a table of components by depth, what is
-outside of blocks, and attention heads.
+"""Analyse repeated blocks, such as the layers of a transformer: components by depth, layers outside
+blocks, and attention heads.
 """
 
 from __future__ import annotations
@@ -39,15 +39,14 @@ FINDING = Finding(
             flag="--heads",
             kind="count",
             metavar="N",
-            help="Blocks: how many attention heads a block has, for a table of heads.",
+            help="How many attention heads a block has, for a table of heads.",
         ),
         TOP,
     ),
 )
 
-_DIGITS = 6  # of the number of a block
-# By the last part of a module's or parameter's name: what the rows of its weight are, one after the
-# other.
+_DIGITS = 6  # of a block's number
+# the roles of the rows of a weight, in order, by the last part of a module's or parameter's name
 PROJECTIONS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("q", "query", "q_proj", "to_q", "wq", "q_lin", "q_attn"), ("query",)),
     **dict.fromkeys(("k", "key", "k_proj", "to_k", "wk", "k_lin"), ("key",)),
@@ -61,8 +60,8 @@ PROJECTIONS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, order=True)
 class Block:
-    """The place of a tensor in a repeated block: the name before its number, the number, and what
-    comes after.
+    """The place of a tensor in a repeated block: the name before its number, the number, and the
+    rest of the name.
     """
 
     stack: str
@@ -73,7 +72,7 @@ class Block:
 def block_of(names: Iterable[str]) -> dict[str, Block]:
     """Return the place in a repeated block of every tensor that is in one.
 
-    A number in a name counts blocks where another tensor has the same name but for that number. A
+    A number in a name counts blocks if another tensor has the same name except for that number. A
     tensor belongs to the outermost block around it.
 
     >>> places = block_of(["h.0.attn.w", "h.0.mlp.0.w", "h.1.attn.w", "h.1.mlp.0.w", "h.1.extra", "wte.w"])
@@ -99,7 +98,7 @@ def block_of(names: Iterable[str]) -> dict[str, Block]:
 
 
 def _readings(name: str) -> Iterator[Block]:
-    """Yield a reading of a name for each number in it that something follows."""
+    """Yield a reading of a name for each number in it that is followed by more parts."""
     parts = name.split(".")
     for position, part in enumerate(parts[:-1]):
         if len(part) <= _DIGITS and part.isdecimal() and part.isascii():
@@ -107,30 +106,32 @@ def _readings(name: str) -> Iterator[Block]:
 
 
 def blocks(results: LossResults, *, heads: int | None = None) -> xr.Dataset:
-    """Return what each component of each repeated block did: a table of components by depth.
+    """Return the allocation of each component of each repeated block: a table of components by
+    depth.
 
-    Blocks are told from the names of tensors: in `blocks.3.attn.qkv.weight` the component is
+    Blocks follow from the names of tensors: in `blocks.3.attn.qkv.weight` the component is
     `attn.qkv`, its kernel and its bias together, and the depth is 3 (see `block_of`). Blocks under
     several names, such as an encoder's and a decoder's, are several stacks.
 
     Args:
         results: one loss of a run, at any level of `--keep`; heads need `--keep units`.
-        heads: how many attention heads a block has. It is not in the weights, so it is never
-            guessed. A head is an equal share of the rows of the projections that make queries, keys
-            and values, known by their names (`PROJECTIONS`), and of their biases. Projections that
-            do not have rows of its own for every head, as where heads share keys, are left out; so
-            is the one that follows, whose rows mix heads.
+        heads: how many attention heads a block has; weights do not tell, so it is never guessed. A
+            head is an equal share of the rows of the projections to queries, keys and values, found
+            by their names (`PROJECTIONS`), and of their biases. Projections without separate rows
+            for every head, as where heads share keys, are skipped; so is the one after attention,
+            whose rows mix heads.
 
     Returns:
         `total` and `mean` (component, depth[, group]; the mean is per parameter), sums over
         training in units of loss, NaN where a block has no such component, with coordinates
         `stack`, `name` of component and `parameters` (component, depth); `outside`
         (outside_layer[, group]), of the layers in no block, one for each use of a tensor that an
-        embedding shares with another operation where the loss tells its examples apart. With `heads`, `head_total`
-        (projection, depth, head[, group]), with coordinates `projection_stack` and `role`.
+        embedding shares with another operation if the loss has results per example. With `heads`,
+        `head_total` (projection, depth, head[, group]), with coordinates `projection_stack` and
+        `role`.
 
     Raises:
-        LCAError: where no segment is there yet, the run keeps no units for heads, or stored numbers
+        LCAError: if no segment is finished yet, the run keeps no units for heads, or stored numbers
             are damaged.
         InputError: for fewer than one head, or heads where no projection is known.
     """
@@ -140,7 +141,9 @@ def blocks(results: LossResults, *, heads: int | None = None) -> xr.Dataset:
     sums = table["allocated"].sum("step")
     left_out = unfinished(results)
     if not places:
-        left_out.append("No two tensors have names that differ in a number alone: no blocks.")
+        left_out.append(
+            "No two tensors have names that differ only in a number, so there are no blocks."
+        )
     group = ("group",) if "group" in sums.dims else ()
     values = sums.transpose("tensor", *group).values
     components = _components(places, buffers)
@@ -179,8 +182,8 @@ def blocks(results: LossResults, *, heads: int | None = None) -> xr.Dataset:
 
 
 def _by_use(results: LossResults) -> dict[str, dict[str, Numbers]]:
-    """Return what each tensor whose uses are told apart did in each of them over training, by
-    operation, () or (groups,): the weighted mean over examples.
+    """Return the allocation of each use of the tensors with separated uses, over training, by
+    operation: the weighted mean over examples, () or (groups,).
     """
     if not results.manifest.uses(results.record):
         return {}
@@ -208,7 +211,7 @@ def _by_use(results: LossResults) -> dict[str, dict[str, Numbers]]:
 
 
 def _joined(stack: str, name: str) -> str:
-    """Return the name of a component of a stack, whatever its depth."""
+    """Return the name of a component of a stack, for all depths."""
     return f"{stack}.*.{name}".removeprefix(".")
 
 
@@ -253,9 +256,9 @@ def _table(
 
 @dataclass(frozen=True, kw_only=True)
 class _Projection:
-    """A tensor whose rows make queries, keys or values, one after the other.
+    """A tensor whose rows produce queries, keys or values, one after the other.
 
-    `rows` is how many of them each role has; `columns` how many numbers a row takes in, None of a
+    `rows` is the number of rows of each role; `columns` the number of inputs of a row, None for a
     bias.
     """
 
@@ -267,7 +270,7 @@ class _Projection:
 
     @property
     def attention(self) -> tuple[str, int, str]:
-        """The attention it is a part of: its stack, its depth, the module that holds it."""
+        """Return the attention it belongs to: its stack, its depth, the module that holds it."""
         return self.place.stack, self.place.depth, _around(self.place.rest)
 
 
@@ -282,7 +285,7 @@ def _heads(
     """Return the sums of each head of each projection, and their coordinates.
 
     Raises:
-        InputError: where no projection is known, or none has rows for so many heads.
+        InputError: if no projection is known, or none has rows for so many heads.
     """
     if heads < 1:
         raise InputError(f"a block has at least one head, got {heads}.")
@@ -292,7 +295,7 @@ def _heads(
         ends = ", ".join(list(PROJECTIONS)[:4])
         raise InputError(
             "no tensor in a block is known to project to queries, keys or values; their modules "
-            f"would be called {ends} or alike. Heads cannot be told apart."
+            f"would be called {ends} or similar. Heads cannot be separated."
         )
     telling = _telling(projections, heads)
     other = [one for one in projections if one not in telling]
@@ -317,7 +320,7 @@ def _heads(
         for position, role in enumerate(one.roles):
             key, depth = (one.place.stack, one.attention[2], role), depths.index(one.place.depth)
             whole = sums.setdefault(key, np.full((len(depths), heads, *extent), np.nan))
-            before = np.nan_to_num(whole[depth])  # of the kernel, where this is its bias
+            before = np.nan_to_num(whole[depth])  # of the kernel, if this is its bias
             whole[depth] = before + np.moveaxis(by_head[..., position, :], -1, 0)
     names = [_joined(stack, f"{module}.{role}".lstrip(".")) for stack, module, role in sums]
     variable = described(
@@ -334,7 +337,7 @@ def _heads(
 
 
 def _projections(results: LossResults, places: Mapping[str, Block]) -> Iterator[_Projection]:
-    """Yield the tensors of blocks whose names say that they make queries, keys or values."""
+    """Yield the tensors of blocks whose names mark projections to queries, keys or values."""
     for tensor in results.manifest.allocated:
         spec = tensor.spec
         place = places.get(spec.name)
@@ -354,9 +357,9 @@ def _projections(results: LossResults, places: Mapping[str, Block]) -> Iterator[
 def _telling(projections: list[_Projection], heads: int) -> list[_Projection]:
     """Return the projections whose rows are `heads` equal parts, each of one head.
 
-    Keys and values must have as many rows as the queries of their attention: where they have fewer,
-    heads share them. Where one tensor makes queries, keys and values, that can only be seen from a
-    square for each. A bias goes with its kernel.
+    Keys and values must have as many rows as the queries of their attention; with fewer, heads
+    share them. If one tensor produces queries, keys and values, only a square matrix for each shows
+    that. A bias follows its kernel.
     """
     kernels = [one for one in projections if one.columns is not None and one.rows % heads == 0]
     queries = {one.attention: one.rows for one in kernels if one.roles == ("query",)}
@@ -374,7 +377,7 @@ def _telling(projections: list[_Projection], heads: int) -> list[_Projection]:
 
 
 def _roles(rest: str) -> tuple[str, ...]:
-    """Return what the rows of a tensor of a block make, () where that is not known.
+    """Return the roles of the rows of a tensor in a block; () if unknown.
 
     >>> _roles("attn.c_attn.weight"), _roles("self_attn.in_proj_bias"), _roles("mlp.c_fc.weight")
     (('query', 'key', 'value'), ('query', 'key', 'value'), ())

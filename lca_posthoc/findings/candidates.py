@@ -1,4 +1,4 @@
-"""Candidates to freeze, prune or initialise again: layers that hurt, units and parameters that
+"""Find candidates to freeze, prune or reinitialise: layers that hurt, units and parameters that
 never helped, dead units.
 """
 
@@ -30,7 +30,7 @@ from .errors import is_told, over_groups
 from .layers import layers
 
 FINDING = Finding(
-    question="What might be frozen, pruned, initialised again",
+    question="What might be frozen, pruned, reinitialised",
     needs="any run; units and parameters `--keep statistics`",
     place=90,
     options=(BY,),
@@ -41,14 +41,13 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     """Return layers to freeze, units and parameters that hurt or never helped, and units at exactly
     zero throughout.
 
-    A candidate is a question for an experiment and not its answer: the allocation says what a
+    A candidate is a question for an experiment, not its answer: the allocation tells what a
     parameter did on this path, not what the others would have done without it (Lan et al. 2019,
-    section 4.2, freeze a layer that hurts and end lower).
+    section 4.2, freeze a layer that hurts and reach a lower loss).
 
-    Layers are ordered by their sums, the one that hurt most first; one whose sum is within its error
-    is no candidate to freeze. Tensors are ordered by the share of their
-    parameters that never helped or never had an effect. Buffers, such as running statistics, are
-    not trained and no candidates.
+    Layers are ordered by their sums, the largest first; a layer whose sum is within its error is no
+    candidate. Tensors are ordered by the share of their parameters that never helped or never had
+    an effect. Buffers, such as running statistics, are not trained and are excluded.
 
     Args:
         results: one loss of a run, at any level of `--keep`; units and parameters need `--keep
@@ -59,16 +58,15 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     Returns:
         By layer `total`, `mean` (loss), the errors of `total` with `error` and `verdict` as of
         `layers`, `helping` (share, from `--keep statistics` on) and `freeze` (whether its total is
-        above zero by more than its error), of all groups together (of `helping`, the mean of their
-        shares); by tensor counts of
-        parameters `never_helped` (they hurt on some segment and helped on none) and `silent`
-        (exactly zero throughout), of `tensor_elements`, and of `units` and `dead_units` (all
-        incoming weights silent); `unit_total` (unit) of the units of modules that hurt most, with
-        their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated` and
-        `parameter_helping` (parameter), those that hurt most, named by `parameter_name`.
+        above zero by more than its error), for all groups together (`helping` is the mean of their
+        shares); by tensor counts of parameters `never_helped` (they hurt on some segment and helped
+        on none) and `silent` (exactly zero throughout), out of `tensor_elements`, and of `units` and
+        `dead_units` (all incoming weights silent); `unit_total` (unit) of the units of modules that
+        hurt most, with their bias, named by `unit_name`; `dead_name` (dead); `parameter_allocated`
+        and `parameter_helping` (parameter), those that hurt most, named by `parameter_name`.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
     """
     refuse_part(results, "candidates")
     by_layer = layers(results, by=by)
@@ -79,7 +77,7 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
     if (~trained).any():
         apart = float(total.values[~trained].sum())
         left_out.append(
-            f"Buffers, such as running statistics, are no candidates; their sum is {apart:+.4g}."
+            f"Buffers, such as running statistics, are excluded; their sum is {apart:+.4g}."
         )
     order = [position for position in np.argsort(-total.values, kind="stable") if trained[position]]
     by_layer, sums = by_layer.isel(layer=order), sums.isel(layer=order)
@@ -120,8 +118,8 @@ def candidates(results: LossResults, *, by: str | int = "module", most: int = 20
 
 
 def _by_evidence(data: xr.Dataset) -> xr.Dataset:
-    """Put tensors with the largest share of parameters that never helped, or never had an effect,
-    first.
+    """Sort tensors by the share of parameters that never helped, or never had an effect, the
+    largest first.
     """
     if "tensor" not in data.dims:
         return data
@@ -132,8 +130,8 @@ def _by_evidence(data: xr.Dataset) -> xr.Dataset:
 
 
 class _Unit:
-    """Sums over the incoming weights (and the bias) of the units of one module; a scalar is no unit
-    of a layer.
+    """Sums over the incoming weights (and the bias) of a module's units; a scalar is no unit of a
+    layer.
     """
 
     def __init__(self, count: int) -> None:

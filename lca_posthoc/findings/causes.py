@@ -1,4 +1,6 @@
-"""The causes of the motion: signal, noise, momentum, decay and rest, of each layer over training."""
+"""Split each layer's allocation by the causes of the motion: signal, noise, momentum, decay and
+rest.
+"""
 
 from __future__ import annotations
 
@@ -36,20 +38,20 @@ FINDING = Finding(
     sampled=True,
     options=(GROUPS, BY, TOP),
 )
-LARGE = 0.05  # a share of rest from which on a split is not taken at its word
+LARGE = 0.05  # share of rest above which the other causes are not trusted
 _NAMED = 3  # layers in a sentence
 _LETTERS = 40  # of their names
 
 
 def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
-    """Return the allocation of every layer by what moved its weights, and how much of it nothing
+    """Return the allocation of every layer by what moved its weights, and how much of it no formula
     explains.
 
-    Over causes, numbers add up to those of `layers`. *Rest* is what no formula explains, and its
-    size says how far the other causes can be believed: `rest_share` is Σ|A_rest| / Σ|A| over the
-    segments and the tensors of a layer, `rest_overall` over all parameters. Buffers that moved are a
-    layer of their own, "NAME buffer": no optimiser moves them, so all of theirs is rest, and they
-    are not in `rest_overall`.
+    Summed over causes, the numbers equal those of `layers`. *Rest* is what no formula explains; its
+    size tells how far to trust the other causes. `rest_share` is Σ|A_rest| / Σ|A| over the segments
+    and the tensors of a layer, `rest_overall` over all parameters. Buffers that moved are a layer
+    of their own, "NAME buffer". No optimiser moves them, so all of their allocation is rest, and
+    `rest_overall` excludes them.
 
     Args:
         results: one loss of a run with `--causes`, at any level of `--keep`.
@@ -59,20 +61,20 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
     Returns:
         `allocated` and `cumulative` (step[, group], layer, cause), `total` (layer, cause[, group])
         and `layer_total` (layer[, group]), in units of loss; `hurts` (layer[, group]), the cause that
-        raised the loss most of a layer whose sum is above 0, "" of others; `rest_share`
+        raised the loss most in a layer whose sum is above 0, "" for other layers; `rest_share`
         (layer[, group]) and `rest_overall` ([group]); `rest_size` and `size` (step[, group]), Σ|A_rest|
-        and Σ|A| over parameters. A share of nothing is 0. Of a run of a random part of the segments,
-        `--segments`, `cumulative`, `total` and `layer_total` are estimates. Coordinates of `layer`:
+        and Σ|A| over parameters. A share of nothing is 0. For a random part of the segments
+        (`--segments`), `cumulative`, `total` and `layer_total` are estimates. Coordinates of `layer`:
         `elements` and `kind`, "buffer" or "parameter". `attrs["signal"]` names the training loss.
 
         The errors of `total`, each (layer, cause[, group]) and in units of loss: `quadrature`,
-        `precision` and `segments`, as of `layers`, those that are known; `error`, all of them
-        together, and `verdict`, what it leaves to say. `layer_error` and `layer_verdict`
-        (layer[, group]) are those of `layer_total`, of all kinds that `layers` has.
+        `precision` and `segments`, where they are known, as of `layers`; `error`, all of them
+        together, and `verdict`, the conclusion. `layer_error` and `layer_verdict`
+        (layer[, group]) are those of `layer_total`, with all kinds of error that `layers` has.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the run was made without `--causes`, and for another `by`.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: if the run was made without `--causes`, or for another `by`.
     """
     table, data = tables(results, sampled=True), part_of(results, "causes")
     members = _members(table, by)
@@ -86,7 +88,7 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
     left_out = [*unfinished(results), *estimated(results), *missing]
     if results.manifest.settings["tensors"]:
         left_out.append(
-            "The run keeps some tensors alone; the remainder of `steps`, what the others did, is not "
+            "The run keeps only some tensors; the remainder of `steps`, that of the others, is not "
             "split by cause."
         )
     kinds = table["kind"].values
@@ -127,7 +129,7 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
             "layer_verdict": described(
                 (("layer", *groups), whole["verdict"].values),
                 "",
-                "what may be said of the layer's total",
+                "conclusion on the layer's total",
             ),
             **_rest(by_tensor, members, kinds == "parameter", groups),
         },
@@ -140,7 +142,7 @@ def causes(results: LossResults, *, by: str | int = "module") -> xr.Dataset:
 
 
 def _members(table: xr.Dataset, by: str | int) -> dict[str, list[int]]:
-    """Return the positions of the tensors of every layer; buffers come after what they belong to."""
+    """Return the positions of the tensors of every layer; a buffer follows its layer."""
     names, buffers = [str(name) for name in table["tensor"].values], moving_buffers(table)
     members: dict[str, list[int]] = {}
     for positions in grouping(names, by).values():
@@ -180,7 +182,7 @@ def _rest(
     parameters: Numbers,
     groups: list[str],
 ) -> dict[str, Variable]:
-    """Return how large rest is beside the allocation, by layer, by segment and over all."""
+    """Return the size of rest relative to the allocation, by layer, by segment and overall."""
     rest = abs(by_tensor.isel(cause=CAUSES.index("rest"), drop=True))
     size = abs(by_tensor.sum("cause"))
     shares = [
@@ -205,10 +207,14 @@ def _rest(
 
 
 def share_of(part: Numbers, whole: Numbers) -> Numbers:
-    """Return parts as shares; the share of nothing in nothing is 0, of something infinite.
+    """Return parts as shares; 0 / 0 is 0, and anything else over 0 is infinite.
 
     >>> share_of(np.array([1.0, 0.0, 1.0]), np.array([4.0, 0.0, 0.0])).tolist()
     [0.25, 0.0, inf]
+
+    Args:
+        part: sizes.
+        whole: sizes, of a shape that broadcasts with it.
     """
     part, whole = np.asarray(part, dtype=float), np.asarray(whole, dtype=float)
     ratio = np.divide(part, whole, out=np.full(part.shape, np.inf), where=whole > 0)
@@ -217,9 +223,9 @@ def share_of(part: Numbers, whole: Numbers) -> Numbers:
 
 
 def size_of_rest(finding: xr.Dataset) -> str:
-    """Say how large rest is, and where it is large, what that means and why it may be so.
+    """Describe the size of rest, and where it is large, what that means and possible reasons.
 
-    Of a loss with groups, shares are the largest of a group's.
+    For a loss with groups, shares are the largest of any group.
     """
     overall = float(finding["rest_overall"].max())
     within = " in the group with most of it" if finding["rest_overall"].ndim else ""
@@ -230,15 +236,15 @@ def size_of_rest(finding: xr.Dataset) -> str:
     segments = int(above.reshape(len(above), -1).any(1).sum())
     return (
         f"{subject}, and above {percent(LARGE)} on {segments:,} of {len(above):,} segments: there, "
-        "what moved the weights is not known, and the other causes do not add up to it. An "
-        "optimiser without a formula, Adam's moments that were not recorded, steps without a "
-        "record between checkpoints, averaged, rounded or otherwise changed weights may be "
-        f"why.{_layers_with_rest(finding)}{_buffers(finding)}"
+        "the causes of the motion are unknown, and the other causes do not explain it. Possible "
+        "reasons: an optimiser without a formula, Adam's moments that were not recorded, steps without a "
+        "record between checkpoints, or weights that were averaged, rounded or otherwise changed."
+        f"{_layers_with_rest(finding)}{_buffers(finding)}"
     )
 
 
 def _layers_with_rest(finding: xr.Dataset) -> str:
-    """Name the layers with a large share of rest where not all have it."""
+    """Name the layers with a large share of rest, unless all layers have one."""
     layers = finding.isel(layer=finding["kind"].values == "parameter")
     shares = layers["rest_share"]
     shares = shares.max("group") if "group" in shares.dims else shares
@@ -256,18 +262,18 @@ def _layers_with_rest(finding: xr.Dataset) -> str:
 
 
 def _buffers(finding: xr.Dataset) -> str:
-    """Say what buffers did, all of which is rest."""
+    """Describe the allocation of buffers, all of which is rest."""
     buffers = finding.isel(layer=finding["kind"].values == "buffer")
     sums = buffers["layer_total"].sum("layer").values
     if not sums.any():
         return ""
     numbers = " to ".join(amount(value) for value in sorted({float(sums.min()), float(sums.max())}))
     of = " by group" if sums.ndim else ""
-    return f" Buffers, which no optimiser moves, are apart: Σ {numbers}{of}."
+    return f" Buffers, which no optimiser moves, are separate: Σ {numbers}{of}."
 
 
 def percent(share: float) -> str:
-    """Return a share as a percentage to two figures.
+    """Return a share as a percentage with two significant digits.
 
     >>> percent(0.3141), percent(0.05), percent(1.4e-7), percent(0.0), percent(2.5)
     ('31 %', '5 %', 'under 0.01 %', '0 %', '250 %')
@@ -288,7 +294,12 @@ def amount(value: float) -> str:
 
 
 def culprits(finding: xr.Dataset, most: int = _NAMED) -> str:
-    """Say by which cause the layers that hurt do so, the worst first; of one group."""
+    """Describe by which cause each layer that hurts does so, the worst first.
+
+    Args:
+        finding: of one group.
+        most: layers to name.
+    """
     total, verdict = finding["layer_total"].values, finding["layer_verdict"].values
     raised = [position for position in np.argsort(-total, kind="stable") if total[position] > 0]
     order = [position for position in raised if str(verdict[position]).startswith(HURTS)]
@@ -304,5 +315,5 @@ def culprits(finding: xr.Dataset, most: int = _NAMED) -> str:
 
 
 def _names(finding: xr.Dataset, positions: list[int]) -> list[str]:
-    """Return the names of some layers, as short as fits a sentence."""
+    """Return names of layers, short enough for a sentence."""
     return shorten([str(finding["layer"].values[position]) for position in positions], _LETTERS)

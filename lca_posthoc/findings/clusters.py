@@ -1,4 +1,4 @@
-"""Examples that were learned alike: clusters of what layers did to them over training."""
+"""Cluster the examples by the contributions of layers over training."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ FINDING = Finding(
             flag="--clusters",
             kind="count",
             metavar="K",
-            help="Clusters: how many; the figure says what share of the variance other numbers "
+            help="How many clusters; the figure shows what share of the variance other numbers "
             "leave out.  [default: 4]",
         ),
     ),
 )
-_SAME = 1e-9  # shares that differ by rounding
+_SAME = 1e-9  # differences of shares by rounding are smaller
 _ROUNDS = 50  # of k-means
-_CARRIED, _AXES = 0.999, 50  # of the variance by the directions that k-means looks along
-_TRIED = 8  # numbers of clusters whose share left out is told
+_CARRIED, _AXES = 0.999, 50  # the share of the variance k-means sees, and the most directions
+_TRIED = 8  # numbers of clusters whose share left out is reported
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """The examples to be put into clusters.
+    """The examples to cluster.
 
-    `moves` (example, stretch, layer) is what layers did on each stretch, float64; `loss` (example,
-    stretch) the loss at the end of it, `start` (example,) at the start of training.
+    `moves` (example, stretch, layer) holds each layer's contribution on each stretch, float64;
+    `loss` (example, stretch) the loss at its end, `start` (example,) that at the start of training.
     """
 
     positions: Numbers
@@ -54,7 +54,7 @@ class _Data:
 
     @property
     def trajectories(self) -> Numbers:
-        """(example, stretch × layer), the sums so far."""
+        """Return the cumulative sums, (example, stretch × layer)."""
         return _trajectories(self.moves)
 
 
@@ -69,52 +69,50 @@ def clusters(
     seeds: int = 5,
     texts: Mapping[int, str] | None = None,
 ) -> xr.Dataset:
-    """Return clusters of examples whose sums over layers went together over training.
+    """Return clusters of examples whose contributions by layer went together over training.
 
-    An example is a point: the sum of its allocations so far of each layer, at the end of each of
-    `frames` stretches of training, in units of loss. Points are put into clusters by k-means
-    (`scipy.cluster.vq.kmeans2`, begun by k-means++, Arthur and Vassilvitskii 2007): its clusters
-    are means, which can be drawn as what layers did to them; and what it minimises, the squared
-    distances to these means, is the share of the variance that the clusters leave out. It looks
-    along the principal components that carry 99.9 % of the variance, 50 at most; the share is of
-    all of it. Of the runs from `seeds` seeds the one that leaves out least is taken.
+    An example is a point: each layer's cumulative allocation at the end of each of `frames`
+    stretches of training, in units of loss. K-means clusters the points
+    (`scipy.cluster.vq.kmeans2`, started by k-means++, Arthur and Vassilvitskii 2007). Its clusters
+    are means, which can be drawn as contributions of layers, and it minimises the squared distances
+    to these means, which are the share of the variance that the clusters leave out. It uses the
+    principal components that carry 99.9 % of the variance, 50 at most; the share is of the full
+    variance. Of `seeds` runs, the one that leaves out the least is taken.
 
-    *Stability* is the adjusted Rand index (Hubert and Arabie 1985) between the clusters of one
-    seed and another: 1 where they are the same, 0 on average where they are the same by chance.
+    *Stability* is the adjusted Rand index (Hubert and Arabie 1985) between the clusters of
+    different seeds: 1 where they are equal, 0 on average for random clusters.
 
-    *Null*: were the examples learned at times of their own? What layers did on a stretch is taken
-    as its mean over examples and each example's deviation from it, in units of the spread of that
-    stretch and layer; each example's deviations are put into a random order in time, the same for
-    all layers, and sums and clusters are made again. Stretches keep their mean and spread, examples
-    how much they deviate, but not when. `p` is the share of such draws, and of the data itself,
-    that leave out as little. Where it is large, clusters tell examples by how much was done to
-    them, not by when.
+    *Null hypothesis*: each example was learned at times of its own. The contribution of a layer on
+    a stretch is its mean over examples plus each example's deviation, in units of the spread of
+    that stretch and layer. Each draw shuffles an example's deviations in time, in the same order
+    for all layers, and clusters again. Stretches keep their mean and spread, and examples keep how
+    much they deviate, but not when. `p` is the share of draws, with the data itself, that leave out
+    as little. If it is large, clusters separate examples by size of contributions, not by time.
 
     Args:
-        results: one loss of a run, stated with `per="example"` or `per="element"`, at any level of
+        results: one loss of a run with `per="example"` or `per="element"`, at any level of
             `--keep`.
         by: as of `layers`.
         clusters: how many.
-        most: of how many examples at most, evenly spaced from the first on; those of weight 0 are
-            left out.
-        frames: at most so many stretches.
-        draws: of the null.
-        seeds: from which k-means begins, 0, 1, ….
+        most: the most examples, evenly spaced from the first on; those of weight 0 are excluded.
+        frames: the most stretches.
+        draws: of the null hypothesis.
+        seeds: the number of k-means runs, with seeds 0, 1, ….
         texts: as of `examples`.
 
     Returns:
         `cluster` (example, or element), a `cluster_number`, 0 the largest. By `cluster_number`:
-        `size`; `trajectory` (…, stretch, layer), the mean sum so far, and `loss` (…, stretch), in
-        units of loss, with `stretch_start` and `stretch_end` in training steps; `loss_start`; and
+        `size`; `trajectory` (…, stretch, layer), the mean cumulative sum, and `loss` (…, stretch),
+        in units of loss, with `stretch_start` and `stretch_end` in training steps; `loss_start`; and
         the coordinates `central_example` (`central_index`, `central_group`, `central_text`) of the
         example nearest to its mean. `left_out_share` (k), the share of the variance that k clusters
         leave out, `null_share` (draw) of the draws for `clusters`, and `p`; `stability` (pair of
         seeds) and `stability_mean`.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the loss was not stated with `per=`, for another `by`, or a number below
-            one, below two seeds, or of more clusters than examples.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: if the loss has no results per example or element, for any other `by`, for a
+            number below one, fewer than two seeds, or more clusters than examples.
     """
     reader = open_examples(results, by, texts)
     data = _read(reader, most, frames)
@@ -127,11 +125,11 @@ def clusters(
     left_out = unfinished(results)
     if len(data.positions) < reader.count:
         left_out.append(
-            f"Clusters are of {len(data.positions):,} of {count(reader.count, reader.per)}: "
-            "evenly spaced ones among those whose weight is not 0."
+            f"Clusters use {len(data.positions):,} of {count(reader.count, reader.per)}: "
+            "evenly spaced ones among those of nonzero weight."
         )
     if space.distinct == 1:
-        left_out.append("All were learned alike: there is nothing to tell clusters by.")
+        left_out.append("All examples were learned alike, so there are no clusters.")
     pairs = [adjusted_rand(one, two) for one, two in _pairs(several)]
     return xr.Dataset(
         {
@@ -167,10 +165,14 @@ def clusters(
 
 
 def _check(examples: int, clusters: int, draws: int, seeds: int) -> None:
-    """Refuse numbers that cannot be."""
+    """Reject impossible numbers.
+
+    Raises:
+        InputError: naming them.
+    """
     if min(clusters, draws) < 1 or seeds < 2:
         raise InputError(
-            "clusters take at least one cluster, one draw and two seeds, got "
+            "clusters needs at least one cluster, one draw and two seeds, got "
             f"{clusters}, {draws} and {seeds}."
         )
     if clusters > examples:
@@ -181,7 +183,11 @@ def _check(examples: int, clusters: int, draws: int, seeds: int) -> None:
 
 
 def _read(reader: ExampleReader, most: int, frames: int) -> _Data:
-    """Read what layers did to some examples, summed over stretches."""
+    """Read the contributions of layers to some examples, summed over stretches.
+
+    Raises:
+        InputError: if no example has a weight.
+    """
     shown = reader.spread(most)
     borders = stretches(reader.segments, frames)
     ends = borders[1:] - 1
@@ -201,23 +207,23 @@ def _read(reader: ExampleReader, most: int, frames: int) -> _Data:
         start = reader.read("loss_start", slice(0, 1), own)[0]
         parts.append(_Data(positions=own, moves=moves.transpose(1, 0, 2), loss=loss.T, start=start))
     if not parts:
-        raise InputError(f"no {reader.per} has a weight, so there are none to put into clusters.")
+        raise InputError(f"no {reader.per} has a weight, so there is nothing to cluster.")
     joined = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
     return _Data(**joined)
 
 
 def _trajectories(moves: Numbers) -> Numbers:
-    """Return (example, stretch × layer), the sums so far of (example, stretch, layer)."""
+    """Return the cumulative sums of (example, stretch, layer), (example, stretch × layer)."""
     return np.cumsum(moves, axis=1).reshape(len(moves), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Space:
-    """Points to be put into clusters, (point, number), less their mean.
+    """Points to cluster, (point, number), minus their mean.
 
-    `reduced` has them along the directions that carry most of their variance, in units of its root:
-    k-means takes these, and what clusters leave out is measured on the points themselves.
-    `variance` is Σ of the squared distances to the mean, `distinct` how many differ.
+    `reduced` holds them along the directions that carry most of their variance, in units of its
+    root: k-means uses these, while the share left out is measured on the points themselves.
+    `variance` is Σ of the squared distances to the mean, `distinct` the number of different points.
     """
 
     points: Numbers
@@ -227,7 +233,7 @@ class _Space:
 
 
 def _space(points: Numbers) -> _Space:
-    """Return points with their principal components, as many as carry `_CARRIED`, `_AXES` at most."""
+    """Return points with their principal components: as many as carry `_CARRIED`, at most `_AXES`."""
     points = points - points.mean(axis=0)
     variance = float((points**2).sum())
     wide = points.shape[1] > len(points)
@@ -244,8 +250,8 @@ def _space(points: Numbers) -> _Space:
 
 
 def _settled(space: _Space, clusters: int, seeds: int) -> tuple[Numbers, Numbers, list[Numbers]]:
-    """Return the best labels, the share left out for each number of clusters that was tried, and
-    the labels of every seed.
+    """Return the best labels, the share left out for each number of clusters tried, and the labels
+    of every seed.
     """
     numbers = range(1, min(len(space.points), max(_TRIED, clusters)) + 1)
     labels, several, shares = np.zeros(0, dtype=int), list[Numbers](), list[float]()
@@ -259,9 +265,7 @@ def _settled(space: _Space, clusters: int, seeds: int) -> tuple[Numbers, Numbers
 
 
 def _kmeans(space: _Space, clusters: int, seed: int) -> tuple[Numbers, float]:
-    """Return the clusters k-means makes from a seed, and the share of the variance they leave
-    out.
-    """
+    """Return k-means clusters from a seed, and the share of the variance they leave out."""
     from scipy.cluster.vq import kmeans2
 
     clusters = min(clusters, space.distinct)  # k-means++ needs as many
@@ -269,7 +273,7 @@ def _kmeans(space: _Space, clusters: int, seed: int) -> tuple[Numbers, float]:
         labels = np.zeros(len(space.points), dtype=int)
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # an empty cluster is a cluster less
+            warnings.simplefilter("ignore", UserWarning)  # an empty cluster just makes one fewer
             _, labels = kmeans2(
                 space.reduced,
                 clusters,
@@ -287,7 +291,7 @@ def _scatter(points: Numbers) -> float:
 
 
 def _null(moves: Numbers, clusters: int, seeds: int, draws: int) -> Numbers:
-    """Return (draw,), the share left out where each example's deviations come at other times."""
+    """Return the share left out where each example's deviations are shuffled in time, (draw,)."""
     mean, spread = moves.mean(axis=0), moves.std(axis=0)
     deviations = (moves - mean) / np.where(spread > 0, spread, 1.0)
     generator, shares = np.random.default_rng(0), list[float]()
@@ -300,16 +304,20 @@ def _null(moves: Numbers, clusters: int, seeds: int, draws: int) -> Numbers:
 
 
 def adjusted_rand(one: Numbers, other: Numbers) -> float:
-    """Return the adjusted Rand index of two labellings, (n,) each (Hubert and Arabie 1985).
+    """Return the adjusted Rand index of two labellings (Hubert and Arabie 1985).
 
     With n_ij examples of cluster i of one and j of the other, and C(n) = n (n − 1) / 2: the pairs
-    together in both, Σ C(n_ij), above what is expected of labels put in random order, over the most
-    it could be above that. Two labellings of one cluster each are the same: 1.
+    together in both, Σ C(n_ij), minus their expectation for shuffled labels, divided by the largest
+    possible difference. Two labellings of one cluster each have index 1.
 
     >>> adjusted_rand(np.array([0, 0, 1, 1]), np.array([1, 1, 0, 0]))
     1.0
     >>> round(adjusted_rand(np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])), 3)
     -0.5
+
+    Args:
+        one: labels, (n,).
+        other: labels, (n,).
     """
     table = np.zeros((int(one.max()) + 1, int(other.max()) + 1), dtype=int)
     np.add.at(table, (one, other), 1)
@@ -329,7 +337,7 @@ def _pairs(several: list[Numbers]) -> Iterator[tuple[Numbers, Numbers]]:
 
 
 def _of_clusters(data: _Data, labels: Numbers, clusters: int) -> dict[str, Variable]:
-    """Return the means of each cluster; NaN of an empty one."""
+    """Return the means of each cluster; NaN for an empty one."""
     size = np.bincount(labels, minlength=clusters)
     member = np.arange(clusters)[:, None] == labels
     share = member / np.where(size > 0, size, np.nan)[:, None]
@@ -353,8 +361,8 @@ def _of_clusters(data: _Data, labels: Numbers, clusters: int) -> dict[str, Varia
 def _central(
     reader: ExampleReader, data: _Data, labels: Numbers, clusters: int
 ) -> dict[str, object]:
-    """Return the coordinates of the example nearest to the mean of each cluster; those of an empty
-    one are of the first example.
+    """Return the coordinates of the example nearest to each cluster's mean; for an empty cluster,
+    of the first example.
     """
     points, nearest = data.trajectories, np.zeros(clusters, dtype=int)
     for cluster in np.unique(labels):
@@ -379,26 +387,35 @@ def _stretches(reader: ExampleReader, frames: int) -> dict[str, object]:
 def one_cluster(finding: xr.Dataset, cluster: int) -> xr.Dataset:
     """Return the means of a cluster: `change` of the loss since the start, (step,), and `allocated`
     so far, (step, layer), with `step` and `step_end` of its stretches.
+
+    Args:
+        finding: with clusters.
+        cluster: its number.
     """
     own = finding.isel(cluster_number=cluster)
     return course(finding, own["loss"] - own["loss_start"], own["trajectory"])
 
 
 def central_name(finding: xr.Dataset, cluster: int) -> str:
-    """Return the central example of a cluster as `--example` takes it."""
+    """Return the name of a cluster's central example, as `--example` takes it.
+
+    Args:
+        finding: with clusters.
+        cluster: its number.
+    """
     own = finding.isel(cluster_number=cluster)
     return name_of_example(own, "central_")
 
 
 def judged(finding: xr.Dataset) -> str:
-    """Say what the clusters leave out, what chance would, and how stable they are."""
+    """Describe what the clusters leave out, what chance would, and how stable they are."""
     number, null = int(finding.attrs["clusters"]), finding["null_share"].values
     share = float(finding["left_out_share"].sel(k=number))
     low, high = 100 * float(null.min()), 100 * float(null.max())
     return (
         f"{count(number, 'cluster')} of {count(finding['cluster'].size, str(finding.attrs['per']))} "
         f"{'leaves' if number == 1 else 'leave'} out {100 * share:.1f} % of the variance, and "
-        f"{low:.1f} to {high:.1f} % where each was learned at other times (p = "
+        f"{low:.1f} to {high:.1f} % if each example was learned at its own times (p = "
         f"{float(finding['p']):.2g} of {count(null.size, 'draw')}). Adjusted Rand index between "
         f"seeds: {float(finding['stability_mean']):.2f}."
     )

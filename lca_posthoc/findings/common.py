@@ -1,4 +1,4 @@
-"""Functions the findings share: descriptions of results, layers and roles of tensors, stored arrays
+"""Provide what findings share: descriptions of results, layers and roles of tensors, stored arrays
 read in blocks.
 """
 
@@ -20,7 +20,7 @@ from ..numerics.sampling import SegmentSample, scale, standard_error
 from ..numerics.schema import KEEP, TOTALS, holds
 from ..results import LossResults
 
-BLOCK = 2**22  # numbers that are in memory at a time
+BLOCK = 2**22  # numbers held in memory at a time
 ROLES = ("kernel", "bias", "normalisation", "buffer", "other")
 _SETTINGS = {"causes": "signal", "along": "directions"}  # recorded where a run has the part
 _FLAGS = {"causes": "--causes", "along": "--along FILE"}
@@ -38,11 +38,17 @@ def about(
     beyond_keep: Iterable[str] = (),
 ) -> dict[str, str]:
     """Return the attributes of every finding: its name, the run, the loss, the split, and what is
-    left out and why.
+    missing and why.
 
-    What the run's `--keep` leaves out stands last in `left_out`, and once more in `beyond_keep`.
-    For a model with running statistics, `norm_stats` says which statistics its normalisation layers
+    `left_out` ends with what the run's `--keep` excludes, which `beyond_keep` holds as well. For a
+    model with running statistics, `norm_stats` names the statistics that its normalisation layers
     used.
+
+    Args:
+        results: one loss of a run.
+        finding: its name.
+        left_out: sentences on what is missing.
+        beyond_keep: sentences on what the run's `--keep` excludes.
     """
     beyond = " ".join(beyond_keep)
     return {
@@ -57,14 +63,20 @@ def about(
 
 
 def beyond_keep(results: LossResults, level: str, what: str) -> list[str]:
-    """Say that a run keeps too little for `what`; nothing where it keeps enough."""
+    """Return a sentence if a run keeps too little for `what`; else nothing.
+
+    Args:
+        results: one loss of a run.
+        level: of `--keep` that is needed.
+        what: needs it, in the plural.
+    """
     if results.holds(level):
         return []
     return [f"{what} need --keep {level}; this run keeps {results.manifest.keep}."]
 
 
 def left_out_of(finding: xr.Dataset) -> str:
-    """Return what a finding leaves out for other reasons than the run's `--keep`."""
+    """Return what a finding lacks for other reasons than the run's `--keep`."""
     left_out = str(finding.attrs.get("left_out", ""))
     return left_out.removesuffix(str(finding.attrs.get("beyond_keep", ""))).strip()
 
@@ -86,21 +98,27 @@ def findings_beyond(keep: str) -> dict[str, list[str]]:
 def described(
     data: xr.DataArray | tuple[tuple[Hashable, ...], Any], units: str, long_name: str
 ) -> Variable:
-    """Return a variable with its unit and its meaning: dims, values, attributes."""
+    """Return a variable (dims, values, attributes) with its unit and its meaning.
+
+    Args:
+        data: an array, or dims and values.
+        units: of the values, such as "loss"; "" for none.
+        long_name: the meaning, in words.
+    """
     dims, values = (data.dims, data.values) if isinstance(data, xr.DataArray) else data
     return dims, values, {"units": units, "long_name": long_name}
 
 
 def unfinished(results: LossResults) -> list[str]:
-    """Say which segments are not finished yet, and which the run has and the loss does not cover;
-    nothing where there are none.
+    """Describe the segments that are not finished, or that the loss does not include; nothing where
+    there are none.
     """
     done = results.progress()
     behind = (
         [
             f"Loss {results.name} ends at step {done['last_step']:,}, "
-            f"{count(done['behind'], 'segment')} before the run does: run `lca run` with --loss "
-            f"{results.name} to go on."
+            f"{count(done['behind'], 'segment')} before the run does. Run `lca run` with --loss "
+            f"{results.name} to replay the rest."
         ]
         if done["behind"]
         else []
@@ -110,20 +128,28 @@ def unfinished(results: LossResults) -> list[str]:
     return [
         *behind,
         f"{done['segments_done']:,} of {count(done['segments'], 'segment')} "
-        f"{'is' if done['segments_done'] == 1 else 'are'} there: run `lca run` again to finish.",
+        f"{'is' if done['segments_done'] == 1 else 'are'} finished. Run `lca run` again to finish the rest.",
     ]
 
 
 def has_part(results: LossResults, part: str) -> bool:
-    """Tell whether a run has a part of the results that is there only where it was asked for; ""
-    is none of them.
+    """Tell whether a run has an optional part of the results.
+
+    Args:
+        results: one loss of a run.
+        part: "causes" or "along"; "" for none, which every run has.
     """
     settings: Mapping[str, object] = results.manifest.settings
     return not part or settings.get(_SETTINGS[part]) is not None
 
 
 def without_part(results: LossResults, part: str) -> str:
-    """Say that a run has no such part of the results, and the way out."""
+    """Say that a run lacks an optional part of the results, and how to get it.
+
+    Args:
+        results: one loss of a run.
+        part: "causes" or "along".
+    """
     flag = _FLAGS[part]
     return (
         f"{results.path} was made without {flag}. Run again with it into another directory: {flag} "
@@ -132,10 +158,14 @@ def without_part(results: LossResults, part: str) -> str:
 
 
 def part_of(results: LossResults, part: str) -> xr.Dataset:
-    """Return a part of the results, "causes" or "along".
+    """Return an optional part of the results.
+
+    Args:
+        results: one loss of a run.
+        part: "causes" or "along".
 
     Raises:
-        InputError: where the run was made without it.
+        InputError: if the run was made without it.
     """
     if not has_part(results, part):
         raise InputError(without_part(results, part))
@@ -144,26 +174,32 @@ def part_of(results: LossResults, part: str) -> xr.Dataset:
 
 
 def cumulated(data: xr.DataArray) -> xr.DataArray:
-    """Return the sums over the steps so far, with the axes where they were."""
+    """Return the cumulative sums over the steps, with the same order of axes."""
     return data.cumsum("step").transpose(*data.dims)
 
 
 def takes_part(results: LossResults, finding: str) -> bool:
-    """Tell whether the segments of a run allow a finding: all of them do, a random part some."""
+    """Tell whether the segments of a run allow a finding: all segments allow any, a random part
+    only some.
+
+    Args:
+        results: one loss of a run.
+        finding: its name.
+    """
     return results.manifest.sampled is None or declared_findings()[finding].sampled
 
 
 def about_part(sampled: str) -> str:
-    """Say which findings a random part of the segments does not give, `--segments`."""
+    """Name the findings that a random part of the segments (`--segments`) does not allow."""
     findings = [name for name, finding in declared_findings().items() if not finding.sampled]
     return (
-        f"the run is of a random part of the segments (--segments {sampled}), so what needs all of "
-        f"them is left out: {', '.join(findings)}."
+        f"the run is of a random part of the segments (--segments {sampled}), so findings that need "
+        f"all of them are missing: {', '.join(findings)}."
     )
 
 
 def refuse_part(results: LossResults, what: str) -> None:
-    """Refuse a run of a random part of the segments.
+    """Reject a run of a random part of the segments.
 
     Args:
         results: one loss of a run.
@@ -177,13 +213,22 @@ def refuse_part(results: LossResults, what: str) -> None:
 
 
 def over_training(results: LossResults, column: xr.DataArray) -> xr.DataArray:
-    """Return Σ over the segments; of a run of a random part of them, the estimate of that over all."""
+    """Return Σ over the segments; for a random part of them, the estimate of that over all.
+
+    Args:
+        results: one loss of a run.
+        column: by step.
+    """
     return _of_all(results, column.sum("step"), column.sizes["step"])
 
 
 def so_far(results: LossResults, column: xr.DataArray) -> xr.DataArray:
-    """Return the sums over the steps so far, as `over_training` of them, with the axes where they
-    were.
+    """Return the cumulative sums over the steps, estimated as in `over_training`, with the same
+    order of axes.
+
+    Args:
+        results: one loss of a run.
+        column: by step.
     """
     return _of_all(results, cumulated(column), column.sizes["step"])
 
@@ -193,14 +238,24 @@ def _of_all(results: LossResults, sums: xr.DataArray, segments: int) -> xr.DataA
 
 
 def scale_of(results: LossResults, segments: int) -> float:
-    """Return what sums over so many segments are multiplied by; 1 of a run of all segments."""
+    """Return the factor that scales sums over some segments to all of them; 1 for a run of all
+    segments.
+
+    Args:
+        results: one loss of a run.
+        segments: how many the sums include.
+    """
     manifest = results.manifest
     return 1.0 if manifest.sampled is None else scale(manifest.all_segments, segments)
 
 
 def segments_error(results: LossResults, column: xr.DataArray) -> xr.DataArray | None:
-    """Return the standard error of `over_training`; None of a run of all segments, and with one
-    segment alone.
+    """Return the standard error of `over_training`; None for a run of all segments, or a single
+    one.
+
+    Args:
+        results: one loss of a run.
+        column: by step.
     """
     manifest = results.manifest
     if manifest.sampled is None or column.sizes["step"] < 2:
@@ -211,7 +266,7 @@ def segments_error(results: LossResults, column: xr.DataArray) -> xr.DataArray |
 
 
 def estimated(results: LossResults) -> list[str]:
-    """Say that sums over training are estimates, of a run of a random part of the segments."""
+    """Say that sums over training are estimates, for a random part of the segments."""
     manifest = results.manifest
     if manifest.sampled is None:
         return []
@@ -229,21 +284,21 @@ def tables(
     *,
     sampled: bool = False,
 ) -> xr.Dataset:
-    """Return the table of tensors, over the finished segments, of a run that keeps enough.
+    """Return the table of tensors over the finished segments.
 
     Args:
         results: one loss of a run.
-        level: of `--keep`, that is needed.
+        level: of `--keep` that is needed.
         what: needs it, in the plural.
         sampled: whether a random part of the segments is enough.
 
     Raises:
-        LCAError: where no segment is there yet.
-        InputError: where the run keeps less, or for anything but a loss of a run.
+        LCAError: if no segment is finished yet.
+        InputError: if the run keeps less, or `results` is no loss of a run.
     """
     if not isinstance(results, LossResults):
         raise InputError(
-            f'a finding is of one loss of a run, such as open_run(RUN)["train"], got '
+            f'a finding takes one loss of a run, such as open_run(RUN)["train"], got '
             f"{type(results).__name__}."
         )
     results.require(level, what)
@@ -266,7 +321,7 @@ def layer_of(name: str, by: str | int = "module") -> str:
             number of parts of the module's name that name the layer; 0 is the whole network, "".
 
     Raises:
-        InputError: for another `by`.
+        InputError: for any other `by`.
 
     >>> [layer_of("encoder.0.attention.weight", by) for by in ("tensor", "module", 1)]
     ['encoder.0.attention.weight', 'encoder.0.attention', 'encoder']
@@ -287,8 +342,8 @@ def moving_buffers(table: xr.Dataset) -> set[str]:
     """Return the names of the buffers that moved, such as running statistics, in a table of
     tensors.
 
-    They are no part of the layer that holds them: what they did is not what its parameters did. A
-    buffer that stayed was allocated 0.
+    They do not belong to the layer that holds them, because that layer stands for its parameters. A
+    buffer that did not move has allocation 0.
     """
     motion = table["motion"].sum([name for name in table["motion"].dims if name != "tensor"]).values
     moving = (table["kind"].values == "buffer") & (motion > 0)
@@ -296,17 +351,27 @@ def moving_buffers(table: xr.Dataset) -> set[str]:
 
 
 def label_of(name: str, by: str | int, buffers: Collection[str]) -> str:
-    """Return the layer a tensor belongs to; some buffers make a layer of their own.
+    """Return the layer a tensor belongs to; some buffers form a layer of their own.
 
     >>> [label_of(f"bn1.{name}", "module", {"bn1.running_mean"}) for name in ("weight", "running_mean")]
     ['bn1', 'bn1 buffer']
+
+    Args:
+        name: of the tensor.
+        by: as of `layer_of`.
+        buffers: names of the buffers that form layers.
     """
     layer = layer_of(name, by)
     return f"{layer} buffer".strip() if name in buffers and by != "tensor" else layer
 
 
 def grouping(names: Iterable[str], by: str | int = "module") -> dict[str, list[int]]:
-    """Return the positions of the tensors of every layer, in the model's order."""
+    """Return the positions of the tensors of every layer, in the model's order.
+
+    Args:
+        names: of the tensors.
+        by: as of `layer_of`.
+    """
     layers: dict[str, list[int]] = {}
     for position, name in enumerate(names):
         layers.setdefault(layer_of(name, by), []).append(position)
@@ -314,7 +379,7 @@ def grouping(names: Iterable[str], by: str | int = "module") -> dict[str, list[i
 
 
 def roles(results: LossResults) -> dict[str, str]:
-    """Return the role of each tensor in its module, told from its kind, its axes and its
+    """Return the role of each tensor in its module, deduced from its kind, its axes and its
     neighbours.
 
     A buffer is a "buffer"; two axes or more make a "kernel"; a vector beside a kernel in the same
@@ -343,29 +408,41 @@ def roles(results: LossResults) -> dict[str, str]:
 
 
 def parameter_name(tensor: str, indices: Iterable[int]) -> str:
-    """Return the name of a single parameter, as people write it.
+    """Return the name of a single parameter.
 
     >>> parameter_name("fc1.weight", (3, 17))
     'fc1.weight[3, 17]'
+
+    Args:
+        tensor: its name.
+        indices: of the parameter along each axis.
     """
     return f"{tensor}[{', '.join(str(int(index)) for index in indices)}]"
 
 
 def place_of(part: tuple[slice, ...], position: int) -> tuple[int, ...]:
-    """Return the indices within a tensor of the element at a flat position of one of its `blocks`.
+    """Return the indices within a tensor of an element of one of its `blocks`.
 
     >>> place_of((slice(2, 4), slice(0, 3)), 4)
     (3, 1)
+
+    Args:
+        part: the block.
+        position: of the element in the flattened block.
     """
     indices = np.unravel_index(position, [cut.stop - cut.start for cut in part]) if part else ()
     return tuple(int(index) + cut.start for index, cut in zip(indices, part, strict=True))
 
 
 def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str, tuple[int, ...]]:
-    """Return the tensor and the indices of a parameter that is written as `parameter_name` does.
+    """Return the tensor and the indices that a name from `parameter_name` denotes.
+
+    Args:
+        name: of a parameter, such as "fc1.weight[3, 17]".
+        shapes: of the tensors, by name.
 
     Raises:
-        InputError: where there is no such tensor or parameter.
+        InputError: if there is no such tensor or parameter.
     """
     match = _PARAMETER.fullmatch(name)
     tensor = match["name"] if match else name
@@ -392,8 +469,12 @@ def parse_parameter(name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[str,
 
 
 def stretches(steps: int, frames: int) -> Numbers:
-    """Return the borders of at most `frames` stretches of consecutive segments, of equal length but
-    for the last.
+    """Return the borders of at most `frames` stretches of consecutive segments, equally long except
+    the last.
+
+    Args:
+        steps: the number of segments.
+        frames: the most stretches.
 
     Returns:
         (frames + 1,), rising, from 0 to `steps`.
@@ -408,10 +489,14 @@ def stretches(steps: int, frames: int) -> Numbers:
 
 
 def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator[tuple[slice, ...]]:
-    """Yield slices that cut an array of `shape`, `rows` of which are read at once, into parts of at
-    most `most` numbers.
+    """Yield slices that cut an array into parts of at most `most` numbers.
 
     Axes are cut from the left, as the stored chunks are. A scalar is one part, ().
+
+    Args:
+        shape: of the array.
+        rows: how many such arrays are read at once.
+        most: numbers of a part, over all rows.
     """
     if not shape:
         yield ()
@@ -431,7 +516,12 @@ def blocks(shape: tuple[int, ...], rows: int = 1, most: int = BLOCK) -> Iterator
 
 
 def largest(values: Numbers, most: int) -> list[int]:
-    """Return the positions of the `most` largest of a flat array, or of all, in no order."""
+    """Return the positions of the `most` largest values, or of all, in no particular order.
+
+    Args:
+        values: a flat array.
+        most: how many.
+    """
     if most < 1:
         return []
     return [
@@ -442,11 +532,15 @@ def largest(values: Numbers, most: int) -> list[int]:
 def each_total(
     results: LossResults, fields: tuple[str, ...], *, buffers: bool = False
 ) -> Iterator[tuple[TensorSpec, tuple[slice, ...], Numbers]]:
-    """Yield the totals per parameter in blocks: the tensor, the part of it, and (fields, *part)
-    float64.
+    """Yield the totals per parameter in blocks: the tensor, its part, and (fields, *part) float64.
+
+    Args:
+        results: one loss of a run.
+        fields: names of the totals.
+        buffers: whether to include buffers.
 
     Raises:
-        LCAError: where the run is not complete, or stored numbers are damaged.
+        LCAError: if the run is not complete, or stored numbers are damaged.
     """
     totals = results.totals
     rows = [list(totals["total"].values).index(name) for name in fields]

@@ -1,5 +1,5 @@
-"""Runs beside each other: layer sums, their spread over repeats, whether labels differ, and what
-else differs between the runs.
+"""Compare runs: layer sums, their spread over repeats, whether labels differ, and the other
+differences between the runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import numpy as np
-import scipy  # its parts load when they are used
+import scipy  # loads its submodules on first use
 import xarray as xr
 
 from ..base.declarations import BY, TOP, Finding
@@ -36,7 +36,7 @@ _HEAD: tuple[Literal["helping", "loss_end", "loss_change"], ...] = (
     "loss_end",
     "loss_change",
 )
-# of a mean, relative: repeats that differ by less do not differ
+# relative to the mean; repeats that differ by less count as equal
 _ROUNDING = 16 * np.finfo(float).eps
 
 Numbers = np.ndarray[Any, Any]
@@ -49,54 +49,53 @@ def compare(
     confidence: float = 0.95,
     paired: bool | None = None,
 ) -> xr.Dataset:
-    """Compare the allocation of each layer in runs of several kinds, with intervals and p-values
-    over repeats.
+    """Compare the allocation of each layer in runs under several labels, with intervals and
+    p-values over repeats.
 
     The runs under one label count as independent repeats, such as seeds. Their layer sums get
-    Student's t interval and the one-sample t-test against 0; against the runs of the first label,
-    Welch's t-test, or the paired t-test where runs come in pairs: each run of either label begins
-    from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for all
-    layers of all labels together, `p_difference_holm` for all layers of all labels but the first
-    (Holm 1979): where there is nothing to find, any p of such a family falls below α with a chance
-    of at most α. What takes more repeats than there are (two for an interval or a p, on both sides
-    of a difference) is NaN, as is a p of numbers without any spread.
+    Student's t interval and the one-sample t-test against 0. Against the runs of the first label
+    they get Welch's t-test, or the paired t-test if runs form pairs: each run of either label
+    begins from the same checkpoint as one of the other. All p are two-sided. `p_holm` corrects for
+    all layers of all labels together, `p_difference_holm` for all layers of all labels except the
+    first (Holm 1979): if there are no differences, the chance that any p of such a family falls
+    below α is at most α. Results that need more repeats (two for an interval or a p, on both sides
+    of a difference) are NaN, and so is a p of numbers without any spread.
 
-    Runs of one training are no repeats of each other: those that share a checkpoint which training
-    has moved to, as after a copy, under another rule or `--norm-stats`, or over other steps. Under
-    one label such a training counts once, by the first of its runs. Labels that share trainings are
-    compared in pairs or not tested. `attrs["notes"]` says so, and names settings, splits, examples
-    and steps in which the runs differ, a line each.
+    Runs of one training are no repeats of each other: those that share a checkpoint that training
+    has moved to, for example a copy, or a replay under another rule or `--norm-stats`, or over
+    other steps. Such a training counts once under one label, by the first of its runs. Labels that
+    share trainings are compared in pairs or not tested. `attrs["notes"]` reports this, and names
+    settings, splits, examples and steps in which the runs differ, a line each.
 
-    Sums are over the segments that are there. Runs may differ in their numbers of steps and in
-    their layers.
+    Sums include the finished segments. Runs may have different numbers of steps and different
+    layers.
 
     Args:
         runs: results of one loss without groups, or several of them, by label.
-        by: layers by "module", by "tensor", or by so many parts of the module's name. Buffers that
-            moved are layers of their own, as in `layers`.
+        by: layers by "module", by "tensor", or by that many parts of the module's name. Buffers
+            that moved are layers of their own, as in `layers`.
         confidence: of the intervals, between 0 and 1.
-        paired: True takes the k-th run of every label as a pair with the k-th of the first, for
-            runs that share a seed and no checkpoint; False never pairs; None pairs by the first
-            checkpoint.
+        paired: True pairs the k-th run of every label with the k-th of the first, for runs that
+            share a seed and no checkpoint; False never pairs; None pairs by the first checkpoint.
 
     Returns:
         `total` (label, layer, run) in units of loss, NaN where a label has fewer runs or a run
         lacks the layer; `mean`, `low`, `high`, `p`, `p_holm` (label, layer); `difference`,
         `p_difference`, `p_difference_holm` (label, layer) to the first label; `loss_end` (label)
-        and, where every run was made with `--keep statistics` or more, `helping` (label; share of
+        and, if every run was made with `--keep statistics` or more, `helping` (label; share of
         parameters × segments), means over runs, each with `_low` and `_high`; `loss_change`
         (label), a mean; `p_loss_end` (label), the test of the last loss against the first label,
-        not corrected; `path_band` (label, layer), by how much other paths through the same checkpoints
-        would change `mean`, averaged over runs, where runs tell it of segments longer than one
-        training step (else NaN): it is no spread over repeats, is in no interval and no p, and
-        does not shrink with more of them; `runs` (label), how many; `trainings` (label), how many of them are different
-        trainings; `paired` (label), whether the tests against the first label are of pairs; coord
-        `path` (label, run).
+        not corrected; `path_band` (label, layer), how much other paths through the same
+        checkpoints would change `mean`, averaged over runs that measured it on segments longer than
+        one training step (else NaN): it is no spread over repeats, enters no interval and no p, and
+        does not shrink with more of them; `runs` (label), their number; `trainings` (label), the
+        number of different trainings among them; `paired` (label), whether the tests against the
+        first label are paired; coord `path` (label, run).
 
     Raises:
         InputError: for no runs, a run given twice under one label, a loss with groups, an
             impossible confidence, or `paired` where labels have different numbers of runs.
-        LCAError: where a run has no finished segment yet, or stored numbers are damaged.
+        LCAError: if a run has no finished segment yet, or stored numbers are damaged.
     """
     if isinstance(confidence, bool) or not 0 < confidence < 1:
         raise InputError(f"confidence is a number between 0 and 1, got {confidence!r}.")
@@ -150,7 +149,7 @@ def compare(
 
 
 def _paths(listed: dict[str, list[LossResults]]) -> Numbers:
-    """Return (label, run), the paths of the runs, "" where a label has fewer."""
+    """Return the paths of the runs, (label, run), "" where a label has fewer."""
     paths = np.full((len(listed), max(map(len, listed.values()))), "", dtype=object)
     for row, several in enumerate(listed.values()):
         paths[row, : len(several)] = [str(results.path) for results in several]
@@ -160,7 +159,7 @@ def _paths(listed: dict[str, list[LossResults]]) -> Numbers:
 def _of_design(
     design: Design, listed: dict[str, list[LossResults]]
 ) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
-    """Return how many runs and trainings stand under each label, and whether they come in pairs."""
+    """Return the number of runs and of trainings under each label, and whether they form pairs."""
     return {
         "runs": (
             ("label",),
@@ -172,7 +171,7 @@ def _of_design(
             ("label",),
             design.once.sum(axis=1),
             "trainings",
-            "different trainings under the label, which count once each",
+            "different trainings under the label, each counted once",
         ),
         "paired": (
             ("label",),
@@ -186,7 +185,11 @@ def _of_design(
 def _listed(
     runs: Mapping[str, Sequence[LossResults] | LossResults],
 ) -> dict[str, list[LossResults]]:
-    """Return every label's results as a list; refuse what cannot be compared."""
+    """Return every label's results as a list; reject what cannot be compared.
+
+    Raises:
+        InputError: with the reason.
+    """
     if not isinstance(runs, Mapping) or not runs:
         raise InputError(
             'nothing to compare: pass {"label": [results, …], …} with results such as '
@@ -201,22 +204,22 @@ def _listed(
             or not all(isinstance(results, LossResults) for results in several)
         ):
             raise InputError(
-                f'under label {label!r} there have to be results such as open_run(RUN)["train"], '
-                f"one or more."
+                f'label {label!r} needs one or more results such as open_run(RUN)["train"], '
+                f"not an empty list or something else."
             )
         listed[label] = several
         seen = set()
         for results in several:
             if results.record.groups is not None:
                 raise InputError(
-                    f"loss {results.name!r} of {results.path} has groups; compare takes losses "
+                    f"loss {results.name!r} of {results.path} has groups, but compare takes losses "
                     "without. Name another, or add this one without group_by to the task and `lca "
                     "run` it."
                 )
             if (results.path.resolve(), results.name) in seen:
                 raise InputError(
-                    f"{results.path} is given twice under label {label!r}; a repeat has to be a "
-                    "run of its own."
+                    f"{results.path} is given twice under label {label!r}; a repeat must be a "
+                    "different run."
                 )
             seen.add((results.path.resolve(), results.name))
     return listed
@@ -241,8 +244,8 @@ def _layer_sums(one: Figures[float], layers: list[str], by: str | int) -> list[f
 
 
 def _path_bands(listed: dict[str, list[LossResults]], layers: list[str], by: str | int) -> Numbers:
-    """Return (label, layer), by how much other paths change the sums of layers, mean over the runs
-    that tell it; NaN where none does.
+    """Return how much other paths change the sums of layers, (label, layer): the mean over the runs
+    that measured it; NaN where none did.
     """
     bands = np.full((len(listed), len(layers)), np.nan)
     for row, several in enumerate(listed.values()):
@@ -256,7 +259,7 @@ def _path_bands(listed: dict[str, list[LossResults]], layers: list[str], by: str
 
 
 def _path_band(results: LossResults, by: str | int) -> dict[str, float] | None:
-    """Return by how much other paths change the sum of each layer of a run, by its name."""
+    """Return how much other paths change the sum of each layer of a run, by its name."""
     members: dict[str, list[int]] = {}
     for position, tensor in enumerate(_figures(results)["tensors"]):
         members.setdefault(_label(tensor, by), []).append(position)
@@ -265,7 +268,7 @@ def _path_band(results: LossResults, by: str | int) -> dict[str, float] | None:
 
 
 def _within_paths(difference: Numbers, path: Numbers) -> list[str]:
-    """Say how many differences between labels other paths could make as well."""
+    """Count the differences between labels that other paths could produce as well."""
     either = np.nan_to_num(path) + np.nan_to_num(path[:1])
     compared = ~np.isnan(difference[1:]) & (either[1:] > 0)
     within = int((np.abs(difference[1:]) <= either[1:])[compared].sum())
@@ -273,12 +276,12 @@ def _within_paths(difference: Numbers, path: Numbers) -> list[str]:
         return []
     return [
         f"{within:,} of {count(int(compared.sum()), 'difference')} to the first label are no larger "
-        "than what other paths between checkpoints would change (± path)."
+        "than the change by other paths between checkpoints (± path)."
     ]
 
 
 def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[str]:
-    """Say which layers of one name do not have the same number of parameters in every run."""
+    """Name the layers that have different numbers of parameters in different runs."""
     sizes: dict[str, dict[int, str]] = {}
     for label, one in summaries:
         counts: dict[str, int] = {}
@@ -294,7 +297,7 @@ def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[
         if len(of) > 1
     ]
     return (
-        [f"layers of the same name with other numbers of parameters: {', '.join(unlike[:6])}."]
+        [f"layers of the same name with different numbers of parameters: {', '.join(unlike[:6])}."]
         if unlike
         else []
     )
@@ -302,18 +305,18 @@ def _unlike(summaries: list[tuple[str, Figures[float]]], by: str | int) -> list[
 
 def _left_out(results: LossResults) -> list[str]:
     patterns = results.manifest.settings["tensors"]
-    rest = ["what tensors did that `--tensors` left out is in no layer."] if patterns else []
+    rest = ["tensors that `--tensors` excludes are in no layer."] if patterns else []
     sampled = results.manifest.sampled
     if sampled is not None:
         rest.append(
-            f"sums are estimates from a random part of the segments (--segments {sampled}), and "
-            "differ from those of other runs by that too."
+            f"sums are estimates from a random part of the segments (--segments {sampled}), which "
+            "also makes them differ from those of other runs."
         )
     return [f"{results.path}: {word}" for word in [*unfinished(results), *rest]]
 
 
 def _without_shares(listed: dict[str, list[LossResults]]) -> list[str]:
-    """Say which runs do not keep how many parameters help; nothing where all or none of them do."""
+    """Name the runs that do not keep how many parameters help; nothing where all or none do."""
     every = [results for several in listed.values() for results in several]
     without = [str(results.path) for results in every if not results.holds("statistics")]
     if len(without) in (0, len(every)):
@@ -343,7 +346,7 @@ def _about(
 def _of_layers(
     total: Numbers, over: Repeats, confidence: float
 ) -> dict[str, tuple[tuple[str, ...], Any, str, str]]:
-    """Return dims, values, units and meaning of each variable by label and layer; `total` is
+    """Return dims, values, units and meaning of each variable by label and layer, from `total`
     (label, layer, run).
     """
     both = ("label", "layer")
@@ -365,7 +368,7 @@ def _of_layers(
             both,
             over.mean - over.mean[:1],
             "loss",
-            "mean less that of the first label",
+            "mean minus that of the first label",
         ),
         "p_difference": (both, over.p_difference, "probability", first),
         "p_difference_holm": (
@@ -422,7 +425,7 @@ class Repeats:
 
 
 def padded(rows: Sequence[Sequence[Any]]) -> Numbers:
-    """Return one number, or list of numbers, per label and run, as (label, …, run) with NaN where a
+    """Return numbers, or lists of numbers, per label and run as (label, …, run), with NaN where a
     label has fewer runs.
     """
     most, shape = max(map(len, rows)), np.shape(rows[0][0])
@@ -453,7 +456,7 @@ def repeats(
         Arrays (label, …); NaN where n < 2 or nothing varies.
     """
     is_number = ~np.isnan(values)
-    with np.errstate(all="ignore"):  # what has no value becomes NaN, and that is the answer
+    with np.errstate(all="ignore"):  # undefined values become NaN
         n = is_number.sum(axis=-1).astype(float)
         mean = np.where(is_number, values, 0.0).sum(axis=-1) / n
         spread = np.where(is_number, values - mean[..., None], 0.0)
@@ -477,8 +480,8 @@ def repeats(
 
 
 def _of_pairs(differences: Numbers) -> tuple[Numbers, Numbers]:
-    """Return p of the mean of differences over the last axis, and its squared error; NaN stands for
-    no pair.
+    """Return p of the mean of differences over the last axis, and its squared error; NaN means no
+    pair.
     """
     is_number = ~np.isnan(differences)
     with np.errstate(all="ignore"):
@@ -491,8 +494,8 @@ def _of_pairs(differences: Numbers) -> tuple[Numbers, Numbers]:
 
 
 def holm(p: Numbers) -> Numbers:
-    """Correct all p that are not NaN as Holm's step-down method does: the k-th smallest of m times
-    m − k + 1, never falling.
+    """Correct all p that are not NaN by Holm's step-down method: the k-th smallest of m times m − k
+    + 1, never falling.
 
     >>> holm(np.array([0.01, np.nan, 0.04, 0.03])).tolist()
     [0.03, nan, 0.06, 0.06]

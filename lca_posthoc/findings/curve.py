@@ -1,4 +1,4 @@
-"""The loss over training, true and as the allocation adds up to it."""
+"""Compare the loss over training with the sum of its allocations."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ FINDING = Finding(
 
 
 def curve(results: LossResults) -> xr.Dataset:
-    """Return the true loss beside start + Σ allocation, and their difference.
+    """Return the true loss, start + Σ allocation, and their difference.
 
-    `predicted[t] = loss_start[0] + Σ_{s ≤ t} Σ_i A[s, i]`: if every segment adds up, it lies on the
-    true loss. After a gap (segments that are missing) it starts again from the true loss, and so
-    does the residual's sum.
+    `predicted[t] = loss_start[0] + Σ_{s ≤ t} Σ_i A[s, i]`: it equals the true loss if every segment
+    adds up. After a gap of missing segments it restarts from the true loss, and so does the
+    residual's sum.
 
     Args:
         results: one loss of a run, at any level of `--keep`.
@@ -37,7 +37,7 @@ def curve(results: LossResults) -> xr.Dataset:
         `converged`, `level`, `evaluations`.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
     """
     table, steps = tables(results, sampled=True), results.steps
     allocated = table["allocated"].sum("tensor")
@@ -66,8 +66,8 @@ def curve(results: LossResults) -> xr.Dataset:
 
 
 def _added_up(start: Numbers, allocated: Numbers, begin: Numbers, end: Numbers) -> Numbers:
-    """Return the running sum (step[, group]) from the true loss at the start of every stretch
-    without a gap.
+    """Return the running sum (step[, group]), restarted from the true loss at the start of every
+    stretch without a gap.
     """
     borders = [0, *(np.flatnonzero(begin[1:] != end[:-1]) + 1), len(begin)]
     parts = [

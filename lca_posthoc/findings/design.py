@@ -1,4 +1,4 @@
-"""The design of a comparison of runs: repeats, pairs or one training, and the other differences
+"""Analyse the design of a comparison of runs: repeats, pairs or one training, and other differences
 between them.
 """
 
@@ -16,8 +16,8 @@ from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
 
-_SAME_LOSS = 1e-2  # relative: precisions differ by less
-_SAME_MOTION = 1e-2  # likewise
+_SAME_LOSS = 1e-2  # relative; differences between precisions are smaller
+_SAME_MOTION = 1e-2  # relative; differences between precisions are smaller
 _Key = tuple[int, int, int]  # of a checkpoint: step, size, fingerprint
 
 
@@ -26,9 +26,9 @@ class _Marks:
     """The marks of the training a run belongs to: its first checkpoint, those that training has
     moved to, and how far tensors moved.
 
-    `motion` is Σ|Δθ| by the steps a segment runs from and to, and by tensor. The fingerprint of a
-    file is taken from samples, all of which may lie in a large frozen part: then the motion tells
-    two trainings apart.
+    `motion` is Σ|Δθ| by the steps at both ends of a segment, and by tensor. A file's fingerprint is
+    taken from samples, which may all lie in a large frozen part; the motion then distinguishes two
+    trainings.
     """
 
     first: _Key
@@ -36,7 +36,7 @@ class _Marks:
     motion: dict[tuple[int, int, str], float]
 
     def shared(self, other: _Marks) -> frozenset[_Key]:
-        """Return the checkpoints both runs have; none where the motion shows that they are of two
+        """Return the checkpoints that both runs have; none if the motion shows two different
         trainings.
         """
         both = self.motion.keys() & other.motion.keys()
@@ -51,8 +51,8 @@ class Design:
     """The design of a comparison.
 
     `once` (label, run) is False where a run has the same training as an earlier run of its label.
-    `pairs` has for each label the positions of the runs of the first label that its runs are paired
-    with, "apart" where they are independent of these, and None where they are neither.
+    `pairs` holds, for each label, the positions of the first label's runs that its runs are paired
+    with, "apart" where the two are independent, or None where they are neither.
     """
 
     once: np.ndarray[Any, Any]
@@ -66,10 +66,15 @@ class Design:
 
 
 def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Design:
-    """Return which runs are repeats of each other, and which are pairs.
+    """Return which runs are repeats of each other, and which form pairs.
+
+    Args:
+        listed: results of one loss, by label.
+        paired: whether the k-th runs of all labels form pairs; None to pair by the first
+            checkpoint.
 
     Raises:
-        InputError: for `paired` where labels have different numbers of runs.
+        InputError: for `paired` if labels have different numbers of runs.
     """
     first = next(iter(listed))
     sizes = [len(several) for several in listed.values()]
@@ -77,7 +82,7 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
         counts = ", ".join(
             f"{size} under {label!r}" for label, size in zip(listed, sizes, strict=True)
         )
-        raise InputError(f"runs in pairs have to be as many under every label, got {counts}.")
+        raise InputError(f"pairs need the same number of runs under every label, got {counts}.")
     marks = {label: [_marks(results) for results in several] for label, several in listed.items()}
     notes, pairs = list[str](), list[list[int] | str | None]()
     once = np.zeros((len(listed), max(sizes)), dtype=bool)
@@ -91,7 +96,7 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
                 notes.append(
                     f"{listed[label][position].path} and {listed[label][same].path} are of one "
                     f"training ({_shared(of_run, several[same])}): under {label!r} it counts once, "
-                    "by the latter."
+                    "as the latter."
                 )
     counting = {label: np.flatnonzero(once[row]).tolist() for row, label in enumerate(listed)}
     for label, several in marks.items():
@@ -108,7 +113,7 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
         elif order is not None and len(counting[label]) > 1:
             pairs.append(order)
             notes.append(
-                f"The runs of {label!r} and {first!r} come in pairs that begin from the same "
+                f"The runs of {label!r} and {first!r} form pairs that begin from the same "
                 "checkpoint; differences are tested in pairs."
             )
         else:
@@ -116,8 +121,8 @@ def design_of(listed: dict[str, list[LossResults]], paired: bool | None) -> Desi
         if label != first and same:
             untested = max(sizes) > 1 and pairs[-1] is None
             notes.append(
-                f"{label!r} and {first!r} share trainings: what differs between them is how these "
-                "were measured, not chance."
+                f"{label!r} and {first!r} share trainings: they differ in how they "
+                "were measured, not by chance."
                 + (
                     " They are not tested against each other, as they are not independent."
                     if untested
@@ -170,7 +175,7 @@ def _partners(
     other: list[_Marks],
     counting: list[int],
 ) -> list[int] | None:
-    """Return for each run of `other` the run of `first` that begins from the same checkpoint; None
+    """Return the run of `first` that begins from the same checkpoint, for each run of `other`; None
     unless each has exactly one.
     """
     begins = [first[run].first for run in counting_first]
@@ -184,8 +189,8 @@ def _partners(
 
 
 def differences(listed: dict[str, list[LossResults]]) -> list[str]:
-    """Return a sentence for each setting that changes the meaning of the numbers and is not the
-    same in every run.
+    """Return a sentence for each setting that changes the meaning of the numbers and differs
+    between runs.
     """
     sentences = [
         text for name, value in _MEANINGS.items() if (text := _difference(name, listed, value))
@@ -220,7 +225,7 @@ _MEANINGS: dict[str, Callable[[LossResults], str]] = {
 def _difference(
     name: str, listed: dict[str, list[LossResults]], value: Callable[[LossResults], str]
 ) -> str:
-    """Say which labels have which value; "" where all have the same."""
+    """Name the labels of each value; "" if all have the same."""
     of_labels = {
         label: list(dict.fromkeys(filter(None, map(value, several))))
         for label, several in listed.items()
@@ -242,7 +247,9 @@ def _names(labels: list[str]) -> str:
 
 
 def _other_losses(listed: dict[str, list[LossResults]]) -> list[str]:
-    """Say where a loss of one name has another value on the same weights, sample and settings."""
+    """Report where a loss of one name has different values on the same weights, sample and
+    settings.
+    """
     known: dict[tuple[object, ...], tuple[str, float]] = {}
     for label, several in listed.items():
         for results in several:

@@ -1,4 +1,6 @@
-"""The loss change inside a subspace of the motion and outside of it, beside that of a random one."""
+"""Split the loss change into the part inside a subspace of the motion and the part outside,
+compared with a random subspace.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from .common import (
 )
 
 FINDING = Finding(
-    question="Did the loss fall along a few directions or beside them, and how much of the motion is "
-    "theirs; random ones beside",
+    question="Did the loss fall along a few directions or outside them, and how much of the motion do "
+    "they capture; compared with random ones",
     needs="a run with `--along`",
     place=28,
     part="along",
@@ -39,25 +41,25 @@ FINDING = Finding(
             flag="--null",
             kind="path",
             metavar="RUN",
-            help="The same loss along as many random directions.",
+            help="A run of the same loss along as many random directions.",
         ),
     ),
 )
-_SAME = 1e-3  # of the largest change of a segment: two runs of one training differ by less
+_SAME = 1e-3  # relative to the largest change of a segment; two runs of one training differ by less
 
 
 def directions(results: LossResults, *, null: LossResults | str | Path | None = None) -> xr.Dataset:
     """Return the loss change inside the subspace of a run's directions and outside of it.
 
-    Directions are orthonormal, so the part of the motion inside, its share `captured` of Σ‖Δθ‖²,
-    and the loss change there, Σ_b ⟨b, Δθ⟩⟨b, ḡ⟩, do not depend on how the subspace is spanned;
-    single directions do. Of a motion that knows nothing of them, k directions capture k of P
-    parts on average, P the elements that moved: `captured_by_chance`.
+    Directions are orthonormal. The part of the motion inside, its share `captured` of Σ‖Δθ‖², and
+    the loss change there, Σ_b ⟨b, Δθ⟩⟨b, ḡ⟩, do not depend on how the subspace is spanned; single
+    directions do. If the motion is independent of the directions, k of them capture on average k /
+    P of it, with P the number of elements that moved: `captured_by_chance`.
 
     Args:
         results: one loss of a run with `--along`, at any level of `--keep`.
-        null: the same loss of another run of the same checkpoints along as many directions, random
-            ones: that loss, or the path of the run.
+        null: the same loss in another run of the same checkpoints along as many random directions:
+            that loss, or the path of the run.
 
     Returns:
         `allocated` and `cumulative` (step[, group], direction), `total` (direction[, group]); `inside`
@@ -65,15 +67,15 @@ def directions(results: LossResults, *, null: LossResults | str | Path | None = 
         and `outside_total` ([group]), in units of loss. Shares of the squared length of the motion:
         `captured` (step), NaN where nothing moved, `captured_total`, `captured_direction`
         (direction), `captured_by_chance`. With `null` also `null_inside`, `null_inside_cumulative`,
-        `null_inside_total`, `null_captured` and `null_captured_total`. Of a run of a random part of
-        the segments, `--segments`, sums so far and over training are estimates, and
+        `null_inside_total`, `null_captured` and `null_captured_total`. For a random part of the
+        segments (`--segments`), cumulative sums and those over training are estimates, and
         `inside_segments`, `outside_segments` and `null_inside_segments` the standard errors of the
         latter.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where a run was made without `--along`, and where `null` is of other segments,
-            another loss or another number of directions.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: if a run was made without `--along`, or `null` has other segments, another loss
+            or another number of directions.
     """
     table, data = tables(results, sampled=True), part_of(results, "along")
     groups = [dim for dim in data["allocated"].dims if dim == "group"]
@@ -95,7 +97,7 @@ def directions(results: LossResults, *, null: LossResults | str | Path | None = 
     left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
-            "The run keeps some tensors alone; motion and loss change are those of these tensors."
+            "The run keeps only some tensors; motion and loss change are those of these tensors."
         )
     attributes = about(results, "directions", left_out)
     variables |= _captured(data, min(1.0, chance))
@@ -118,9 +120,9 @@ def directions(results: LossResults, *, null: LossResults | str | Path | None = 
 def _series(
     results: LossResults, name: str, values: xr.DataArray, where: str
 ) -> dict[str, tuple[xr.DataArray, str]]:
-    """Return a loss change by segment, so far and over training, with what they are."""
+    """Return a loss change by segment, cumulative and over training, with descriptions."""
     error = segments_error(results, values)
-    words = f"standard error of {name}_total by the segments drawn"
+    words = f"standard error of {name}_total from drawing segments"
     return {
         **({} if error is None else {f"{name}_segments": (error, words)}),
         name: (values, f"Σ allocation of the segment {where} the subspace"),
@@ -156,7 +158,11 @@ def _captured(data: xr.Dataset, chance: float) -> dict[str, Variable]:
 
 
 def _null(results: LossResults, null: LossResults | str | Path) -> LossResults:
-    """Return the loss of the run with random directions."""
+    """Return the loss of the run with random directions.
+
+    Raises:
+        InputError: if that run lacks the loss.
+    """
     if isinstance(null, LossResults):
         return null
     run = open_run(null)
@@ -171,7 +177,7 @@ def _beside(data: xr.Dataset, other: LossResults, groups: list[str]) -> dict[str
     """Return the numbers of the random directions.
 
     Raises:
-        InputError: where they cannot be compared.
+        InputError: if they cannot be compared.
     """
     null = part_of(other, "along")
     if null.sizes["direction"] != data.sizes["direction"]:
@@ -192,7 +198,7 @@ def _beside(data: xr.Dataset, other: LossResults, groups: list[str]) -> dict[str
     )
     if not same:
         raise InputError(
-            f"loss {other.name!r} of {other.path} is not of the same segments, or changed otherwise "
+            f"loss {other.name!r} of {other.path} has other segments, or changed differently "
             "on them. The null is the same loss, along random directions, of the same checkpoints."
         )
     inside = null["allocated"].transpose("step", *groups, "direction").sum("direction")
@@ -213,13 +219,13 @@ def balance_of(
     inside: float | list[float],
     outside: float | list[float],
 ) -> list[str]:
-    """Say how much of the motion and of the loss change is inside, in parts of a sentence.
+    """Describe how much of the motion and of the loss change is inside, in parts of a sentence.
 
     Args:
         number: of directions.
         captured: share of the squared length of the motion inside.
-        by_chance: the same of as many random directions.
-        inside: Σ allocation inside; a list of groups, of which it is not said.
+        by_chance: the same for as many random directions.
+        inside: Σ allocation inside; a list over groups is not described.
         outside: the same outside.
     """
     subject = "The direction captures" if number == 1 else f"The {number:,} directions capture"
@@ -233,7 +239,9 @@ def balance_of(
 
 
 def balance(finding: xr.Dataset) -> str:
-    """Say the same of a finding, and of random directions where it has them."""
+    """Describe how much of the motion and the loss change a finding has inside, and of random
+    directions if it has them.
+    """
     parts = balance_of(
         finding.sizes["direction"],
         float(finding["captured_total"]),

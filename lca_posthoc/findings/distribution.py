@@ -1,11 +1,13 @@
-"""The distribution of single allocations: shares, a histogram, a heavy-tailed fit, inequality."""
+"""Describe the distribution of single allocations: shares, a histogram, a heavy-tailed fit,
+inequality.
+"""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import scipy  # its parts load when they are used
+import scipy  # loads its submodules on first use
 import xarray as xr
 
 from ..base.declarations import GROUPS, Finding
@@ -37,17 +39,17 @@ _TOP = 0.01
 
 
 def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) -> xr.Dataset:
-    """Return the distribution of the allocation over parameters × segments; buffers are not
-    counted.
+    """Return the distribution of the allocation over parameters × segments, without
+    buffers.
 
-    The histogram has two bins an octave, so figures computed from it have an error; `…_low` and
+    The histogram has two bins an octave, so figures computed from it have errors; `…_low` and
     `…_high` bound it for the share of Σ|A| that the top 1 % of the elements carry, and for the Gini
     coefficient of |A| (Gini 1912; zeros are counted).
 
     Args:
-        results: one loss of a run. The histogram is there from `--keep statistics` on; the sample,
+        results: one loss of a run. The histogram needs `--keep statistics`; the sample,
             and the double Weibull distribution fitted to it (scipy's `dweibull`, location 0,
-            maximum likelihood, exact zeros left out), at `--keep parameters`.
+            maximum likelihood, exact zeros excluded), need `--keep parameters`.
         sample: how many elements to draw with replacement, uniformly over parameters × segments (×
             groups).
         seed: of numpy's default generator.
@@ -56,12 +58,12 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
         `count` (bin[, group]) with coordinates `lower` and `upper`; by group `zero` (a count),
         `helping`, `hurting` (shares), `mean`, `mean_absolute`, `standard_deviation` (of the bins'
         middles; the mean is exact), `top_share`, `gini` with bounds; `sample` (draw),
-        `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). Where every
-        allocation is 0 there is no bin, and what is not defined is NaN; `left_out` says so.
+        `weibull_shape`, `weibull_scale`, `kurtosis` (Fisher's, of the sample). If every
+        allocation is 0, there is no bin, and undefined figures are NaN; `left_out` says so.
 
     Raises:
-        LCAError: where the run keeps sums alone, a segment is longer than one training step, none
-            is there yet, or stored numbers are damaged.
+        LCAError: if the run keeps only sums, a segment is longer than one training step, none
+            is finished yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "sizes of single allocations")
     refuse_straight_lines(table, FINDING.single_steps, "sizes of single allocations")
@@ -73,7 +75,7 @@ def distribution(results: LossResults, *, sample: int = 100_000, seed: int = 0) 
     first, last = (int(occupied[0]), int(occupied[-1]) + 1) if len(occupied) else (0, 0)
     if first == last:
         left_out.append(
-            "Every allocation is exactly 0: there are no bins, and no shares of a sum that is 0."
+            "Every allocation is exactly 0: there are no bins, and no shares of a zero sum."
         )
     group = ("group",) if count.ndim == 2 else ()
     lower, upper = edges[first:last], edges[first + 1 : last + 1]
@@ -148,7 +150,9 @@ def _counts(results: LossResults) -> tuple[Numbers, Numbers]:
 def _figures(
     count: Numbers, zero: int, lower: Numbers, upper: Numbers, total: float
 ) -> dict[str, float]:
-    """Return the figures of one row of bins; only those that 0 elements leave undefined are NaN."""
+    """Return the figures of one row of bins; NaN only where they are undefined for lack of
+    elements.
+    """
     elements = int(count.sum()) + zero
     low, high = np.minimum(abs(lower), abs(upper)), np.maximum(abs(lower), abs(upper))
     order = np.argsort(low, kind="stable")
@@ -177,8 +181,8 @@ def _figures(
 
 
 def _top(count: Numbers, of_top: Numbers, of_rest: Numbers, elements: int) -> float:
-    """Return the share of the sum of the largest 1 %, if elements of a bin count `of_top` among
-    these and `of_rest` below; bins rise.
+    """Return the share of the sum of the largest 1 %, where elements of a bin count `of_top` within
+    it and `of_rest` below; bins rise.
     """
     size = max(1, round(_TOP * elements))
     above = np.cumsum(count[::-1])[::-1] - count
@@ -206,7 +210,7 @@ def _gini(count: Numbers, zero: int, small: Numbers, large: Numbers) -> float:
         return (last * (last + 1.0) - first * (first + 1.0) - (last - first) * (n + 1.0)) / n
 
     def excess(gini: float) -> float:
-        # the ranks up to it have w ≤ G
+        # up to this rank, w ≤ G
         border = np.clip(np.floor((gini * n + n + 1) / 2), starts, ends)
         below = weights(starts, border) - gini * (border - starts)
         above = weights(border, ends) - gini * (ends - border)
@@ -237,7 +241,7 @@ def _sample(results: LossResults, size: int, seed: int) -> Numbers:
 
 
 def _picked(data: xr.DataArray, positions: Numbers, span: int) -> Numbers:
-    """Return the elements at sorted flat positions; every row of chunks is read whole and once, in
+    """Return the elements at sorted flat positions; read every row of chunks whole and once, in
     blocks.
     """
     places = np.unravel_index(positions, data.shape)
@@ -274,7 +278,7 @@ def _fitted(drawn: Numbers) -> dict[str, Variable]:
     if len(moved) < 2 or np.ptp(abs(moved)) == 0:
         shape = scale = math.nan
     else:
-        # fitted in units of the median: the optimiser stops at absolute steps
+        # fitted in units of the median, because the optimiser stops at absolute steps
         unit = float(np.median(abs(moved)))
         shape, _, scale = scipy.stats.dweibull.fit(moved / unit, floc=0)
         scale *= unit

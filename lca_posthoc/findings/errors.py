@@ -1,5 +1,5 @@
-"""The errors of sums over training: each kind apart, all of them together, and what they leave to say
-of a sum: whether it helped, hurt, or cannot be told from zero.
+"""Compute the errors of sums over training: each kind, all kinds together, and the conclusion
+whether a sum helped, hurt, or cannot be told from zero.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _LETTERS = 40  # of names in a sentence
 
 @dataclass(frozen=True)
 class _Kind:
-    """A kind of error: what it says, and how much of it a sum's whole error has: a bound once, a
-    standard error twice.
+    """A kind of error: its description, and its factor in the whole error: 1 for a bound, 2 for a
+    standard error.
     """
 
     text: str
@@ -33,22 +33,22 @@ class _Kind:
 
 KINDS = {
     "quadrature": _Kind("missed by quadrature"),
-    "precision": _Kind("lost to the precision of the gradients"),
+    "precision": _Kind("lost to gradient precision"),
     "path": _Kind("changed by another path"),
-    "examples": _Kind("standard error by the examples drawn", 2.0),
-    "segments": _Kind("standard error of the total by the segments drawn", 2.0),
+    "examples": _Kind("standard error from drawing examples", 2.0),
+    "segments": _Kind("standard error of the total from drawing segments", 2.0),
 }
 
 
 def errors_of_sums(
     results: LossResults, table: xr.Dataset, allocated: xr.DataArray, sizes: xr.DataArray
 ) -> dict[str, xr.DataArray]:
-    """Return the errors of sums over training that every run tells, by kind and in units of loss:
-    `quadrature`, but of fixed rules, which have no bound; `precision`, where it was measured; and
-    `segments`, of a random part of them.
+    """Return the errors of sums over training that every run knows, by kind and in units of loss.
 
-    Quadrature and precision are bounds. Of each segment, a sum has the part of `error_bound` that
-    goes by its size; the precision's measured error, Σ|A − A*| / Σ|A*|, is taken of its size.
+    These are `quadrature`, except for fixed rules, which have no bound; `precision`, where it was
+    measured; and `segments`, for a random part of them. Quadrature and precision are bounds. A sum
+    gets its share of each segment's `error_bound` in proportion to its size; the measured error of
+    the precision, Σ|A − A*| / Σ|A*|, is relative to its size.
 
     Args:
         results: one loss of a run.
@@ -75,12 +75,12 @@ def errors_of_sums(
 
 
 def _plain(column: xr.DataArray) -> xr.DataArray:
-    """Return an array without its coordinates, which sums of layers do not have."""
+    """Return an array without its coordinates, which sums of layers lack."""
     return xr.DataArray(column.values, dims=column.dims)
 
 
 def _precision(steps: xr.Dataset, precision: str) -> float | None:
-    """Return the mean relative error of the precision, 0 of the highest; None where it was not
+    """Return the mean relative error of the precision, 0 for the highest; None where it was not
     measured.
     """
     measured = steps["precision_error"].values
@@ -94,18 +94,18 @@ def described_errors(
     total: xr.DataArray, errors: Mapping[str, xr.DataArray], *, all_known: bool
 ) -> dict[str, Variable]:
     """Return the errors of sums over training as variables: each kind; `error`, all kinds together;
-    and `verdict`.
+    and `verdict`, the conclusion.
 
-    Bounds are added; standard errors are independent, so that of all of them is the root of the sum
-    of their squares, and it counts twice. A sum that is no larger than its error "cannot be told from
-    zero"; a larger one "helps, clearly" or "hurts, clearly", or only "helps" or "hurts" where some
-    kind of error is not known; one that is exactly zero "did nothing".
+    Bounds are added. Standard errors are independent: they add in quadrature, and the result counts
+    twice. A sum no larger than its error "cannot be told from zero". A larger one "helps, clearly"
+    or "hurts, clearly", or only "helps" or "hurts" where some kind of error is unknown. A sum of
+    exactly zero "did nothing".
 
     Args:
         total: the sums over training.
-        errors: by kind, see `errors_of_sums`, `path` and `examples` where they are known too; each
-            has the axes of `total`, or those but for the groups.
-        all_known: whether no kind that the run has is missing, see `not_known`.
+        errors: by kind, see `errors_of_sums`, and `path` and `examples` where they are known; each
+            has the axes of `total`, or those without groups.
+        all_known: whether no kind of error that the run has is unknown, see `not_known`.
     """
     bounds, squares = xr.zeros_like(total), xr.zeros_like(total)
     for name, error in errors.items():
@@ -123,17 +123,22 @@ def described_errors(
         "verdict": described(
             (total.dims, verdicts(total.values, error.values, all_known=all_known)),
             "",
-            "what may be said of the total",
+            "conclusion on the total",
         ),
     }
 
 
 def verdicts(total: Numbers, error: Numbers, *, all_known: bool) -> Numbers:
-    """Return what may be said of sums with errors, see `described_errors`.
+    """Return the conclusions on sums with errors, see `described_errors`.
 
     >>> verdicts(np.array([-3.0, 3.0, 0.5, 0.0]), np.array([1.0, 1.0, 1.0, 0.0]), all_known=True)
     array(['helps, clearly', 'hurts, clearly', 'cannot be told from zero',
            'did nothing'], dtype=object)
+
+    Args:
+        total: sums.
+        error: their errors, of a shape that broadcasts.
+        all_known: whether no kind of error is unknown.
     """
     surely = _CLEARLY if all_known else ""
     words = np.where(total < 0, HELPS + surely, HURTS + surely).astype(object)
@@ -143,15 +148,21 @@ def verdicts(total: Numbers, error: Numbers, *, all_known: bool) -> Numbers:
 
 
 def is_told(finding: xr.Dataset) -> Numbers:
-    """Return which sums of a finding are told from zero, with the axes of its `verdict`."""
+    """Return which sums of a finding differ from zero by more than their errors, with the axes of
+    its `verdict`.
+    """
     verdict = finding["verdict"].values
     told: Numbers = (verdict != UNTOLD) & (verdict != NOTHING)
     return told
 
 
 def untold_sentence(finding: xr.Dataset, most: int = 4) -> str:
-    """Name the layers whose sums cannot be told from zero; "" where there are none, and of several
+    """Name the layers whose sums cannot be told from zero; "" where there are none, or several
     groups.
+
+    Args:
+        finding: with verdicts by layer.
+        most: layers to name.
     """
     if finding["verdict"].ndim != 1:
         return ""
@@ -160,7 +171,7 @@ def untold_sentence(finding: xr.Dataset, most: int = 4) -> str:
         return ""
     shown = shorten([str(name) for name in names[:most]], _LETTERS)
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
-    return f"Within its error, so not told from zero: {', '.join(shown)}{more}."
+    return f"Within their errors, so not told from zero: {', '.join(shown)}{more}."
 
 
 def not_known(
@@ -170,17 +181,17 @@ def not_known(
     *,
     each_group: bool,
 ) -> list[str]:
-    """Say which kinds of error sums over training have and the run does not tell; nothing where there
+    """Name the kinds of error of sums over training that the run does not know; nothing where there
     are none.
 
     Args:
         results: one loss of a run.
         segments: with their coordinates.
-        errors: those that are known.
+        errors: the known kinds.
         each_group: whether the sums are of each group of the loss.
     """
     missing = list(_missing(results, segments, errors, each_group))
-    return [f"Not known of the error of sums: {', '.join(missing)}."] if missing else []
+    return [f"Unknown errors of the sums: {', '.join(missing)}."] if missing else []
 
 
 def _missing(
@@ -192,7 +203,7 @@ def _missing(
     if "precision" not in errors:
         yield "precision (it was not measured)"
     if "path" not in errors and long_segments(segments).any():
-        yield "what another path would change"
+        yield "the change by another path"
     if results.record.examples < results.record.total and (
         "examples" not in errors or (each_group and results.record.groups is not None)
     ):
@@ -202,11 +213,11 @@ def _missing(
 
 
 def over_groups(results: LossResults, by_layer: xr.Dataset) -> xr.Dataset:
-    """Return `total`, its errors and its verdict, of all groups of a loss together, (layer,);
-    `attrs["not_known"]` says which kinds of error the run does not tell, as `not_known` does.
+    """Return `total`, its errors and its verdict for all groups of a loss together, (layer,).
 
-    A bound of the weighted mean over groups is that mean of the bounds; of standard errors too,
-    whatever the errors of groups have in common.
+    `attrs["not_known"]` names the unknown kinds of error, as `not_known` does. The bound of the
+    weighted mean over groups is the weighted mean of the bounds. So is its standard error at most,
+    however errors of groups are correlated.
 
     Args:
         results: one loss of a run.

@@ -1,5 +1,5 @@
-"""The examples of a loss: which were learned, when and by which layer, which were forgotten again,
-and how far they pulled against each other.
+"""Describe the examples of a loss: which were learned, when and by which layer, which were
+forgotten, and how strongly they pulled against each other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .per_example import ExampleReader, Part, course, name_of_example, open_exam
 
 FINDING = Finding(
     question="Which examples were learned, when and by which layer; which were forgotten again; how "
-    "much they pull against each other",
+    "strongly they pull against each other",
     needs='a loss with `per="example"` or `per="element"`',
     place=82,
     examples=True,
@@ -32,21 +32,21 @@ FINDING = Finding(
             flag="--example",
             metavar="NUMBER",
             repeatable=True,
-            help="Examples: its story over training; of a loss that tells elements apart "
-            "EXAMPLE:INDEX (repeatable).  [default: the most forgotten]",
+            help="Examples whose stories to show; EXAMPLE:INDEX for a loss with results per element "
+            "(repeatable).  [default: the most forgotten]",
         ),
     ),
 )
 FATES = ("never learned", "learned and kept", "forgotten and learned again", "forgotten")
-_LEAST = 0.1  # of the mean loss at the start: a fall by less is not called learning
+_LEAST = 0.1  # of the mean loss at the start; a smaller fall does not count as learning
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Course:
     """The loss of some examples over training, each (example,).
 
-    `row` is the segment at whose end the loss was lowest, -1 for the start of training; `half` the
-    first at whose end it had come half of the way down to there.
+    `row` is the segment at whose end the loss was lowest, -1 for the start of training; `half` is
+    the first segment at whose end it had fallen half of the way there.
     """
 
     start: Numbers
@@ -60,8 +60,8 @@ class _Course:
 
 @dataclass(frozen=True, kw_only=True)
 class _Share:
-    """The shares of layers in the change of some examples' losses, each (example, layer), and the
-    residual of each example, (example,).
+    """The contributions of layers to the change of some examples' losses, each (example, layer),
+    and the residual of each example, (example,).
     """
 
     total: Numbers
@@ -82,63 +82,62 @@ def examples(
 ) -> xr.Dataset:
     """Return which examples were learned, when, by which layer, and which were forgotten again.
 
-    An example's loss changes by the sum of its allocations to all layers and a residual. Read are
-    its losses at the start of training and at the end of every segment.
+    An example's loss changes by the sum of its allocations to all layers and a residual. This
+    finding reads its losses at the start of training and at the end of every segment.
 
-    *Forgotten* is how far the loss ended above its lowest value: the measure of Chaudhry et al.
-    (2018), which takes accuracies of a task, for the loss of an example. Among the most forgotten
-    are only examples whose loss had come down by `least` below its start: what training only ever
-    made worse was hurt, and had nothing to forget. *Events* are
-    counted in analogy to Toneva et al. (2019), who count how often an example goes from classified
-    rightly to wrongly. A loss has no such border, so it is drawn for each example where it is as far
-    from what it came down from as from what it came down to. An example is learned when its loss
-    has fallen by `least` from its highest value, since training or the last event began; it is
-    forgotten, an event, when its loss then rises above the middle between that value and the lowest
-    since. A rise by less than half of `least` is therefore never an event, and one way up counts
-    once.
+    *Forgotten* is the final loss minus the lowest: the measure of Chaudhry et al. (2018), who use
+    accuracies of a task, for the loss of an example. The most forgotten are chosen among examples
+    whose loss had fallen by `least` below its start: an example that only got worse had nothing to
+    forget. *Events* are counted in analogy to Toneva et al. (2019), who count how often an example
+    changes from classified correctly to incorrectly. A loss has no such border, so each example has
+    its own: an example is learned when its loss has fallen by `least` from its highest value since
+    training or the last event began. It is forgotten, which is an event, when its loss then rises
+    above the middle between that value and the lowest since. A rise by less than half of `least` is
+    therefore never an event, and one rise counts once.
 
-    *Interference* of a layer is 1 − |Σ_x W_x a_x| / Σ_x W_x |a_x|, with a_x what it did to the loss
-    of example x and W_x the example's weight: 0 where it helped all or hurt all, 1 where what it
-    did to some undid what it did to others.
+    *Interference* of a layer is 1 − |Σ_x W_x a_x| / Σ_x W_x |a_x|, where a_x is the layer's
+    allocation for the loss of example x and W_x the example's weight: 0 if the layer helped all
+    examples or hurt all, 1 if its effects on different examples cancel.
 
     Memory: a fixed number of stored values at a time (`per_example`), and the result. Sums, counts
-    and extremes are over all examples; those whose weight is 0 do not count.
+    and extremes include all examples except those of weight 0.
 
     Args:
-        results: one loss of a run, stated with `per="example"` or `per="element"`, at any level of
+        results: one loss of a run with `per="example"` or `per="element"`, at any level of
             `--keep`.
         by: as of `layers`.
         named: examples whose stories are added, by their number, or "EXAMPLE:INDEX" for elements.
-        most: how many examples the tables have at most, evenly spaced from the first on.
+        most: the most examples in the tables, evenly spaced from the first on.
         extremes: how many of the most helped, most hurt and most forgotten have a story, of each.
-        frames: stories are in at most so many stretches of consecutive segments.
-        least: in units of loss; default a tenth of the mean loss at the start.
-        texts: what to show of examples, by their number, such as their label or their words.
+        frames: the most stretches of consecutive segments in a story.
+        least: in units of loss; by default a tenth of the mean loss at the start.
+        texts: descriptions of examples by number, such as their label or their words.
 
     Returns:
         By `layer`: `interference` (step, layer) of each segment, and `absolute`, the mean of |a|, in
-        units of loss; `interference_mean` of all segments, weighted by Σ W|a|, and `interference_total` of the sums over training; `total`,
-        the mean over examples of these sums, with its `error` and `verdict` as of `layers`;
-        `helped_most`, `hurt_most` and `forgot_most`, how many
-        examples it was the layer for that helped or hurt them most, or raised the loss of forgotten
-        ones most since it was lowest. NaN is the interference of a layer that did nothing.
+        units of loss; `interference_mean` of all segments, weighted by Σ W|a|, and
+        `interference_total` of the sums over training; `total`, the mean over examples of these
+        sums, with its `error` and `verdict` as of `layers`; `helped_most`, `hurt_most` and
+        `forgot_most`, for how many examples the layer helped or hurt most, or, of forgotten ones,
+        raised the loss most since it was lowest. The interference of a layer without any
+        allocation is NaN.
 
         By `example`, or `element`: `loss_start`, `loss_end`, `loss_lowest`, `forgotten`, `residual`
         in units of loss; `step_half` and `step_lowest`, the training steps by which the loss had
-        come half of its way down, and was lowest; `events`; `fate`, a position in `fate_name`;
+        fallen half of its way, and was lowest; `events`; `fate`, a position in `fate_name`;
         `weight`; `allocated` and `since_lowest` (example, layer): sums over training, and from the
         lowest loss on, so that Σ_layer since_lowest + the residuals since is `forgotten`.
 
         By `story`: `story_kind` ("most helped", "most hurt", "most forgotten", "named"),
         `story_example` (`story_index`, `story_group`, `story_text`), `story_change`,
-        `story_forgotten`, `story_layer`, the layer that did most of it; and over `stretch`, which
-        ends at step `stretch_end`: `story_loss` and `story_allocated` (story, stretch, layer), the
-        sum so far. `fates` (fate_name) counts examples.
+        `story_forgotten`, `story_layer`, the layer with the largest part in it; and over `stretch`,
+        which ends at step `stretch_end`: `story_loss` and `story_allocated` (story, stretch,
+        layer), the cumulative sum. `fates` (fate_name) counts examples.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the loss was not stated with `per=`, for another `by`, for an example that
-            is not there, or a bound below one.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: if the loss has no results per example or element, for any other `by`, an
+            unknown example, or a bound below one.
     """
     reader = open_examples(results, by, texts)
     if extremes < 1:
@@ -156,11 +155,11 @@ def examples(
     left_out = [*unfinished(results), *sums.attrs["not_known"]]
     if len(shown) < reader.count:
         left_out.append(
-            f"{len(shown):,} of {count(reader.count, reader.per)}, evenly spaced, are in the table; "
-            "sums, counts and extremes are of all."
+            f"The table has {len(shown):,} of {count(reader.count, reader.per)}, evenly spaced; "
+            "sums, counts and extremes include all."
         )
     if silent:
-        left_out.append(f"{count(silent, reader.per)} of weight 0 did not count.")
+        left_out.append(f"{count(silent, reader.per)} of weight 0 are excluded.")
     chosen = [*tallies.extremes(), *(("named", position) for position in picked)]
     coords: dict[str, object] = {
         "step": reader.table["step"].values,
@@ -191,18 +190,22 @@ def examples(
 
 
 def _position(reader: ExampleReader, name: str | int) -> int:
-    """Return where an example is that is named by its number, or an element by "EXAMPLE:INDEX"."""
+    """Return the position of an example named by its number, or of an element "EXAMPLE:INDEX".
+
+    Raises:
+        InputError: for any other name.
+    """
     numbers = str(name).split(":")
     if len(numbers) > 2 or not all(number.strip().isdecimal() for number in numbers):
         raise InputError(
-            f"an example is named by its number, such as 12, an element by two, such as 12:3; got "
+            f"name an example by its number, such as 12, or an element by two, such as 12:3; got "
             f"{name!r}."
         )
     return reader.position(*map(int, numbers))
 
 
 def _mean_at_start(reader: ExampleReader) -> tuple[float, int]:
-    """Return the weighted mean loss at the start, and how many examples have no weight."""
+    """Return the weighted mean loss at the start, and the number of examples without weight."""
     summed, weight, silent = 0.0, 0.0, 0
     for part in reader.blocks():
         weights = reader.weights(part)
@@ -212,7 +215,7 @@ def _mean_at_start(reader: ExampleReader) -> tuple[float, int]:
 
 
 def _course(reader: ExampleReader, part: Part, least: float) -> _Course:
-    """Return what the losses of a block of examples did over training."""
+    """Return the course of the losses of a block of examples."""
     start = reader.read("loss_start", slice(0, 1), part)[0]
     lowest, row, end = start.copy(), np.full(len(start), -1), start
     events, high, low = np.zeros(len(start), dtype=int), start.copy(), start.copy()
@@ -258,7 +261,7 @@ class _Tallies:
         }
 
     def add(self, reader: ExampleReader, part: slice, course: _Course) -> _Share:
-        """Add a block of examples, and return what layers did to each of them."""
+        """Add a block of examples, and return the layers' contributions to each of them."""
         shape = (len(course.start), len(reader.layers))
         total, since, residual = np.zeros(shape), np.zeros(shape), np.zeros(shape[0])
         for rows in reader.rows():
@@ -276,7 +279,7 @@ class _Tallies:
         return _Share(total=total, since_lowest=since, residual=residual)
 
     def _count(self, total: Numbers, since: Numbers, course: _Course, weights: Numbers) -> None:
-        """Count the layers that did most, and add up what layers did over training."""
+        """Count the layers with the largest contributions, and add the layers' sums over training."""
         self.total += weights @ total
         self.total_absolute += weights @ np.abs(total)
         self.weight += float(weights.sum())
@@ -292,7 +295,7 @@ class _Tallies:
             self.most[name] += np.bincount(values[among].argmax(axis=1), minlength=values.shape[1])
 
     def _keep(self, start: int, course: _Course, weights: Numbers) -> None:
-        """Keep the extremes among those of earlier blocks and of this one."""
+        """Keep the extremes of earlier blocks and of this one."""
         change = course.end - course.start
         came_down = course.start - course.lowest >= self._least
         for kind, values in (
@@ -314,7 +317,7 @@ class _Tallies:
             yield from ((kind, -negative) for _, negative in reversed(entries))
 
     def variables(self) -> dict[str, Variable]:
-        """Return what is said of layers, and the counts."""
+        """Return the results by layer, and the counts."""
         weight = self.weight or 1.0
         mean = _interference(np.abs(self.signed).sum(axis=0), self.absolute.sum(axis=0))
         words = {
@@ -353,14 +356,14 @@ class _Tallies:
 
 
 def _interference(of_sum: Numbers, of_sizes: Numbers) -> Numbers:
-    """Return 1 − |Σ W a| / Σ W|a|, never below 0; NaN where nothing was done."""
+    """Return 1 − |Σ W a| / Σ W|a|, never below 0; NaN where all a are 0."""
     with np.errstate(invalid="ignore"):
         shares: Numbers = np.maximum(0.0, 1 - of_sum / np.where(of_sizes > 0, of_sizes, np.nan))
     return shares
 
 
 class _Rows:
-    """The rows of the examples that are in the table."""
+    """The rows of the table of examples."""
 
     def __init__(self) -> None:
         self._columns: dict[str, list[Numbers]] = {}
@@ -368,7 +371,7 @@ class _Rows:
     def add(
         self, part: slice, shown: Numbers, weights: Numbers, course: _Course, share: _Share
     ) -> None:
-        """Add those of a block."""
+        """Add the rows of a block."""
         picked = shown[(shown >= part.start) & (shown < part.stop)] - part.start
         columns = {**vars(course), **vars(share), "weight": weights}
         for name, values in columns.items():
@@ -449,19 +452,23 @@ def _stories(
 
 
 def _culprit(kind: str, total: Numbers, since: Numbers) -> int:
-    """Return the layer that did most of what an extreme is one for; of a named example, the layer
-    that did most to its loss.
+    """Return the layer with the largest part in what makes an extreme; for a named example, in the
+    change of its loss.
     """
     of_kind = {"most helped": -total, "most hurt": total, "most forgotten": since}
     return int(np.argmax(of_kind.get(kind, np.abs(total))))
 
 
 def heat_rows(finding: xr.Dataset, most: int) -> tuple[Numbers, int]:
-    """Return the table of examples as a picture: what layers did to each, most helped first.
+    """Return the table of examples as a picture of the layers' contributions, most helped first.
+
+    Args:
+        finding: with the table.
+        most: rows of the picture.
 
     Returns:
-        (row, layer) in units of loss, at most `most` rows, and how many examples each row is the
-        mean of; the last may be of fewer. Examples of weight 0 are left out.
+        (row, layer) in units of loss, at most `most` rows, and how many examples each row averages;
+        the last may average fewer. Examples of weight 0 are excluded.
     """
     per = str(finding.attrs["per"])
     counting = np.flatnonzero(finding["weight"].values > 0)
@@ -477,11 +484,15 @@ def heat_rows(finding: xr.Dataset, most: int) -> tuple[Numbers, int]:
 
 
 def interference_over(finding: xr.Dataset, frames: int) -> xr.Dataset:
-    """Return the interference of each layer over at most `frames` stretches of segments.
+    """Return the interference of each layer over stretches of segments.
+
+    Args:
+        finding: with the interference of each segment.
+        frames: the most stretches.
 
     Returns:
-        `interference` (step, layer), the mean of segments weighted by what was done on them, with
-        `step` and `step_end` of the stretches.
+        `interference` (step, layer), the mean of segments weighted by Σ W|a|, with `step` and
+        `step_end` of the stretches.
     """
     borders = stretches(finding.sizes["step"], frames)
     sizes = finding["absolute"].transpose("step", "layer").values
@@ -502,8 +513,8 @@ def interference_over(finding: xr.Dataset, frames: int) -> xr.Dataset:
 
 
 def default_story(finding: xr.Dataset) -> int | None:
-    """Return the position of the story to show first: the first that was named, else the most
-    forgotten, the most hurt, the most helped example; None where there is none.
+    """Return the position of the story to show first: the first named one, else the most forgotten,
+    the most hurt, the most helped; None where there is none.
     """
     kinds = [str(kind) for kind in finding["story_kind"].values]
     for kind in ("named", "most forgotten", "most hurt", "most helped"):
@@ -515,18 +526,27 @@ def default_story(finding: xr.Dataset) -> int | None:
 def one_story(finding: xr.Dataset, position: int) -> xr.Dataset:
     """Return one story: `change` of the loss since the start, (step,), and `allocated` so far,
     (step, layer), with `step` and `step_end` of its stretches.
+
+    Args:
+        finding: with stories.
+        position: of the story.
     """
     one = finding.isel(story=position)
     return course(finding, one["story_loss"] - one["story_start"], one["story_allocated"])
 
 
 def story_name(finding: xr.Dataset, position: int) -> str:
-    """Return an example as `--example` takes it."""
+    """Return the name of a story's example, as `--example` takes it.
+
+    Args:
+        finding: with stories.
+        position: of the story.
+    """
     return name_of_example(finding.isel(story=position), "story_")
 
 
 def fates(finding: xr.Dataset) -> str:
-    """Say how many examples were learned, kept and forgotten."""
+    """Count the examples that were learned, kept and forgotten, in words."""
     parts = [
         f"{int(number):,} {name}"
         for name, number in zip(finding["fate_name"].values, finding["fates"].values, strict=True)

@@ -1,4 +1,4 @@
-"""Two losses over two splits, such as training and validation: the layers and parameters that
+"""Compare two losses over two splits, such as training and validation: which layers and parameters
 lowered one and raised the other.
 """
 
@@ -29,7 +29,7 @@ from .common import (
 from .layers import layers
 
 FINDING = Finding(
-    question="Who lowered one loss, such as that of training, and raised another, such as that of "
+    question="Which layers lowered one loss, such as that of training, and raised another, such as that of "
     "validation",
     needs="two losses of a run over two splits; parameters `--keep statistics`",
     place=80,
@@ -46,32 +46,33 @@ _SPLIT_WORDS = re.compile(
 def generalisation(
     first: LossResults, second: LossResults, *, by: str | int = "module", most: int = 10
 ) -> xr.Dataset:
-    """Return the allocations of one path to two losses over two splits, by layer and by parameter.
+    """Return the allocations to two losses over two splits, by layer and by parameter.
 
-    Variables are named after the two losses, here `train` and `validation`. A loss whose name
-    something else in the result has, such as "layer", is called "loss layer" there;
-    `attrs["first"]` and `attrs["second"]` are the names of the two.
+    Variables have the names of the two losses, here `train` and `validation`. A loss whose name is
+    taken in the result, such as "layer", is called "loss layer" there; `attrs["first"]` and
+    `attrs["second"]` hold both names.
 
     Args:
-        first, second: two losses of one run over two splits, at any level of `--keep`; parameters
-            need `--keep statistics` and every segment.
+        first: a loss of a run over one split, at any level of `--keep`; parameters need `--keep
+            statistics` and every segment.
+        second: a loss of the same run over another split.
         by: as of `layers`.
-        most: how many of the parameters that helped the first and hurt the second most: by the
-            smaller of the two effects.
+        most: how many parameters to name, those that helped the first and hurt the second most, by
+            the smaller of the two effects.
 
     Returns:
         `train`, `validation` (layer) and `cumulative_train`, `cumulative_validation` (step, layer),
-        in units of loss; `parameters` (quadrant, tensor), a count of single parameters by what they
-        did over training, `allocated_train` and `allocated_validation` (quadrant, tensor), their
+        in units of loss; `parameters` (quadrant, tensor), a count of single parameters by their
+        effects over training, `allocated_train` and `allocated_validation` (quadrant, tensor), their
         sums; `worst_train`, `worst_validation` (worst) with coordinate `worst_name`.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the two are not of one run, have groups, are over one split or none, or do
-            not have the same segments.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: if the two are not of one run, have groups, are not over two splits, or do not
+            have the same segments.
     """
     _check_pair(first, second)
-    refuse_part(first, "sums of two losses beside each other")
+    refuse_part(first, "sums of two losses side by side")
     both = [layers(results, by=by) for results in (first, second)]
     left_out = list(
         dict.fromkeys([*unfinished(first), *unfinished(second), *_parts(first, second)])
@@ -80,20 +81,18 @@ def generalisation(
     if not is_even:
         both = _common(*both)
         last = int(both[0]["step_end"].values[-1]) if both[0].sizes["step"] else 0
-        left_out.append(
-            f"One loss goes on after the other ends: both are shown up to step {last:,}."
-        )
+        left_out.append(f"One loss ends before the other: both are shown up to step {last:,}.")
     _check_segments(*both)
     called = _called(first.name, second.name)
     variables = _of_layers(called, both)
     coords: dict[str, object] = {str(name): column for name, column in both[0].coords.items()}
-    beyond = beyond_keep(first, "statistics", "Counts of parameters by what they did to both")
+    beyond = beyond_keep(first, "statistics", "Counts of parameters by their effects on both")
     if first.complete and second.complete and is_even and not beyond:
         parameters, places = _quadrants(first, second, called, most)
         variables |= parameters
         coords |= places
     elif not beyond:
-        left_out.append("What single parameters did needs every segment of both.")
+        left_out.append("Counts of single parameters need every segment of both.")
     attrs = {
         **about(first, "generalisation", left_out, beyond),
         "loss": f"{first.name}, {second.name}",
@@ -107,10 +106,14 @@ def generalisation(
 
 
 def _check_pair(first: LossResults, second: LossResults) -> None:
-    """Refuse losses that are not of one run, over two splits and without groups."""
+    """Reject losses that are not of one run, over two splits and without groups.
+
+    Raises:
+        InputError: with the reason and what to do.
+    """
     if first.path != second.path:
         raise InputError(
-            f"{first.path} and {second.path} are two runs; take two losses of one, for one path."
+            f"{first.path} and {second.path} are two runs. Take two losses of one run."
         )
     for results in (first, second):
         if results.record.groups is not None:
@@ -132,7 +135,11 @@ def _check_pair(first: LossResults, second: LossResults) -> None:
 
 
 def _check_segments(one: xr.Dataset, other: xr.Dataset) -> None:
-    """Refuse layers of two losses that are of different segments, or of none."""
+    """Reject layers of two losses that are of different segments, or of none.
+
+    Raises:
+        InputError: with what to do.
+    """
     if not np.array_equal(one["step"].values, other["step"].values) or not one.sizes["step"]:
         raise InputError(
             "the two losses do not have the same segments yet. Run `lca run` again to finish both."
@@ -140,7 +147,7 @@ def _check_segments(one: xr.Dataset, other: xr.Dataset) -> None:
 
 
 def _of_layers(called: tuple[str, str], both: list[xr.Dataset]) -> dict[str, Variable]:
-    """Return the allocations of layers to either loss, over training and so far."""
+    """Return the allocations of layers to each loss, over training and cumulative."""
     variables: dict[str, Variable] = {}
     for name, of_loss in zip(called, both, strict=True):
         variables[name] = described(
@@ -153,7 +160,7 @@ def _of_layers(called: tuple[str, str], both: list[xr.Dataset]) -> dict[str, Var
 
 
 def _common(one: xr.Dataset, other: xr.Dataset) -> list[xr.Dataset]:
-    """Return both over the segments up to the last checkpoint that both cover."""
+    """Return both up to the last checkpoint that both cover."""
     last = min(layers_of_loss["step_end"].values[-1] for layers_of_loss in (one, other))
     return [
         layers_of_loss.isel(step=layers_of_loss["step_end"].values <= last)
@@ -162,15 +169,15 @@ def _common(one: xr.Dataset, other: xr.Dataset) -> list[xr.Dataset]:
 
 
 def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
-    """Return the two losses to compare where nobody names them: without groups, over two splits.
+    """Return the two losses to compare by default: without groups, over two splits.
 
-    The first is over the split whose name begins with "train", if there is one; of the others,
-    those come first whose name differs from its own by the split alone (`dice_train`, `dice_val`),
-    then those over a split for validation, then those written in the same way, then those named
-    earlier.
+    The first is over the split whose name begins with "train", if there is one. The second is
+    chosen from the others in this order: names that differ from the first by the split alone
+    (`dice_train`, `dice_val`), losses over a split for validation, losses declared the same way,
+    and losses named earlier.
 
     Returns:
-        Their names; None where no two losses without groups are over two splits.
+        Their names; None if no two losses without groups are over two splits.
     """
     able = {
         name: results.record
@@ -199,7 +206,7 @@ def two_splits(losses: Mapping[str, LossResults]) -> tuple[str, str] | None:
 
 
 def no_two_splits(losses: Mapping[str, LossResults]) -> str:
-    """Say why `two_splits` finds no two losses, and the way out."""
+    """Say why `two_splits` finds no two losses, and what to do."""
     over: dict[str, list[str]] = {}
     for name, results in losses.items():
         if results.record.groups is None and results.record.on is not None:
@@ -215,7 +222,7 @@ def no_two_splits(losses: Mapping[str, LossResults]) -> str:
 
 
 def _stem(name: str, split: str) -> str:
-    """Return the part of the name of a loss that does not name its split.
+    """Return the part of a loss's name that does not name its split.
 
     >>> [_stem(name, "validation") for name in ("dice_val", "dice", "validation")]
     ['dice', 'dice', '']
@@ -224,9 +231,7 @@ def _stem(name: str, split: str) -> str:
 
 
 def _called(first: str, second: str) -> tuple[str, str]:
-    """Return the names of the two losses in the result: their own, unless something else there has
-    that name.
-    """
+    """Return the names of the two losses in the result: their own, unless taken there."""
     others = {
         "step",
         "step_end",
@@ -251,7 +256,7 @@ def _called(first: str, second: str) -> tuple[str, str]:
 
 
 def _parts(first: LossResults, second: LossResults) -> list[str]:
-    """Say which losses were measured on a part of the examples of their split."""
+    """Name the losses that are measured on a part of their split's examples."""
     return [
         f"{results.name} is measured on {results.record.examples:,} of {results.record.total:,} "
         "examples."
@@ -261,10 +266,14 @@ def _parts(first: LossResults, second: LossResults) -> list[str]:
 
 
 def quadrants(first: str, second: str) -> list[str]:
-    """Return the five effects a parameter can have had on two losses, in words.
+    """Return names for the five effects that a parameter can have on two losses.
 
     >>> quadrants("train", "validation")[1]
     'helped train, hurt validation'
+
+    Args:
+        first: name of a loss.
+        second: name of another loss.
     """
     mixed = [f"helped {first}, hurt {second}", f"hurt {first}, helped {second}"]
     return ["both helped", *mixed, "both hurt", "zero on either"]
@@ -306,7 +315,7 @@ def _quadrants(
     dims = ("quadrant", "tensor")
     variables = {
         "parameters": described(
-            (dims, count), "parameters", "parameters by what they did to both losses"
+            (dims, count), "parameters", "parameters by their effects on both losses"
         )
     }
     for row, name in enumerate(called):

@@ -1,5 +1,5 @@
-"""Shares of parameters that help: per segment, per tensor, and per parameter over time, beside the
-shares chance would give.
+"""Count parameters that help: per segment, per tensor, and per parameter over time, compared with
+chance.
 """
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy  # its parts load when they are used
+import scipy  # loads its submodules on first use
 import xarray as xr
 
 from ..base.declarations import GROUPS, Finding
@@ -35,21 +35,21 @@ FINDING = Finding(
 )
 
 _BINS = 100
-_FEWEST = 5  # joined bins, however short the run
+_FEWEST = 5  # merged bins, however short the run
 
 
 def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
     """Return the shares of parameters that help, and the parameters that help most and least often.
 
-    The null of chance: on every segment on which it has an effect, a parameter helps with one and
-    the same probability, independently of the others and of what was before; `probability` is the
-    share observed over all. Heroes (who help most often) and villains (least) are those with the
-    smallest binomial tails; their p-values are multiplied by the number of parameters (Bonferroni).
-    Parameters that never have an effect are left out of this; buffers of everything. On segments of
-    more than one training step shares are NaN, and where there are any, nothing is said over time.
+    The null hypothesis: on every segment where it has an effect, a parameter helps with the same
+    probability, independently of the others and of the past; `probability` is the share observed
+    over all. Heroes (most often) and villains (least often) have the smallest binomial tails; their
+    p-values are multiplied by the number of parameters (Bonferroni). Parameters that never have an
+    effect are excluded here, and buffers everywhere. On segments of more than one training step
+    shares are NaN; if there are any, the results over time are missing.
 
     Args:
-        results: one loss of a run made with `--keep statistics` or more; what is over time needs
+        results: one loss of a run made with `--keep statistics` or more; results over time need
             every segment.
         most: the number of heroes, and of villains.
 
@@ -57,15 +57,15 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         `helping`, `hurting`, `zero` (step[, group]), `tensor_helping` and `tensor_hurting` (step[,
         group], tensor), shares of parameters; `tensor_moved` (step, tensor), 1 where any parameter
         of the tensor moved, else 0; `parameters` and `expected` (share): how many help on that
-        share of their segments, and by chance, with coordinates `share_low` and `share_high`;
-        `probability`; by hero, named by `hero_name`, `hero_share`, `hero_segments` (on which it had
-        an effect), `hero_allocated` (loss) and `hero_p`, and the same by villain. Where no
-        parameter has an effect anywhere, `probability` is NaN and there is no hero and no villain.
-        Over time, a loss with groups is taken as a whole.
+        share of their segments, and how many would by chance, with coordinates `share_low` and
+        `share_high`; `probability`; by hero, named by `hero_name`, `hero_share`, `hero_segments`
+        (on which it had an effect), `hero_allocated` (loss) and `hero_p`, and the same by villain.
+        If no parameter has an effect anywhere, `probability` is NaN and there is no hero and no
+        villain. Over time, the groups of a loss are taken together.
 
     Raises:
-        LCAError: where the run keeps sums alone, every segment is longer than one training step,
-            none is there yet, or stored numbers are damaged.
+        LCAError: if the run keeps only sums, every segment is longer than one training step, none
+            is finished yet, or stored numbers are damaged.
     """
     table = tables(results, FINDING.level, "shares of parameters that help")
     refuse_straight_lines(table, FINDING.single_steps, "shares of parameters that help")
@@ -118,11 +118,11 @@ def helping(results: LossResults, *, most: int = 10) -> xr.Dataset:
         coords |= names
         if np.isnan(over_time["probability"][1]):
             left_out.append(
-                "No parameter has an effect anywhere, so there is no chance of helping and no hero "
+                "No parameter has an effect anywhere, so there is no probability of helping and no hero "
                 "or villain."
             )
     elif single.all():
-        left_out.append("What single parameters do over time needs every segment.")
+        left_out.append("Results of single parameters over time need every segment.")
     return xr.Dataset(variables, coords=coords, attrs=about(results, "helping", left_out))
 
 
@@ -183,10 +183,10 @@ def _over_time(results: LossResults, most: int) -> tuple[dict[str, Variable], di
 
 
 def joined_shares(result: xr.Dataset) -> tuple[Numbers, Numbers, Numbers]:
-    """Return edges, parameters and expectation of `helping` in bins of about four possible shares
+    """Return edges, parameters and expectation of `helping`, in bins of about four possible shares
     each.
 
-    Narrower bins would hold one possible share here and two there, and look like a comb.
+    Narrower bins would hold one or two possible shares by turns, and look like a comb.
     """
     bins = result.sizes["share"]
     most = max(_FEWEST, result.sizes["step"] // 4)
@@ -203,16 +203,16 @@ def joined_shares(result: xr.Dataset) -> tuple[Numbers, Numbers, Numbers]:
 
 
 def _bin(helping: Numbers, effects: Numbers | np.integer[Any]) -> Numbers:
-    """Return the bin of shares that helping / effects falls into, exactly."""
+    """Return the exact bin of the share helping / effects."""
     bins: Numbers = np.minimum(_BINS - 1, helping * _BINS // effects)
     return bins
 
 
 class _Extremes:
-    """The parameters that help most (sign −1) or least (sign 1) often, told from each other by
-    their binomial tails.
+    """The parameters that help most (sign −1) or least (sign 1) often, ranked by their binomial
+    tails.
 
-    The probability is only known at the end; among parameters with an effect on equally many
+    The probability is known only at the end. Among parameters with an effect on equally many
     segments the order does not depend on it, so the `most` extreme ones are kept for each number of
     segments.
     """
@@ -249,9 +249,7 @@ class _Extremes:
         self._kept = {name: values[first] for name, values in joined.items()}
 
     def _first(self, effects: Numbers, helping: Numbers) -> Numbers:
-        """Return the positions of the most extreme ones among those with equally many effects; of
-        equal ones the first.
-        """
+        """Return the positions of the most extreme of equally many effects; ties go to the first."""
         order = np.lexsort((self._sign * helping, effects))
         ordered = effects[order]
         rank = np.arange(len(order)) - np.searchsorted(ordered, ordered)
@@ -260,8 +258,8 @@ class _Extremes:
     def table(
         self, dim: str, probability: float, parameters: int
     ) -> tuple[dict[str, Variable], dict[str, object]]:
-        """Return the most extreme of all: the smallest tails, of equal ones those with the larger
-        effect on the loss.
+        """Return the most extreme of all: the smallest tails; ties go to the larger effect on the
+        loss.
         """
         effects, helping, allocated = (
             self._kept[name] for name in ("effects", "helping", "allocated")

@@ -1,4 +1,4 @@
-"""The allocation of each layer: sums and means over its parameters, over training."""
+"""Sum the allocation of each layer over its parameters and over training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .errors import described_errors, errors_of_sums, not_known
 
 FINDING = Finding(
     question="Which layers learned? Sums and means by module, tensor or depth; kernels, biases, "
-    "normalisation apart",
+    "normalisation separate",
     needs="any run; shares that help `--keep statistics`",
     place=20,
     runs="beside",
@@ -64,9 +64,9 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
     """Return the sum and mean of the allocation of every layer, per segment, cumulative, and over
     all segments.
 
-    A layer that is negative helped: the loss went down because of it (Lan et al. 2019, section 4).
-    Buffers that moved, such as running statistics, are a layer of their own, "NAME buffer", so that
-    the sum of a layer is what its parameters did.
+    A negative layer helped: it lowered the loss (Lan et al. 2019, section 4). Buffers that moved,
+    such as running statistics, are a layer of their own, "NAME buffer", so that a layer's sum is
+    that of its parameters.
 
     Args:
         results: one loss of a run, at any level of `--keep`.
@@ -78,23 +78,23 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
         `allocated` and `cumulative` (step[, group], layer), `total` and `mean` (layer[, group]; the
         mean is per parameter and over the whole training), in units of loss; from `--keep
         statistics` on, `helping` (layer[, group]), the share of its parameters × segments that
-        helped; on segments of more than one training step nothing is counted. Of a run of a random
-        part of the segments, `--segments`, `cumulative`, `total` and `mean` are estimates of what
-        all segments give. Coordinates of `layer`: `elements` and `role`.
+        helped, which excludes segments of more than one training step. For a random part of the
+        segments (`--segments`), `cumulative`, `total` and `mean` are estimates for all segments.
+        Coordinates of `layer`: `elements` and `role`.
 
-        The errors of `total`, each apart, in units of loss: `quadrature` (layer[, group]), the
-        layer's part of `error_bound`; `precision` (layer[, group]), the measured error of the
-        precision; `path` (layer[, group]), what other paths through the same checkpoints would
-        change, where segments are longer than one training step, see `bands.path_bands`, and beside
-        it, with their signs, `curve` and `doubling` (layer[, group]), what each of the two would
-        change; `examples` (layer), the standard error by the examples that were drawn, of a loss
-        over a part of them; `segments` (layer[, group]), that by the segments drawn. Those that are
-        not known are left out. `error` (layer[, group]) is all of them together and `verdict`
-        (layer[, group]) what it leaves to say, see `errors.described_errors`.
+        The errors of `total` that are known, each by itself, in units of loss: `quadrature`
+        (layer[, group]), the layer's part of `error_bound`; `precision` (layer[, group]), the
+        measured error of the precision; `path` (layer[, group]), the change by other paths through
+        the same checkpoints, where segments are longer than one training step, see
+        `bands.path_bands`, and with signs, `curve` and `doubling` (layer[, group]), the change by
+        each of the two paths; `examples` (layer), the standard error from drawing examples, of a
+        loss over a part of them; `segments` (layer[, group]), that from drawing segments. `error`
+        (layer[, group]) is all of them together and `verdict` (layer[, group]) the conclusion, see
+        `errors.described_errors`.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: for another `by`.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: for any other `by`.
     """
     table, role = tables(results, sampled=True), roles(results)
     members_of = _members(table, role, by, by_role)
@@ -111,7 +111,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
     left_out = [*unfinished(results), *estimated(results)]
     if results.manifest.settings["tensors"]:
         left_out.append(
-            "The run keeps some tensors alone; what the others did is the remainder of `steps`."
+            "The run keeps only some tensors; the sum of the others is the remainder of `steps`."
         )
     about_lines = straight_lines(table)
     if "helping" in table:
@@ -141,7 +141,7 @@ def layers(results: LossResults, *, by: str | int = "module", by_role: bool = Fa
 def _members(
     table: xr.Dataset, role: dict[str, str], by: str | int, by_role: bool
 ) -> dict[str, list[int]]:
-    """Return the positions of the tensors of every layer; buffers come after what they belong to."""
+    """Return the positions of the tensors of every layer; a buffer follows its layer."""
     names, buffers = [str(name) for name in table["tensor"].values], moving_buffers(table)
     members_of: dict[str, list[int]] = {}
     for members in grouping(names, by).values():
@@ -192,7 +192,7 @@ def _errors(
     shifts: tuple[Numbers, Numbers] | None,
     total: xr.DataArray,
 ) -> dict[str, xr.DataArray]:
-    """Return the errors of the sums over training, those that are known, by kind."""
+    """Return the known errors of the sums over training, by kind."""
     column = table["allocated"]
     errors = errors_of_sums(
         results, table, _sums(column, members_of), _sums(abs(column), members_of)
@@ -211,7 +211,7 @@ def _errors(
 def _along_other_paths(
     shifts: tuple[Numbers, Numbers] | None, total: xr.DataArray
 ) -> dict[str, Variable]:
-    """Return what two other paths would change, with its sign."""
+    """Return the changes by two other paths, with signs."""
     if shifts is None:
         return {}
     words = {
@@ -225,7 +225,7 @@ def _along_other_paths(
 
 
 def _by_layer(values: Numbers, total: xr.DataArray) -> xr.DataArray:
-    """Return numbers of ([group, ]layer) with the axes of the totals."""
+    """Return numbers of shape ([group, ]layer) with the axes of the totals."""
     return xr.DataArray(values.T, dims=total.dims)
 
 

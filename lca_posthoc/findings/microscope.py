@@ -1,4 +1,6 @@
-"""Frames of per-parameter allocation over time: one pixel per parameter, laid out by tensor."""
+"""Lay out the allocation of every parameter as frames over time: one pixel per parameter, by
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +35,7 @@ FINDING = Finding(
             name="step",
             flag="--step",
             kind=int,
-            help="The moment of training to picture.  [default: the last on which something is "
-            "seen]",
+            help="The training step to picture.  [default: the last with anything visible]",
         ),
         Option(
             name="fps",
@@ -61,26 +62,26 @@ def microscope(
 
     Rows of a picture run over the output axis (and the height of filters), columns over the input
     axis (and the width); a vector is one column. Frames are sums over stretches of consecutive
-    segments, pixels over blocks of neighbouring parameters where not all fit: both still add up.
+    segments, pixels over blocks of neighbouring parameters where not all fit: totals stay the same.
 
     Args:
         results: one loss of a run kept with `--keep parameters`.
-        tensors: their names; all parameters without.
-        frames: at most so many stretches.
-        pixels: at most so many in a frame, over all tensors.
-        group: of a loss with groups; its weighted mean without.
+        tensors: their names; None for all parameters.
+        frames: the most stretches.
+        pixels: the most pixels of a frame, over all tensors.
+        group: of a loss with groups; None for their weighted mean.
 
     Returns:
         One variable per tensor, dims `(step, "NAME:row", "NAME:column")`, float32, in units of
         loss, with attributes `shape` (of the tensor), `axes` (of the tensor, those in rows and
         those in columns) and `pool` (parameters a pixel sums, [rows, columns]); coordinates `step`,
         `step_end`, `step:loss_start` and `step:loss_end`; attribute `scale`, the 99.5 % quantile of
-        |values| that are not zero, over all frames and tensors.
+        nonzero |values|, over all frames and tensors.
 
     Raises:
-        LCAError: where the run does not keep parameters, no segment is there yet, or stored numbers
-            are damaged.
-        InputError: for a tensor or group that is not there.
+        LCAError: if the run does not keep parameters, no segment is finished yet, or stored
+            numbers are damaged.
+        InputError: for an unknown tensor or group.
     """
     table = tables(results, FINDING.level, "allocations of single parameters")
     steps, data = results.steps, results.allocation
@@ -137,6 +138,9 @@ def microscope(
 def _weights(steps: xr.Dataset, group: int | str | None, name: str) -> xr.DataArray | None:
     """Return the weights of the groups, (step, group): their shares of the split, or 1 for `group`
     and 0 for the others.
+
+    Raises:
+        InputError: if the loss has no such group.
     """
     if "group" not in steps.dims:
         if group is not None:
@@ -157,7 +161,7 @@ def _of_group(column: xr.DataArray, weights: xr.DataArray | None) -> xr.DataArra
 
 
 def _axes(spec: TensorSpec) -> tuple[list[int], list[int]]:
-    """Return the axes of the tensor that run along rows and along columns of its picture."""
+    """Return the tensor's axes that run along the rows and along the columns of its picture."""
     if not spec.shape:
         return [], []
     first = spec.unit_axis or 0
@@ -173,6 +177,9 @@ def _extent(shape: tuple[int, ...], rows: list[int], columns: list[int]) -> tupl
 def _pools(extents: dict[str, tuple[int, int]], pixels: int) -> dict[str, tuple[int, int]]:
     """Return the smallest blocks, k × k where there is room, with which all pictures together have
     at most `pixels`.
+
+    Raises:
+        InputError: if the tensors do not fit.
     """
     if len(extents) > pixels:
         raise InputError(
@@ -197,8 +204,8 @@ def _frames(
     pool: tuple[int, int],
     span: int,
 ) -> Numbers:
-    """Return sums over stretches and blocks of pixels, (frames, rows, columns); the stored arrays
-    are read in parts.
+    """Return sums over stretches and blocks of pixels, (frames, rows, columns), reading the stored
+    arrays in parts.
     """
     axes = _axes(spec)
     height, width = _extent(spec.shape, *axes)
@@ -236,7 +243,7 @@ def _frames(
 
 
 def _places(shape: tuple[int, ...], part: tuple[slice, ...], axes: list[int]) -> Numbers:
-    """Return the places of the elements of a part along the rows (or columns) of the whole picture,
+    """Return the positions of a part's elements along the rows (or columns) of the whole picture,
     rising.
     """
     places = np.zeros(1, "int64")

@@ -1,4 +1,4 @@
-"""Short names of layers and tensors, each unlike the others, for figures and for the report."""
+"""Shorten names of layers and tensors for figures and for the report, keeping them distinct."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from functools import partial
 
 
 def shorten(names: Sequence[str], most: int = 26) -> list[str]:
-    """Cut names in the middle to about `most` characters; each stays unlike every other.
+    """Cut names in the middle to about `most` characters; each stays distinct.
 
     >>> shorten(["h.0.attention.output.weight", "h.1.attention.output.weight", "wte.weight"], 20)
     ['h.0.attent…ut.weight', 'h.1.attent…ut.weight', 'wte.weight']
+
+    Args:
+        names: to cut.
+        most: characters of a name.
     """
     if all(len(name) <= most for name in names):
         return list(names)
     names = _without_common_start(names)
     whole = len(set(names))
     for width in range(most, max(map(len, names))):
-        for head in (0.5, 0.7, 0.3):  # what tells names apart may lie before or behind their middle
+        for head in (0.5, 0.7, 0.3):  # the difference may lie before or after the middle
             cut = [_middle(name, width, head) for name in names]
             if len(set(cut)) == whole:
                 return cut
@@ -30,8 +34,8 @@ def _window(name: str, most: int, start: int) -> str:
 
 
 def _last_parts(name: str, most: int) -> str:
-    """Return the last parts of a dotted name that fit behind the sign; a cut in the middle where
-    none does.
+    """Return the last parts of a dotted name that fit after "…", or a cut in the middle if none
+    does.
     """
     parts = name.split(".")
     ends = (f"…{'.'.join(parts[first:])}" for first in range(1, len(parts)))
@@ -39,13 +43,13 @@ def _last_parts(name: str, most: int) -> str:
 
 
 def _without_common_start(names: Sequence[str]) -> list[str]:
-    """Replace the parts that all names begin with by a sign; the last two parts of each stay.
+    """Replace the parts that all names start with by "…"; the last two parts of each stay.
 
     >>> _without_common_start(["net.body.0.conv", "net.body.1.norm"])
     ['…0.conv', '…1.norm']
     """
     parts = [name.split(".") for name in names]
-    # one name has nothing in common with others
+    # a single name shares nothing with others
     least = min(map(len, parts)) - 2 if len(set(names)) > 1 else 0
     head = next(
         (index for index in range(least) if len({split[index] for split in parts}) > 1),
@@ -65,11 +69,15 @@ def _middle(name: str, most: int, head: float) -> str:
 
 
 def fitting(names: Sequence[str], rooms: Sequence[int]) -> list[str]:
-    """Cut each name to its number of characters: first the parts that all begin and end with, then
-    from the side that leaves most of them unlike each other.
+    """Cut each name to its number of characters: first the parts that all start and end with, then
+    the side that keeps most names distinct.
 
     >>> fitting(["net.stage.0.conv.weight", "net.stage.1.conv.weight"], [6, 6])
     ['0', '1']
+
+    Args:
+        names: to cut.
+        rooms: the characters for each name.
     """
     parts = [name.split(".") for name in names]
     least = min(map(len, parts), default=1)

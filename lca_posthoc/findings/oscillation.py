@@ -1,4 +1,4 @@
-"""Changes of sign of weights, gradients and allocations, and traces of single parameters."""
+"""Count changes of sign of weights, gradients and allocations, and trace single parameters."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ FINDING = Finding(
             flag="--checkpoints",
             kind="path",
             metavar="DIR",
-            help="Where checkpoints to trace weights in are now.",
+            help="Where the checkpoints for traces of weights are now.",
         ),
         TOP,
     ),
@@ -64,21 +64,21 @@ def oscillation(
     most: int = 3,
     checkpoints: str | Path | None = None,
 ) -> xr.Dataset:
-    """Return turns of the weight, sign changes of the gradient and of the allocation, and the
-    course of chosen parameters.
+    """Count turns of weights, sign changes of gradients and allocations, and trace chosen
+    parameters.
 
-    A turn is a change of sign between two values that are not zero with only zeros between them;
-    the gradient is its mean along each segment. The interval is the number of segments divided by
-    the turns: the mean time between two of them. Parameters that never moved are left out of the
-    means, which are NaN where none did.
+    A turn is a change of sign between two nonzero values with only zeros between them; the gradient
+    is its mean along each segment. The interval is the number of segments divided by the turns,
+    which is the mean time between two of them. Means exclude parameters that never moved, and are
+    NaN if none did.
 
     Args:
         results: one loss of a run. Turns need every segment and `--keep statistics`; traces `--keep
             parameters`.
-        parameters: to trace, as "fc1.weight[3, 17]"; without, the `most` that helped and the `most`
-            that hurt most.
+        parameters: to trace, as "fc1.weight[3, 17]"; by default the `most` that helped and the
+            `most` that hurt most.
         most: the number of each.
-        checkpoints: the directory the run was computed from, for weights and gradients; without,
+        checkpoints: the directory the run was computed from, for weights and gradients; by default
             the recorded one, or one of its name beside the run.
 
     Returns:
@@ -89,10 +89,10 @@ def oscillation(
         move), with coordinates `parameter` and `why` of trace.
 
     Raises:
-        LCAError: where the run keeps sums alone, a segment is longer than one training step and no
-            parameter is named, no segment is there yet, or stored numbers are damaged.
-        InputError: for a parameter that is not there.
-        SpanError: where a checkpoint is not the one the run was made from.
+        LCAError: if the run keeps only sums, a segment is longer than one training step and no
+            parameter is named, no segment is finished yet, or stored numbers are damaged.
+        InputError: for an unknown parameter.
+        SpanError: if a checkpoint is not the one the run was made from.
     """
     table = tables(results, FINDING.level, "turns of parameters")
     left_out = unfinished(results)
@@ -123,7 +123,7 @@ def oscillation(
         else:
             left_out.append(
                 "Weights and gradients of traces need the checkpoints, which are neither at "
-                f"{results.manifest.root} nor beside the run: say where with checkpoints= or `lca "
+                f"{results.manifest.root} nor beside the run. Name their place with checkpoints= or `lca "
                 "plot --checkpoints`."
             )
     beyond = beyond_keep(results, "parameters", "Traces of parameters")
@@ -133,10 +133,10 @@ def oscillation(
 
 
 def _root(results: LossResults) -> Path | None:
-    """Return the directory of the checkpoints: the recorded one, or one of its name beside a run
-    that has been moved; else None.
+    """Return the directory of the checkpoints: the recorded one, or one of its name beside a moved
+    run; else None.
     """
-    # nothing is fetched from a recorded address: the caller has to pass it
+    # never fetch from a recorded address; the caller must name it
     if "://" in results.manifest.root:
         return None
     recorded = Path(results.manifest.root)
@@ -159,8 +159,8 @@ def _parsed(results: LossResults, name: str) -> tuple[str, tuple[int, ...]]:
 def _turns(
     results: LossResults, most: int
 ) -> tuple[dict[str, Variable], dict[str, object], list[tuple[str, tuple[int, ...], str]]]:
-    """Return means per tensor and overall, coordinates, and the parameters at both ends of Σ
-    allocation.
+    """Return means per tensor and overall, coordinates, and the parameters with the lowest and
+    highest Σ allocation.
     """
     fields = ("allocated", "helping", "hurting", *(f"{signal}_turns" for signal in SIGNED))
     sums: dict[str, Numbers] = {}
@@ -220,7 +220,7 @@ def _both_ends(
 
 
 def _interval(segments: int, turns: Numbers) -> Numbers:
-    """Return segments per turn, infinite where nothing ever turns."""
+    """Return segments per turn, infinite where nothing turns."""
     with np.errstate(divide="ignore"):
         interval: Numbers = np.float64(segments) / turns
     return interval
@@ -259,7 +259,10 @@ def _weights(
     traces: Variable,
 ) -> dict[str, Variable]:
     """Return the weights at the start of every finished segment, and mean gradients: allocation
-    over motion.
+    divided by motion.
+
+    Raises:
+        InputError: if a checkpoint cannot be read.
     """
     manifest = results.manifest
     sources = {tensor.spec.name: tensor.source for tensor in manifest.tensors}

@@ -1,5 +1,5 @@
-"""Peak moments: segments at which a layer lowers the loss of a group most, and whether layers have
-them together.
+"""Find peak moments, segments at which a layer lowers a group's loss most, and test whether layers
+share them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import scipy  # its parts load when they are used
+import scipy  # loads its submodules on first use
 import xarray as xr
 
 from ..base.declarations import BY, Finding, Option
@@ -29,16 +29,16 @@ FINDING = Finding(
             name="signal",
             flag="--signal",
             kind=("allocation", "motion", "gradient"),
-            help="Whose peaks: of the allocation, or of a control.",
+            help="The signal to find peaks of: the allocation, or a control.",
         ),
     ),
 )
 
 SIGNALS = {"allocation": "allocated", "motion": "motion", "gradient": "gradient"}
-_AT_ONCE = 2**18  # candidates that are in memory at a time
+_AT_ONCE = 2**18  # candidates held in memory at a time
 
 _NAMED = 6  # layers in a sentence
-_POWERLESS = 0.5  # alignments expected of chance below which none at all says nothing
+_POWERLESS = 0.5  # with fewer alignments expected by chance, observing none is no evidence
 Numbers = np.ndarray[Any, Any]
 
 
@@ -52,14 +52,14 @@ def peaks(
     seed: int = 0,
     stretch: int = 50,
 ) -> xr.Dataset:
-    """Return the peak moments of every layer and group, the number all layers share, and the number
-    they would share by chance.
+    """Return the peak moments of every layer and group, the number that all layers share, and the
+    number to expect by chance.
 
     A *peak moment* (Lan et al. 2019) is a local minimum in t of the allocation of (layer, group);
-    of these, the `top` lowest that are below zero are kept. For the controls "motion" (Σ|Δθ|) and
-    "gradient" (Σ|mean gradient|), maxima take the place of minima. A plateau counts once, at its
+    of these, the `top` lowest below zero are kept. For the controls "motion" (Σ|Δθ|) and
+    "gradient" (Σ|mean gradient|), maxima replace minima. A plateau counts once, at its
     first segment. A segment without a finished and finite segment on either side is no peak. A
-    segment is *aligned* in a group where every layer has a peak in it. Buffers belong to no layer
+    segment is *aligned* in a group if every layer has a peak in it. Buffers belong to no layer
     here. A layer without a single peak, such as a frozen one, does not count among all layers;
     `left_out` names it.
 
@@ -68,26 +68,26 @@ def peaks(
     * `p_shift`: the peaks of each layer are rotated by a random offset among the segments that can
       be peaks, the same offset for all groups of a layer. It keeps what the groups share and how
       peaks are spaced (minima are never adjacent), and assumes that peaks are as likely late in
-      training as early. Where they are not, layers that have nothing to do with each other but all
-      learn most early on are found aligned.
+      training as early. If they are not, the test finds unrelated layers aligned that all learn most
+      early on.
     * `p_local`: the same within stretches of about `stretch` segments, an offset each. It keeps how
       many peaks each part of training has, so it asks whether peaks fall together *within* such a
       part.
     * `p_independent`: within a group, each layer's peaks are a uniformly random subset of the
-      segments that can be peaks; groups are independent. This is exact for what it assumes, but
-      groups are not independent and minima are not a uniform subset: the rotations are the ones to
-      trust.
+      segments that can be peaks; groups are independent. This is exact under its assumptions, but
+      groups are not independent and minima are not a uniform subset: trust the rotations
+      instead.
 
     For both rotations p = (1 + draws with at least as many alignments) / (draws + 1), so it is
     never below 1 / (draws + 1).
 
     Args:
         results: one loss of a run. Without groups it has one group, "all"; so has "motion", which
-            no group enters.
-        signal: "allocation", "motion" or, of a run made with `--keep statistics` or more,
+            is the same for all groups.
+        signal: "allocation", "motion" or, for a run made with `--keep statistics` or more,
             "gradient".
-        by: layers by "module", "tensor", or so many parts of the module's name. Many layers hardly
-            ever align all together.
+        by: layers by "module", "tensor", or that many parts of the module's name. Many layers hardly
+            ever all align.
         top: peaks kept per layer and group.
         draws: rotations per test.
         seed: of the rotations.
@@ -95,15 +95,15 @@ def peaks(
 
     Returns:
         `peak` (step, group, layer); `aligned` (step, group); `observed`, `expected` (group) and
-        `observed_total`, `expected_total`: alignments, and their mean if layers had nothing to do
-        with each other; `shift`, `local` (draw): totals of the rotations; `p_shift`, `p_local`,
+        `observed_total`, `expected_total`: alignments, and their expectation for independent
+        layers; `shift`, `local` (draw): totals of the rotations; `p_shift`, `p_local`,
         `p_independent`; `p_shift_group` (group), not corrected for the number of groups; coord
-        `counted` (layer): whether the layer is part of the question.
+        `counted` (layer): whether the layer counts.
 
     Raises:
-        InputError: for an unknown signal, numbers below one, fewer than two layers, or where no
-            segment has one on either side.
-        LCAError: where the run does not keep the signal, or stored numbers are damaged.
+        InputError: for an unknown signal, numbers below one, fewer than two layers, or if no
+            segment has a neighbour on both sides.
+        LCAError: if the run does not keep the signal, or stored numbers are damaged.
     """
     _check(signal, top=top, draws=draws, stretch=stretch)
     values, layers, groups = _values(results, signal, by)
@@ -154,8 +154,8 @@ def peaks(
 
 
 def powerless(result: xr.Dataset) -> float | None:
-    """Return the number of alignments chance gives, where it is so small that to have observed none
-    says nothing; else None.
+    """Return the number of alignments expected by chance, if it is too small for zero observed ones
+    to be evidence; else None.
     """
     drawn = [float(result[name].mean()) for name in ("shift", "local") if name in result]
     usual = max([float(result["expected_total"]), *drawn])
@@ -214,16 +214,20 @@ def _check(signal: str, **numbers: int) -> None:
 
 
 def _values(results: LossResults, signal: str, by: str | int) -> tuple[Numbers, list[str], Numbers]:
-    """Return the signal (step, group, layer), the layers' names and the groups' labels."""
+    """Return the signal (step, group, layer), the layers' names and the groups' labels.
+
+    Raises:
+        InputError: for fewer than two layers.
+    """
     level = TENSOR_FIELDS[SIGNALS[signal]][1]
     tensors = tables(results, level, f"peaks of the {signal}")
     tensors = tensors.isel(tensor=tensors["kind"].values == "parameter")
     layers = grouping(map(str, tensors["tensor"].values), by)
     if len(layers) < 2:
         raise InputError(
-            f"peaks are compared between layers; by={by!r} makes {len(layers)} of the parameters "
+            f"peaks compares layers, but by={by!r} makes {len(layers)} of the parameters "
             f"of {results.name!r}. Divide the model "
-            'further, as by="tensor" does.'
+            'further, for example by="tensor".'
         )
     column = tensors[SIGNALS[signal]]
     if "group" in column.dims:
@@ -253,8 +257,8 @@ def _counted(peak: Numbers, layers: list[str]) -> tuple[Numbers, list[str]]:
 
 
 def possible(values: Numbers, joined: Numbers) -> Numbers:
-    """Tell which segments can be peaks: those with finite numbers whose direct neighbours are there
-    and have finite numbers too.
+    """Tell which segments can be peaks: those with finite numbers whose direct neighbours exist and
+    are finite too.
 
     Args:
         values: (step, group, layer).
@@ -271,8 +275,8 @@ def possible(values: Numbers, joined: Numbers) -> Numbers:
 
 
 def minima(values: Numbers, can: Numbers) -> Numbers:
-    """Tell where local minima are along the first axis: runs of equal numbers between larger ones,
-    at the first of the run.
+    """Tell where local minima are along the first axis: at the first of equal numbers between
+    larger ones.
 
     Args:
         values: (step, …).
@@ -292,7 +296,7 @@ def minima(values: Numbers, can: Numbers) -> Numbers:
     goes_on = (later == earlier) & can[:-1].reshape(column)
     rises = (later > earlier) & can[:-1].reshape(column)
     ends = np.where(goes_on, len(later) - 1, np.arange(len(later)).reshape(column))
-    # of the run of equal numbers each segment is in
+    # the run of equal numbers that each segment belongs to
     end = np.minimum.accumulate(ends[::-1], axis=0)[::-1]
     is_minimum[1:-1] = (later < earlier)[:-1] & np.take_along_axis(rises, end, axis=0)[1:]
     is_minimum &= can.reshape(column)
@@ -300,8 +304,8 @@ def minima(values: Numbers, can: Numbers) -> Numbers:
 
 
 def moments(values: Numbers, can: Numbers, top: int) -> Numbers:
-    """Tell where the `top` lowest local minima below zero of each group and layer are; of equal
-    ones the earlier.
+    """Tell where the `top` lowest local minima below zero of each group and layer are; ties go
+    to the earlier.
 
     Args:
         values: (step, group, layer).
@@ -320,7 +324,9 @@ def moments(values: Numbers, can: Numbers, top: int) -> Numbers:
 
 @dataclass(frozen=True, kw_only=True)
 class Alignment:
-    """The numbers of segments at which all layers peak: observed, expected, and under each null."""
+    """The number of segments at which all layers peak: observed, expected, and under each null
+    hypothesis.
+    """
 
     observed: Numbers
     expected: Numbers
@@ -334,7 +340,7 @@ class Alignment:
 
 
 def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
-    """Count the segments at which all layers peak, and compare with the three nulls of `peaks`.
+    """Count the segments at which all layers peak, and compare with the three null hypotheses of `peaks`.
 
     Args:
         peak: (step, group, layer) bool, over the segments that can be peaks.
@@ -370,19 +376,19 @@ def align(peak: Numbers, *, draws: int, seed: int, stretch: int) -> Alignment:
 
 
 def _tail(drawn: Numbers, observed: Numbers | int) -> Numbers:
-    """Return (1 + #{drawn ≥ observed}) / (draws + 1): the observation is one of the equally likely
-    draws (Phipson & Smyth 2010).
+    """Return (1 + #{drawn ≥ observed}) / (draws + 1); the observation counts as one draw (Phipson &
+    Smyth 2010).
     """
     tail: Numbers = (1 + np.sum(drawn >= observed, axis=0)) / (len(drawn) + 1)
     return tail
 
 
 def rotated(peak: Numbers, borders: Numbers, draws: int, generator: np.random.Generator) -> Numbers:
-    """Count the segments at which all layers peak once each layer is rotated within each stretch by
+    """Count the segments at which all layers peak after rotating each layer within each stretch by
     an offset of its own.
 
-    Starting from the peaks of one layer, those that meet no peak of the next layer are dropped, so
-    that few are left to compare with the other layers.
+    Starting from the peaks of one layer, those without a peak of the next layer are dropped, so
+    that few remain to compare with the other layers.
 
     Args:
         peak: (step, group, layer) bool.
@@ -447,8 +453,8 @@ def intersection(segments: int, sizes: Numbers) -> Numbers:
 
 @lru_cache(maxsize=8)
 def _hypergeometric(segments: int, most: int, size: int) -> Numbers:
-    """Return the probabilities (i, j) that j of i given segments are among `size` of all of them
-    drawn at random.
+    """Return the probabilities (i, j) that j of i given segments are among `size` segments drawn at
+    random from all.
     """
     subset, common = np.meshgrid(np.arange(most + 1), np.arange(most + 1), indexing="ij")
     return np.asarray(scipy.stats.hypergeom.pmf(common, segments, subset, size))

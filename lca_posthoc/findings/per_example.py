@@ -1,9 +1,9 @@
 """Read the allocations of single examples, or of single elements of the loss, in blocks that fit
 into memory.
 
-Such a loss is stated with `Loss(…, per="example")`. Nothing here holds more than `BLOCK // 4`
-stored numbers at a time, or one stored chunk where that is larger, whatever the number of examples,
-segments and tensors.
+Such a loss is declared with `Loss(…, per="example")`. At any number of examples, segments and
+tensors, this module holds at most `BLOCK // 4` stored numbers at a time, or one stored chunk where
+that is larger.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from ..results import LossResults
 from .common import BLOCK, Numbers, label_of, moving_buffers, tables
 
 Part: TypeAlias = "slice | Numbers"  # of the examples
-_AT_ONCE = 2048  # examples of a block, where the stored chunks do not say
+_AT_ONCE = 2048  # examples of a block, where the stored chunks give no size
 
 
 def tells_examples(results: LossResults) -> bool:
-    """Tell whether a loss was stated with `per=`, so that its examples are told apart."""
+    """Tell whether a loss has results per example or element (`per=`)."""
     return results.record.per is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExampleReader:
-    """The examples of a loss, with the layers their allocations are summed over.
+    """Reads the examples of a loss, with allocations summed over layers.
 
     Attributes:
         table: the sums over examples, one row for each finished segment.
-        data: as `LossResults.examples` gives it.
+        data: as `LossResults.examples` returns it.
         per: its axis, "example" or "element".
         layers: the positions of the tensors of each layer.
-        texts: what a reader is shown of an example, by its number; without, `text` of the data.
+        texts: descriptions of examples for readers, by number; the recorded `text` for others.
     """
 
     table: xr.Dataset
@@ -48,25 +48,25 @@ class ExampleReader:
 
     @property
     def count(self) -> int:
-        """The number of examples, or of elements."""
+        """Return the number of examples, or of elements."""
         return int(self.data.sizes[self.per])
 
     @property
     def segments(self) -> int:
-        """The number of finished segments."""
+        """Return the number of finished segments."""
         return int(self.data.sizes["step"])
 
     @property
     def membership(self) -> Numbers:
-        """(tensor, layer), 1 where the tensor is of the layer."""
+        """Return (tensor, layer), 1 where the tensor belongs to the layer."""
         matrix = np.zeros((self.data.sizes["tensor"], len(self.layers)))
         for column, members in enumerate(self.layers.values()):
             matrix[members, column] = 1
         return matrix
 
     def _lengths(self) -> tuple[int, int]:
-        """Return how many segments and examples are read at once: whole stored chunks, as many as
-        make `BLOCK // 4` numbers.
+        """Return how many segments and examples to read at once: whole stored chunks of `BLOCK //
+        4` numbers together.
         """
         stored = self.data["allocated"].encoding.get("preferred_chunks", {})
         most = max(1, BLOCK // 4 // max(1, self.data.sizes["tensor"]))
@@ -87,10 +87,15 @@ class ExampleReader:
             yield slice(start, min(start + tall, self.segments))
 
     def read(self, name: str, rows: slice, part: Part) -> Numbers:
-        """Return (segment, example) float64 of `loss_end` or its like.
+        """Return (segment, example) float64 of a variable such as `loss_end`.
+
+        Args:
+            name: of the variable.
+            rows: segments to read.
+            part: examples to read.
 
         Raises:
-            LCAError: where stored numbers are damaged.
+            LCAError: if stored numbers are damaged.
         """
         picked = self.data[name].isel({"step": rows, self.per: part})
         values: Numbers = picked.transpose("step", self.per).values.astype(np.float64)
@@ -99,8 +104,12 @@ class ExampleReader:
     def allocated(self, rows: slice, part: Part) -> Numbers:
         """Return (segment, example, layer) float64, in units of loss.
 
+        Args:
+            rows: segments to read.
+            part: examples to read.
+
         Raises:
-            LCAError: where stored numbers are damaged.
+            LCAError: if stored numbers are damaged.
         """
         picked = self.data["allocated"].isel({"step": rows, self.per: part})
         stored = picked.transpose("step", self.per, "tensor").values
@@ -108,20 +117,20 @@ class ExampleReader:
         return summed
 
     def weights(self, part: Part) -> Numbers:
-        """Return (example,), the weight of each example on the first segment, as in the loss."""
+        """Return the weight of each example in the loss, on the first segment, (example,)."""
         weights: Numbers = self.read("weight", slice(0, 1), part)[0]
         return weights
 
     def coordinates(self, positions: Numbers, dim: str, prefix: str = "") -> dict[str, object]:
         """Return the coordinates of some examples along an axis `dim` of a finding.
 
-        These are `example`; `index`, of an element in its target; and `example_group` and
-        `example_text`, where there are any.
+        These are `example`, and where they exist, `index` (of an element in its target),
+        `example_group` and `example_text`.
 
         Args:
             positions: along the axis of the data.
             dim: the axis.
-            prefix: before each name, in place of "example_" where it has that.
+            prefix: of each name, in place of "example_" where the name has that.
         """
         coords: dict[str, object] = {}
         before = prefix or "example_"
@@ -139,7 +148,7 @@ class ExampleReader:
         return coords
 
     def spread(self, most: int) -> Numbers:
-        """Return the positions of at most so many examples, evenly spaced from the first on.
+        """Return at most `most` positions of examples, evenly spaced from the first on.
 
         Raises:
             InputError: for fewer than one.
@@ -149,21 +158,25 @@ class ExampleReader:
         return np.arange(0, self.count, -(-self.count // most))
 
     def position(self, example: int, index: int | None = None) -> int:
-        """Return where along the axis of the data an example is, or an element of it.
+        """Return the position along the data's axis of an example, or of an element of it.
+
+        Args:
+            example: its number.
+            index: of an element in its target; None for an example.
 
         Raises:
-            InputError: where it is not there, or an element is asked for without its index.
+            InputError: if there is none, or the loss has elements and `index` is missing.
         """
         numbers = self.data["example"].values
         fits = numbers == example
         if self.per == "element":
             if index is None:
                 raise InputError(
-                    f"this loss tells elements apart: write EXAMPLE:INDEX, such as {example}:0."
+                    f"this loss has results per element: write EXAMPLE:INDEX, such as {example}:0."
                 )
             fits = fits & (self.data["index"].values == index)
         elif index is not None:
-            raise InputError("this loss tells examples apart, not their elements: write EXAMPLE.")
+            raise InputError("this loss has results per example, not per element: write EXAMPLE.")
         if not fits.any():
             raise InputError(
                 f"there is no example {example}{'' if index is None else f':{index}'}; examples go "
@@ -175,18 +188,18 @@ class ExampleReader:
 def open_examples(
     results: LossResults, by: str | int = "module", texts: Mapping[int, str] | None = None
 ) -> ExampleReader:
-    """Open the examples of a loss, their allocations to be summed over layers.
+    """Open the examples of a loss, to sum their allocations over layers.
 
     Buffers that moved are a layer of their own, as in `layers`.
 
     Args:
         results: one loss of a run.
         by: as of `layers`.
-        texts: what to show of examples, by their number, such as their label or their words.
+        texts: descriptions of examples by number, such as their label or their words.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
-        InputError: where the loss was not stated with `per=`, or for another `by`.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
+        InputError: if the loss has no results per example or element, or for another `by`.
     """
     table, data = tables(results), results.examples
     buffers, layers = moving_buffers(table), dict[str, list[int]]()
@@ -197,8 +210,13 @@ def open_examples(
 
 
 def course(finding: xr.Dataset, change: xr.DataArray, allocated: xr.DataArray) -> xr.Dataset:
-    """Return what figures draw of an example, or of a cluster of them, over the stretches of a
-    finding: `change` of the loss since the start, (step,), and `allocated` so far, (step, layer).
+    """Return the data that figures draw of an example, or of a cluster, over the stretches of a
+    finding.
+
+    Args:
+        finding: with the stretches.
+        change: of the loss since the start, (step,).
+        allocated: so far, (step, layer).
     """
     return xr.Dataset(
         {
@@ -214,7 +232,7 @@ def course(finding: xr.Dataset, change: xr.DataArray, allocated: xr.DataArray) -
 
 
 def name_of_example(one: xr.Dataset, prefix: str) -> str:
-    """Return an example, or an element, as `--example` takes it.
+    """Return the name of an example or an element, as `--example` takes it.
 
     Args:
         one: of a finding.

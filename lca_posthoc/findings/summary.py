@@ -1,4 +1,4 @@
-"""Headline figures of a loss, and its tables of tensors and of modules."""
+"""Compute the headline figures of a loss, and its tables of tensors and of modules."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ F = TypeVar("F", float, list[float])  # a figure of a loss, or of each of its gr
 
 
 class Part(TypedDict, Generic[F]):
-    """The figures of a tensor, or of a module; tensors have a kind, and a share that helped where
+    """The figures of a tensor or a module; tensors have a kind, and both a share that helped where
     the run keeps statistics.
     """
 
@@ -115,40 +115,40 @@ def is_grouped(figures: Summary) -> TypeGuard[Figures[list[float]]]:
 def summary(results: LossResults) -> Summary:
     """Return the figures of one loss that `lca summary --json` prints, over the finished segments.
 
-    Figures are of training steps `first_step` to `last_step`; `norm_stats` names the statistics
-    normalisation layers used, null where there are none. `buffers` is the part of `allocated` that
-    belongs to buffers (running statistics), null where there are none. `residual = loss_change −
+    Figures are of training steps `first_step` to `last_step`. `norm_stats` names the statistics
+    that normalisation layers used, null without such layers. `buffers` is the part of `allocated`
+    that belongs to buffers (running statistics), null without buffers. `residual = loss_change −
     allocated`, and `allocated` includes the tensors that are not stored (`remainder`). `helping +
-    hurting + zero = 1`, counted over parameters × segments, buffers not counted; a run made with
-    `--keep tensors` or `units` counts none, and these keys, also those of tensors and modules, are
-    left out. For a loss with groups, figures are lists over the groups. `precision_error` is the
-    measured Σ|A − A*| / Σ|A*| on up to three segments that move, of the gradient at their start,
-    A* one precision higher, on at most `precision_examples` examples (0: on none, or of a loss
-    without a split);
-    `standard_error` of a tensor's allocation is that of drawing a random subset, both null where
-    there is none.
+    hurting + zero = 1`, counted over parameters × segments without buffers; a run made with `--keep
+    tensors` or `units` does not count, and lacks these keys, also for tensors and modules. For a
+    loss with groups, figures are lists over the groups. `precision_error` is the measured Σ|A − A*|
+    / Σ|A*| of the gradient at the start of up to three moving segments, with A* one precision
+    higher, on at most `precision_examples` examples (0: on none, or for a loss without a split).
+    `standard_error` of a tensor's allocation is that of drawing a random subset. Both are null
+    where they do not apply.
 
-    Of `segments`, `long_segments` are longer than one training step; they are left out of the
-    shares, which are over the others alone and not there without any. `path_band` of a tensor or a
-    module is by how much other paths through the same checkpoints would change its sum, see
-    `bands.path_bands`, null where no segment is long or the run does not tell it; that of the loss
-    is the sum over modules. `doubling` is how much of Σ|sum| over modules leaving every second
-    checkpoint out would move between them, a share.
-    Of a run of a random part of the segments, `--segments`, `sampled_of` is the number of segments
-    they were drawn from, null for other runs; `loss_change`, `allocated`, `buffers`, `remainder`
-    and `residual` are then estimates of what all of these give, `loss_start` and `loss_end` are
-    those at `first_step` and `last_step`, between the first and the last segment drawn,
-    `segments_error` is the standard error of `allocated`, null for other runs, and
-    `identity_change` is no estimate: what the loss changed by from the first checkpoint to the
-    last, but on the first 256 examples alone (fewer where the data or a batch has fewer).
-    `gaps` are those between checkpoints in which nothing is replayed, between bursts or ranges of
-    steps; `loss_change` is without them, and `gaps_change` is what the loss changed by in all that
-    lies between the segments, null where there is no gap and of a random part.
+    Of `segments`, `long_segments` are longer than one training step; shares exclude them, and are
+    missing if no others exist. `path_band` of a tensor or a module is how much other paths through
+    the same checkpoints would change its sum, see `bands.path_bands`, null where no segment is long
+    or the run did not measure it; that of the loss is the sum over modules. `doubling` is the share
+    of Σ|sum| over modules that leaving every second checkpoint out would move between them.
 
-    `modules` has the same of the modules that hold the tensors, in the model's order: sums over the
-    parameters of each. Buffers that moved are a module of their own, "NAME buffer", as in `layers`.
-    `moved` is false where no element moved on any segment. Runs with `--causes` have `causes` too,
-    those with `--along` `directions`, see the findings of these names.
+    For a random part of the segments (`--segments`), `sampled_of` is the number of segments they
+    were drawn from, null for other runs. `loss_change`, `allocated`, `buffers`, `remainder` and
+    `residual` are then estimates for all of these, `loss_start` and `loss_end` are those at
+    `first_step` and `last_step`, between the first and the last drawn segment, and `segments_error`
+    is the standard error of `allocated`, null for other runs. `identity_change` is no estimate: it
+    is the loss change from the first checkpoint to the last, but on the first 256 examples alone
+    (fewer if the data or a batch has fewer).
+
+    `gaps` counts gaps between checkpoints that are not replayed, between bursts or ranges of steps;
+    `loss_change` excludes them, and `gaps_change` is the loss change in all of them, null without
+    gaps and for a random part of the segments.
+
+    `modules` holds the same figures of the modules that hold the tensors, in the model's order:
+    sums over the parameters of each. Buffers that moved are a module of their own, "NAME buffer",
+    as in `layers`. `moved` is false where no element moved on any segment. Runs with `--causes`
+    have `causes` too, those with `--along` `directions`, see the findings of these names.
 
     Args:
         results: one loss of a run.
@@ -157,7 +157,7 @@ def summary(results: LossResults) -> Summary:
         Plain numbers; losses and allocations in units of loss, shares between 0 and 1.
 
     Raises:
-        LCAError: where no segment is there yet, or stored numbers are damaged.
+        LCAError: if no segment is finished yet, or stored numbers are damaged.
     """
     steps, tensors, record = results.steps, results.tensors, results.record
     segments = steps.sizes["step"]
@@ -214,7 +214,7 @@ def summary(results: LossResults) -> Summary:
 
 
 def _rows(results: LossResults, tensors: xr.Dataset, sampled: float) -> dict[str, object]:
-    """Return the figures of every tensor and of every module, how many segments are long, and what
+    """Return the figures of every tensor and module, the number of long segments, and how much
     other paths move between modules.
     """
     modules = _modules(tensors)
@@ -247,7 +247,7 @@ def _doubling(
     shifts: np.ndarray[Any, Any], tensors: xr.Dataset, modules: Iterable[list[int]]
 ) -> float | list[float] | None:
     """Return the share of Σ|sum| over modules that leaving every second checkpoint out moves; None
-    where no line is doubled.
+    without doubled lines.
 
     Args:
         shifts: of doubled lines, (lines, [group, ]modules).
@@ -263,7 +263,7 @@ def _doubling(
 
 
 def _parts(results: LossResults) -> dict[str, object]:
-    """Return the figures of what a run has only where it was asked for."""
+    """Return the figures of a run's optional parts."""
     figures: dict[str, object] = {}
     if has_part(results, "causes"):
         split = causes(results)
@@ -289,14 +289,14 @@ def _parts(results: LossResults) -> dict[str, object]:
 
 
 def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
-    """Return the shares of parameters × segments that helped, hurt and did nothing; none where
-    they were not counted.
+    """Return the shares of parameters × segments that helped, hurt and did nothing; none where they
+    were not counted.
     """
     single = ~long_segments(counted)
     if "helping" not in counted or not single.any():
         return {}
     counted = counted.isel(step=single)
-    # there may be buffers alone
+    # there may be only buffers
     elements = max(1, int(counted["elements"].sum()) * counted.sizes["step"])
     helping, hurting = (
         counted[name].sum(("step", "tensor")).values for name in ("helping", "hurting")
@@ -309,9 +309,7 @@ def _shares(counted: xr.Dataset) -> dict[str, float | list[float]]:
 
 
 def _modules(tensors: xr.Dataset) -> dict[str, list[int]]:
-    """Return the positions of each module's tensors, without buffers that stayed where there are
-    parameters beside them.
-    """
+    """Return the positions of each module's tensors, without unmoved buffers beside parameters."""
     buffers, members = moving_buffers(tensors), dict[str, list[int]]()
     for position, name in enumerate(map(str, tensors["tensor"].values)):
         members.setdefault(label_of(name, "module", buffers), []).append(position)
@@ -325,8 +323,8 @@ def _modules(tensors: xr.Dataset) -> dict[str, list[int]]:
 def _of_sample(
     results: LossResults, steps: xr.Dataset, tensors: xr.Dataset
 ) -> dict[str, float | list[float] | None]:
-    """Return of how many segments a random part is, and the standard error of all that is
-    allocated.
+    """Return the figures of a random part of the segments: how many they were drawn from, and the
+    standard error of the allocation.
     """
     manifest, whole = results.manifest, tensors["allocated"].sum("tensor")
     if "remainder" in steps:
@@ -341,25 +339,25 @@ def _of_sample(
 def _gaps_change(
     results: LossResults, steps: xr.Dataset, change: np.ndarray[Any, Any]
 ) -> float | list[float] | None:
-    """Return what the loss changed by between the segments; None of a run without gaps, or of a
-    random part.
-    """
+    """Return the loss change between the segments; None for a run without gaps, or a random part."""
     if not results.manifest.breaks or results.manifest.sampled is not None:
         return None
     return _plain(steps["loss_end"][-1].values - steps["loss_start"][0].values - change)
 
 
 def _identity_change(results: LossResults) -> float | None:
-    """Return the change from the first to the last checkpoint on the examples by which a run
-    recognises the loss; None where it is not finite at one of them, or the last is another one.
+    """Return the change from the first to the last checkpoint on the examples that identify the
+    loss.
+
+    None if it is not finite at one of them, or the last checkpoint is another one.
     """
     first, last = results.record.identity
     return None if first is None or last is None else last["loss"] - first["loss"]
 
 
 def _segments_error(results: LossResults, column: xr.DataArray) -> float | list[float] | None:
-    """Return the standard error of a sum over training by the segments drawn, of each group; None of
-    a run of all segments.
+    """Return the standard error of a sum over training from drawing segments, of each group; None
+    for a run of all segments.
     """
     error = segments_error(results, column)
     return None if error is None else _plain(error.values)
@@ -388,7 +386,7 @@ def _row(
 
 
 def _total(column: xr.DataArray, *more: str) -> np.ndarray[Any, Any]:
-    """Return the exact sum over segments (and more), of each group; numpy, shape () or
+    """Return the exact sum over segments (and more axes), of each group, as numpy of shape () or
     (groups,).
     """
     groups = [name for name in column.dims if name == "group"]

@@ -1,4 +1,4 @@
-"""The allocation of each neuron or channel over training: its incoming weights plus its bias."""
+"""Sum the allocation of each neuron or channel over training: its incoming weights and its bias."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FINDING = Finding(
             name="layer",
             flag="--layer",
             metavar="NAME",
-            help="The units of this layer alone.",
+            help="Only the units of this layer.",
         ),
     ),
 )
@@ -51,24 +51,24 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     and its bias.
 
     Tensors of one module with the same number of units belong together; buffers that moved are a
-    layer of their own, as in `layers`. A long training is shown in stretches of consecutive
-    segments; values are sums over them, so they still add up.
+    layer of their own, as in `layers`. A long training is cut into stretches of consecutive
+    segments; values are sums over them, so totals stay the same.
 
     Args:
         results: one loss of a run made with `--keep units` or more.
-        layer: a module, by name; all of them without.
-        frames: at most so many stretches.
+        layer: name of a module; None for all.
+        frames: the most stretches.
 
     Returns:
         `allocated` (step[, group], unit) and `total` (unit[, group]), in units of loss; coordinates
         `layer` and `index` of unit, and `step`, `step_end`: the training steps at which stretches
-        start and end. Of a run of a random part of the segments, `--segments`, `total` is an
+        start and end. For a random part of the segments (`--segments`), `total` is an
         estimate, and `segments` (unit[, group]) its standard error.
 
     Raises:
-        LCAError: where the run keeps no units, no segment is there yet, or stored numbers are
+        LCAError: if the run keeps no units, no segment is finished yet, or stored numbers are
             damaged.
-        InputError: for a layer that is not there.
+        InputError: for an unknown layer.
     """
     table = tables(results, FINDING.level, "sums of units", sampled=True)
     data = results.units
@@ -97,7 +97,7 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
     }
     if error is not None:
         variables["segments"] = described(
-            (("unit", *group), error.T), "loss", "standard error of the total by the segments drawn"
+            (("unit", *group), error.T), "loss", "standard error of the total from drawing segments"
         )
     coords = {
         "step": table["step"].values[borders[:-1]],
@@ -115,8 +115,8 @@ def units(results: LossResults, *, layer: str | None = None, frames: int = 500) 
 def _columns(
     results: LossResults, data: xr.Dataset, modules: dict[str, list[str]], borders: Numbers
 ) -> tuple[Numbers, list[tuple[str, int]]]:
-    """Return the sums of every unit over stretches of segments, (stretch[, group], unit), with the
-    module and the index of each.
+    """Return the sums of every unit over stretches of segments, (stretch[, group], unit), and each
+    unit's module and index.
     """
     columns: list[Numbers] = []
     labels: list[tuple[str, int]] = []
@@ -139,8 +139,8 @@ def _modules(data: xr.Dataset, buffers: set[str]) -> dict[str, list[str]]:
 
 
 def _by_count(data: xr.Dataset, names: list[str], borders: Numbers, span: int) -> Iterable[Numbers]:
-    """Return (stretch[, group], unit) for each number of units that tensors of a layer have, summed
-    over those that have as many.
+    """Yield (stretch[, group], unit) for each number of units among a layer's tensors, summed over
+    the tensors that have as many.
     """
     by_count: dict[int, Numbers] = {}
     for name in names:
@@ -151,8 +151,13 @@ def _by_count(data: xr.Dataset, names: list[str], borders: Numbers, span: int) -
 
 
 def in_stretches(data: xr.DataArray, borders: Numbers, span: int) -> Numbers:
-    """Return sums over stretches of rows, float64; whole rows of chunks are read, a bounded number
-    at a time.
+    """Return sums over stretches of rows, float64; read whole rows of chunks, a bounded number at a
+    time.
+
+    Args:
+        data: by segment.
+        borders: of the stretches, (stretches + 1,).
+        span: rows of a chunk.
     """
     rows = max(1, BLOCK // max(1, math.prod(data.shape[1:])))
     rows = max(span, rows - rows % span)

@@ -1,7 +1,6 @@
-"""From a finding to a figure: one file per finding, of the same name. Nothing here computes, shows
-or saves.
+"""Draw findings: one file per finding, of the same name. Nothing here computes, shows or saves.
 
-Plots of one panel take and return `Axes`; plots of several take and return a `Figure`. Without one
+Plots of one panel take and return `Axes`; plots of several take and return a `Figure`. By default
 they make a pyplot figure.
 """
 

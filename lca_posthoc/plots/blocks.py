@@ -1,4 +1,4 @@
-"""Components of repeated blocks by depth, what is outside of blocks, and attention heads."""
+"""Draw components of repeated blocks by depth, layers outside blocks, and attention heads."""
 
 from __future__ import annotations
 
@@ -34,25 +34,26 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROWS = 40
-_COLUMNS = 24  # that are all numbered
+_COLUMNS = 24  # up to so many columns are all numbered
 
 
 def blocks(found: xr.Dataset, *, figure: Figure | None = None, top: int = _ROWS) -> Figure:
-    """Draw what each component of each block did, what was done outside of blocks, and heads.
+    """Draw the allocation of each component of each block, of the layers outside blocks, and of
+    heads.
 
-    Components are rows, depths are columns, both in sums over training.
+    Components are rows and depths are columns; values are sums over training.
 
     Args:
         found: of `findings.blocks`.
-        figure: an empty one to draw in; default a new one.
-        top: how many components and how many layers outside are drawn, those with the largest sums;
-            the others are counted at the foot.
+        figure: an empty figure to draw in; by default a new one.
+        top: how many components and how many layers outside to draw, those with the largest sums;
+            the foot counts the others.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked, or a `top` below one.
+        InputError: if there are groups and none was picked, or for a `top` below one.
     """
     expect(found, "blocks")
     refuse_groups(found)
@@ -87,7 +88,7 @@ def blocks(found: xr.Dataset, *, figure: Figure | None = None, top: int = _ROWS)
 
 
 def _components(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw a row for each component; thin lines part stacks of blocks."""
+    """Draw a row for each component; thin lines separate stacks of blocks."""
     stacks = [str(name) for name in finding["stack"].values]
     one = len(set(stacks)) == 1
     names = finding["name" if one else "component"].values
@@ -103,7 +104,7 @@ def _components(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _picture(ax: Axes, values: Numbers, names: list[str], finding: xr.Dataset, title: str) -> None:
-    """Draw rows by depth; where a block has no such component, the paper is left blank."""
+    """Draw rows by depth; cells without such a component stay blank."""
     depths = finding["depth"].values
     shown = ax.pcolormesh(
         np.arange(len(depths) + 1) - 0.5,

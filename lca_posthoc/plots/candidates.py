@@ -1,4 +1,4 @@
-"""Candidates to freeze, to prune or to initialise again."""
+"""Draw candidates to freeze, prune or reinitialise."""
 
 from __future__ import annotations
 
@@ -37,25 +37,24 @@ _ABOUT_ERRORS = (
     "Lines over the sums of layers: all known errors together. Pale bars are within them, so they "
     "are not told from zero."
 )
-_LETTERS = 18  # of a name: two panels share the width
+_LETTERS = 18  # characters of a name, where two panels share the width
 
 
 def candidates(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the sums of layers, the parameters of each tensor that never helped or never did
-    anything, and the worst units and parameters.
+    """Draw the sums of layers, the parameters of each tensor that never helped or never had an
+    effect, and the worst units and parameters.
 
-    Of many layers and tensors the 15 largest in size are shown; a panel that would be empty is left
-    out.
+    At most 15 layers and tensors are shown, the largest; empty panels are omitted.
 
     Args:
         found: of `findings.candidates`.
-        figure: an empty one to draw in; default a new one.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked.
+        InputError: if there are groups and none was picked.
     """
     expect(found, "candidates")
     refuse_groups(found)
@@ -106,8 +105,8 @@ def _idle(finding: xr.Dataset) -> bool:
 
 
 def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any]) -> xr.Dataset:
-    """Return the `_MOST_ROWS` largest in size along `dim`, in their old order, and write below the axis
-    how many more there are.
+    """Return the `_MOST_ROWS` largest along `dim`, in their order, and write below the axis how
+    many are missing.
     """
     order = np.argsort(-np.nan_to_num(np.abs(sizes)), kind="stable")
     rest = order[_MOST_ROWS:]
@@ -135,7 +134,7 @@ def _largest(ax: Axes, finding: xr.Dataset, dim: str, sizes: np.ndarray[Any, Any
 
 
 def _room_for_more(ax: Axes, shown: int, whole: int) -> None:
-    """Leave an empty row below the last one for the words of `_largest`."""
+    """Leave an empty row below the last one for the text of `_largest`."""
     if whole > shown:
         ax.set_ylim(shown + 0.6, -0.6)
 
@@ -184,7 +183,7 @@ def _tensors(ax: Axes, finding: xr.Dataset) -> None:
     names = [str(name) for name in finding["tensor"].values]
     never, silent = finding["never_helped"].values, finding["silent"].values
     ax.barh(
-        range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never did anything"
+        range(len(names)), silent, height=0.72, color=MUTED, alpha=0.5, label="never had an effect"
     )
     ax.barh(range(len(names)), never, left=silent, height=0.72, color=HURTING, label="never helped")
     tidy(ax, x="parameters")
@@ -223,8 +222,8 @@ def _units(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _letters(ax: Axes) -> int:
-    """Return how many letters of a parameter's name stand beside a panel: more where it has the
-    width to itself.
+    """Return how many characters of a parameter's name fit beside a panel; more where it has the
+    full width.
     """
     place = ax.get_subplotspec()
     return 40 if place is not None and len(place.colspan) == 2 else 26

@@ -1,4 +1,4 @@
-"""The allocation of layers by what moved their weights: in total, and as it grows over training."""
+"""Draw the allocation of layers by what moved their weights: in total, and over training."""
 
 from __future__ import annotations
 
@@ -33,30 +33,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_PANELS = 6  # layers with lines over training
+_PANELS = 6  # layers drawn over training
 _ROWS = 30
 _ACROSS = 2
 _ALL = "all causes"
 
 
 def causes(found: xr.Dataset, *, figure: Figure | None = None, top: int | None = None) -> Figure:
-    """Draw what each cause did to the loss by layer, in total and over training.
+    """Draw each layer's allocation by cause, in total and over training.
 
-    On the left stand the sums over training: causes that lowered the loss to the left of zero,
-    those that raised it to the right, and the layer's sum as a mark with its error. On the right the causes of
-    those layers grow over training for which they did most. How large rest is stands at the foot
-    and beside each name.
+    The left panel shows sums over training: causes that lowered the loss left of zero, those that
+    raised it right of zero, and the layer's sum as a mark with its error. The right panels show the
+    cumulative sums of the layers with the largest contributions. The foot gives the size of rest,
+    and each name its share.
 
     Args:
-        found: of `findings.causes`, of a loss without groups or one group of it.
-        figure: an empty one to draw in; default a new one.
-        top: how many layers are drawn over training; default 6.
+        found: of `findings.causes`, for a loss without groups or one group.
+        figure: an empty figure to draw in; by default a new one.
+        top: how many layers to draw over training; default 6.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where the loss has groups, or for a `top` below one.
+        InputError: if the loss has groups, or for a `top` below one.
     """
     expect(found, "causes")
     refuse_groups(found)
@@ -84,13 +84,13 @@ def causes(found: xr.Dataset, *, figure: Figure | None = None, top: int | None =
             frameon=False,
             fontsize=SMALL,
         )
-    marks = "Marks: the sums of layers, with lines as long as all their known errors together."
+    marks = "Marks: the sums of layers, with error bars of all their known errors together."
     note(figure, found, size_of_rest(found), culprits(found), rest, marks)
     return figure
 
 
 def _bars(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw the sums over training, causes of one sign after each other."""
+    """Draw the sums over training, stacking causes of one sign."""
     total = finding["total"].transpose("layer", "cause").values
     for sign in (-1, 1):
         sized = np.where(np.sign(total) == sign, total, 0.0)
@@ -109,7 +109,7 @@ def _bars(ax: Axes, finding: xr.Dataset) -> None:
         markerfacecolor="white",
         markeredgecolor=INK,
     )
-    # bars would end at the edge of the page
+    # otherwise bars would end at the edge of the page
     ax.use_sticky_edges = False
     ax.margins(x=0.05)
     zero_line(ax, vertical=True)
@@ -120,7 +120,7 @@ def _bars(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _lines(ax: Axes, finding: xr.Dataset, name: str) -> None:
-    """Draw the sums so far of one layer."""
+    """Draw the cumulative sums of one layer."""
     zero_line(ax)
     allocated = finding["allocated"].transpose("step", "cause").values
     for cause, hue in enumerate(COLOURS):
@@ -135,6 +135,6 @@ def _lines(ax: Axes, finding: xr.Dataset, name: str) -> None:
 
 
 def _grown(finding: xr.Dataset, values: Numbers) -> tuple[Numbers, Numbers]:
-    """Return a running sum, from the start of each stretch of segments."""
+    """Return a cumulative sum that restarts at each stretch of segments."""
     so_far = np.cumsum(values)
     return over_gaps(finding, so_far, so_far - values)

@@ -1,4 +1,6 @@
-"""Clusters of examples: what layers did to each over training, and the variance they leave out."""
+"""Draw clusters of examples: the layers' contributions over training, and the variance the clusters
+leave out.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _LINES = 6
-_PANELS = 11  # more clusters than these are counted at the foot
+_PANELS = 11  # the foot counts further clusters
 _ACROSS = 3
-_TEXT = 30  # letters of what a central example says
+_TEXT = 30  # characters of a central example's text
 
 
 def clusters(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw what layers did to the examples of each cluster over training, and what is left out.
+    """Draw the layers' contributions to each cluster over training, and the variance left out.
 
     Args:
         found: of `findings.clusters`.
-        figure: an empty one to draw in; default a new one.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
@@ -82,7 +84,7 @@ def clusters(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 def _cluster(
     ax: Axes, finding: xr.Dataset, strong: xr.Dataset, cluster: int, *, start: bool
 ) -> None:
-    """Draw the mean of a cluster: the sum so far of each layer, and the change of the loss."""
+    """Draw the mean of a cluster: the cumulative sum of each layer, and the change of the loss."""
     lines = one_cluster(finding, cluster)
     names = [str(name) for name in strong["layer"].values]
     zero_line(ax)
@@ -108,12 +110,12 @@ def _cluster(
 
 
 def _line(lines: xr.Dataset, values: Numbers) -> tuple[Numbers, Numbers]:
-    """Return a line that begins at zero where training does."""
+    """Return a line that starts at zero at the start of training."""
     return over_gaps(lines, values, np.append(0.0, values[:-1]))
 
 
 def _left_out(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw the share of the variance that is left out, by the number of clusters."""
+    """Draw the share of the variance left out, by the number of clusters."""
     numbers, shares = finding["k"].values, finding["left_out_share"].values
     chosen = int(finding.attrs["clusters"])
     null = finding["null_share"].values
@@ -124,7 +126,7 @@ def _left_out(ax: Axes, finding: xr.Dataset) -> None:
         "_",
         color=MUTED,
         markersize=9,
-        label="learned at other times",
+        label="learned at own times",
     )
     tidy(ax, x="clusters", y="variance left out (%)")
     ax.set_ylim(bottom=0)

@@ -1,4 +1,4 @@
-"""Runs compared: the sums of each layer, with intervals over repeated runs."""
+"""Draw compared runs: the sums of each layer, with intervals over repeated runs."""
 
 from __future__ import annotations
 
@@ -33,28 +33,27 @@ _MARKERS = "osD^vPX"
 _LEVEL = 0.05
 
 
-_PATHS = "Broad bars: what other paths through the same checkpoints would change."
+_PATHS = "Broad bars: the change by other paths through the same checkpoints."
 
 
 def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
-    """Draw each layer's mean sum with its confidence interval, one marker and colour per label,
+    """Draw each layer's mean sum with its confidence interval, one marker and colour per label, and
     single runs as faint dots.
 
-    A filled marker differs from zero at 5 % after Holm's correction; a hollow one does not, or its
-    label has a single run. The foot says in what the runs differ and which of them belong to one
+    A filled marker differs from zero at 5 % after Holm's correction. A hollow one does not, or its
+    label has a single run. The foot tells how the runs differ and which of them belong to one
     training.
 
     Args:
         found: of `findings.compare`.
-        ax: where to draw; default a new figure.
-        top: how many layers to draw, those with the largest means; the others are counted at the
-            foot.
+        ax: where to draw; by default a new figure.
+        top: how many layers to draw, those with the largest means; the foot counts the others.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: where there are groups and none was picked.
+        InputError: if there are groups and none was picked.
     """
     expect(found, "compare")
     refuse_groups(found)
@@ -85,7 +84,7 @@ def compare(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes
 def _one_label(
     ax: Axes, one: xr.Dataset, word: str, rows: np.ndarray[Any, Any], position: int
 ) -> None:
-    """Draw the runs, the interval and the mean of one label, at its `rows`."""
+    """Draw the runs, the interval and the mean of one label, at the heights `rows`."""
     mean, hue = one["mean"].values, colour(position)
     if "total" in one:
         totals = one["total"].transpose("layer", "run").values
@@ -115,7 +114,7 @@ def _one_label(
 
 
 def _key_of_labels(ax: Axes, *, several: bool) -> None:
-    """Draw the key beside the axes; what a filled marker means where a label has several runs."""
+    """Draw the key beside the axes; it explains filled markers where a label has several runs."""
     key(
         ax,
         "center left",

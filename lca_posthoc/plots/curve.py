@@ -1,4 +1,4 @@
-"""The loss, and the start plus everything allocated."""
+"""Draw the loss, and the start plus everything allocated."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.typing import LineStyleType
 
-_MOST_GROUPS = 28  # groups that colours and dashes tell apart
+_MOST_GROUPS = 28  # groups that colours and dashes distinguish
 
 
 def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
-    """Draw the true loss, dark, over a light band: the loss at the start plus Σ allocation. What
-    lies between them is the residual.
+    """Draw the true loss as a dark line over a light band, the loss at the start plus Σ allocation;
+    the distance is the residual.
 
-    With groups, one colour each. Without, a small inset shows the cumulative residual on its own
-    scale, and ticks at the foot mark segments that stayed above the tolerance.
+    With groups, each has its colour. Without, a small inset shows the cumulative residual on its
+    own scale, and ticks at the foot mark segments that stayed above the tolerance.
 
     Args:
         found: of `findings.curve`.
-        ax: where to draw; default a new figure.
+        ax: where to draw; by default a new figure.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: where there are more groups than can be told apart.
+        InputError: if there are more groups than colours and dashes distinguish.
     """
     expect(found, "curve")
     if found.sizes.get("group", 1) > _MOST_GROUPS:
         raise InputError(
             f"loss {found.attrs.get('loss')!r} has {found.sizes['group']} groups, and a plot shows "
-            f"at most {_MOST_GROUPS}: pick some: found.sel(group=[…]) or --group."
+            f"at most {_MOST_GROUPS}: pick some with found.sel(group=[…]) or --group."
         )
     ax = fresh_axes(ax, 4.4, 2.7)
     if "group" in found.dims:
@@ -74,7 +74,7 @@ def curve(found: xr.Dataset, *, ax: Axes | None = None) -> Axes:
 
 
 def _groups(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw the lines of every group in its colour, with its name at their end."""
+    """Draw the lines of every group in its colour, with its name at the end."""
     groups = finding["group"].values
     hues = palette(len(groups))
     styles = [dashes(position, len(groups)) for position in range(len(groups))]
@@ -91,7 +91,7 @@ def _groups(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _mark(ax: Axes, bad: np.ndarray[Any, Any]) -> None:
-    """Draw ticks at the foot where segments stayed above the tolerance, and say how many."""
+    """Draw ticks at the foot where segments stayed above the tolerance, and their number."""
     ax.plot(
         bad,
         np.zeros(len(bad)),
@@ -112,10 +112,10 @@ def _mark(ax: Axes, bad: np.ndarray[Any, Any]) -> None:
 
 
 def _lines(ax: Axes, finding: xr.Dataset, hue: str, style: LineStyleType) -> None:
-    """Draw start plus Σ allocation, wide and pale, and on it the loss, thin and dark; each stretch
-    begins at its own first loss.
+    """Draw start plus Σ allocation, wide and pale, and over it the loss, thin and dark; each
+    stretch starts at its own first loss.
     """
-    alone = hue == INK  # else several are told apart by colours
+    alone = hue == INK  # several lines are distinguished by colours
     pale: dict[str, Any] = {
         "color": FAINT if alone else hue,
         "alpha": 1 if alone else 0.25,

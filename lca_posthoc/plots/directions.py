@@ -1,4 +1,4 @@
-"""The loss change inside a subspace and outside of it, and the share of the motion inside."""
+"""Draw the loss change inside a subspace and outside of it, and the share of the motion inside."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def directions(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """Draw the loss change inside and outside the subspace, the motion inside, and each direction.
 
     Args:
-        found: of `findings.directions`, of a loss without groups or one group of it; with `null=`
-            the random directions are drawn too.
-        figure: an empty one to draw in; default a new one.
+        found: of `findings.directions`, for a loss without groups or one group; with `null=` the
+            random directions are drawn too.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where the loss has groups.
+        InputError: if the loss has groups.
     """
     expect(found, "directions")
     refuse_groups(found)
@@ -69,7 +69,7 @@ def directions(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _change(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw the sums so far, inside, outside and together."""
+    """Draw the cumulative sums inside, outside and together."""
     inside, outside = finding["inside"].values, finding["outside"].values
     zero_line(ax)
     ax.plot(*_grown(finding, inside + outside), color=INK, linewidth=1.7, label="all of the motion")
@@ -110,7 +110,7 @@ def _captured(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _grown(finding: xr.Dataset, values: Numbers) -> tuple[Numbers, Numbers]:
-    """Return a running sum, from the start of each stretch of segments."""
+    """Return a cumulative sum that restarts at each stretch of segments."""
     so_far = np.cumsum(values)
     return over_gaps(finding, so_far, so_far - values)
 

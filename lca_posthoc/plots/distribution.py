@@ -1,4 +1,4 @@
-"""The distribution of single allocations."""
+"""Draw the distribution of single allocations."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 
 def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the sizes of helping and of hurting allocations over each other, their density with its
-    fit, and how unequal they are.
+    """Draw the sizes of helping and hurting allocations, their densities with a fit, and their
+    inequality.
 
     Left: parameters × segments per decade of |A|. Middle: densities of both signs, with the double
     Weibull distribution fitted to a sample and the normal distribution of the same spread. Right:
-    the share of Σ|A| of the top 1 % and the Gini coefficient, with what the bins leave open.
+    the share of Σ|A| of the top 1 % and the Gini coefficient, with the bounds from the bins.
 
     Args:
         found: of `findings.distribution`.
-        figure: an empty one to draw in; default a new one.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked.
+        InputError: if there are groups and none was picked.
     """
     expect(found, "distribution")
     refuse_groups(found)
@@ -63,8 +63,8 @@ def distribution(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _edges(side: xr.Dataset) -> np.ndarray[Any, Any]:
-    """Return the edges of |A|, rising; the innermost one, zero, is replaced by one that a
-    logarithmic axis can show.
+    """Return the edges of |A|, rising, with zero replaced by an edge that a logarithmic axis can
+    show.
     """
     ends = np.sort(np.abs(np.append(side["lower"].values, side["upper"].values[-1:])))
     edges: np.ndarray[Any, Any] = np.maximum(
@@ -130,8 +130,8 @@ def _shares(ax: Axes, finding: xr.Dataset, whole: float) -> None:
 
 
 def _curves(ax: Axes, finding: xr.Dataset, whole: float) -> None:
-    """Draw the fit to allocations that are not zero, and the normal distribution of the same
-    spread, inside the data's range.
+    """Draw the fit to nonzero allocations, and the normal distribution of the same spread, within
+    the data's range.
     """
     low, high = ax.get_ylim()
     data = [line.get_ydata() for line in ax.lines]
@@ -153,7 +153,7 @@ def _curves(ax: Axes, finding: xr.Dataset, whole: float) -> None:
         )
         word(ax, 0.03, 0.05, "···  normal, same spread", MUTED)
     fitted = "weibull_shape" in finding and bool(np.isfinite(finding["weibull_shape"]))
-    if fitted and "group" not in finding.coords:  # the sample is of all groups
+    if fitted and "group" not in finding.coords:  # the sample includes all groups
         shape, scale = float(finding["weibull_shape"]), float(finding["weibull_scale"])
         moved = 1 - float(finding["zero"]) / whole
         fit = (
@@ -176,7 +176,7 @@ def _range(finding: xr.Dataset) -> tuple[float, float]:
 
 
 def _visible(finding: xr.Dataset) -> tuple[float, float]:
-    """Return the limits that hold all large elements and all but a thousandth of the rest; small
+    """Return limits that include all large elements and all but a thousandth of the rest; small
     ones span thirty decades.
     """
     inner = np.minimum(np.abs(finding["lower"].values), np.abs(finding["upper"].values))

@@ -1,5 +1,5 @@
-"""Examples by layers, one example's story over training, and how far examples pull against each
-other.
+"""Draw examples by layers, one example's story over training, and how strongly examples pull
+against each other.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ROWS = 400  # of the picture: thinner ones cannot be seen
+_ROWS = 400  # rows of the picture; thinner ones are invisible
 _COLUMNS = 40
-_FRAMES = 100  # of the interference, which is noisy from segment to segment
+_FRAMES = 100  # stretches of the interference, which is noisy from segment to segment
 _LINES = 6
-_TEXT = 60  # letters of what an example says
+_TEXT = 60  # characters of an example's text
 
 
 def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw what layers did to each example, the story of one, and the interference of layers.
+    """Draw the layers' contributions to each example, the story of one, and the interference of
+    layers.
 
-    The story is of the first example that was named, else of the most forgotten one.
+    The story is that of the first named example, else of the most forgotten one.
 
     Args:
         found: of `findings.examples`; for another story `findings.examples(…, named=[12])`.
-        figure: an empty one to draw in; default a new one.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
@@ -82,7 +83,7 @@ def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _heat(ax: Axes, finding: xr.Dataset, sizes: Numbers) -> str:
-    """Draw the rows of examples, and say which layers are not shown."""
+    """Draw the rows of examples, and return a sentence on the layers not shown."""
     shown, rest = strongest(finding, "layer", sizes, _COLUMNS)
     values, together = heat_rows(shown, _ROWS)
     names = [str(name) for name in shown["layer"].values]
@@ -108,7 +109,7 @@ def _heat(ax: Axes, finding: xr.Dataset, sizes: Numbers) -> str:
 
 
 def _story(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, position: int) -> None:
-    """Draw the change of an example's loss, and the sum so far of each layer."""
+    """Draw the change of an example's loss, and the cumulative sum of each layer."""
     lines = one_story(finding, position)
     zero_line(ax)
     names = [str(name) for name in strong["layer"].values]
@@ -146,7 +147,7 @@ def _story(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, position: int) -> 
 
 
 def _start(text: str) -> str:
-    """Return the beginning of what an example says."""
+    """Return the beginning of an example's text."""
     return text if len(text) <= _TEXT else f"{text[: _TEXT - 1]}…"
 
 

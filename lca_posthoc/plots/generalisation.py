@@ -1,4 +1,4 @@
-"""The sums of each layer for two losses, such as those for training and validation."""
+"""Draw the sums of each layer for two losses, such as those of training and validation."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ if TYPE_CHECKING:
 
 
 def generalisation(found: xr.Dataset, *, ax: Axes | None = None, top: int = 40) -> Axes:
-    """Draw each layer's sum for either loss, joined by a line; the key has the names of the losses.
+    """Draw each layer's sum for both losses, joined by a line; the key names the losses.
 
-    Below the axis stands how many parameters helped both, one of them, or neither.
+    Below the axis stand the shares of parameters that helped both losses, one of them, or neither.
 
     Args:
         found: of `findings.generalisation`.
-        ax: where to draw; default a new figure.
-        top: how many layers to draw, those with the largest sums for either loss; the others are
-            counted at the foot.
+        ax: where to draw; by default a new figure.
+        top: how many layers to draw, those with the largest sums for either loss; the foot counts
+            the others.
 
     Returns:
         The axes.

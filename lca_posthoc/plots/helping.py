@@ -1,4 +1,4 @@
-"""Shares of parameters that help: over time, per tensor, and parameter by parameter."""
+"""Draw shares of parameters that help: over time, per tensor, and per parameter."""
 
 from __future__ import annotations
 
@@ -40,18 +40,18 @@ def helping(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """Draw the share of parameters that help on each segment, per tensor too, and the share of
     segments each parameter helps on.
 
-    Below: parameters by how often they helped, against what chance alone would give; beside it the
+    Below: parameters by how often they helped, with the expectation by chance, and beside it the
     heroes and villains, which helped most and least often. These two panels need a complete run.
 
     Args:
         found: of `findings.helping`.
-        figure: an empty one to draw in; default a new one.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked.
+        InputError: if there are groups and none was picked.
     """
     expect(found, "helping")
     refuse_groups(found)
@@ -89,15 +89,15 @@ def _over_time(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _whole_time(ax: Axes, finding: xr.Dataset) -> None:
-    """Let a panel over time begin and end where the training does."""
+    """Set the limits of a panel over time to those of the training."""
     ax.set_xlim(finding["step"].values[0], finding["step_end"].values[-1])
 
 
 def _tensors(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw shares above one half teal and below it vermilion, and what had no effect grey.
+    """Draw shares above one half teal, below it vermilion, and tensors without an effect grey.
 
-    The scale is turned around, since a high share helps. A tensor that did not move, or on which
-    the loss does not depend, neither helps nor hurts.
+    The scale is reversed, because a high share helps. A tensor that did not move, or on which the
+    loss does not depend, neither helps nor hurts.
     """
     helping, hurting, moved = (
         finding[f"tensor_{name}"].transpose("tensor", "step").values
@@ -153,7 +153,7 @@ def _often(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _percent(ax: Axes) -> None:
-    """Set the axis of shares, the same in both panels."""
+    """Set the axis of shares, equal in both panels."""
     ax.set_xlim(-0.02, 1.02)
     ax.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 

@@ -1,4 +1,4 @@
-"""The allocation of each layer, as it grows over training or in the end."""
+"""Draw the allocation of each layer, over training or in total."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _QUANTITIES = ("cumulative", "total", "mean")
-_LINES = 10  # more are shown as bars; lines with a name and a colour
+_LINES = 10  # layers with a name and a colour as lines; more are drawn as bars
 _ROWS = 40
-# of each error: where its line stands beside the middle of a bar, its width and opacity
+# of each error: the offset of its line from the middle of a bar, its width and opacity
 _ERRORS = {
     "path": (0.0, 3.0, 0.35),
     "quadrature": (0.16, 0.8, 1.0),
@@ -47,19 +47,18 @@ _ERRORS = {
     "examples": (-0.16, 0.8, 0.6),
     "segments": (0.0, 1.2, 1.0),
 }
-_AT_THE_ENDS = ("path", "segments")  # of lines over training
-_SEEN = 0.005  # of the largest sum, that an error must have to be drawn
+_AT_THE_ENDS = ("path", "segments")  # errors drawn at the ends of lines over training
+_SEEN = 0.005  # share of the largest sum below which an error is not drawn
 _ABOUT_ERRORS = {
-    "path": "Broad lines: what other paths through the same checkpoints would change",
+    "path": "Broad lines: change by other paths through the same checkpoints",
     "quadrature": "thin lines below: quadrature",
     "precision": "faint lines at the bottom: precision",
-    "examples": "thin lines above: two standard errors of the examples drawn",
-    "segments": "lines in the middle: two standard errors of the segments drawn",
+    "examples": "thin lines above: two standard errors from drawing examples",
+    "segments": "lines in the middle: two standard errors from drawing segments",
 }
 _ABOUT_ENDS = {
-    "path": "Broad bars at the ends of lines: what other paths through the same checkpoints would "
-    "change",
-    "segments": "thin bars at the ends of lines: two standard errors of the segments drawn",
+    "path": "Broad bars at the ends of lines: change by other paths through the same checkpoints",
+    "segments": "thin bars at the ends of lines: two standard errors from drawing segments",
 }
 _WORDS = {
     "cumulative": "Σ allocation so far",
@@ -75,24 +74,24 @@ def layers(
     quantity: str | None = None,
     top: int | None = None,
 ) -> Axes:
-    """Draw the sum of each layer as it grows over training, or in the end.
+    """Draw the sum of each layer over training or in total.
 
-    Of many layers those with the largest sums stand out: as lines with a colour and a name over the
-    grey lines of the others, as the rows that are drawn where the others are counted at the foot.
+    If there are many layers, those with the largest sums stand out: as coloured lines with names
+    over grey ones, or as rows, where the foot counts the others.
 
     Args:
         found: of `findings.layers`.
-        ax: where to draw; default a new figure.
-        quantity: "cumulative" draws lines over training, "total" and "mean" (per parameter) bars,
-            or with groups a picture of layer × group. Default: lines for at most ten layers without
-            groups, else the total.
+        ax: where to draw; by default a new figure.
+        quantity: "cumulative" draws lines over training, "total" and "mean" (per parameter) draw
+            bars, or with groups a picture of layer × group. By default lines for at most ten layers
+            without groups, else the total.
         top: how many layers stand out; default 10 as lines, 40 as rows.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: for another `quantity`, lines of a loss with groups, or a `top` below one.
+        InputError: for any other `quantity`, lines of a loss with groups, or a `top` below one.
     """
     expect(found, "layers")
     names = [str(name) for name in found["layer"].values]
@@ -105,7 +104,7 @@ def layers(
         )
     if groups and quantity == "cumulative":
         raise InputError(
-            "lines over training are of one group: pick one: found.sel(group=…) or --group."
+            "lines over training show one group. Pick one: found.sel(group=…) or --group."
         )
     label = f"{_WORDS[quantity]} (units of loss)"
     lines = quantity == "cumulative"
@@ -128,7 +127,7 @@ def layers(
         untold = untold_sentence(strong)
     else:
         about = about_errors(found)
-        # room for what is written of errors, and of segments that have them
+        # room for the texts about errors, and for the errors of segments
         ax = fresh_axes(ax, 4.4, 0.9 + 0.2 * len(names) + (0.8 if about else 0.0))
         _bars(ax, found, names, quantity, label)
         rest = f"{rest} {about}".strip()
@@ -142,8 +141,8 @@ def _untold(finding: xr.Dataset) -> bool:
 
 
 def _lines(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, label: str) -> None:
-    """Draw the strong layers in colours over the others in grey; names and sums stand at the ends
-    of the coloured lines.
+    """Draw the strong layers in colours over the others in grey, with names and sums at the ends of
+    the coloured lines.
     """
     zero_line(ax)
     names = [str(name) for name in strong["layer"].values]
@@ -196,8 +195,8 @@ def _bars(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, label:
 
 
 def _errors(ax: Axes, finding: xr.Dataset, quantity: str) -> None:
-    """Draw the errors of the bars, each apart: another path as a broad bar, quadrature and examples
-    as lines in it.
+    """Draw each error of the bars: another path as a broad bar, quadrature and examples as lines in
+    it.
     """
     per = np.maximum(1, finding["elements"].values) if quantity == "mean" else 1.0
     rows, values = np.arange(finding.sizes["layer"]), finding[quantity].values
@@ -226,7 +225,7 @@ def _end_errors(ax: Axes, finding: xr.Dataset, strong: xr.Dataset) -> None:
         _, width, alpha = _ERRORS[name]
         errors = KINDS[name].times * strong[name].values
         for position, (total, error) in enumerate(zip(sums, errors, strict=True)):
-            place = end - 0.008 * position * (end - start)  # one beside the other
+            place = end - 0.008 * position * (end - start)  # side by side
             hue = colour(position)
             ax.vlines(place, total - error, total + error, hue, linewidth=width, alpha=alpha)
 
@@ -236,19 +235,19 @@ def _drawn_at_ends(finding: xr.Dataset) -> list[str]:
 
 
 def about_ends(finding: xr.Dataset) -> str:
-    """Say which errors are drawn at the ends of lines over training."""
+    """Describe the errors drawn at the ends of lines over training."""
     drawn = [_ABOUT_ENDS[name] for name in _drawn_at_ends(finding)]
     return _sentence(drawn)
 
 
 def _sentence(parts: list[str]) -> str:
-    """Return parts as a sentence; "" for none."""
+    """Join parts into a sentence; "" for none."""
     text = "; ".join(parts)
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def about_errors(finding: xr.Dataset) -> str:
-    """Say which errors of sums are drawn, and how."""
+    """Describe the errors of sums that are drawn, and how."""
     return _sentence([_ABOUT_ERRORS[name] for name in _drawn_errors(finding)])
 
 
@@ -274,7 +273,7 @@ def _by_group(ax: Axes, finding: xr.Dataset, names: list[str], quantity: str, la
     every = -(-len(groups) // 20)
     words = labels(groups, 10)[::every]
     ax.set_xticks(range(0, len(groups), every), words)
-    # points, before the layout
+    # in points, before the layout
     column = ax.get_window_extent().width / ax.figure.dpi * 72 / len(groups) * every
     if max(map(len, words)) * 0.62 * SMALL > column:
         ax.tick_params(axis="x", labelrotation=90)

@@ -1,4 +1,4 @@
-"""Every parameter as a pixel: one moment of training, or a film of it."""
+"""Draw every parameter as a pixel: one moment of training, or a film."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ if TYPE_CHECKING:
     from matplotlib.image import AxesImage
 
 FILMS = (".mp4", ".gif")
-# In inches.
+# in inches
 _WIDE, _LEFT, _RIGHT = 7.2, 0.5, 0.12
-_TALLEST = 2.4  # of a row of panels
-_PICTURES = 4.2  # all rows together, about
-_MANY = 8  # modules, not inches: more are drawn closer together
-_VECTOR = 0.16  # the width of a vector beside a kernel
-_TITLE, _GAP = 0.22, 0.12  # above a row, between modules
-# a frame is seen where a hundredth of its pixels have more than a tenth of the colours' scale
+_TALLEST = 2.4  # height of a row of panels
+_PICTURES = 4.2  # height of all rows together, approximately
+_MANY = 8  # with more modules than this, panels stand closer together
+_VECTOR = 0.16  # width of a vector beside a kernel
+_TITLE, _GAP = 0.22, 0.12  # height above a row, gap between modules
+# a frame counts as visible if a hundredth of its pixels exceed a tenth of the colour scale
 _STRONGEST, _SEEN = (
     0.99,
     0.1,
 )
-_FOOT = 2.3  # the colour bar, the loss and a note
+_FOOT = 2.3  # height of the colour bar, the loss and a note
 
 
 def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | None = None) -> Figure:
-    """Draw one moment of the film: a picture per tensor, pixels on one scale, and below them where
-    in training it is.
+    """Draw one moment of the film: a picture per tensor, on one colour scale, above the loss curve
+    with the moment marked.
 
-    Tensors of a module stand side by side, a bias as a narrow column beside its kernel; of many
-    modules, those without a kernel, such as normalisation, stand behind the kernel they follow.
-    Very wide and very narrow pictures are stretched; a pixel is a parameter, or the block of
-    parameters that the title says.
+    Tensors of a module stand side by side, a bias as a narrow column beside its kernel. If there
+    are many modules, those without a kernel, such as normalisation, stand behind the kernel they
+    follow. Very wide and very narrow pictures are stretched. A pixel is a parameter, or a block of
+    parameters of the size in the title.
 
     Args:
         found: of `findings.microscope`.
-        at: which frame, counted from 0, or from the end if negative; default the last one whose
-            colours can be seen.
-        figure: an empty one to draw in; default a new one.
+        at: index of the frame, from the end if negative; by default the last one with visible
+            colours.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: for a frame that is not there.
+        InputError: for a frame that does not exist.
     """
     expect(found, "microscope")
     frames = found.sizes["step"]
@@ -71,11 +71,11 @@ def microscope(found: xr.Dataset, *, at: int | None = None, figure: Figure | Non
 
 
 def _last_seen(finding: xr.Dataset) -> int:
-    """Return the last frame whose strongest pixels have a colour: where a schedule ends near 0, the
-    last frames are all but blank.
+    """Return the last frame whose strongest pixels are visible: at the end of a schedule, frames
+    are nearly blank.
 
-    Where no frame has enough of them, it is the last that is not blank; where all are blank, the
-    last of all.
+    If no frame is visible enough, return the last that is not blank; if all are blank, the last of
+    all.
     """
     scale, moved = float(finding.attrs["scale"]), -1
     for frame in reversed(range(finding.sizes["step"])):
@@ -90,7 +90,7 @@ def _last_seen(finding: xr.Dataset) -> int:
 
 
 def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
-    """Write all frames, one after the other, as a film.
+    """Write all frames as a film.
 
     Args:
         found: of `findings.microscope`.
@@ -101,8 +101,8 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
         `path`.
 
     Raises:
-        InputError: for another kind of file, or no frames per second.
-        ResourceError: where ffmpeg is missing.
+        InputError: for any other kind of file, or no frames per second.
+        ResourceError: if ffmpeg is missing.
     """
     expect(found, "microscope")
     from matplotlib.animation import FFMpegWriter, PillowWriter
@@ -128,9 +128,7 @@ def film(found: xr.Dataset, path: str | Path, *, fps: int = 10) -> Path:
 
 
 class _Stage:
-    """A figure that is drawn once and then shows one frame after another; positions in it are in
-    inches.
-    """
+    """A figure that is laid out once and then shows frames; positions are in inches."""
 
     def __init__(self, finding: xr.Dataset, figure: Figure | None) -> None:
         self.found = finding
@@ -162,8 +160,8 @@ class _Stage:
     def _row(
         self, row: list[list[str]], bottom: float, height: float, unit: float, norm: Normalize
     ) -> None:
-        """Draw a row of modules, each as wide as its aspect times `unit`; in a module, vectors are
-        narrow.
+        """Draw a row of modules, each as wide as its aspect times `unit`; vectors within a module
+        are narrow.
         """
         start = _LEFT
         for module in row:
@@ -196,8 +194,8 @@ class _Stage:
 
 
 def _modules(finding: xr.Dataset) -> list[list[str]]:
-    """Return the tensors of each module, in the model's order; of many modules, join those without
-    a kernel to the one before.
+    """Return the tensors of each module, in the model's order; if there are many modules, join
+    those without a kernel to the one before.
     """
     modules: dict[str, list[str]] = {}
     for name in map(str, finding.data_vars):
@@ -219,8 +217,8 @@ def _extent(finding: xr.Dataset, name: str) -> tuple[int, int]:
 
 
 def _aspect(finding: xr.Dataset, module: Iterable[str]) -> float:
-    """Return width over height of a module's panel: that of its kernel, clipped so that no panel is
-    a ribbon or a thread.
+    """Return width over height of a module's panel: that of its kernel, clipped to avoid extreme
+    shapes.
     """
     ratios = [
         columns / rows
@@ -236,9 +234,9 @@ def _height(finding: xr.Dataset, row: list[list[str]]) -> float:
 
 
 def _units(finding: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
-    """Return how wide a module of aspect 1 is in each row, in inches.
+    """Return the width in inches of a module of aspect 1, for each row.
 
-    Modules share the width of the figure, but the last row is drawn no wider than the one above it.
+    Modules share the width of the figure, but the last row is no wider than the one above it.
     """
     units = [
         (_WIDE - _LEFT - _RIGHT - _GAP * (len(row) - 1))
@@ -249,8 +247,8 @@ def _units(finding: xr.Dataset, rows: list[list[list[str]]]) -> list[float]:
 
 
 def _rows(finding: xr.Dataset, modules: list[list[str]]) -> list[list[list[str]]]:
-    """Return the rows of modules, filled like lines of a paragraph, of the width that brings their
-    heights nearest to `_PICTURES`.
+    """Fill rows with modules like lines of a paragraph, at the width that brings their total height
+    nearest to `_PICTURES`.
     """
     layouts = [
         _broken(finding, modules, width) for width in (3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 16.0)
@@ -280,8 +278,8 @@ def _picture(ax: Axes, variable: xr.DataArray, norm: Normalize) -> AxesImage:
 
 
 def _titles(finding: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str, str], float]:
-    """Return by the first tensor of each panel what stands above it, and the letters' size: its
-    name and shape, or its module's name in smaller letters where panels are narrow.
+    """Return the titles of panels by their first tensor, and the font size: name and shape, or the
+    module's name in smaller letters where panels are narrow.
     """
     first, widths = [module[0] for row in rows for module in row], list[float]()
     for row, unit in zip(rows, _units(finding, rows), strict=True):
@@ -299,7 +297,7 @@ def _titles(finding: xr.Dataset, rows: list[list[list[str]]]) -> tuple[dict[str,
         )
     if any(len(text) > most for text, most in zip(whole, letters, strict=True)):
         size = SMALL - 1.5
-        # they may stand over the gap
+        # titles may extend over the gap
         letters = [int((width + 0.7 * _GAP * 72) / (0.62 * size)) for width in widths]
         whole = fitting([name.rpartition(".")[0] or name for name in first], letters)
     return dict(zip(first, map(safe_in_figure, whole), strict=True)), size

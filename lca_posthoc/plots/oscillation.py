@@ -1,4 +1,4 @@
-"""Turns of weights, gradients and allocations: their mean intervals, and traces of single
+"""Draw the mean intervals between turns of weights, gradients and allocations, and traces of single
 parameters.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LETTERS = 26  # of a tensor's name above a trace
+_LETTERS = 26  # characters of a tensor's name above a trace
 _TRACES = {"weight": "weight", "gradient": "gradient", "allocation": "allocation\n(units of loss)"}
 
 
@@ -42,18 +42,18 @@ def oscillation(found: xr.Dataset, *, figure: Figure | None = None, top: int = 4
     allocations, and traces of single ones.
 
     Args:
-        found: of `findings.oscillation`; for a part of the training, `found.sel(step=slice(100,
+        found: of `findings.oscillation`; for a part of training, `found.sel(step=slice(100,
             200))`.
         figure: an empty one to draw in; default a new one.
-        top: how many tensors to draw, those with most parameters; the others are counted at the
-            foot.
+        top: how many tensors to draw, those with the most parameters; the foot counts the
+            others.
 
     Returns:
         The figure.
 
     Raises:
-        InputError: where there are groups and none was picked, or neither turns nor traces are
-            there.
+        InputError: if there are groups and none was picked, or neither turns nor traces
+            exist.
     """
     expect(found, "oscillation")
     refuse_groups(found)
@@ -92,7 +92,7 @@ def _intervals(ax: Axes, finding: xr.Dataset) -> None:
             float(finding["overall_interval"].sel(signal=signal)),
             finding["interval"].sel(signal=signal).values,
         )
-        values = np.where(np.isfinite(every), every, np.nan)  # what never turns has no interval
+        values = np.where(np.isfinite(every), every, np.nan)  # infinite intervals are not drawn
         ax.plot(
             values,
             range(len(names)),
@@ -111,7 +111,7 @@ def _intervals(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _titles(finding: xr.Dataset) -> list[str]:
-    """Return for each trace its tensor, cut in the middle where it is long, and below it the index
+    """Return a title for each trace: its tensor, shortened in the middle, and below it the index
     and why it is drawn.
     """
     names = [str(name).partition("[") for name in finding["parameter"].values]
@@ -125,7 +125,7 @@ def _titles(finding: xr.Dataset) -> list[str]:
 def _trace(ax: Axes, finding: xr.Dataset, name: str, *, last: bool, title: str) -> None:
     if name == "allocation":
         edges, heights = time_edges(finding, finding[name].values)
-        # Bars thinner than a pixel would pale away without a line.
+        # without a line, bars thinner than a pixel fade
         ax.stairs(np.where(heights < 0, heights, 0), edges, color=HELPING, fill=True, linewidth=0.4)
         ax.stairs(np.where(heights > 0, heights, 0), edges, color=HURTING, fill=True, linewidth=0.4)
     else:

@@ -1,4 +1,4 @@
-"""Peak moments of layers, and their alignments compared with chance."""
+"""Draw peak moments of layers, and their alignments compared with chance."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_COLOURS = 6  # layers that colours and a legend tell apart
-_NAMED = 10  # groups that are named in the order of their marks
+_COLOURS = 6  # layers distinguished by colours and a legend
+_NAMED = 10  # groups named in the order of their marks
 
 
 def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
-    """Draw the peak moments of each layer and group, and the number of alignments against what
-    rotating the layers gives.
+    """Draw the peak moments of each layer and group, and the number of alignments compared with
+    rotated layers.
 
-    Rows are groups with the layers in colours; of one group, or where there are more than six
-    layers, rows are layers. A dark line marks a segment at which all layers peak for a group.
+    Rows are groups, with the layers in colours; for one group, or more than six layers, rows are
+    layers. A dark line marks a segment at which all layers peak for a group.
 
     Args:
         found: of `findings.peaks`.
-        figure: an empty one to draw in; default a new one.
+        figure: an empty figure to draw in; by default a new one.
 
     Returns:
         The figure.
@@ -60,7 +60,7 @@ def peaks(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
 
 
 def _by_group(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw a row per group, in it one line of marks per layer."""
+    """Draw a row per group, with one line of marks per layer."""
     steps, layers = finding["step"].values, [str(name) for name in finding["layer"].values]
     groups = [str(label) for label in finding["group"].values]
     height = 0.76 / len(layers)
@@ -87,7 +87,7 @@ def _by_group(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _columns(finding: xr.Dataset) -> int:
-    """Return how many names of layers fit beside each other above the axes."""
+    """Return how many names of layers fit side by side above the axes."""
     names = labels(finding["layer"].values.tolist())
     return max(
         1, min(len(names) + 1, 70 // (max(len(name) for name in (*names, "all together")) + 4))
@@ -95,7 +95,7 @@ def _columns(finding: xr.Dataset) -> int:
 
 
 def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw a row per layer, in it one line of marks per group."""
+    """Draw a row per layer, with one line of marks per group."""
     steps, layers = finding["step"].values, [str(name) for name in finding["layer"].values]
     groups = finding.sizes["group"]
     height = 0.76 / groups
@@ -127,8 +127,8 @@ def _by_layer(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _null(ax: Axes, finding: xr.Dataset) -> None:
-    """Draw the observed number of alignments over those under rotations of whole layers and within
-    parts of the training.
+    """Draw the observed number of alignments over the distributions for rotations of whole layers
+    and within parts of training.
     """
     observed = float(finding["observed_total"])
     drawn = {name: finding[name].values for name in ("shift", "local") if name in finding}
@@ -141,9 +141,9 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
     for name, values in drawn.items():
         ax.hist(values, bins=bins, **looks[name])
     tallest = ax.get_ylim()[1]
-    ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the words stand above it
+    ax.vlines(observed, 0, tallest, color=INK, linewidth=1.6)  # the text stands above it
     lines = _said(finding, observed)
-    tall = ax.get_window_extent().height / ax.figure.dpi * 72  # points, before the layout
+    tall = ax.get_window_extent().height / ax.figure.dpi * 72  # in points, before the layout
     ax.set_ylim(0, tallest / (1 - min((10 * len(lines) + 8) / tall, 0.7)))
     _write_lines(ax, lines, right=observed > top / 2 or top == 1)
     tidy(
@@ -157,8 +157,8 @@ def _null(ax: Axes, finding: xr.Dataset) -> None:
 
 
 def _said(finding: xr.Dataset, observed: float) -> list[tuple[str, str]]:
-    """Return what is written above the bars, each line with its colour: how many alignments there
-    are, their p-values, and what to do where the test has no power.
+    """Return the lines above the bars, each with its colour: the number of alignments, their
+    p-values, and advice where the test has no power.
     """
     lines = [
         (f"observed {observed:.0f}", INK),
@@ -184,9 +184,7 @@ def _said(finding: xr.Dataset, observed: float) -> list[tuple[str, str]]:
 
 
 def _write_lines(ax: Axes, lines: list[tuple[str, str]], *, right: bool) -> None:
-    """Write lines below each other, from the top, on the side where there are no bars: the left one
-    where the `right` one is taken.
-    """
+    """Write lines from the top, on the side without bars: the left one if `right` is occupied."""
     side: dict[str, Any] = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",

@@ -1,7 +1,7 @@
-"""Helpers of all plots: fresh axes, names made harmless, thin spines, labels at the ends of lines,
+"""Provide helpers for all plots: new axes, safe names, thin spines, labels at the ends of lines,
 one diverging scale.
 
-Nothing here touches rcParams; pyplot is imported only to make a figure that nobody passed.
+Nothing here changes rcParams; pyplot is imported only to make a default figure.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from matplotlib.typing import LineStyleType
     from numpy.typing import ArrayLike
 
-SMALL = 7.5  # points; figures are made at the size they are printed at
+SMALL = 7.5  # points, at the size of print
 DIVERGE = LinearSegmentedColormap.from_list("helping-hurting", DIVERGING, N=257).with_extremes(
     bad=FAINT
 )
-PALE = 0.35  # opacity of a bar that cannot be told from zero
-_MORE = 8  # letters a name may have more, so that it can be cut on one side alone
+PALE = 0.35  # opacity of a bar within its error
+_MORE = 8  # extra characters that allow a cut on one side alone
 _DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.2, 1.2, 1.2)))
 
 
@@ -42,8 +42,12 @@ _DASHES: tuple[LineStyleType, ...] = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (
 
 
 def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
-    """Return `ax`, or the axes of a new pyplot figure, which notebooks show and `plt.show()` knows;
-    sizes in inches.
+    """Return `ax`, or the axes of a new pyplot figure.
+
+    Args:
+        ax: given by the caller; None for a new figure.
+        width: of a new figure, in inches.
+        height: of a new figure, in inches.
     """
     if ax is not None:
         return ax
@@ -53,7 +57,13 @@ def fresh_axes(ax: Axes | None, width: float, height: float) -> Axes:
 
 
 def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
-    """Return `figure`, or a new pyplot figure; sizes in inches."""
+    """Return `figure`, or a new pyplot figure.
+
+    Args:
+        figure: given by the caller; None for a new one.
+        width: of a new figure, in inches.
+        height: of a new figure, in inches.
+    """
     if figure is not None:
         return figure
     import matplotlib.pyplot as plt
@@ -62,7 +72,15 @@ def fresh_figure(figure: Figure | None, width: float, height: float) -> Figure:
 
 
 def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = False) -> None:
-    """Set thin spines on two sides, small ticks and labels, and a quiet title on the left."""
+    """Set thin spines on two sides, small ticks and labels, and a title on the left.
+
+    Args:
+        ax: to style.
+        x: label of the x axis.
+        y: label of the y axis.
+        title: above the axes.
+        frame: draws spines on all sides.
+    """
     for side, spine in ax.spines.items():
         spine.set_linewidth(0.6)
         spine.set_color(INK)
@@ -79,8 +97,13 @@ def tidy(ax: Axes, *, x: str = "", y: str = "", title: str = "", frame: bool = F
 
 
 def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: int = 26) -> None:
-    """Name the rows of the y axis, the first at the top; of more than `most` rows, name every
-    second, third, …
+    """Name the rows of the y axis, the first at the top.
+
+    Args:
+        ax: whose y axis has one unit per row.
+        names: of the rows.
+        most: names to draw; with more rows, every second, third, … is named.
+        letters: the most characters of a name.
     """
     every = -(-len(names) // most)
     shown = labels(names, letters)
@@ -91,10 +114,15 @@ def rows_of_names(ax: Axes, names: Sequence[str], *, most: int = 60, letters: in
 
 
 def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
-    """Set few ticks; put the power of ten of long numbers into the label's brackets, or at the
-    axis's end where it has none.
+    """Set few ticks, and move the power of ten of long numbers into the label's brackets, or to the
+    axis's end without label.
 
-    Call it when the limits and the label are set.
+    Call it after setting limits and label.
+
+    Args:
+        ax: to style.
+        axis: "x" or "y".
+        most: the most ticks.
     """
     ax.locator_params(axis=axis, nbins=most)
     of, limits = (ax.xaxis, ax.get_xlim()) if axis == "x" else (ax.yaxis, ax.get_ylim())
@@ -110,8 +138,14 @@ def powers(ax: Axes, axis: Literal["x", "y"], *, most: int = 5) -> None:
 
 
 def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tuple[xr.Dataset, str]:
-    """Return the `top` largest in size along `dim`, in their old order, and a sentence about the
-    others; "" where there are none.
+    """Return the `top` largest along `dim`, in their order, and a sentence about the others; ""
+    where there are none.
+
+    Args:
+        finding: to select from.
+        dim: the axis, such as "layer".
+        sizes: along `dim`, whose magnitudes are compared.
+        top: how many to keep.
 
     Raises:
         InputError: for a `top` below one.
@@ -132,7 +166,7 @@ def strongest(finding: xr.Dataset, dim: str, sizes: ArrayLike, top: int) -> tupl
 
 
 def bars_of(ax: Axes, values: Numbers, untold: Numbers | None = None) -> None:
-    """Draw a bar for each sum, in the colour of what helped or hurt.
+    """Draw a bar for each sum, in the colour of helping or hurting.
 
     Args:
         ax: where to draw.
@@ -152,19 +186,35 @@ def bars_of(ax: Axes, values: Numbers, untold: Numbers | None = None) -> None:
 
 
 def error_lines(ax: Axes, values: Numbers, errors: Numbers) -> None:
-    """Draw a line over each bar, as far as the error of its sum."""
+    """Draw a line over each bar that spans the error of its sum.
+
+    Args:
+        ax: with the bars.
+        values: the sums.
+        errors: of the sums.
+    """
     rows = np.arange(len(values))
     ax.hlines(rows, values - errors, values + errors, INK, linewidth=1.0, zorder=3)
 
 
 def zero_line(ax: Axes, *, vertical: bool = False) -> None:
-    """Draw the line at zero, between helping and hurting."""
+    """Draw the line at zero, between helping and hurting.
+
+    Args:
+        ax: where to draw.
+        vertical: draws at x = 0 in place of y = 0.
+    """
     (ax.axvline if vertical else ax.axhline)(0, color=MUTED, linewidth=0.6, zorder=1)
 
 
 def note(figure: FigureBase, finding: xr.Dataset, *more: str) -> None:
-    """Write at the foot what a finding leaves out, whose statistics normalisation layers had, and
+    """Write at the foot what a finding leaves out, the statistics of normalisation layers, and
     `more`; each line once.
+
+    Args:
+        figure: where to write.
+        finding: that is drawn.
+        more: further lines.
     """
     old = getattr(figure, "_supxlabel", None)
     lines = [line for line in (old.get_text() if old else "").split("\n") if line]
@@ -184,14 +234,28 @@ def note(figure: FigureBase, finding: xr.Dataset, *more: str) -> None:
 def word(
     ax: Axes, x: float, y: float, text: str, hue: str = INK, size: float = SMALL, **place: Any
 ) -> None:
-    """Write small text at a share of the axes' width and height, unless `transform` says
-    otherwise.
+    """Write small text.
+
+    Args:
+        ax: where to write.
+        x: share of the axes' width, or a coordinate of `transform`.
+        y: share of the axes' height, or a coordinate of `transform`.
+        text: to write.
+        hue: its colour.
+        size: in points.
+        place: options of `Axes.text`.
     """
     ax.text(x, y, text, color=hue, fontsize=size, **({"transform": ax.transAxes} | place))
 
 
 def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
-    """Draw a legend without a frame, above the axes unless a place in them is named."""
+    """Draw a legend without a frame.
+
+    Args:
+        ax: where to draw.
+        where: a location inside the axes; by default above them.
+        place: options of `Axes.legend`.
+    """
     above = (
         {"bbox_to_anchor": (float(where.endswith("right")), 1)} if where.startswith("lower") else {}
     )
@@ -209,22 +273,30 @@ def key(ax: Axes, where: str = "lower left", **place: Any) -> None:
 
 
 def labels(names: Sequence[Any], most: int = 26) -> list[str]:
-    """Return names ready to be drawn: short, unique, harmless.
+    """Return names to draw: short, distinct, without markup.
 
     >>> labels(["fc1", "_fc$"])
     ['fc1', '\\u200b_fc\\\\$']
+
+    Args:
+        names: of layers, tensors or groups.
+        most: characters of a name.
     """
     return [safe_in_figure(name) for name in shorten([str(name) for name in names], most)]
 
 
 def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
-    """Return names of parameters ready to be drawn: the index stays whole, a long tensor name is
-    cut in its middle.
+    """Return names of parameters to draw: the index stays whole, a long tensor name is shortened in
+    the middle.
 
-    Where that leaves several names alike, only their ends stay.
+    If that makes names equal, only their ends stay.
 
     >>> parameter_labels(["blocks.3_2.conv2.weight[6, 2]", "blocks.3_1.conv2.weight[6, 2]", "fc.bias[0]"], 20)
     ['…3_2.conv2.weight[6, 2]', '…3_1.conv2.weight[6, 2]', 'fc.bias[0]']
+
+    Args:
+        names: such as "fc1.weight[3, 17]".
+        most: characters of a name.
     """
     split = [str(name).partition("[") for name in names]
     tensors = {tensor for tensor, *_ in split}
@@ -239,20 +311,20 @@ def parameter_labels(names: Sequence[str], most: int = 38) -> list[str]:
         short = {name: name if len(name) <= width else _end(name, width) for name in tensors}
         if len(set(short.values())) == len(tensors):
             break
-    else:  # they differ in their middle
+    else:  # they differ in the middle
         short = dict(zip(tensors, middle, strict=True))
     return [safe_in_figure(f"{short[tensor]}{mark}{rest}") for tensor, mark, rest in split]
 
 
 def _end(name: str, most: int) -> str:
-    """Return the end of a dotted name, from the start of a part where at least two parts fit."""
+    """Return the end of a dotted name, from the start of a part if at least two parts fit."""
     tail = name[len(name) - most + 1 :]
     parts = tail.partition(".")[2]
     return f"…{parts if '.' in parts else tail}"
 
 
 def heading(finding: xr.Dataset) -> str:
-    """Return the loss a finding is about, and its group where one was picked."""
+    """Return the loss of a finding, with its group if one was picked."""
     loss = safe_in_figure(str(finding.attrs.get("loss", "")))
     if "group" in finding.coords and "group" not in finding.dims:
         return f"{loss}, group {safe_in_figure(str(finding['group'].item()))}"
@@ -262,10 +334,14 @@ def heading(finding: xr.Dataset) -> str:
 
 
 def expect(result: xr.Dataset, finding: str) -> None:
-    """Refuse anything but the finding that a plot draws.
+    """Reject anything but the finding that a plot draws.
+
+    Args:
+        result: the caller's argument.
+        finding: the name of the finding that the plot draws.
 
     Raises:
-        InputError: where `found` is another finding.
+        InputError: if `result` is another finding, or none.
     """
     name = getattr(result, "attrs", {}).get("finding")
     if name != finding:
@@ -274,16 +350,16 @@ def expect(result: xr.Dataset, finding: str) -> None:
 
 
 def refuse_groups(finding: xr.Dataset) -> None:
-    """Refuse a finding with an axis of groups in a plot that shows one loss.
+    """Reject a finding with an axis of groups in a plot that shows one loss.
 
     Raises:
-        InputError: where there are groups and none was picked.
+        InputError: if there are groups and none was picked.
     """
     if "group" in finding.dims:
         labels = ", ".join(map(repr, finding["group"].values.tolist()[:10]))
         raise InputError(
             f"loss {finding.attrs.get('loss')!r} has {count(finding.sizes['group'], 'group')}, and "
-            f"a plot of {finding.attrs.get('finding')!r} shows one: pick one: found.sel(group=…) "
+            f"a plot of {finding.attrs.get('finding')!r} shows one. Pick one: found.sel(group=…) "
             f"or --group, of {labels}{', …' if finding.sizes['group'] > 10 else ''}."
         )
 
@@ -292,13 +368,13 @@ def refuse_groups(finding: xr.Dataset) -> None:
 
 
 def colour(position: int) -> str:
-    """Return the colour of the layer, group or run at this position."""
+    """Return the colour of the layer, group or run at a position."""
     return LAYERS[position % len(LAYERS)]
 
 
 def palette(count: int) -> list[str]:
-    """Return the colours of that many lines: those of layers, or for more lines than these, steps
-    along the spectrum.
+    """Return the colours of `count` lines: those of layers, or for more lines, steps along the
+    spectrum.
     """
     if count <= len(LAYERS):
         return list(LAYERS[:count])
@@ -309,11 +385,13 @@ def palette(count: int) -> list[str]:
 
 
 def dashes(position: int, count: int = 0) -> LineStyleType:
-    """Return the line style of the layer, group or run at this position; where colours repeat, the
+    """Return the line style of the layer, group or run at a position; where colours repeat, the
     style differs.
 
-    With the `count` of a palette of more colours than layers have, neighbours along the spectrum
-    differ.
+    Args:
+        position: of the line.
+        count: of a palette with more colours than layers have; neighbours along its spectrum get
+            different styles.
     """
     if count:
         return _DASHES[position % 3] if count > len(LAYERS) else "-"
@@ -321,8 +399,8 @@ def dashes(position: int, count: int = 0) -> LineStyleType:
 
 
 def symmetric(*values: ArrayLike, scale: float | None = None) -> Normalize:
-    """Return limits at equal distance from zero: at `scale`, else at the 99.5 % quantile of
-    |values|, which few extremes do not move.
+    """Return limits at equal distance from zero: `scale`, or by default the 99.5 % quantile of
+    |values|, which ignores extremes.
     """
     if scale is None:
         sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))
@@ -357,11 +435,20 @@ def colour_bar(
     ends: tuple[str, str] = ("helped", "hurt"),
     ticks: Callable[[float], str] | None = None,
 ) -> None:
-    """Draw a thin bar that says which end helped, beside `axes` or in `into`; its label takes the
-    power of ten of long numbers.
+    """Draw a thin colour bar with its ends labelled; its label takes the power of ten of long
+    numbers.
+
+    Args:
+        shown: what the colours stand for.
+        axes: beside which to draw.
+        label: of the bar.
+        below: draws it below in place of beside.
+        into: axes that become the bar; None to make them.
+        ends: words at the low and the high end.
+        ticks: formats a value.
     """
     figure = axes.figure
-    tall = axes.get_window_extent().height / figure.dpi  # inches, before the layout
+    tall = axes.get_window_extent().height / figure.dpi  # in inches, before the layout
     place: dict[str, Any] = (
         {"orientation": "horizontal", "aspect": 50, "shrink": 0.6}
         if below
@@ -393,7 +480,7 @@ def colour_bar(
 
 
 def _power(scale: float) -> int:
-    """Return the power of ten that goes into a label, 0 where numbers are short without it."""
+    """Return the power of ten that moves into a label; 0 where numbers are short without it."""
     power = int(np.floor(np.log10(scale))) if scale > 0 else 0
     return power if not -2 <= power <= 3 else 0
 
@@ -402,8 +489,8 @@ def _power(scale: float) -> int:
 
 
 def pieces(finding: xr.Dataset) -> list[slice]:
-    """Return the stretches of consecutive segments: an unfinished run has gaps, and no line crosses
-    one.
+    """Return the stretches of consecutive segments: an unfinished run has gaps, which no line
+    crosses.
     """
     start, end = finding["step"].values, finding["step_end"].values
     cuts = [0, *(np.flatnonzero(start[1:] != end[:-1]) + 1), len(start)]
@@ -416,11 +503,13 @@ def over_gaps(
     start: ArrayLike | None = None,
     coordinate: str = "step_end",
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return x = the ends of segments and y = values, with NaN between stretches so that a line
-    breaks there.
+    """Return x, the ends of segments, and y, the values, with NaN between stretches to break lines.
 
-    With `start`, the values at the starts of segments, the line of each stretch begins where its
-    first segment does.
+    Args:
+        finding: with the segments.
+        values: at the ends of segments.
+        start: values at the starts of segments; each stretch's line then starts there.
+        coordinate: of the ends.
     """
     x: list[ArrayLike] = []
     y: list[ArrayLike] = []
@@ -438,8 +527,11 @@ def over_gaps(
 def time_edges(
     finding: xr.Dataset, values: ArrayLike
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the edges over time and the columns between them; a gap is a column of NaN. `values`:
-    (…, step).
+    """Return the edges over time and the columns between them; a gap is a column of NaN.
+
+    Args:
+        finding: with the segments.
+        values: (…, step).
     """
     start, end = finding["step"].values.astype(float), finding["step_end"].values.astype(float)
     gaps = np.array([piece.start for piece in pieces(finding)[1:]], dtype=int)
@@ -450,7 +542,14 @@ def time_edges(
 
 
 def heat(ax: Axes, finding: xr.Dataset, values: ArrayLike, norm: Normalize) -> QuadMesh:
-    """Draw one row of pixels per row of `values` (row, step), from the top, over training steps."""
+    """Draw one row of pixels per row of values, from the top, over training steps.
+
+    Args:
+        ax: where to draw.
+        finding: with the segments.
+        values: (row, step).
+        norm: of the colours.
+    """
     x, columns = time_edges(finding, values)
     shown = ax.pcolormesh(
         x, np.arange(len(columns) + 1) - 0.5, columns, cmap=DIVERGE, norm=norm, rasterized=True
@@ -469,10 +568,15 @@ def end_labels(
     colours: Sequence[str],
     styles: Sequence[LineStyleType] | None = None,
 ) -> None:
-    """Write words beside the right ends of lines, pushed apart until none covers another; call it
-    when the limits are set.
+    """Write words beside the right ends of lines, moved apart until none overlap; call it after
+    setting the limits.
 
-    With `styles`, a piece of the line stands before each word where any is dashed.
+    Args:
+        ax: with the lines.
+        heights: of their ends, in data coordinates.
+        words: for each line.
+        colours: of the words.
+        styles: of the lines; if any is dashed, a piece of the line stands before each word.
     """
     low, high = ax.get_ylim()
     tall = ax.get_window_extent().height / ax.figure.dpi * 72
@@ -511,14 +615,18 @@ def end_labels(
 
 
 def spread(targets: ArrayLike, gap: float) -> list[float]:
-    """Return positions as near to `targets` as they can be with `gap` between neighbours, between 0
-    and 1 where they fit.
+    """Return positions nearest to `targets` with `gap` between neighbours, within 0 and 1 if they
+    fit.
 
     >>> spread([0.5, 0.5, 0.9], 0.1), spread([0.0, 0.0], 0.1)
     ([0.45, 0.55, 0.9], [0.0, 0.1])
+
+    Args:
+        targets: wanted positions.
+        gap: the least distance of neighbours.
     """
     order = np.argsort(targets, kind="stable")
-    blocks: list[tuple[float, int]] = []  # centre, members: neighbours that touch move as one
+    blocks: list[tuple[float, int]] = []  # centre and members; touching neighbours move as one
     for place in np.nan_to_num(np.asarray(targets, dtype=float)[order], nan=0.5):
         blocks.append((_inside(float(place), 1, gap), 1))
         while (

@@ -1,4 +1,4 @@
-"""The allocation of each neuron or channel, over training."""
+"""Draw the allocation of each neuron or channel over training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_FEW = 10  # layers that stronger lines part
+_FEW = 10  # up to so many layers, stronger lines separate them
 
 
 def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None) -> Axes:
@@ -36,14 +36,14 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
 
     Args:
         found: of `findings.units`.
-        ax: where to draw; default a new figure.
-        layer: show this one alone; default all, below each other.
+        ax: where to draw; by default a new figure.
+        layer: name of the only layer to show; None for all, below each other.
 
     Returns:
         The axes.
 
     Raises:
-        InputError: for a layer that is not there, or where there are groups and none was picked.
+        InputError: for an unknown layer, or if there are groups and none was picked.
     """
     expect(found, "units")
     refuse_groups(found)
@@ -76,14 +76,14 @@ def units(found: xr.Dataset, *, ax: Axes | None = None, layer: str | None = None
 
 
 def _borders(ax: Axes, names: list[str]) -> None:
-    """Draw thin lines between layers, and write names at their middles; where there is no room for
-    all, taller layers go first.
+    """Draw thin lines between layers, and names at their middles, taller layers first where there
+    is no room for all.
     """
     starts = [0, *(row for row in range(1, len(names)) if names[row] != names[row - 1])]
     ends = [*starts[1:], len(names)]
     for start in starts[1:]:
         ax.axhline(start - 0.5, color=INK, linewidth=0.5 if len(starts) <= _FEW else 0.2)
-    # a label's height
+    # height of a label
     rows = 1.1 * SMALL / max(ax.get_window_extent().height / ax.figure.dpi * 72, 1) * len(names)
     named: list[tuple[float, str]] = []
     for a, b in sorted(

@@ -1,1 +1,1 @@
-"""The main job: preparation, requests to workers, resume, events, plan."""
+"""Replay a training: prepare, send requests to workers, resume, report events, plan."""

@@ -1,8 +1,8 @@
-"""Remove iterates that a replay has done with, so that a long training needs no large disk.
+"""Remove iterates once they are replayed, so that a long training needs no large disk.
 
-An iterate goes once everything that is computed from it is committed and on the disk, and never
-before: the segments on both its sides, for every loss of the run, and those whose causes need the
-motion before them. The last one stays, and so do those of a last span that may still grow.
+An iterate is removed only after everything computed from it is committed and on disk: the segments
+on both its sides, for every loss of the run, and those whose causes need the motion before them.
+The last one stays, and so do those of a last span that may still grow.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 
 def reads_before(has_causes: bool) -> int:
-    """Return how many checkpoints before a span its replay reads: the motion before a segment is
-    its momentum.
+    """Return how many checkpoints before a span its replay reads; causes need the motion before a
+    segment, for momentum.
     """
     return 1 if has_causes else 0
 
@@ -51,8 +51,12 @@ def reads_before(has_causes: bool) -> int:
 def only_directory(checkpoints: Where, option: str) -> Path:
     """Return the directory that a recorder writes.
 
+    Args:
+        checkpoints: as for `run`.
+        option: that needs the directory, for the message.
+
     Raises:
-        InputError: where the checkpoints are at several places, or at one with `{step}` in it.
+        InputError: if the checkpoints lie in several places, or in one with `{step}` in it.
     """
     places = places_of(checkpoints)
     if len(places) > 1 or places[0].rest:
@@ -66,12 +70,12 @@ def only_directory(checkpoints: Where, option: str) -> Path:
 def refuse_options(
     checkpoints: Where, settings: Settings, *, durable: bool, keep_every: int | None
 ) -> None:
-    """Refuse to remove what cannot be removed safely.
+    """Reject options with which iterates cannot be removed safely.
 
     Args:
         checkpoints: where they lie.
         settings: those asked for, or recorded.
-        durable: whether results are on the disk before they count.
+        durable: whether results are flushed to disk before they count.
         keep_every: as for `Consumer`.
 
     Raises:
@@ -80,13 +84,13 @@ def refuse_options(
     root = only_directory(checkpoints, "--consume")
     if is_remote(root):
         raise InputError(
-            f"{root} is remote, and --consume removes files of this machine's file systems alone. "
+            f"{root} is remote, and --consume removes files of local file systems alone. "
             "Leave it out."
         )
     if not durable:
         raise InputError(
-            "--consume removes iterates once what is computed from them is on the disk, which "
-            "--durability none does not wait for. Leave one of them out."
+            "--consume removes iterates once their results are on disk, but --durability none "
+            "does not wait for that. Leave one of them out."
         )
     refuse_a_part(settings, "--consume")
     if keep_every is not None and keep_every < 1:
@@ -96,7 +100,11 @@ def refuse_options(
 
 
 def refuse_a_part(settings: Settings, option: str) -> None:
-    """Refuse an option for a part of the checkpoints, or of the segments.
+    """Reject options that select a part of the checkpoints or of the segments.
+
+    Args:
+        settings: those asked for, or recorded.
+        option: `--follow` or `--consume`, for the message.
 
     Raises:
         InputError: naming both options.
@@ -105,25 +113,25 @@ def refuse_a_part(settings: Settings, option: str) -> None:
     for part, chosen in parts.items():
         if chosen is not None:
             raise InputError(
-                f"--{part} is for a part of the checkpoints, and {option} is for all that a "
+                f"--{part} selects a part of the checkpoints, but {option} needs all that a "
                 "recorder writes. Leave one of them out; record fewer with Recorder(every=, "
                 "bursts=, steps=, until=)."
             )
     if settings["segments"] is not None:
         raise InputError(
-            "--segments draws a random part of the segments from all of training, which has to be "
-            f"there when it is drawn, and {option} is for iterates that come and go. Leave one of "
+            "--segments draws a random part of the segments from all of training, which must be "
+            f"complete, but with {option} iterates come and go. Leave one of "
             "them out; Recorder(bursts=(every, length)) records a part of training."
         )
     if settings["path_band"] == "on":
         raise InputError(
-            f"--path-band on looks at the checkpoints on both sides of a segment, and {option} is "
-            "for iterates that come and go. Leave one of them out."
+            f"--path-band on needs the checkpoints on both sides of a segment, but with {option} "
+            "iterates come and go. Leave one of them out."
         )
 
 
 def refuse_other_files(trajectory: Trajectory) -> None:
-    """Refuse checkpoints that no recorder wrote: what else lies with them is not known.
+    """Reject checkpoints that no recorder wrote: other files may lie with them.
 
     Raises:
         InputError: naming the first such file.
@@ -131,14 +139,18 @@ def refuse_other_files(trajectory: Trajectory) -> None:
     for checkpoint in trajectory.checkpoints:
         if checkpoint.files != (trajectory.root / name_of(checkpoint.step),):
             raise InputError(
-                f"{checkpoint.files[0]} (step {checkpoint.step}) is no file as a recorder names "
-                "them, and --consume removes those alone. Leave it out."
+                f"{checkpoint.files[0]} (step {checkpoint.step}) has no name that a recorder gives, "
+                "and --consume removes only such files. Leave it out."
             )
 
 
 def consumed_of(manifest: Manifest, root: Path) -> Consumed:
-    """Return the checkpoints of a run whose files the run itself may have removed, with the whole
-    paths of these; none where it removes nothing.
+    """Return the checkpoints whose files the run itself may have removed, with whole paths; none
+    where the run removes nothing.
+
+    Args:
+        manifest: of the run.
+        root: the directory of the checkpoints.
     """
     release = None if is_remote(root) else read_release(root)
     if release is None or release.run != manifest.id:
@@ -156,15 +168,15 @@ def consumed_of(manifest: Manifest, root: Path) -> Consumed:
 def refuse_gone(
     manifest: Manifest, spans: Mapping[str, Iterable[int]], gone: Collection[int]
 ) -> None:
-    """Refuse to replay spans whose iterates were removed.
+    """Reject spans whose iterates were removed.
 
     Args:
         manifest: of the run.
         spans: those to be replayed, by loss.
-        gone: the steps of the iterates that were removed.
+        gone: the steps of the removed iterates.
 
     Raises:
-        InputError: naming loss, steps and what can be done.
+        InputError: naming loss and steps, and what to do.
     """
     for loss, numbers in spans.items():
         of_loss = manifest.of(loss)
@@ -183,15 +195,16 @@ def refuse_gone(
 
 
 class Consumer:
-    """Removes the iterates that a run has done with, in order.
+    """Removes the iterates that a run no longer needs, in order.
 
     Args:
         root: the directory of the checkpoints.
         writer: of the run.
-        keep_every: steps that are multiples of it stay for good; None for none.
+        keep_every: iterates at multiples of this step stay forever; None for none.
 
     Raises:
-        InputError: where another run removes iterates of this directory, or this run kept others.
+        InputError: if another run removes iterates of this directory, or this run began with
+            another `keep_every`.
     """
 
     def __init__(self, root: Path, writer: RunWriter, keep_every: int | None) -> None:
@@ -206,32 +219,32 @@ class Consumer:
         )
         if self._release.run != writer.manifest.id:
             raise InputError(
-                f"another run, {self._release.place}, removes iterates of {root} (--consume): go "
-                "on with that one, or leave --consume out."
+                f"another run, {self._release.place}, removes iterates of {root} (--consume): resume "
+                "that one, or leave --consume out."
             )
         if self._release.keep_every != keep_every:
             kept = self._release.keep_every
             raise InputError(
                 "this run began to remove iterates "
                 + ("without --keep-every" if kept is None else f"with --keep-every {kept}")
-                + ". Go on as it began."
+                + ". Resume it the same way."
             )
         self._trained = {
             tensor.spec.name: tensor.source
             for tensor in writer.manifest.tensors
             if tensor.spec.kind == "parameter"
         }
-        self._span = 0  # the first span that is not done
+        self._span = 0  # the first span that is not finished
         self._removed = 0
-        for unfinished in root.glob(f"{RELEASE}.*.tmp"):  # of a driver that was killed
+        for unfinished in root.glob(f"{RELEASE}.*.tmp"):  # of a killed driver
             unfinished.unlink(missing_ok=True)
-        for step in steps_there(root):  # whose removal a kill cut short
+        for step in steps_there(root):  # whose removal a kill interrupted
             if step < self._release.before and not self._release.keeps(step):
                 self._remove(step)
 
     @property
     def gone(self) -> frozenset[int]:
-        """Return the steps of the iterates that were removed."""
+        """Return the steps of the removed iterates."""
         release = self._release
         return frozenset(
             checkpoint.step
@@ -240,28 +253,25 @@ class Consumer:
         )
 
     def told(self) -> list[str]:
-        """Return a note on how many iterates were removed and how many are there; none where
-        nothing was removed.
-        """
+        """Return a note on how many iterates were removed and kept; none where nothing was removed."""
         kept = len(steps_there(self._root))
         return [
-            f"removed {count(self._removed, 'iterate')} of {self._root}, of which all is computed, "
+            f"removed {count(self._removed, 'iterate')} of {self._root}, whose results are complete, "
             f"and kept {kept:,}"
         ] * bool(self._removed)
 
     def release(self, *, at_rest: bool) -> None:
-        """Remove the iterates that nothing needs any more; what is said of them is on the disk
-        before.
+        """Remove the iterates that nothing needs any more, after recording this on disk.
 
         Args:
             at_rest: whether no span is underway. Until then the iterates of a stretch in which
-                nothing moved yet stay: spans that are underway look back at them.
+                nothing has moved stay, because spans underway look back at them.
         """
         manifest = self._writer.manifest
         checkpoints, starts = manifest.checkpoints, manifest.starts
         before = sum(checkpoint.step < self._release.before for checkpoint in checkpoints)
         leaving = range(before, self._first_needed())
-        # a run whose iterates are removed has its segments in the order of training
+        # such a run has its segments in the order of training
         rows = range(bisect_left(starts, leaving.start), bisect_left(starts, leaving.stop))
         moved = self._stretches_that_moved(rows)
         if not at_rest:
@@ -277,24 +287,25 @@ class Consumer:
                 self._remove(checkpoints[index].step)
 
     def _first_needed(self) -> int:
-        """Return the position of the first checkpoint that something not yet committed needs, or
-        may need.
+        """Return the position of the first checkpoint that something not yet committed needs or may
+        need.
         """
         manifest = self._writer.manifest
         of_losses = [self._writer.commits(loss) for loss in manifest.losses]
         while all(_is_done(commits, self._span) for commits in of_losses):
             self._span += 1
         row = self._span * manifest.span
-        last = len(manifest.checkpoints) - 1  # from which the next segment starts, if no gap comes
+        last = len(manifest.checkpoints) - 1  # the next segment starts there, if no gap follows
         first = manifest.starts[row] if row < manifest.segments else last
         return first - reads_before(manifest.settings["signal"] is not None)
 
     def _stretches_that_moved(self, rows: range) -> tuple[int, ...]:
-        """Return the stretches in which a parameter moved before the checkpoints that stay: which
-        segment is measured depends on it.
+        """Return the stretches in which a parameter moved before the checkpoints that stay.
+
+        They decide which segment is measured.
 
         Args:
-            rows: of the segments that start from checkpoints that go.
+            rows: of the segments whose starting checkpoints are removed.
         """
         moved = {*self._release.moved}
         for row in rows:
@@ -304,9 +315,7 @@ class Consumer:
         return tuple(sorted(moved))
 
     def _moves(self, row: int) -> bool:
-        """Tell whether a parameter moves on a segment; where that cannot be read, it counts as
-        moved.
-        """
+        """Tell whether a parameter moves on a segment; an unreadable segment counts as moved."""
         before, after = (
             checkpoint.under(self._root) for checkpoint in self._writer.manifest.ends_of(row)
         )
@@ -325,7 +334,7 @@ class Consumer:
 
 
 def _is_done(commits: Commits, span: int) -> bool:
-    """Tell whether a span is committed for a loss, and no checkpoint makes it longer."""
+    """Tell whether a span is committed for a loss, and no checkpoint will make it longer."""
     covered = commits.manifest
     return (
         span < covered.spans and covered.length(span) == covered.span and commits.is_committed(span)
@@ -333,7 +342,7 @@ def _is_done(commits: Commits, span: int) -> bool:
 
 
 def _is_still(row: int, moved: Collection[int]) -> bool:
-    """Tell whether a segment is of a stretch in which nothing moved so far."""
+    """Tell whether a segment belongs to a stretch in which nothing has moved so far."""
     stretch = stretch_of(row)
     return bool(stretch) and stretch.start not in moved
 
@@ -343,8 +352,14 @@ def _tensor(checkpoint: Checkpoint, source: str) -> Tensor:
 
 
 def refuse_others(manifest: Manifest, asked: Collection[str], out: Path) -> None:
-    """Refuse to remove iterates of a training that goes on while a recorded loss is not asked for:
-    it would be left behind, and could never be taken further.
+    """Reject removing iterates of a running training while a recorded loss is not asked for.
+
+    That loss could never be replayed further.
+
+    Args:
+        manifest: of the run.
+        asked: names of losses.
+        out: the path of the run, for the message.
 
     Raises:
         InputError: naming the loss.
@@ -352,16 +367,23 @@ def refuse_others(manifest: Manifest, asked: Collection[str], out: Path) -> None
     for name in manifest.losses:
         if name not in asked:
             raise InputError(
-                f"loss {name!r} of this run is not asked for, and --consume would remove the "
+                f"loss {name!r} of this run is not asked for, but --consume would remove the "
                 f"iterates that it needs. Ask for it too (--loss {name}), or drop it with `lca "
                 f"remove {out} --loss {name}`."
             )
 
 
 def looked_back_at(root: Path, manifest: Manifest, row: int) -> list[int] | None:
-    """Return the segments that tell, for a span from `row` on, where none of them moves, that
-    nothing moved in its stretch before it; None where something did, or nothing comes before it.
-    Of those whose iterates were removed it is known.
+    """Return the segments that a span must look at to tell whether anything moved in its stretch
+    before it.
+
+    None means that something did move, or that nothing comes before it. For removed iterates the
+    answer is recorded.
+
+    Args:
+        root: the directory of the checkpoints.
+        manifest: of the run.
+        row: the first segment of the span.
     """
     rows = looks_back(row)
     if not rows:

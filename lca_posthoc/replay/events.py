@@ -1,4 +1,4 @@
-"""The events of a replay, as its caller hears them, and the log of them."""
+"""Define the events of a replay, which its caller receives, and their log."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should know; the run goes on."""
+    """A fact that the user should know; the run continues."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """Ctrl-C or SIGTERM asked to stop; `text` says what is waited for and how to stop at once. It
-    comes from a thread of its own.
+    """Ctrl-C or SIGTERM asked to stop; `text` tells what the replay waits for and how to stop at
+    once.
+
+    It comes from a thread of its own.
     """
 
     text: str
@@ -37,12 +39,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Planned:
-    """Work is about to start: segments of all losses pending and in all, spans pending, and the
-    workers that will do it.
+    """Work is about to start: counts of segments and spans, and the workers.
 
-    `directory` is that of the run; empty where nothing is left to do. `follows` tells whether
-    iterates are taken as a training records them, so that there will be more, and `followed` that
-    they were, until none came.
+    Segments of all losses are counted, pending and in all. `directory` is that of the run; it is
+    empty if nothing is left to do. `follows` tells whether a training is still recording iterates,
+    and `followed` whether it was, until it ended.
     """
 
     pending: int
@@ -56,8 +57,8 @@ class Planned:
 
 @dataclass(frozen=True)
 class Following:
-    """All whole spans of the iterates that are there are replayed, up to a training step; more are
-    waited for.
+    """All whole spans of the existing iterates are replayed, up to a training step; the replay
+    waits for more.
     """
 
     step: int
@@ -65,9 +66,9 @@ class Following:
 
 @dataclass(frozen=True, kw_only=True)
 class SpanDone:
-    """A span was committed. `evaluations` and `forward_passes` are over its losses, `seconds` on
-    the worker.
+    """A span was committed.
 
+    `evaluations` and `forward_passes` are sums over its losses, `seconds` are on the worker.
     `workers` is how many work now.
     """
 
@@ -86,10 +87,10 @@ class SpanDone:
 
 @dataclass(frozen=True)
 class SpanFailed:
-    """A span could not be replayed; the others go on.
+    """A span could not be replayed; the others continue.
 
-    `not_finite` is the training step of the checkpoint that holds NaN or Inf, where that is why;
-    None for anything else.
+    `not_finite` is the training step of the checkpoint with NaN or Inf, if that is the reason; else
+    None.
     """
 
     span: int
@@ -101,7 +102,7 @@ class SpanFailed:
 
 @dataclass(frozen=True)
 class SpanRetried:
-    """A span is tried again on another worker."""
+    """A span is retried on another worker."""
 
     span: int
     first_step: int
@@ -131,14 +132,12 @@ Listener = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """Ignore an event: `run(…, progress=silent)` prints and warns of nothing."""
+    """Ignore an event: `run(…, progress=silent)` prints nothing and warns of nothing."""
 
 
 @dataclass
 class Log:
-    """Every event as a line of JSON, for machines; what happens before there is a file waits for
-    it.
-    """
+    """A log that writes every event as a line of JSON; events before the file exists wait for it."""
 
     listener: Listener
     append: Callable[[str], None] | None = None
@@ -149,9 +148,7 @@ class Log:
         self._write({"event": "Started", "host": socket.gethostname(), "pid": os.getpid()})
 
     def __call__(self, event: Event) -> None:
-        """Write an event down and pass it on, one after the other from whatever threads they
-        come.
-        """
+        """Write an event and pass it on, one at a time, from any thread."""
         with self._one_at_a_time:
             try:
                 self._write({"event": type(event).__name__, **asdict(event)})
@@ -160,7 +157,7 @@ class Log:
 
     @contextlib.contextmanager
     def written_to(self, append: Callable[[str], None]) -> Iterator[None]:
-        """Write every event down from here on, and at the end how it ended.
+        """Write every event from now on, and at the end how the replay ended.
 
         Args:
             append: writes whole lines at the end of a file.
@@ -169,7 +166,8 @@ class Log:
         try:
             yield
         except BaseException as error:
-            with contextlib.suppress(OSError):  # of a full disk, say, the error itself tells
+            # for example of a full disk, which the error itself reports
+            with contextlib.suppress(OSError):
                 self._write({"event": "Ended", "error": f"{type(error).__name__}: {error}"})
             raise
         self._write({"event": "Ended", "error": None})

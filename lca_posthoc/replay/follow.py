@@ -1,4 +1,4 @@
-"""Wait for the iterates of a training that goes on, as many as make whole spans at a time."""
+"""Wait for the iterates of a running training, until they make whole spans."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ from ..results import Manifest
 from .consume import only_directory, reads_before
 from .stopping import Stop
 
-UNKNOWN = 10_000  # segments that are reckoned with where nothing tells how many will come
+UNKNOWN = 10_000  # segments to plan for where the recorder gives no number
 _LONGEST_SPAN = 32
-_LOOKED_AT = 3  # iterates from which the size of one is taken: the first has no moments
-_SOONEST, _LATEST = 0.02, 2.0  # seconds between two looks for iterates
-_LOOKS = 4  # while as many iterates come as are waited for
+_LOOKED_AT = 3  # iterates that show the size of one; the first has no moments
+_SOONEST, _LATEST = 0.02, 2.0  # seconds between two polls
+_LOOKS = 4  # polls in the time that the missing iterates take
 
 
 def refuse_remote(checkpoints: Where) -> None:
-    """Refuse to follow what no recorder writes.
+    """Reject checkpoints that no recorder can be writing.
 
     Raises:
-        InputError: where the checkpoints are not in one directory, or behind a URL.
+        InputError: if the checkpoints are not in one directory, or behind a URL.
     """
     root = only_directory(checkpoints, "--follow")
     if is_remote(root):
         raise InputError(
-            f"{root} is remote, and a recorder writes to this machine's file systems. Leave "
-            "--follow out."
+            f"{root} is remote, but a recorder writes to local file systems. Leave --follow out."
         )
 
 
 @dataclass
 class Follower:
-    """Waits for iterates of a recorder, until it has closed.
+    """Waits for iterates of a recorder, until it closes.
 
     Args:
         root: the directory of the checkpoints.
         stop: the request to end early.
-        begin: tells what is waited for, and what a first signal does.
-        note: tells what the user should know.
+        begin: reports what is waited for, and what a first signal does.
+        note: reports what the user should know.
         consumes: whether iterates are removed once they are replayed.
         has_causes: whether the motion before a segment is needed, and moments are recorded.
     """
@@ -73,25 +72,25 @@ class Follower:
 
     @property
     def segments(self) -> int:
-        """The number of segments in the end, as far as the recorder says."""
+        """Return the final number of segments, as far as the recorder announces it."""
         known = None if self._sign is None else self._sign.segments
         return UNKNOWN if known is None else max(1, known)
 
     @property
     def is_told(self) -> bool:
-        """Tell whether the recorder says how many segments there will be."""
+        """Tell whether the recorder announces the number of segments."""
         return self._sign is not None and self._sign.segments is not None
 
     def wait_for_first(self, recorded: Manifest | None, span: int | None) -> None:
         """Wait until there are iterates to begin with, and settle how many make a span.
 
         Args:
-            recorded: the run, where it is there already.
+            recorded: the existing run, if any.
             span: the segments per span that are asked for.
 
         Raises:
-            InputError: where no recorder writes the directory, or its room is too small.
-            Interrupted: where the user ends it.
+            InputError: if no recorder writes the directory, or its room is too small.
+            Interrupted: if the user stops it.
         """
         self._wait(lambda steps: _LOOKED_AT - len(steps) if recorded is None else 1 - len(steps))
         self.span = self._settled(recorded.span if recorded is not None else span)
@@ -99,16 +98,19 @@ class Follower:
             self._wait(lambda steps: self.span - self._segments(steps))
 
     def _settled(self, fixed: int | None) -> int:
-        """Return the segments of a span, for which there is room: at most half of it, so that
-        training and replay go on side by side.
+        """Return the segments of a span, at most half of what the recorder's room holds, so that
+        training and replay overlap.
+
+        Raises:
+            InputError: if the room is too small.
         """
         sign = self._sign
         if sign is None or not sign.is_bounded or sign.state == "closed":
             return fixed or _LONGEST_SPAN
         if not self.consumes:
             raise InputError(
-                f"the recorder of {self.root} waits when what it wrote fills its room (at_most), "
-                "and nothing makes room without --consume. Give that too."
+                f"the recorder of {self.root} waits when its iterates fill their room (at_most), "
+                "and nothing makes room without --consume. Add that option."
             )
         largest = max((bytes_of(self.root, step) for step in steps_there(self.root)), default=1)
         room = sign.room(largest) or 0
@@ -124,25 +126,26 @@ class Follower:
         return span
 
     def _needed(self, segments: int) -> int:
-        """Return how many iterates are there at most while so many segments are replayed: each
-        burst has one more than it has segments, and that at the end of the burst before is there
-        until the next one begins.
+        """Return the most iterates that exist while so many segments are replayed.
+
+        Each burst has one more iterate than segments, and the last iterate of the burst before
+        stays until the next one begins.
         """
         bursts = None if self._sign is None else self._sign.bursts
         gaps = 0 if bursts is None else -(-segments // (bursts[1] - 1))
         return reads_before(self.has_causes) + segments + 1 + gaps
 
     def _segments(self, steps: Sequence[int]) -> int:
-        """Return how many segments the iterates of some steps have, by what the recorder says."""
+        """Return how many segments the iterates of some steps have, by what the recorder announces."""
         return segments_between(steps, None if self._sign is None else self._sign.bursts)
 
     def whole(self, trajectory: Trajectory, recorded: int = 0) -> Trajectory:
-        """Return a trajectory without the checkpoints after its last whole span, unless there is none
-        or no more will come.
+        """Return a trajectory without the checkpoints after its last whole span, unless there is
+        none or no more will come.
 
         Args:
-            trajectory: with all that is there.
-            recorded: checkpoints that the run has already, which stay.
+            trajectory: all existing iterates.
+            recorded: checkpoints that the run already has, which stay.
         """
         starts = trajectory.starts
         rows = len(starts) // self.span * self.span
@@ -151,10 +154,15 @@ class Follower:
         return trajectory.up_to(max(recorded, starts[rows - 1] + 2 if rows else 0))
 
     def more(self, trajectory: Trajectory, rename: Sequence[str]) -> Trajectory:
-        """Wait for another whole span, or for the end, and return the trajectory with what came."""
+        """Wait for another whole span, or for the end, and return the grown trajectory.
+
+        Args:
+            trajectory: the iterates so far.
+            rename: rules "OLD=NEW" for names of tensors.
+        """
         known = len(trajectory.checkpoints)
         last = trajectory.checkpoints[-1].step
-        # a last span that is short grows first
+        # first complete a short last span
         missing = self.span - len(trajectory.starts) % self.span
 
         def lacks(steps: Sequence[int]) -> int:
@@ -168,22 +176,22 @@ class Follower:
             grown = self.whole(longer, known)
             if self.is_over or len(grown.checkpoints) > known:
                 return grown
-            missing += 1  # a recorder before this one recorded other bursts
+            missing += 1  # an earlier recorder wrote other bursts
 
     def _wait(self, lacks: Callable[[Sequence[int]], int]) -> None:
-        """Wait until no iterate is lacking, or until none will come.
+        """Wait until no iterate is missing, or until no more will come.
 
         Args:
-            lacks: returns how many more are waited for, where those of some steps are there.
+            lacks: returns how many are missing, given the steps of those that exist.
         """
         seen: tuple[int, float] | None = None
         self._told = ""
         while not self.is_over:
-            # in this order: once it has closed, all that it wrote is there
+            # in this order: after the recorder closed, everything it wrote is there
             sign, steps = read_sign(self.root), steps_there(self.root)
             self._refuse_without_sign(sign, steps)
             self._sign, before = sign, self._sign
-            if self.span and sign != before:  # of a training that was resumed, with another bound
+            if self.span and sign != before:  # of a resumed training, with another bound
                 self._settled(self.span)
             if sign is not None and sign.state == "closed":
                 self.is_over = True
@@ -198,13 +206,13 @@ class Follower:
             if self.stop.event.wait(seconds):
                 if lives or len(steps) < 2:
                     raise self.stop.interrupted()
-                self.stop.event.clear()  # a second signal stops at once, as ever
+                self.stop.event.clear()  # a second signal stops at once, as always
                 self.is_over = True
 
     def _measure(
         self, seen: tuple[int, float] | None, steps: Sequence[int]
     ) -> tuple[int, float] | None:
-        """Measure the recorder's pace from the last iterate that was seen and when."""
+        """Measure the recorder's pace from the last new iterate and its time."""
         if not steps:
             return None
         now = time.monotonic()
@@ -219,14 +227,14 @@ class Follower:
     def _refuse_without_sign(self, sign: RecorderSign | None, steps: Sequence[int]) -> None:
         if sign is None and steps:
             raise InputError(
-                f"{self.root} holds checkpoints that no recorder says to be writing (it has no "
-                "sign of one), so nothing tells when the last one is there. Leave --follow out; "
-                "the same command takes up later ones."
+                f"{self.root} holds checkpoints, but no recorder is registered there, so nothing tells "
+                "when the last one is written. Leave --follow out; "
+                "the same command replays later ones."
             )
 
     def _say(self, sign: RecorderSign | None, lives: bool, steps: Sequence[int]) -> None:
-        """Tell what is waited for, and once that a recorder died."""
-        goes_on = "what was committed is kept. Run the same command again to go on"
+        """Report what is waited for, and once that a recorder died."""
+        goes_on = "committed results are kept. Run the same command again to resume"
         if sign is None:
             self._tell(f"waiting for a recorder to begin in {self.root}", goes_on)
         elif lives:
@@ -236,8 +244,8 @@ class Follower:
                 self._said_dead = sign
                 self.note([self._death(sign, steps)])
             self._tell(
-                "waiting for the training to be resumed, whose recorder ended without closing",
-                "the run ends with the iterates that are there",
+                "waiting for the training to resume, whose recorder ended without closing",
+                "the run ends with the existing iterates",
             )
 
     def _tell(self, waits_for: str, on_signal: str) -> None:
@@ -251,9 +259,9 @@ class Follower:
             if sign.state == "failed"
             else "died without closing"
         )
-        last = f", the last iterate being that of step {steps[-1]}" if steps else ""
+        last = f", after the iterate of step {steps[-1]}" if steps else ""
         return (
-            f"the recorder of {self.root} ({sign.who}) {how}{last}. A training that is resumed "
-            "into the directory is followed on; Ctrl-C ends the run with the iterates that are "
-            "there"
+            f"the recorder of {self.root} ({sign.who}) {how}{last}. If the training resumes "
+            "into the directory, the replay continues; Ctrl-C ends the run with the existing "
+            "iterates"
         )

@@ -1,6 +1,4 @@
-"""The level of `--keep` a run takes where none is asked for, and the memory a replay lacks at a
-level.
-"""
+"""Choose the level of `--keep` where none is asked for, and name missing memory."""
 
 from __future__ import annotations
 
@@ -17,10 +15,10 @@ from .requests import LevelMemory
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOfLevels:
-    """The memory a worker has, and what it takes beside model and data at each level of `--keep`.
+    """The memory a worker has, and what each level of `--keep` needs beside model and data.
 
     Attributes:
-        levels: what it takes, by level.
+        levels: the memory that each level needs.
         free: bytes that are free for each worker.
         workers: how many share the memory of a host.
         losses: how many losses are replayed together.
@@ -32,16 +30,16 @@ class MemoryOfLevels:
     losses: int
 
     def fits(self, keep: str) -> bool:
-        """Tell whether a worker has the memory a level takes."""
+        """Tell whether a worker has the memory that a level needs."""
         return self.levels[keep].needs <= self.free
 
     def short_of(self, keep: str, *, lower: Iterable[str]) -> str | None:
-        """Say what memory a replay lacks, which would otherwise end in killed workers; None where
-        there is enough.
+        """Describe the memory that a replay lacks, before the system kills workers for it; None
+        where there is enough.
 
         Args:
             keep: the level.
-            lower: the levels that can be taken instead, the lowest first.
+            lower: the levels that may replace it, the lowest first.
         """
         if self.fits(keep):
             return None
@@ -58,9 +56,7 @@ class MemoryOfLevels:
         )
 
     def _less(self, keep: str, lower: list[str]) -> Iterator[str]:
-        """Yield the level to take instead: the highest that fits, or the lowest if it takes
-        less.
-        """
+        """Yield the level to use instead: the highest that fits, or the lowest if it needs less."""
         fitting = [level for level in lower if self.fits(level)]
         least = [level for level in lower[:1] if self.levels[level].needs < self.levels[keep].needs]
         yield from fitting[-1:] or least
@@ -69,19 +65,19 @@ class MemoryOfLevels:
 def highest_that_fits(
     memory: MemoryOfLevels, stored: Callable[[str], int], path: Path, levels: Sequence[str] = KEEP
 ) -> tuple[str, list[str]]:
-    """Return the highest level of `--keep` that fits the memory of a worker and half of the free
-    space, and a note where it is not the highest of all; the lowest level where none fits.
+    """Return the highest level of `--keep` that fits a worker's memory and half of the free space,
+    with a note where it is not the highest of all.
 
-    What a result takes is reckoned without compression but for totals and histograms: that is known
-    from shapes alone and always the same, where an estimate after compression needs a trial on a
-    worker, and allocations, of which large results consist, are compressed by less than a tenth
-    unless parameters are dead.
+    Where no level fits, return the lowest. The sizes of results are bounds without compression,
+    except for totals and histograms: bounds follow from shapes alone and never vary, while an
+    estimate after compression needs a trial on a worker. Allocations, the bulk of large results,
+    compress by less than a tenth unless parameters are dead.
 
     Args:
         memory: of a worker.
-        stored: returns the bytes a result takes at most at a level.
+        stored: returns the most bytes a result takes at a level.
         path: of the run.
-        levels: that may be taken, the lowest first.
+        levels: the choice, the lowest first.
     """
     space = results.free_space(path)
     why = ""

@@ -1,4 +1,4 @@
-"""The rule and the tolerances of a run, as its record says them."""
+"""Build the integration method of a run from its record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def method_of(
     settings: RunSettings, records: Mapping[str, LossRecord], never_refined: Iterable[str] = ()
 ) -> Method:
-    """Return how some losses are integrated.
+    """Return how to integrate some losses.
 
     Args:
         settings: of the run.

@@ -1,4 +1,4 @@
-"""The parts of the motion that a run tells: its causes, and directions."""
+"""Settle which parts of the motion a run computes: its causes, and directions."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PartsAsked:
-    """The parts of the motion that are asked for.
+    """The parts of the motion that the caller asks for.
 
     Attributes:
-        causes: whether each allocation is to be split by what moved the weights.
+        causes: whether to split each allocation by what moved the weights.
         along: a file of directions; None for none.
     """
 
@@ -30,7 +30,7 @@ class PartsAsked:
     along: str | Path | None = None
 
     def refuse_new(self, recorded: Settings) -> None:
-        """Refuse parts that a run was made without.
+        """Reject parts that an existing run lacks.
 
         Raises:
             InputError: naming the option.
@@ -41,7 +41,7 @@ class PartsAsked:
         ):
             if asked and not there:
                 raise InputError(
-                    f"this run was made without {option}. Leave it out to go on with the run, or "
+                    f"this run was made without {option}. Leave it out to resume the run, or "
                     "write another one with --out."
                 )
         directions = recorded.get("directions")
@@ -51,23 +51,31 @@ class PartsAsked:
             _same_directions(self.along, digest_of(Path(self.along).expanduser()), directions)
 
     def tells_causes(self, settings: Settings) -> bool:
-        """Tell whether causes are asked for, or recorded in the settings of a run."""
+        """Tell whether the caller asks for causes, or the run's settings record them."""
         return self.causes or settings["signal"] is not None
 
     def signal(self, settings: Settings, described: Description) -> str | None:
-        """Return the loss whose gradient is the signal, by default the first; None where causes are
-        not told.
+        """Return the loss whose gradient is the signal; None without causes.
+
+        Args:
+            settings: of the run.
+            described: the task; its first loss is the default.
         """
         if self.causes and settings["signal"] is None:
             return next(iter(described.losses))
         return settings["signal"]
 
     def settled(self, settings: Settings, described: Description, signal: str | None) -> Settings:
-        """Return settings with the signal, and with the record of the file of directions where
-        there is one.
+        """Return settings with the signal, and with the record of the directions' file if there is
+        one.
+
+        Args:
+            settings: of the run, asked for or recorded.
+            described: the task.
+            signal: the loss whose gradient is the signal; None without causes.
 
         Raises:
-            InputError: where the file is not of this model, or other than the one that is recorded.
+            InputError: if the file is not of this model, or differs from the recorded one.
         """
         recorded = settings.get("directions")
         path = self.along if self.along is not None or recorded is None else recorded["file"]
@@ -80,7 +88,11 @@ class PartsAsked:
 
 
 def _same_directions(path: str | Path, digest: int, recorded: DirectionsRecord) -> None:
-    """Refuse a file of other directions than those a run was made with."""
+    """Reject a file whose directions differ from the recorded ones.
+
+    Raises:
+        InputError: naming both files.
+    """
     if digest != recorded["digest"]:
         raise InputError(
             f"{path} holds other directions than this run was made with ({recorded['file']}). "
@@ -101,23 +113,28 @@ def _record_of(path: str | Path, described: Description) -> DirectionsRecord:
 
 
 def about_signal(signal: str | None, described: Description, trajectory: Trajectory) -> list[str]:
-    """Return what is worth knowing of the records of the optimiser's steps.
+    """Return notes on the recorded optimiser steps.
+
+    Args:
+        signal: the loss whose gradient is the signal; None without causes.
+        described: the task.
+        trajectory: holds the records of the optimiser's steps.
 
     Raises:
-        InputError: where the signal is no loss that can be one, or no checkpoint has a record.
+        InputError: if the loss cannot be the signal, or no checkpoint has a record.
     """
     if signal is None:
         return []
     loss = described.losses.get(signal)
     if loss is None:
         raise InputError(
-            f"loss {signal!r} returns a dict, and is several losses. Name one of them with "
+            f"loss {signal!r} returns a dict of several losses. Name one of them with "
             f"--signal: {', '.join(map(repr, described.losses))}."
         )
     if loss.on is None or loss.groups is not None:
         what = "is no mean over data" if loss.on is None else "has groups"
         raise InputError(
-            f"loss {signal!r} {what}, and the signal is the gradient of the training loss over all "
+            f"loss {signal!r} {what}, but the signal is the gradient of the training loss over all "
             "of its data. Name that loss with --signal."
         )
     checkpoints = [
@@ -131,29 +148,29 @@ def about_signal(signal: str | None, described: Description, trajectory: Traject
     without = [checkpoint.step for checkpoint, record in records.items() if record is None]
     if len(without) == len(looked_at):
         raise InputError(
-            "the checkpoints say nothing of the optimiser's steps, from which --causes tells what "
-            f"moved the weights (those of steps {', '.join(map(str, without))} were looked at). "
-            "Record a training with recorder.attach(optimizer), or recorder.follow(optimizer) "
+            "--causes needs records of the optimiser's steps, and the checkpoints have none "
+            f"(checked steps {', '.join(map(str, without))}). "
+            "Record a training with recorder.attach(optimizer), or with recorder.follow(optimizer) "
             "where the loop saves by itself, or leave --causes out."
         )
     notes = [f"the signal is the gradient of loss {signal!r}"]
     if without:
         notes.append(
-            "some checkpoints say nothing of the optimiser's steps, such as that of step "
-            f"{without[0]}: all that the weights moved there is rest"
+            "some checkpoints have no record of the optimiser's step, such as that of step "
+            f"{without[0]}: their whole motion counts as rest"
         )
     return [*notes, *_without_moments(records)]
 
 
 def _without_moments(records: Mapping[Checkpoint, OptimizerStep | None]) -> list[str]:
-    """Say where an optimiser divides by moments that are not stored."""
+    """Return a note if an optimiser divides by moments that are not stored."""
     for checkpoint, record in records.items():
         names = {group.optimizer for group in record.groups} if record is not None else set()
         divides = sorted(names.intersection(DIVIDE_BY_MOMENTS))
         if divides and checkpoint.moments is None:
             return [
                 f"{divides[0]} divides by moments that are not stored, so signal, noise and "
-                "momentum cannot be told and are rest. Record with recorder.attach(optimizer, "
+                "momentum are unknown and count as rest. Record with recorder.attach(optimizer, "
                 'save="moments").'
             ]
     return []

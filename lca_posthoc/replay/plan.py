@@ -1,5 +1,5 @@
-"""The costs of a run, or of a recording: evaluations, time from a few timed batches, bytes against
-free space.
+"""Estimate the costs of a run or of a recording: evaluations, time from a few timed batches, bytes
+against free space.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from .worker import SAMPLED, measure
 if TYPE_CHECKING:
     from torch import nn
 
-_TRIED = 5  # iterates that are written to see how long one takes
+_TRIED = 5  # iterates written to measure how long one takes
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossPlan:
-    """One loss: what it is over, its batches, gradient evaluations without refinement, seconds of
-    one and of all on one worker.
+    """The costs of one loss: its data, its batches, gradient evaluations without refinement, and
+    seconds of one evaluation and of all on one worker.
 
-    `fastest_batch_size` of those tried took the least time, `largest_batch_size` is the largest
-    that fits in memory; `bytes` are an estimate after compression, under each level of `--keep`.
+    `fastest_batch_size` took the least time of those tried, `largest_batch_size` is the largest
+    that fits in memory. `bytes` are estimates after compression, by level of `--keep`.
     """
 
     examples: int
@@ -65,7 +65,7 @@ class LossPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The costs `lca plan` prints.
+    """The costs that `lca plan` prints.
 
     Attributes:
         segments: of the trajectory.
@@ -73,18 +73,18 @@ class Plan:
         device: "cuda" or "cpu".
         workers: that would share the work.
         losses: by name.
-        keep: the level of `--keep` that is asked for, or the one a run would choose.
+        keep: the level of `--keep` asked for, or the one a run would choose.
         shards: into which the data of every segment would be cut at that level; 1 where spans are
             replayed whole.
-        seconds: by level, what evaluating all losses together takes on one worker, which is less
-            than their sum where they share passes.
-        bytes: by level, the sizes of the result's files after compression, estimated from one
-            segment and a batch of each loss, for all losses together.
-        memory: by level, the bytes a worker holds.
-        free: bytes of the space where the run would go; None in an object store, which tells of no
-            bound.
+        seconds: by level, to evaluate all losses together on one worker; less than their sum where
+            they share passes.
+        bytes: by level, of the result's files after compression for all losses together, estimated
+            from one segment and a batch of each loss.
+        memory: by level, the bytes a worker needs.
+        free: bytes of free space where the run would go; None in an object store, which reports no
+            limit.
         free_memory: bytes that are free for each worker beside model and data.
-        notes: worth telling.
+        notes: for the user.
     """
 
     segments: int
@@ -106,9 +106,9 @@ class Plan:
 class RecordingPlan:
     """The costs of saving every iterate of a training, the initial weights included.
 
-    `bytes_each` and `seconds_each` are of one iterate, the latter as measured on this disk,
-    flushing included; `every` is the least that makes them fit into the bytes that are `free` (0:
-    not even two do).
+    `bytes_each` and `seconds_each` are of one iterate, the seconds measured on this disk, flushing
+    included. `every` is the smallest interval at which the iterates fit into the `free` bytes; 0 if
+    not even two do.
     """
 
     iterates: int
@@ -122,18 +122,17 @@ class RecordingPlan:
 
 
 def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -> RecordingPlan:
-    """Say before a training what recording it would take, from the task's model and a few files
-    written and removed again.
+    """Estimate the cost of a recording before training, from the task's model and a few temporary
+    files.
 
     Args:
-        directory: where the iterates would go; tells whose space and speed count.
+        directory: where the iterates would go; its space and speed count.
         task: as for `run`.
         steps: optimiser steps of the training.
 
     Raises:
-        InputError: where the steps are fewer than one, or the task has no model that could be
-            saved.
-        ResourceError: where not even a few iterates can be written.
+        InputError: if there are fewer than one step, or the task has no model that could be saved.
+        ResourceError: if not even a few iterates can be written.
     """
     if steps < 1:
         raise InputError(f"--recording must be 1 or more optimiser steps, got {steps}.")
@@ -143,7 +142,7 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
         tempfile.TemporaryDirectory(prefix=".lca-plan-", dir=place) as folder,
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # half precision is said when recording
+        warnings.simplefilter("ignore")  # half precision is reported when recording
         seconds = _record_a_few(Path(folder), model)
         size, *_ = {file.stat().st_size for file in Path(folder).iterdir()}
         header = read_header(next(Path(folder).iterdir()))
@@ -162,7 +161,7 @@ def plan_recording(directory: str | Path, task: str | Path | Task, steps: int) -
 
 
 def _record_a_few(folder: Path, model: nn.Module) -> float:
-    """Return the seconds one iterate takes, from a few that are written into a folder."""
+    """Return the seconds that one iterate takes, measured by writing a few into a folder."""
     with Recorder(folder, model) as recorder:
         recorder.save(0)
         recorder.flush()
@@ -185,13 +184,13 @@ def plan(
     tell: Callable[[str], None] = lambda stage: None,
     **requested: object,
 ) -> Plan:
-    """Probe the task in this process and say what `run` with the same arguments would cost.
+    """Probe the task in this process and estimate what `run` with the same arguments costs.
 
     Args:
         checkpoints: as for `run`.
         task: as for `run`.
         losses: as for `run`.
-        out: where the run would go; tells whose free space counts.
+        out: where the run would go; its free space counts.
         workers: how many would share the work; by default as for `run`.
         causes: as for `run`.
         along: as for `run`.
@@ -199,7 +198,7 @@ def plan(
         requested: settings as for `run`.
 
     Raises:
-        InputError: for anything `run` would refuse before its first evaluation.
+        InputError: for anything that `run` would reject before its first evaluation.
     """
     settings = resolve(requested, None)
     device = settings["device"] or visible_device()
@@ -268,7 +267,7 @@ def _measured(
 
 
 def _stored(levels: dict[str, Manifest], losses: list[str], costs: Costs) -> dict[str, int]:
-    """Return the bytes of some losses after compression under each level of `--keep`."""
+    """Return the bytes of some losses after compression at each level of `--keep`."""
     return {
         keep: results.estimated_bytes(
             manifest, keep, {name: manifest.losses[name] for name in losses}, costs.compressed
@@ -278,7 +277,7 @@ def _stored(levels: dict[str, Manifest], losses: list[str], costs: Costs) -> dic
 
 
 def _evaluations(manifest: Manifest) -> int:
-    """Return how many gradients of a loss a run takes without refinement."""
+    """Return how many gradients of a loss a run computes without refinement."""
     rule = RULES[manifest.settings["rule"]]
     per_segment = len(rule.nodes) - (1 if rule.has_start and rule.has_end else 0)
     evaluations = per_segment * manifest.segments
@@ -287,7 +286,7 @@ def _evaluations(manifest: Manifest) -> int:
 
 
 def _evaluations_of_path(manifest: Manifest) -> int:
-    """Return how many gradients more it takes to say what another path would change."""
+    """Return how many more gradients the path band computes."""
     if manifest.settings["path_band"] != "on":
         return 0
     rule = RULES[manifest.settings["rule"]]
@@ -302,14 +301,12 @@ def _evaluations_of_path(manifest: Manifest) -> int:
 
 
 def _stretches(manifest: Manifest) -> int:
-    """Return how many times the checkpoint that a segment starts from is not evaluated as the end of
-    the one before.
-    """
+    """Return how many segments start from a checkpoint that is not the end of the segment before."""
     return sum(len(manifest.stretches(span)) for span in range(manifest.spans))
 
 
 def _seconds(manifest: Manifest, costs: Costs) -> float:
-    """Return what evaluating all losses together takes on one worker."""
+    """Return the seconds of evaluating all losses together on one worker."""
     measured_segments = sum(first < manifest.segments for first in SAMPLED)
     evaluations_at_once = len(RULES[manifest.settings["rule"]].nodes)
     return (
@@ -320,7 +317,7 @@ def _seconds(manifest: Manifest, costs: Costs) -> float:
 
 
 def _shortages(ready: Preparation, needed: float, free: int | None) -> Iterator[str]:
-    """Say which memory and space a run would lack."""
+    """Describe the memory and space that a run would lack."""
     if ready.short_of:
         yield ready.short_of
     if free is not None and needed > free:
@@ -328,9 +325,7 @@ def _shortages(ready: Preparation, needed: float, free: int | None) -> Iterator[
 
 
 def _beside(checkpoints: Where) -> Path:
-    """Return where the result would go; for checkpoints that are remote or in several places a
-    directory here.
-    """
+    """Return where the result would go; a local directory for remote checkpoints or several places."""
     first, *more = places_of(checkpoints)
     return Path("run.lca") if is_remote(first.root) or more else default_out(checkpoints)
 

@@ -1,5 +1,5 @@
-"""The work before the first span: a task is described, matched with the trajectory and probed, and
-the run is laid out.
+"""Prepare a run before its first span: describe the task, match it with the trajectory, probe it,
+lay out the run.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ _SPAN_BYTES = 256 * 2**20
 _SHORTEST_OF_LARGE, _LONGEST_SPAN = 8, 32
 _WINDOWS = 64
 _BEGUN = (
-    "A run that has begun keeps its tolerance and its precision: with others, write another run "
+    "An existing run keeps its tolerance and its precision: to change them, write another run "
     "with --out."
 )
 _OTHER_SEGMENTS = (
-    "this run has other segments than these checkpoints and --steps, or this release's drawing of "
-    "--segments, give. Restore them, or write another run with --out."
+    "the segments of this run differ from those of these checkpoints, --steps and --segments. "
+    "Restore them, or write another run with --out."
 )
 Answer = TypeVar("Answer")
 
-# checkpoints at which running statistics, which lag most early on, are looked at too
+# more checkpoints for running statistics, which lag most early on
 _EARLY = (2, 4, 16)
 
 
@@ -85,10 +85,10 @@ class Destination:
 
     Attributes:
         path: its directory.
-        existing: the run that is there already, whose batch sizes and keys hold.
-        span: segments per span; chosen where None.
-        workers: how many of this host will share the work; those of the cluster where None.
-        segments: how many the run will have in the end, where checkpoints are still to come.
+        existing: the run that already exists, whose batch sizes and keys hold.
+        span: segments per span; None to choose.
+        workers: how many of this host will share the work; None for those of the cluster.
+        segments: the final number of segments, while checkpoints are still being recorded.
         longest_span: the most segments per span that may be chosen.
     """
 
@@ -100,7 +100,13 @@ class Destination:
     longest_span: int = _LONGEST_SPAN
 
     def span_of(self, matched: _Match, workers: int, keep: str) -> int:
-        """Return the segments per span at a level of `--keep`, where so many share the spans."""
+        """Return the segments per span.
+
+        Args:
+            matched: the task on its trajectory.
+            workers: that share the spans.
+            keep: the level of `--keep`.
+        """
         of_examples = matched.numbers_of_examples
         return self.span or min(
             self.longest_span,
@@ -110,7 +116,7 @@ class Destination:
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A run as it would be created now, but for its level of `--keep`.
+    """A run as it would be created now, at any level of `--keep`.
 
     Attributes:
         matched: the task on its trajectory.
@@ -118,7 +124,7 @@ class Draft:
         destination: of the run.
         workers: how many will share the work.
         settings: with or without a level.
-        probed: what a worker says of the task.
+        probed: a worker's answer to the probe.
         provenance: of the run.
     """
 
@@ -131,8 +137,8 @@ class Draft:
     provenance: dict[str, Any]
 
     def lower_levels(self, keep: str) -> Sequence[str]:
-        """Return the levels of `--keep` that can be taken instead of one, the lowest first; none
-        where the run is there already.
+        """Return the levels of `--keep` that may replace one, the lowest first; none for an
+        existing run.
         """
         return KEEP[: KEEP.index(keep)] if self.destination.existing is None else ()
 
@@ -142,7 +148,7 @@ class Draft:
         return self.matched.trajectory.gone
 
     def in_the_end(self, manifest: Manifest) -> Manifest:
-        """Return a manifest with checkpoints in place of those that are still to come."""
+        """Return a manifest with placeholders for the checkpoints still to come."""
         last, position = manifest.checkpoints[-1], len(manifest.checkpoints) - 1
         coming = range(self.matched.planned - manifest.segments)
         more = [replace(last, step=last.step + 1 + number) for number in coming]
@@ -158,7 +164,7 @@ class Draft:
         recorded = existing.losses if existing else {}
         losses = _records(matched.described, self.probed, recorded, keep)
         shards = self._shards(losses, keep)
-        # in shards, one span after the other keeps all workers busy
+        # in shards, one span at a time keeps all workers busy
         span = self.destination.span_of(matched, self.workers if shards == 1 else 1, keep)
         return Manifest(
             root=absolute(matched.trajectory.root),
@@ -175,8 +181,8 @@ class Draft:
         )
 
     def _shards(self, losses: dict[str, LossRecord], keep: str) -> int:
-        """Return the number of shards: the one that is recorded or asked for, or the one chosen
-        for a level of `--keep`.
+        """Return the number of shards: the one recorded or asked for, or a default for the level of
+        `--keep`.
         """
         shards = self.settings["shards"]
         if shards is not None:
@@ -190,10 +196,10 @@ class Draft:
 class Preparation:
     """A probed task on a trajectory.
 
-    Requests to workers are about the task as `setup` says; those that evaluate at a few checkpoints
-    take them from `sample`. `manifest` describes the run as it would be created now, and `draft`
-    at any level of `--keep`; `memory` is that of a worker. `notes` are worth telling. `short_of`
-    says what memory there is too little of, if any.
+    Requests to workers describe the task by `setup`; those that evaluate at a few checkpoints take
+    them from `sample`. `manifest` describes the run as it would be created now, and `draft` at any
+    level of `--keep`. `memory` is that of a worker, `notes` are for the user, and `short_of` names
+    missing memory, if any.
     """
 
     setup: TaskSetup
@@ -206,7 +212,7 @@ class Preparation:
 
     @property
     def batch_sizes(self) -> dict[str, int]:
-        """Return split → examples per batch."""
+        """Return the examples per batch of each split."""
         return {
             record.on: record.batch_size
             for record in self.manifest.losses.values()
@@ -230,16 +236,16 @@ def prepare(
         cluster: where to ask.
         trajectory: the checkpoints.
         task: where the task is.
-        parcel: the key of what was delivered of it.
+        parcel: the key of the bytes delivered for it.
         losses: their names; empty for the first, `["all"]` for every one.
-        settings: complete but for the level of `--keep`, which is chosen where it is None.
+        settings: complete except for the level of `--keep`, which may be None to choose it.
         destination: of the run.
         parts: the parts of the motion that are asked for.
 
     Raises:
         InputError: for anything wrong with the task or its fit to the checkpoints.
-        ResourceError: where the worker died.
-        Interrupted: where the cluster drains.
+        ResourceError: if the worker died.
+        Interrupted: if the cluster drains.
     """
     existing = destination.existing
     settings = {**settings, "path_band": _path_band(settings, trajectory)}
@@ -303,8 +309,8 @@ def prepare(
 
 
 def _path_band(settings: Settings, trajectory: Trajectory) -> str:
-    """Return whether it is told what another path would change: as it is asked for or recorded, or
-    else where a segment is longer than one step.
+    """Return the setting of the path band: as asked for or recorded, or by default on if a segment
+    is longer than one step.
     """
     steps = trajectory.steps
     any_long = any(is_long(steps[start + 1] - steps[start]) for start in trajectory.starts)
@@ -312,8 +318,11 @@ def _path_band(settings: Settings, trajectory: Trajectory) -> str:
 
 
 def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
-    """Return the same with new losses calibrated by one worker at the run's level of `--keep`,
-    where the rule is the trapezoid.
+    """Return the preparation with new losses calibrated, where the rule is the trapezoid.
+
+    Args:
+        cluster: one of its workers calibrates, at the run's level of `--keep`.
+        ready: to calibrate.
     """
     manifest, existing = ready.manifest, ready.draft.destination.existing
     recorded = existing.losses if existing else {}
@@ -335,7 +344,7 @@ def calibrated(cluster: Cluster, ready: Preparation) -> Preparation:
 def _laid_out(
     setup: TaskSetup, sample: Sample, draft: Draft, memory: MemoryOfLevels, notes: list[str]
 ) -> Preparation:
-    """Lay out a probed run at its level of `--keep`; `notes` are worth telling beside its own."""
+    """Lay out a probed run at its level of `--keep`; `notes` come before its own."""
     existing = draft.destination.existing
     keep, about_keep = _level(draft, memory)
     manifest = draft.at(keep)
@@ -368,14 +377,14 @@ def _laid_out(
 
 
 def _not_told_apart(described: Description, probed: ProbeAnswer, keep: str) -> Iterator[str]:
-    """Say of which losses the examples of a batch cannot be told apart, where they should be, and
-    of which there are too many for texts.
+    """Describe the losses whose examples should be separated within a batch but cannot be, and
+    those with too many examples for texts.
     """
     for name, texts in probed.texts.items():
         if texts is None:
             yield (
-                f"loss {name!r}: {count(described.losses[name].examples, 'example')} are too many to "
-                "record a text for each, by Task.show; --subset takes fewer."
+                f"loss {name!r} has too many examples to record the text of each by Task.show "
+                f"({count(described.losses[name].examples, 'example')}); --subset takes fewer."
             )
     for name, sites in probed.sites.items():
         if not sites.why:
@@ -384,20 +393,20 @@ def _not_told_apart(described: Description, probed: ProbeAnswer, keep: str) -> I
         if loss.per is not None:
             yield (
                 f"loss {name!r}: its {count(loss.examples, 'example')} are evaluated one at a time, "
-                f"for those of a batch cannot be told apart ({sites.why}). That takes as many passes "
+                f"because those of a batch cannot be separated ({sites.why}). That takes as many passes "
                 "over the model's weights; --subset takes fewer examples."
             )
         elif not holds(keep, "units"):
             yield (
-                f"loss {name!r}: a batch holds examples of one group each, which takes longer where "
-                "groups are small, for what single examples contribute cannot be told "
+                f"loss {name!r}: each batch holds examples of one group, which is slower where "
+                "groups are small, because the shares of single examples cannot be separated "
                 f"({sites.why})."
             )
 
 
 def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
-    """Return the level of `--keep`, the one that is asked for or recorded, or else the highest that
-    fits, and notes on it.
+    """Return the level of `--keep`, asked for, recorded, or the highest that fits, with notes on
+    it.
     """
     keep = draft.settings["keep"]
     if keep is not None:
@@ -412,9 +421,9 @@ def _level(draft: Draft, memory: MemoryOfLevels) -> tuple[str, list[str]]:
 
 
 def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
-    """Say what memory a replay lacks on a CPU; None where there is enough.
+    """Describe the memory that a replay lacks on a CPU; None where there is enough.
 
-    A GPU that runs out of memory says so itself, and its batches are halved.
+    A GPU reports out of memory itself, and its batches are then halved.
     """
     if draft.settings["device"] == "cuda":
         return None
@@ -423,8 +432,10 @@ def _short_of(draft: Draft, memory: MemoryOfLevels, keep: str) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Match:
-    """A described task on the trajectory it fits; `names` are tensors → names inside the files,
-    `to_come` is the number of segments in the end, None where all are there.
+    """A described task on the trajectory it fits.
+
+    `names` maps tensors to names inside the files; `to_come` is the final number of segments, None
+    where all exist.
     """
 
     trajectory: Trajectory
@@ -436,40 +447,40 @@ class _Match:
 
     @property
     def last(self) -> int:
-        """The position of the last checkpoint of the trajectory."""
+        """Return the position of the last checkpoint of the trajectory."""
         return len(self.trajectory.checkpoints) - 1
 
     @property
     def planned(self) -> int:
-        """The number of segments that will have been replayed in the end."""
+        """Return the final number of segments."""
         return max(self.segments, self.to_come or 0)
 
     @property
     def segments(self) -> int:
-        """The number of segments that are replayed."""
+        """Return the number of segments to replay."""
         return len(self.starts)
 
     @property
     def in_order_only(self) -> list[str]:
-        """The splits whose examples can only be read in order, anew at every pass."""
+        """Return the splits whose examples can only be read in order, from the start at every pass."""
         losses = self.described.losses.values()
         splits = {loss.on for loss in losses if loss.in_order_only and loss.on is not None}
         return sorted(splits)
 
     @property
     def elements(self) -> int:
-        """The number of elements of all tensors."""
+        """Return the number of elements of all tensors."""
         return sum(spec.elements for spec in self.described.tensors)
 
     @property
     def numbers_of_examples(self) -> int:
-        """The numbers that are kept of single examples on a segment."""
+        """Return how many numbers of single examples are kept for a segment."""
         kept = len(self.described.tensors) + len(EXAMPLE_FIELDS)
         return sum(loss.rows * kept for loss in self.described.losses.values())
 
     @property
     def room_for_windows(self) -> int:
-        """The number of windows of totals that take a tenth of the space of the checkpoints."""
+        """Return how many windows of totals fit into a tenth of the checkpoints' space."""
         stored = sum(checkpoint.size for checkpoint in self.trajectory.checkpoints)
         stored = stored * (self.planned + 1) // (self.segments + 1)
         return stored // (10 * BYTES_OF_TOTALS * max(1, self.elements))
@@ -478,11 +489,16 @@ class _Match:
 def _match(
     trajectory: Trajectory, described: Description, starts: list[int], to_come: int | None
 ) -> _Match:
-    """Match a described task with a trajectory, whose segments start from some checkpoints and are
-    so many in the end.
+    """Match a described task with a trajectory.
+
+    Args:
+        trajectory: the checkpoints.
+        described: the task.
+        starts: the positions of the checkpoints that segments start from.
+        to_come: the final number of segments; None where all exist.
 
     Raises:
-        InputError: where they do not fit.
+        InputError: if they do not fit.
     """
     without = ([*described.fixed, *described.added], described.patterns, described.unstored)
     return _Match(
@@ -524,8 +540,8 @@ def _stored_tensors(matched: _Match) -> list[StoredTensor]:
 def _records(
     described: Description, probed: ProbeAnswer, recorded: dict[str, LossRecord], keep: str
 ) -> dict[str, LossRecord]:
-    """Return what a run records of the chosen losses at a level of `--keep`; new keys differ from
-    those that are there.
+    """Return the records of the chosen losses at a level of `--keep`; new keys differ from existing
+    ones.
     """
     keys = encode_all(described.losses, [record.key for record in recorded.values()])
     return {
@@ -535,7 +551,7 @@ def _records(
 
 
 def _about(matched: _Match, manifest: Manifest, recorded: dict[str, LossRecord]) -> Iterator[str]:
-    """Say what is worth knowing of new losses, and of tensors that stay as they are built."""
+    """Describe new losses, and tensors that stay as the model builds them."""
     for name, record in manifest.losses.items():
         if name not in recorded:
             yield from _scale(name, record, manifest.settings)
@@ -547,15 +563,20 @@ def _about(matched: _Match, manifest: Manifest, recorded: dict[str, LossRecord])
 def ask(cluster: Cluster, work: Callable[[Spec], Spec], request: Question[Answer]) -> Answer:
     """Return the answer of one worker to a request.
 
+    Args:
+        cluster: whose worker answers.
+        work: the function to call there.
+        request: its argument.
+
     Raises:
-        LCAError: the one the worker met; a SpanError as InputError.
-        ResourceError: where the worker died.
-        Interrupted: where the cluster drains.
+        LCAError: the error that the worker met; a SpanError becomes an InputError.
+        ResourceError: if the worker died.
+        Interrupted: if the cluster drains.
     """
     for outcome in cluster.map(work, [to_plain(request)]):
         if isinstance(outcome, Lost):
             raise ResourceError(
-                f"a worker died while it looked at the task ({outcome.why}). Often memory: try "
+                f"a worker died while probing the task ({outcome.why}). Often memory: try "
                 "fewer --workers or a smaller --batch-size, or --cluster inline to see the cause."
             )
         if isinstance(outcome, Done) and outcome.result is not None:
@@ -570,14 +591,14 @@ def check_workers(
     """Ask every worker that somebody else started whether it can take part, and settle on a device.
 
     Args:
-        cluster: they are of.
+        cluster: of these workers.
         trajectory: the checkpoints they must read.
         device: "cuda", "cpu", or None for a GPU if every worker sees one.
-        token: a file of the run's directory, which they must see and be able to write beside, and
-            its text.
+        token: a file in the run's directory, which they must see and be able to write beside, and
+            its contents.
 
     Returns:
-        Notes worth telling.
+        Notes for the user.
 
     Raises:
         ResourceError: naming the workers that cannot, why, and what to do.
@@ -601,7 +622,11 @@ def check_workers(
 
 
 def _refuse_workers(answers: Mapping[str, Spec]) -> None:
-    """Refuse a cluster some of whose workers cannot take part, and name these."""
+    """Reject a cluster with workers that cannot take part.
+
+    Raises:
+        ResourceError: naming these workers.
+    """
     refused = [
         f"worker {name} {error['message'] if isinstance(error, dict) else error}"
         for name, answer in answers.items()
@@ -613,7 +638,7 @@ def _refuse_workers(answers: Mapping[str, Spec]) -> None:
 
 
 def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
-    """Say what makes workers slower than they could be."""
+    """Describe what makes workers slower than they could be."""
     notes, several = [], crew.several_threads
     if several:
         notes.append(
@@ -634,53 +659,54 @@ def _sharing(crew: Crew, admitted: dict[str, Admission]) -> list[str]:
 
 
 def about_part(trajectory: Trajectory, manifest: Manifest) -> Iterator[str]:
-    """Yield which share of training a run sees where it does not see all of it."""
+    """Yield notes on the share of training that a run sees, where it does not see all of it.
+
+    Args:
+        trajectory: the checkpoints.
+        manifest: of the run.
+    """
     steps, starts = trajectory.steps, trajectory.starts
     if trajectory.breaks:
         seen, all_steps = manifest.steps_seen
         gaps = [(steps[start], steps[start + 1]) for start in sorted(trajectory.breaks)]
         first, last = max(gaps, key=lambda gap: gap[1] - gap[0])
         yield (
-            f"{count(len(gaps), 'gap')} between checkpoints {'is' if len(gaps) == 1 else 'are'} left "
-            f"out, the longest {first}→{last}: the run sees {seen:,} of "
-            f"{count(all_steps, 'training step')} ({seen / all_steps:.1%}), and sums are over these "
-            "alone"
+            f"{count(len(gaps), 'gap')} between checkpoints {'is' if len(gaps) == 1 else 'are'} "
+            f"skipped, the longest {first}→{last}: the run sees {seen:,} of "
+            f"{count(all_steps, 'training step')} ({seen / all_steps:.1%}), and sums include only "
+            "these"
         )
     if manifest.sampled is not None:
         yield (
             f"--segments {manifest.sampled}: {manifest.segments:,} of {len(starts):,} segments are "
             "replayed, drawn at random all over training. Sums over training are estimates with "
-            "standard errors; what needs every segment (turns, peaks, shares that help) is left out"
+            "standard errors; results that need every segment (turns, peaks, shares that help) are missing"
         )
 
 
 def _added(names: list[str]) -> list[str]:
-    """Say which parts of a state dict the checkpoints hold that are no tensors of the model's
-    own.
-    """
+    """Describe the parts of a state dict in the checkpoints that are no tensors of the model's own."""
     if not names:
         return []
     return [
-        f"the checkpoints hold {few([*map(repr, names)])}, which in the task's model "
-        f"{'are' if len(names) > 1 else 'is'} no parameter or buffer but made by a hook of its "
+        f"the checkpoints hold {few([*map(repr, names)])}, in the task's model "
+        f"no parameter{'s' if len(names) > 1 else ''} or buffer{'s' if len(names) > 1 else ''} but made by a hook of its "
         "state dict or by get_extra_state: the model keeps its own"
     ]
 
 
 def _frozen(names: list[str]) -> list[str]:
-    """Say which frozen parameters stay as the task's model builds them."""
+    """Describe the frozen parameters that stay as the task's model builds them."""
     if not names:
         return []
     return [
         f"no checkpoint holds {few([*map(repr, names)])}, frozen in the task's model: they stay as "
-        "it builds them, which must be as they were in training"
+        "it builds them, which must equal their values in training"
     ]
 
 
 def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
-    """Say where a tolerance cannot be met, or is met by everything, for the size of a loss and of
-    its change.
-    """
+    """Warn if a loss or its change is so small that no tolerance, or every tolerance, can be met."""
     tolerance, (first, last) = settings["tolerance"], record.identity
     absolute = in_units_of_loss(tolerance, record.scale)
     if (
@@ -697,12 +723,12 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
     if absolute < rounding:
         return [
             f"loss {name!r}: {option} is below the rounding of a loss of {least:.2g} in "
-            f"{settings['precision']}, about {rounding:.2g}: segments will take all "
+            f"{settings['precision']}, about {rounding:.2g}: segments will use all "
             f"{2**COMPOSITE.finest} intervals and stay above it. {advice}"
         ]
     if record.on is not None and 0 < change < 10 * absolute:
         return [
-            f"loss {name!r}: {option} is more than a tenth of what it changes by in all "
+            f"loss {name!r}: {option} is more than a tenth of its total change "
             f"({change:.2g} from the first checkpoint to the last, on a sample), so hardly any "
             f"segment will be refined. {advice}"
         ]
@@ -710,18 +736,18 @@ def _scale(name: str, record: LossRecord, settings: Settings) -> list[str]:
 
 
 def _advice(tolerance: float | str, first: float, change: float, rounding: float) -> str:
-    """Return the option to give instead: a share of the loss where that fits, else a hundredth of
+    """Return the option to use instead: a share of the loss where that fits, else a hundredth of
     the change.
     """
     if not is_share(tolerance) and rounding <= abs(first) / 1000 <= change / 10:
         return "Give --tolerance 0.1%, a share of the loss at the first checkpoint."
     if change / 100 > rounding:
         return f"Give --tolerance {change / 100:.1g}, a hundredth of the change."
-    return "What it changes by is near its rounding: give --precision float64, or --tolerance inf."
+    return "Its change is near its rounding: give --precision float64, or --tolerance inf."
 
 
 def _idle(manifest: Manifest, workers: int) -> list[str]:
-    """Say what cannot be spread over the workers of the cluster."""
+    """Describe workers of the cluster that will be idle."""
     if manifest.spans >= workers:
         return []
     work = (
@@ -736,8 +762,8 @@ def _idle(manifest: Manifest, workers: int) -> list[str]:
 
 
 def unwrapped(answer: Answer | Failure) -> Answer:
-    """Return a worker's answer, or raise the error it met; before the first span that is never
-    "some spans failed".
+    """Return a worker's answer, or raise the error it met; a SpanError becomes an InputError,
+    because no span has begun.
     """
     if isinstance(answer, Failure):
         error = answer.exception()
@@ -748,10 +774,18 @@ def unwrapped(answer: Answer | Failure) -> Answer:
 
 
 def choose_span(segments: int, workers: int, elements: int, keep: str, of_examples: int = 0) -> int:
-    """Return the segments per span: a power of two, at most 32, at least two spans for each of
-    several workers, and at most 256 MiB of allocation where that is kept, or 8 segments of it: the
-    totals over time of each span wait on disk, 19 bytes a parameter. Numbers of examples, of which
-    a segment has `of_examples`, take at most as much.
+    """Return the segments per span: a power of two, at most 32, with at least two spans for each of
+    several workers.
+
+    A span holds at most 256 MiB of allocation where that is kept, or 8 segments: the totals of each
+    span wait on disk, 19 bytes a parameter. Numbers of examples take at most as much.
+
+    Args:
+        segments: of the run.
+        workers: that share the spans.
+        elements: of all tensors whose allocation is kept.
+        keep: a level of `--keep`.
+        of_examples: numbers of single examples kept for a segment.
     """
     most = min(_LONGEST_SPAN, max(1, segments if workers == 1 else segments // (2 * workers)))
     if holds(keep, "parameters"):
@@ -761,8 +795,8 @@ def choose_span(segments: int, workers: int, elements: int, keep: str, of_exampl
 
 
 def choose_window(segments: int, span: int, keep: str, room: int) -> int:
-    """Return the spans per window of totals: the fewest that give no more windows than there is
-    room for; 1 where no totals are kept.
+    """Return the spans per window of totals: the fewest that give at most `room` windows; 1 where
+    no totals are kept.
 
     Args:
         segments: of the run.
@@ -786,7 +820,7 @@ def relative(trajectory: Trajectory) -> list[Checkpoint]:
 
 
 def _looked_at_in_both_modes(last: int) -> list[int]:
-    """Return the positions of checkpoints where losses are looked at with running statistics and
+    """Return the positions of checkpoints where losses are evaluated with running statistics and
     with those of a batch.
 
     Args:
@@ -798,8 +832,8 @@ def _looked_at_in_both_modes(last: int) -> list[int]:
 
 
 def _looked(trajectory: Trajectory) -> list[list[int]]:
-    """Return where to look for a few segments that move, see `Sample`; the same whichever part of
-    the segments is replayed.
+    """Return where to search for a few segments that move, see `Sample`; the same for any part of
+    the segments.
     """
     starts = trajectory.starts
     return [[starts[row] for row in rows] for rows in sampled(len(starts))]
@@ -808,9 +842,7 @@ def _looked(trajectory: Trajectory) -> list[list[int]]:
 def _sampled_points(
     trajectory: Trajectory, names: dict[str, str], modes: list[int]
 ) -> StoredPoints:
-    """Return the checkpoints a task is looked at before its first span, those of `modes` among
-    them.
-    """
+    """Return the checkpoints at which a task is probed, including those of `modes`."""
     starts = {index for places in _looked(trajectory) for index in places}
     positions = {*(end for index in starts for end in (index, index + 1)), *modes}
     positions.add(trajectory.first_there)
@@ -826,7 +858,7 @@ def _record(
     name: str, key: str, loss: LossDescription, probed: ProbeAnswer, keep: str
 ) -> LossRecord:
     level = probed.levels[keep]
-    # of a loss the run has already, neither scale nor sites are looked for
+    # an existing loss needs neither scale nor sites
     sites = None if holds(keep, "units") and loss.per is None else probed.sites.get(name)
     return LossRecord(
         key=key,
@@ -853,8 +885,8 @@ def _record(
 
 
 def _chosen(trajectory: Trajectory, segments: str | None) -> list[int]:
-    """Return the positions of the checkpoints the segments of a run start from: all, or those of a
-    random part in the order in which they are drawn.
+    """Return the positions of the checkpoints that segments start from: all, or a random part in
+    the order of drawing.
     """
     starts = trajectory.starts
     if segments is None:
@@ -863,7 +895,11 @@ def _chosen(trajectory: Trajectory, segments: str | None) -> list[int]:
 
 
 def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
-    """Refuse a pattern of `--tensors` that matches no tensor with an allocation."""
+    """Reject a pattern of `--tensors` that matches no tensor with an allocation.
+
+    Raises:
+        InputError: naming the nearest tensors.
+    """
     names = [tensor.name for tensor in table if tensor.kind != "state"]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
@@ -879,7 +915,11 @@ def _known_tensors(patterns: list[str], table: list[TensorSpec]) -> None:
 
 
 def _known_splits(subsets: list[str], described: Description) -> None:
-    """Refuse a subset of a split that no chosen loss is on."""
+    """Reject a subset of a split that no chosen loss uses.
+
+    Raises:
+        InputError: naming the splits that losses use.
+    """
     named = (described.statistics, *(loss.on for loss in described.losses.values()))
     splits = {split for split in named if split is not None}
     for split in parse_subsets(subsets):

@@ -1,8 +1,9 @@
-"""The questions a driver asks its workers and their answers, and the one way to and from plain
-data.
+"""Define the questions a driver asks its workers, their answers, and the conversion to and from
+plain data.
 
-A scheduler sees plain data alone (JSON-like, plus bytes): `to_plain` where it is sent, `from_plain`
-where it arrives. Both ends know every field by its type; an unknown or a missing one is an error.
+A scheduler sees plain data alone (JSON-like, plus bytes): `to_plain` converts where it is sent,
+`from_plain` where it arrives. Both ends check every field by its type; an unknown or a missing
+field is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..tasks.task import Entry
 T = TypeVar("T")
 A = TypeVar("A")
 
-# --- what all questions are about -----------------------------------------------------------------
+# --- the fields all questions share ---------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class RunSettings:
     """The settings of a run that workers compute by, under the names of `settings.Settings`.
 
     `statistics` is what recalibration settled when the run was created; None before, and in other
-    modes. `directions` is the file of `--along`; None where none was given.
+    modes. `directions` is the file of `--along`; None without it.
     """
 
     device: str
@@ -54,7 +55,7 @@ class RunSettings:
 
     @classmethod
     def of(cls, settings: Mapping[str, object]) -> RunSettings:
-        """Pick them out of the settings of a run."""
+        """Select these settings from all settings of a run."""
         settled = ("statistics", "directions")
         names = [field.name for field in fields(cls) if field.name not in settled]
         plain = {name: settings[name] for name in names}
@@ -63,16 +64,15 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSetup:
-    """The task a worker builds, and how.
+    """The task that a worker builds.
 
     Attributes:
         task: where it is, see `task.pack_task`.
-        parcel: the key of the bytes that were delivered of it.
+        parcel: the key of the bytes that were delivered for it.
         settings: of the run.
         losses: their names; empty for the task's first, `["all"]` for every one.
-        stored: the names of all tensors inside the checkpoints; None where it does not matter which
-            they are.
-        digests: of the data and the tensors no checkpoint holds, as they are where the task was
+        stored: the names of all tensors inside the checkpoints; None where they do not matter.
+        digests: of the data and of the tensors that no checkpoint holds, where the task was
             described; empty before.
     """
 
@@ -86,8 +86,8 @@ class TaskSetup:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPoints:
-    """Some checkpoints of a trajectory by their position, files relative to `root`; `names` are
-    tensors → names inside the files.
+    """Some checkpoints of a trajectory by position, with files relative to `root`; `names` maps
+    tensors to names inside the files.
     """
 
     root: str
@@ -97,17 +97,17 @@ class StoredPoints:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """The checkpoints at which a task is looked at before its first span, and sizes of the run.
+    """The checkpoints at which a task is probed before its first span, and sizes of the run.
 
     Attributes:
         points: these checkpoints.
         last: position of the last checkpoint of the trajectory.
-        looked: where to look for a few segments that move, by the checkpoints they start from: at
-            each place from one on to the next that moves.
+        looked: places to search for a few segments that move, by the checkpoints they start from;
+            each search ends at the first segment that moves.
         workers_per_host: how many share the memory of a host.
         span_length: segments of a span.
-        first: position of the first checkpoint whose files are there: those before it were removed
-            once a replay had done with them.
+        first: position of the first checkpoint whose files exist; those before it were removed
+            after their replay.
     """
 
     points: StoredPoints
@@ -124,13 +124,13 @@ class Question(Generic[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """An error that a worker met: as `errors.pack_error` gives it, and where it was raised."""
+    """An error of a worker, packed by `errors.pack_error`, and where it was raised."""
 
     error: PackedError
     trace: str
 
     def exception(self) -> LCAError:
-        """Return the error itself."""
+        """Return the error as an exception."""
         return unpack_error(self.error)
 
 
@@ -147,13 +147,13 @@ class Admission:
 
 @dataclass(frozen=True, kw_only=True)
 class AdmissionRequest(Question[Admission]):
-    """A driver's account of itself to a worker that somebody else started.
+    """The driver's description of itself, for a worker that somebody else started.
 
     Attributes:
         versions: of Python and of the packages that decide bits.
         device: "cuda" or "cpu"; None where the workers decide.
-        token: a file of the run's directory, which the worker must see and be able to write beside.
-        text: of that file.
+        token: a file in the run's directory, which the worker must see and be able to write beside.
+        text: the contents of that file.
         root: of the checkpoints.
         checkpoints: some that the worker must be able to read, files relative to `root`.
     """
@@ -171,9 +171,11 @@ class AdmissionRequest(Question[Admission]):
 
 @dataclass(frozen=True, kw_only=True)
 class LossDescription:
-    """One loss: its split (None for a term of the parameters), its kind, its examples of the total
-    of the split, its groups, what numbers are kept per, how many rows of these: examples or
-    elements, and whether its examples can only be read in order, anew at every pass.
+    """The description of one loss.
+
+    It has the loss's split (None for a term of the parameters), its kind, its number of examples
+    out of the split's total, its groups, the axis and number of its per-example results, and
+    whether its examples can only be read in order, from the start at every pass.
     """
 
     on: str | None
@@ -193,15 +195,15 @@ class Description:
 
     Attributes:
         tensors: of the model, those that checkpoints hold.
-        losses: the chosen ones; a loss that returns a dict is one for every entry.
+        losses: the chosen ones; a loss that returns a dict has one for every entry.
         task_losses: the names of all of the task's losses.
         digests: see `TaskSetup`.
         frozen: parameters that no checkpoint holds.
         fixed: tensors that stay as the task's model builds them.
         added: names that hooks add to the model's state dict.
         patterns: of tensors the task fixes.
-        unstored: buffers that are no part of the state dict.
-        statistics: the split statistics are recalibrated on; None in other modes.
+        unstored: buffers outside the state dict.
+        statistics: the split on which statistics are recalibrated; None in other modes.
     """
 
     tensors: list[TensorSpec]
@@ -218,7 +220,7 @@ class Description:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskRequest(Question[A]):
-    """A question about a task; every question but that of admission is one."""
+    """A question about a task; every question is one, except admission."""
 
     setup: TaskSetup
 
@@ -233,8 +235,8 @@ class DescribeRequest(TaskRequest[Description]):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleRequest(TaskRequest[A]):
-    """A question about a task on a sample of the trajectory; `batch_sizes` are those that are
-    recorded, by split.
+    """A question about a task on a sample of the trajectory; `batch_sizes` holds the recorded ones,
+    by split.
     """
 
     sample: Sample
@@ -243,12 +245,12 @@ class SampleRequest(TaskRequest[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class LevelMemory:
-    """The memory a replay takes at one level of `--keep`.
+    """The memory that a replay needs at one level of `--keep`.
 
     Attributes:
-        needs: bytes a worker takes beside model and data while it replays all new losses.
-        block: by loss, groups that are taken at a time; None where all are.
-        along: by loss, the grouped loss in whose order the batches are taken.
+        needs: bytes a worker needs beside model and data while it replays all new losses.
+        block: by loss, the groups evaluated at a time; None for all.
+        along: by loss, the grouped loss whose order the batches follow.
     """
 
     needs: float
@@ -258,8 +260,8 @@ class LevelMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Sites:
-    """The places of the examples of a loss in what the model computes, and why they cannot be told
-    apart where they are wanted; None and nothing where its batches are in the order of the data.
+    """The places of a loss's examples in the model's computations, or why they cannot be separated;
+    None and "" where batches follow the order of the data.
     """
 
     found: list[SiteRecord] | None
@@ -268,22 +270,22 @@ class Sites:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeAnswer:
-    """The outcome of a probe, by loss where nothing else is said. See `store.LossRecord` for what a
-    run records of it.
+    """The outcome of a probe, by loss unless stated. See `store.LossRecord` for what a run records
+    of it.
 
     Attributes:
         batch_sizes: of each split.
         identity: at the first and the last checkpoint; None where not finite.
-        levels: the memory a replay takes, by the level of `--keep`.
+        levels: the memory a replay needs, by level of `--keep`.
         free_memory: bytes that are free for each worker beside model and data.
         scale: |loss| at the first checkpoint, where a tolerance is a share of it.
         replicates: random parts, for standard errors.
-        sites: where the examples are in what the model computes.
-        texts: of the examples of losses that tell them apart, by `Task.show`; None where there are
-            too many of them.
+        sites: where the examples are in the model's computations.
+        texts: of the examples, by `Task.show`, for losses with per-example results; None where
+            there are too many.
         measured: whether a few segments can be evaluated one precision higher as well.
         statistics: what recalibration settled; None in other modes.
-        notes: worth telling.
+        notes: for the user.
     """
 
     batch_sizes: dict[str, int]
@@ -304,12 +306,12 @@ class ProbeRequest(SampleRequest[ProbeAnswer]):
     """Check that the task can be replayed on these checkpoints, and identify its losses.
 
     Attributes:
-        modes: positions of checkpoints where running statistics are looked at.
+        modes: positions of checkpoints where running statistics are checked.
         half: tensors stored with fewer than 32 bits a number.
-        ties: a tensor → the names inside the files that must hold one value.
-        fixed: a tensor the task fixes → its name inside the files.
-        leftovers: a tensor that only the checkpoints hold → its name inside the files.
-        recorded: the losses the run has already.
+        ties: maps a tensor to the names inside the files that must hold one value.
+        fixed: maps a tensor the task fixes to its name inside the files.
+        leftovers: maps a tensor that only the checkpoints hold to its name inside the files.
+        recorded: the losses the run already has.
     """
 
     modes: list[int]
@@ -322,7 +324,7 @@ class ProbeRequest(SampleRequest[ProbeAnswer]):
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrations:
-    """By loss, the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|; None where no sampled segment
+    """The trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|, by loss; None where no sampled segment
     moves.
     """
 
@@ -334,8 +336,8 @@ class CalibrationsRequest(SampleRequest[Calibrations]):
     """Calibrate the trapezoid's error of some losses.
 
     Attributes:
-        keep: the level of `--keep`, which decides of what sums or of what parameters the error is.
-        along: the losses; of each, the grouped loss in whose order its batches are taken.
+        keep: the level of `--keep`, which decides whether the error is of sums or of parameters.
+        along: the losses, each with the grouped loss whose order its batches follow.
     """
 
     keep: str
@@ -344,7 +346,7 @@ class CalibrationsRequest(SampleRequest[Calibrations]):
 
 @dataclass(frozen=True, kw_only=True)
 class Compressions:
-    """By loss, the share of its bytes that compression leaves of each kind of array, see
+    """The share of bytes that compression leaves of each kind of array, by loss; see
     `results.compressed_share`.
     """
 
@@ -363,13 +365,14 @@ class LossCosts:
     """The costs of one evaluation of a loss.
 
     Attributes:
-        seconds: of the value and the gradient.
-        forward: of them for the forward pass.
-        higher: of an evaluation one precision higher; 0 where none is made.
-        fastest: the batch size of those tried that took the least time; 0 for a term of the
+        seconds: of value and gradient.
+        forward: of these seconds, those of the forward pass.
+        higher: seconds of an evaluation one precision higher; 0 where there is none.
+        fastest: the batch size that took the least time of those tried; 0 for a term of the
             parameters.
-        largest: the largest batch size that fits in memory; 0 likewise.
-        examples: seconds of telling every example apart along two motions; 0 where none is.
+        largest: the largest batch size that fits in memory; 0 for a term of the parameters.
+        examples: seconds of computing every example's share along two motions; 0 where there is
+            none.
     """
 
     seconds: float
@@ -387,10 +390,10 @@ class Costs:
     Attributes:
         losses: each on its own.
         compressed: see `Compressions`.
-        together: seconds of one evaluation of all of them, passes shared; by the level of `--keep`.
-        higher: of it one precision higher.
+        together: seconds of one evaluation of all losses, passes shared, by level of `--keep`.
+        higher: the same, one precision higher.
         recalibrating: seconds of a pass that recalibrates statistics; 0 in other modes.
-        memory: bytes a worker holds, by the level of `--keep`.
+        memory: bytes a worker needs, by level of `--keep`.
     """
 
     losses: dict[str, LossCosts]
@@ -403,7 +406,7 @@ class Costs:
 
 @dataclass(frozen=True, kw_only=True)
 class CostsRequest(SampleRequest[Costs]):
-    """Time a few batches. `measured` says whether some segments are evaluated one precision higher
+    """Time a few batches; `measured` tells whether some segments are evaluated one precision higher
     as well.
     """
 
@@ -419,7 +422,7 @@ class RunRequest(TaskRequest[A]):
     """A question about a run that is laid out.
 
     Attributes:
-        points: the checkpoints it takes.
+        points: the checkpoints it reads.
         run: the directory.
         batch_sizes: of each split.
     """
@@ -431,18 +434,14 @@ class RunRequest(TaskRequest[A]):
 
 @dataclass(frozen=True, kw_only=True)
 class LossesAnswer:
-    """Losses over all of their data, groups averaged; those that cannot be evaluated at their
-    checkpoint are left out.
-    """
+    """Losses over all of their data, groups averaged; losses that cannot be evaluated are missing."""
 
     losses: dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossesRequest(RunRequest[LossesAnswer]):
-    """Evaluate losses at checkpoints. `meetings` are names of losses by the position of the
-    checkpoint.
-    """
+    """Evaluate losses at checkpoints; `meetings` maps positions of checkpoints to names of losses."""
 
     meetings: dict[int, list[str]]
 
@@ -453,12 +452,12 @@ class LossSpan:
 
     Attributes:
         evaluations: of gradients.
-        forward_passes: beside them.
+        forward_passes: without a gradient.
         batch_size: 0 for a term of the parameters.
         worst_residual: the largest |residual| of a segment.
         unconverged: segments that did not reach their tolerances.
-        silent: tensors that moved and that no gradient reached.
-        hidden: those of them the loss depends on all the same.
+        silent: tensors that moved but that no gradient reached.
+        hidden: those of them that the loss depends on nevertheless.
         ends: the loss at the first and the last checkpoint, groups averaged.
     """
 
@@ -473,15 +472,15 @@ class LossSpan:
 
     @classmethod
     def of(cls, marker: Mapping[str, Any]) -> LossSpan:
-        """Pick them out of a marker; older ones do not tell what is hidden."""
+        """Read the fields from a marker; older markers lack `hidden`."""
         summary = {"hidden": [], **marker}
         return from_plain(cls, {field.name: summary[field.name] for field in fields(cls)})
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpanAnswer:
-    """A span that is committed for all of its pending losses: segments, seconds of its worker, the
-    most memory it ever held.
+    """A span that is committed for all of its pending losses: segments, seconds of its worker, and
+    the worker's peak memory in bytes.
     """
 
     losses: dict[str, LossSpan]
@@ -495,12 +494,12 @@ class SpanRequest(RunRequest[SpanAnswer]):
     """Replay one span.
 
     Attributes:
-        durable: whether it is on the disk before it counts.
+        durable: whether to flush it to disk before it counts.
         span: its number.
-        pending: the losses it is replayed for: those that are computed whole, or those whose sums
-            over shards are all there.
-        looks_back: segments that tell, where none of them moves, that nothing moved in its stretch
-            of segments before it; None where something did, or nothing comes before it there.
+        pending: the losses to replay: those computed whole, or those whose sums over shards are
+            complete.
+        looks_back: segments to check, which tell whether anything moved in its stretch of segments
+            before it; None where something did, or nothing comes before it.
     """
 
     durable: bool
@@ -511,7 +510,7 @@ class SpanRequest(RunRequest[SpanAnswer]):
 
 @dataclass(frozen=True, kw_only=True)
 class ShardAnswer:
-    """Sums over shards that are written: seconds of their worker, the most memory it ever held."""
+    """Sums over shards that are written: seconds of their worker, and its peak memory in bytes."""
 
     seconds: float
     peak_bytes: int
@@ -522,13 +521,13 @@ class ShardRequest(RunRequest[ShardAnswer]):
     """Evaluate losses over some shards of their data at nodes of a span.
 
     Attributes:
-        durable: whether the sums are on the disk before they count.
+        durable: whether to flush the sums to disk before they count.
         span: its number.
         losses: at every node.
         nodes: where.
-        shards: their numbers; of a loss with fewer, those that it has.
-        distances: segments of which Σ|θ′ − θ| is wanted too.
-        file: name of the file the sums are written to.
+        shards: their numbers; a loss with fewer shards uses those that it has.
+        distances: segments whose Σ|θ′ − θ| is needed too.
+        file: name of the file for the sums.
     """
 
     durable: bool
@@ -541,7 +540,7 @@ class ShardRequest(RunRequest[ShardAnswer]):
 
 
 def work_of(spec: Spec) -> SpanRequest | ShardRequest:
-    """Return the request that a spec of the replay stands for."""
+    """Return the replay request that plain data encodes."""
     if "shards" in spec:
         return from_plain(ShardRequest, spec)
     return from_plain(SpanRequest, spec)
@@ -551,14 +550,14 @@ def work_of(spec: Spec) -> SpanRequest | ShardRequest:
 
 
 def to_plain(request: object) -> Spec:
-    """Return a request or an answer as plain data: dictionaries with texts as keys, lists, texts,
+    """Convert a request or an answer to plain data: dictionaries with string keys, lists, strings,
     numbers, bytes, None.
 
     >>> to_plain(LossesAnswer(losses={"train": 0.5}))
     {'losses': {'train': 0.5}}
 
     Raises:
-        TypeError: where it holds anything else, such as a tensor.
+        TypeError: if it holds anything else, such as a tensor.
     """
     plain = _plain(request)
     if not isinstance(plain, dict):
@@ -587,7 +586,7 @@ def _plain_key(key: object) -> str:
 
 
 def from_plain(kind: type[T], plain: object) -> T:
-    """Return the request or the answer that plain data stands for, the inverse of `to_plain`.
+    """Return the request or the answer that plain data encodes, the inverse of `to_plain`.
 
     >>> from_plain(LossesAnswer, {"losses": {"train": 0.5}})
     LossesAnswer(losses={'train': 0.5})
@@ -595,8 +594,12 @@ def from_plain(kind: type[T], plain: object) -> T:
     Traceback (most recent call last):
     ValueError: LossesAnswer: fields are missing (losses) or unknown (loss).
 
+    Args:
+        kind: the class of the request or answer.
+        plain: as `to_plain` returns it.
+
     Raises:
-        ValueError: names the field that is missing, unknown, or of another type.
+        ValueError: naming the field that is missing, unknown, or of another type.
     """
     try:
         return typing.cast("T", _read(kind, plain))
@@ -605,14 +608,19 @@ def from_plain(kind: type[T], plain: object) -> T:
 
 
 def answered(request: type[Question[A]], plain: object) -> A | Failure:
-    """Return what a worker answered to a kind of request: its answer, or the error it met."""
+    """Return a worker's answer to a kind of request, or the error it met.
+
+    Args:
+        request: the class of the request.
+        plain: the answer or the error, as plain data.
+    """
     if isinstance(plain, dict) and "error" in plain:
         return from_plain(Failure, plain)
     return from_plain(_answer_of(request), plain)
 
 
 def _answer_of(request: type[Question[A]]) -> type[A]:
-    """Return the type in the brackets of a request's base class."""
+    """Return the type argument of a request's base class."""
     (base,) = vars(request)["__orig_bases__"]
     return typing.cast("type[A]", typing.get_args(base)[0])
 
@@ -667,7 +675,11 @@ def _read_fields(kind: type, plain: object) -> object:
 
 
 def _read_items(kind: Any, plain: object) -> object:
-    """Read a `TypedDict`, whose entries may be optional."""
+    """Read a `TypedDict`, whose entries may be optional.
+
+    Raises:
+        ValueError: naming the entry that is missing or unknown.
+    """
     if not isinstance(plain, dict):
         raise ValueError(f"expected the entries of {kind.__name__}, not {str(plain)[:100]!r}.")
     hints = typing.get_type_hints(kind, include_extras=True)

@@ -1,6 +1,4 @@
-"""Checks before a run is resumed: its checkpoints, model, losses and data are those it was made
-with.
-"""
+"""Check before resuming that checkpoints, model, losses and data match the run."""
 
 from __future__ import annotations
 
@@ -20,8 +18,18 @@ from .worker import losses_at
 
 
 def same_checkpoints(writer: RunWriter, checkpoints: list[Checkpoint], root: str) -> None:
-    """Refuse checkpoints that do not begin with the recorded ones, moments included, but for those
-    no number relies on yet; more may follow.
+    """Reject checkpoints that do not begin with the recorded ones, moments included; more may
+    follow.
+
+    A file that no committed number relies on yet may differ.
+
+    Args:
+        writer: of the run.
+        checkpoints: of the trajectory.
+        root: their directory, for the message.
+
+    Raises:
+        InputError: naming the first difference.
     """
     steps = [checkpoint.step for checkpoint in checkpoints]
     for index, checkpoint in enumerate(writer.manifest.checkpoints):
@@ -48,12 +56,20 @@ def same_checkpoints(writer: RunWriter, checkpoints: list[Checkpoint], root: str
 
 
 def _same_files(one: Checkpoint, other: Checkpoint) -> bool:
-    """Tell whether two checkpoints are the same but for their moments."""
+    """Tell whether two checkpoints are equal except for their moments."""
     return replace(one, moments=None) == replace(other, moments=None)
 
 
 def same_tensors(writer: RunWriter, tensors: list[StoredTensor]) -> None:
-    """Refuse a model with other tensors than those that are recorded."""
+    """Reject a model whose tensors differ from the recorded ones.
+
+    Args:
+        writer: of the run.
+        tensors: of the task's model.
+
+    Raises:
+        InputError: naming a tensor.
+    """
     before, now = (
         {tensor.spec.name: tensor for tensor in table}
         for table in (writer.manifest.tensors, tensors)
@@ -61,14 +77,23 @@ def same_tensors(writer: RunWriter, tensors: list[StoredTensor]) -> None:
     if tensors != writer.manifest.tensors:
         name = next(name for name in {**before, **now} if before.get(name) != now.get(name))
         raise InputError(
-            f"the task's model has other tensors than {writer.path} was made with: {name!r} "
+            f"the task's model differs from the model of {writer.path}: tensor {name!r} "
             "differs. Build the model that was trained, or write another run with --out."
         )
 
 
 def same_loss(name: str, recorded: LossRecord, probed: LossRecord, same_end: bool) -> None:
-    """Refuse another loss under a recorded name: other settings, or another value or gradient norm
-    on a fixed sample.
+    """Reject a loss that differs from the recorded one of its name: in a setting, or in value or
+    gradient norm on a fixed sample.
+
+    Args:
+        name: of the loss.
+        recorded: by the run.
+        probed: by the task now.
+        same_end: whether both probes end at the same checkpoint.
+
+    Raises:
+        InputError: naming the difference.
     """
     from ..numerics.objective import Identity
 
@@ -96,14 +121,17 @@ def same_values(
     common: RunRequest[Any],
     again: Mapping[str, Collection[int]],
 ) -> None:
-    """Refuse losses whose values over all of their data are others than before, at a checkpoint
-    where those are known.
+    """Reject a loss whose value over all of its data has changed, at a checkpoint where a committed
+    span recorded it.
 
     Args:
-        cluster: one worker of which evaluates them.
+        cluster: one of its workers evaluates the losses.
         writer: of the run.
-        common: what requests of spans have in common.
-        again: committed spans that will be computed again, by loss.
+        common: the fields that requests of spans share.
+        again: committed spans that will be recomputed, by loss.
+
+    Raises:
+        InputError: naming the loss and both values.
     """
     known = {
         name: results.meeting(writer.commits(name), again.get(name, ()))

@@ -1,7 +1,7 @@
-"""The driver of a replay: pending spans go to workers, commits come back as events; creation,
-resume, repair, drain.
+"""Drive a replay: create or resume a run, send pending spans to workers, receive commits, repair,
+drain.
 
-`run` is what `lca run` calls, `repair` what `lca repair` calls.
+`lca run` calls `run`, and `lca repair` calls `repair`.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def run(
     """Allocate the loss change of every segment to every parameter; run again, it resumes.
 
     Args:
-        checkpoints: directory of safetensors iterates, a place with `{step}` in it such as
+        checkpoints: directory of safetensors iterates, a path with `{step}` in it such as
             `ROOT/step{step}/model.safetensors`, a hub's cache, or a list of such places that hold
             one series together; a URL of fsspec's, such as `s3://…`, is read
             through its driver.
@@ -153,29 +153,29 @@ def run(
             "0.1%".
         allocation_tolerance: bound on the allocation's own L1 error as well, written alike (default
             inf).
-        keep: "tensors", "units", "statistics" or "parameters", each of which holds those before it;
-            by default the highest that fits the memory of a worker and half of the free space.
+        keep: "tensors", "units", "statistics" or "parameters"; each includes those before it. By
+            default the highest that fits the memory of a worker and half of the free space.
         shards: at keep "tensors" or "units", into how many shards the data of every segment is cut,
-            so that few segments keep many workers busy; by default one for each worker where
+            so that few segments keep many workers busy. By default one for each worker where
             segments are few, else 1, which cuts nothing. Recorded: results never depend on how
             many workers there are later.
         batch_size: examples per batch; a deterministic choice by default.
         device: "cuda" or "cpu"; by default a GPU where there is one.
         precision: "float32" (default), "tf32", "bfloat16" or "float64".
-        precision_check: on which examples its error is measured: "sample" (default) or "full".
+        precision_check: the examples on which its error is measured: "sample" (default) or "full".
         norm_stats: "running" (default), "batch" or "recalibrated".
-        tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; what the others did is
-            kept as one remainder.
-        subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: which examples losses are
-            over; each split once.
-        causes: True to tell what moved the weights: each loss's allocation is split by signal,
-            noise, momentum, decay and rest, from what a recorder wrote of the optimiser.
+        tensors: patterns (`*`, `?`) of the tensors whose allocation is kept; the sum of the others
+            is kept as one remainder.
+        subset: `[SPLIT=]A:B`, `[SPLIT=]I,J,K` or `[SPLIT=]FRACTION@SEED`: the examples of a split to
+            evaluate losses on; each split once.
+        causes: True to split each loss's allocation by what moved the weights: signal, noise,
+            momentum, decay and rest, from what a recorder wrote of the optimiser.
         signal: the training loss, whose full gradient is the signal; by default the first of
             `losses`. It is replayed too.
-        along: a file of directions, as `lca basis` writes it: what the loss changed by along each
-            of them is told as well.
-        path_band: "on" to tell how much another path through the same checkpoints would change, on
-            segments longer than one step, for one to two more evaluations on each; "off". By
+        along: a file of directions, written by `lca basis`; also allocates the loss change to each
+            of them.
+        path_band: "on" to measure how much another path through the same checkpoints would change, on
+            segments longer than one step, at one to two more evaluations on each; "off". By
             default on where there are such segments.
         steps: training steps: `A:B[:K]`, single ones, or several of both with commas between
             them.
@@ -185,36 +185,35 @@ def run(
         rename: `OLD=NEW` pairs for tensor names.
         cluster: "local", "inline", or a scheduler: `tcp://HOST:PORT`, `tls://HOST:PORT`,
             `file:SCHEDULER.json`.
-        workers: local workers, by default one per GPU, or one per core; at an address, how many to
+        workers: local workers, by default one per GPU, or one per core; for a scheduler, how many to
             wait for.
         tls_ca: certificate authority (PEM) for `tls://`.
         tls_cert: this user's certificate (PEM).
         tls_key: its key (PEM).
         insecure: use a cluster whose listeners are open to the network without TLS.
-        dashboard: serve Dask's dashboard of local workers on loopback.
-        durability: "full" (default: every span is on the disk before it counts) or "none"
-            (kill-safe, not power-safe).
-        ignore_space: begin although the result, estimated after compression, does not fit into the
-            space that is free.
+        dashboard: serve Dask's dashboard for local workers on loopback.
+        durability: "full" (default: every span is flushed to disk before it counts) or "none"
+            (survives kills, but no power cut).
+        ignore_space: start even if the result, estimated after compression, does not fit into the
+            free space.
         span: segments per span, a power of two; decides how work is cut, never a result.
-        follow: take iterates as a `Recorder` writes them, until it has closed: beside a training
-            that goes on.
-        consume: remove each iterate once all that is computed from it is on the disk: no other
-            loss can be computed of those steps afterwards. The last one stays.
-        keep_every: iterates whose step is a multiple of it stay, under `consume`.
+        follow: replay iterates while a `Recorder` writes them, until the training closes it.
+        consume: delete each iterate once everything computed from it is on disk; afterwards no other
+            loss can be computed on its steps. The last one stays.
+        keep_every: under `consume`, iterates at multiples of this step stay.
         progress: called with every event, and nothing else is shown; `lca_posthoc.replay.events.silent`
             shows nothing at all. By default notes, retries and failures are warnings
-            (`lca_posthoc.errors.LCAWarning`), and how far the run is stands in a bar on a terminal
-            or in a notebook, elsewhere in a line a minute on stderr.
+            (`lca_posthoc.errors.LCAWarning`), and progress is a bar on a terminal or in a
+            notebook, elsewhere a line a minute on stderr.
 
     Returns:
         The run, opened.
 
     Raises:
         InputError: for anything wrong before the first evaluation.
-        SpanError: where spans failed; the others are complete.
-        ResourceError: where workers, a GPU or space are missing.
-        Interrupted: after Ctrl-C or SIGTERM, when the spans in flight are done; a
+        SpanError: if spans failed; the others are complete.
+        ResourceError: if workers, a GPU or space are missing.
+        Interrupted: after Ctrl-C or SIGTERM, once the spans in flight are committed; it is a
             `KeyboardInterrupt` too.
     """
     asked: dict[str, object] = {
@@ -240,7 +239,9 @@ def run(
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
     if keep_every is not None and not consume:
-        raise InputError("--keep-every says which iterates --consume leaves. Give both or neither.")
+        raise InputError(
+            "--keep-every selects the iterates that --consume keeps. Give both or neither."
+        )
     where = ClusterConfig(
         kind=cluster,
         workers=workers,
@@ -276,8 +277,8 @@ def run(
 
 @dataclass(frozen=True)
 class Repaired:
-    """The outcome of a repair: the damage, the spans computed again by loss, and the leftover files
-    removed.
+    """The outcome of a repair: the damage, the recomputed spans by loss, and the number of leftover
+    files removed.
     """
 
     damage: list[results.Damage]
@@ -299,25 +300,25 @@ def repair(
     durability: str = "full",
     progress: Listener | None = None,
 ) -> Repaired:
-    """Compute again exactly what is damaged in a run, put its metadata right, and sweep what killed
+    """Recompute exactly the damaged spans of a run, restore its metadata, and remove what killed
     writers left.
 
     Args:
         path: the run directory.
         task: as for `run`; its losses must be those of the run.
-        checkpoints: where the checkpoints are now; by default where they were.
-        cluster: as for `run`, with the options that go with it.
-        workers: see `cluster`.
-        tls_ca: see `cluster`.
-        tls_cert: see `cluster`.
-        tls_key: see `cluster`.
-        insecure: see `cluster`.
+        checkpoints: where the checkpoints are now; by default their recorded place.
+        cluster: as for `run`, with the options that belong to it.
+        workers: as for `run`.
+        tls_ca: as for `run`.
+        tls_cert: as for `run`.
+        tls_key: as for `run`.
+        insecure: as for `run`.
         durability: as for `run`.
         progress: as for `run`.
 
     Raises:
-        InputError: where `path` is no run, or the task or the checkpoints are not those of the run.
-        SpanError: where damaged spans could not be computed again.
+        InputError: if `path` is no run, or the task or the checkpoints are not those of the run.
+        SpanError: if damaged spans could not be recomputed.
     """
     place, durable = path_of(path), _durable(durability)
     where = ClusterConfig(
@@ -356,8 +357,8 @@ def repair(
 
 
 def _cleaned(path: Path, durable: bool) -> tuple[list[results.Damage], int]:
-    """Put a run's metadata right and remove what killed writers left; return its damage, and how
-    many files were removed.
+    """Restore a run's metadata and remove what killed writers left; return its damage, and how many
+    files were removed.
     """
     with results.hold(path, durable=durable) as lock:
         writer = RunWriter.open(path, durable)
@@ -378,35 +379,36 @@ def _durable(durability: str) -> bool:
 
 
 def default_out(checkpoints: Where) -> Path:
-    """Return where a run goes by default: beside the checkpoints, with `.lca` added.
+    """Return the default path of a run: beside the checkpoints, with `.lca` added.
 
     Raises:
-        InputError: where the checkpoints are remote, or in several places.
+        InputError: if the checkpoints are remote, or in several places.
     """
     places = places_of(checkpoints)
     directory = places[0].root
     if is_remote(directory):
         raise InputError(
-            f"{places[0]} is remote: say with --out RUN where results go, a directory or a URL that "
-            "can be written to."
+            f"{places[0]} is remote: name a directory or a writable URL for the results with "
+            "--out RUN."
         )
     if len(places) > 1:
         raise InputError(
-            f"the checkpoints lie in {len(places)} places: say where results go with --out RUN."
+            f"the checkpoints lie in {len(places)} places: name a directory for the results with "
+            "--out RUN."
         )
     directory = directory.resolve() if directory.name in ("", "..") else directory
     return directory.with_name(f"{directory.name}.lca")
 
 
 DURABILITY = ("full", "none")
-_BLOCK = 4096  # bytes to whose multiples most file systems round the size of a file
+_BLOCK = 4096  # bytes; most file systems round the size of a file to multiples
 
 # --- one call -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Job:
-    """The work that `run` or `repair` was asked to do.
+    """The request to `run` or `repair`.
 
     Attributes:
         checkpoints: their directory or places.
@@ -416,13 +418,13 @@ class _Job:
         path: of the run.
         asked: settings by name, as the caller gave them.
         span: segments per span; None to choose.
-        durable: whether a span is on the disk before it counts.
-        damage: to be computed again; None where it is no repair.
-        ignore_space: whether to begin with too little space.
+        durable: whether to flush a span to disk before it counts.
+        damage: to recompute; None if this is no repair.
+        ignore_space: whether to start with too little space.
         parts: the parts of the motion that are asked for.
-        follow: whether checkpoints are taken as they come.
-        consume: whether they are removed once they are replayed.
-        keep_every: those whose step is a multiple of it stay.
+        follow: whether to replay iterates while a training records them.
+        consume: whether to remove iterates once they are replayed.
+        keep_every: iterates at multiples of this step stay.
     """
 
     checkpoints: Where
@@ -442,11 +444,11 @@ class _Job:
 
     @property
     def root(self) -> Path:
-        """The directory that all checkpoints are in."""
+        """Return the directory that holds all checkpoints."""
         return common_root(places_of(self.checkpoints))
 
     def refuse_options(self, settings: Settings) -> None:
-        """Refuse to follow, or to remove, what cannot be."""
+        """Reject `--follow` and `--consume` where they are impossible."""
         if self.follow:
             refuse_remote(self.checkpoints)
             refuse_a_part(settings, "--follow")
@@ -456,18 +458,18 @@ class _Job:
             )
 
     def recorded(self) -> Manifest | None:
-        """Return what is recorded of the run; None where there is none yet."""
+        """Return the manifest of the run; None before it exists."""
         return results.read_manifest(self.path) if results.exists(self.path) else None
 
 
 class _Status:
-    """The state of a job as its listener, and whoever asks `lca status`, is told.
+    """The state of a job, as its listener and `lca status` see it.
 
     Attributes:
         tell: passes an event on.
         announcement: the file beside the run, while it is prepared.
         workers: that replay spans; 0 before the first span.
-        span_seconds: that the last span took.
+        span_seconds: of the last span.
     """
 
     def __init__(self, tell: Log) -> None:
@@ -476,30 +478,32 @@ class _Status:
         self.workers = 0
         self.span_seconds: float | None = None
         self._stage = ""
-        self._on_signal = ""  # what a first signal does while iterates are waited for
+        self._on_signal = ""  # the effect of a first signal while waiting for iterates
         self._said: set[str] = set()
 
     def begin(self, stage: str) -> None:
-        """Tell what is done now."""
+        """Report a stage that begins."""
         self._stage, self._on_signal = stage, ""
         if self.announcement is not None:
             self.announcement.stage(stage)
-        self.tell(Stage(stage))  # whoever reads it finds the announcement
+        self.tell(Stage(stage))  # a reader of the event finds the announcement
 
     def wait(self, stage: str, on_signal: str) -> None:
-        """Tell what iterates are waited for; a first signal then does what `on_signal` says."""
+        """Report a wait for iterates; a first signal then has the effect that `on_signal`
+        describes.
+        """
         self.begin(stage)
         self._on_signal = on_signal
 
     def note(self, notes: Iterable[str]) -> None:
-        """Tell what the user should know, each thing once."""
+        """Report what the user should know, each thing once."""
         for text in notes:
             if text not in self._said:
                 self._said.add(text)
                 self.tell(Note(text))
 
     def plan(self, planned: Planned) -> None:
-        """Tell that the spans begin, or that there are none."""
+        """Report that the spans begin, or that there are none."""
         if self.announcement is not None:
             self.announcement.end()
         self._on_signal = ""
@@ -507,20 +511,20 @@ class _Status:
         self.workers = planned.workers if planned.pending else 0
 
     def say_stopping(self, number: int) -> None:
-        """Tell what a first signal waits for, and how to stop at once."""
+        """Report what a first signal waits for, and how to stop at once."""
         if self._on_signal:
             self.tell(Stopping(f"stopping to wait: {self._on_signal}."))
             return
         waits, lost = (
             (
                 self._span_ends(),
-                "what is committed is kept, what is underway is computed again next time",
+                "committed results are kept, spans underway are recomputed next time",
             )
             if self.workers
             else (f"when this is done: {self._stage}", "no span has begun")
         )
         again = "Press Ctrl-C again" if number == signal.SIGINT else "Send SIGTERM again"
-        with contextlib.suppress(OSError):  # of the log, where the place of the run is away
+        with contextlib.suppress(OSError):  # of the log, where the run's file system is unreachable
             self.tell(Stopping(f"stopping {waits}. {again} to stop now: {lost}."))
 
     def _span_ends(self) -> str:
@@ -536,10 +540,11 @@ class _Status:
 
 
 class _Driver:
-    """One call of `run` or `repair`: from a trajectory and a task to a complete run directory.
+    """Drives one call of `run` or `repair`, from a trajectory and a task to a complete run
+    directory.
 
     Attributes:
-        repair_spans: in a repair, the spans that are computed again, by loss.
+        repair_spans: in a repair, the spans to recompute, by loss.
     """
 
     def __init__(self, job: _Job, tell: Log) -> None:
@@ -548,7 +553,7 @@ class _Driver:
         self._follower: Follower | None = None
 
     def run(self, where: ClusterConfig) -> None:
-        """Do the job on a cluster."""
+        """Run the job on a cluster."""
         where.check()
         status = self._status
         with (
@@ -562,7 +567,7 @@ class _Driver:
         job, status, recorded = self._job, self._status, self._job.recorded()
         settings = resolve(job.asked, recorded.settings if recorded else None)
         job.refuse_options(settings)
-        if job.follow or job.consume:  # other paths bend by checkpoints that come and go
+        if job.follow or job.consume:  # other paths would depend on checkpoints that come and go
             settings = {**settings, "path_band": "off"}
         if recorded is not None:
             job.parts.refuse_new(recorded.settings)
@@ -597,7 +602,7 @@ class _Driver:
                 raise stop.interrupted() from None
 
     def _following(self, stop: Stop, settings: Settings, recorded: Manifest | None) -> Follower:
-        """Return what waits for iterates, once there are some to begin with."""
+        """Return a follower, once there are iterates to begin with."""
         job, status = self._job, self._status
         follower = Follower(
             job.root,
@@ -611,8 +616,8 @@ class _Driver:
         if recorded is None and not follower.is_over and not follower.is_told:
             status.note(
                 [
-                    "the recorder does not say how many iterates will come (until=, steps=): space "
-                    f"is reckoned for {count(follower.segments, 'segment')}"
+                    "the recorder does not announce how many iterates will come (until=, steps=): space "
+                    f"is planned for {count(follower.segments, 'segment')}"
                 ]
             )
         return follower
@@ -636,17 +641,17 @@ class _Driver:
             self._status.note(
                 [
                     f"{count(new, 'checkpoint')} after step {recorded.checkpoints[-1].step} "
-                    f"{'is' if new == 1 else 'are'} left out: a random part of the segments, "
+                    f"{'is' if new == 1 else 'are'} not used: a random part of the segments, "
                     f"--segments {recorded.sampled}, stays one of those it was drawn from. Write "
                     "another run with --out to draw from all of them"
                 ]
             )
         elif job.damage is None:
             return trajectory
-        return trajectory.up_to(len(recorded.checkpoints))  # a repair takes up no checkpoint
+        return trajectory.up_to(len(recorded.checkpoints))  # a repair adds no checkpoint
 
     def _consume_all(self, recorded: Manifest) -> None:
-        """Remove the iterates of a finished run that are not removed yet."""
+        """Remove the remaining iterates of a finished run."""
         job = self._job
         with results.hold(job.path):
             writer = RunWriter(job.path, recorded)
@@ -687,7 +692,7 @@ class _Driver:
     ) -> None:
         existing = self._job.recorded()
         if strangers:
-            self._status.begin("asking each worker what it has")
+            self._status.begin("checking each worker")
             with results.shared_directory_token(self._job.path) as token:
                 self._status.note(check_workers(cluster, trajectory, settings["device"], token))
         ready = self._prepare(cluster, settings, trajectory, existing)
@@ -697,9 +702,7 @@ class _Driver:
         if ready.short_of:
             raise ResourceError(ready.short_of)
         ready = calibrated(cluster, ready)
-        self._status.begin(
-            "laying out the run" if existing is None else "comparing with what is recorded"
-        )
+        self._status.begin("laying out the run" if existing is None else "comparing with the run")
         if existing is None:
             manifest = ready.manifest
             in_the_end = ready.draft.in_the_end(manifest)
@@ -745,7 +748,7 @@ class _Driver:
         *,
         strangers: bool,
     ) -> None:
-        """Replay what is pending, while the run is locked, and what comes meanwhile.
+        """Replay what is pending, while the run is locked, and what is recorded meanwhile.
 
         Args:
             cluster: where.
@@ -761,7 +764,7 @@ class _Driver:
             if lock.unclean:
                 writer.sweep()
                 lock.unclean = False
-            if strangers:  # who comes late is asked about the run directory itself
+            if strangers:  # check late workers against the run directory itself
                 token = stack.enter_context(results.shared_directory_token(job.path))
                 check_workers(cluster, trajectory, cluster.crew().device, token)
             self._bring_up(cluster, writer, ready)
@@ -769,7 +772,7 @@ class _Driver:
             again = writer.spans_of(job.damage or ())
             self._refuse_gone(writer, common, again, trajectory)
             same_values(cluster, writer, common, again)
-            # now that all that is needed to compute it again is known to be there
+            # everything needed to recompute the damage is now known to exist
             if job.damage is not None:
                 self.repair_spans = writer.discard(job.damage)
             log = partial(results.append_events, job.path)
@@ -794,7 +797,11 @@ class _Driver:
         stop: Stop,
         consumer: Consumer | None,
     ) -> None:
-        """Replay the spans that are pending now."""
+        """Replay the spans that are pending now.
+
+        Raises:
+            SpanError: if spans failed.
+        """
         spans = _Spans(
             writer,
             common,
@@ -820,7 +827,7 @@ class _Driver:
         trajectory: Trajectory,
         consumer: Consumer | None,
     ) -> Trajectory:
-        """Wait for more checkpoints, and take them up; at the end of the training with all that is
+        """Wait for more checkpoints and add them; at the end of the training, add everything
         recorded of the last one.
         """
         assert self._follower is not None, "nothing else grows"
@@ -854,7 +861,7 @@ class _Driver:
         again: Mapping[str, Sequence[int]],
         trajectory: Trajectory,
     ) -> None:
-        """Refuse to replay spans whose checkpoints were removed."""
+        """Reject spans whose checkpoints were removed."""
         if not trajectory.gone:
             return
         pending = {
@@ -871,8 +878,11 @@ class _Driver:
         keep: str,
         losses: Mapping[str, LossRecord],
     ) -> None:
-        """Refuse losses for whose results there is too little space, by what compression leaves of
-        a segment of each.
+        """Reject losses whose results need more than the free space, by a trial compression of a
+        segment of each.
+
+        Raises:
+            ResourceError: naming both sizes, and what to do.
         """
         space = results.free_space(self._job.path)
         most = results.required_bytes(manifest, keep, losses)
@@ -888,11 +898,11 @@ class _Driver:
         if about > free and not self._job.ignore_space:
             lower = ready.draft.lower_levels(keep)
             raise ResourceError(f"{will_need}. {_less_space(lower)}")
-        full = "a run that meets a full disk stops, and goes on once there is space"
+        full = "a run on a full disk stops, and resumes once there is space"
         self._status.note([f"{will_need}: {full}"])
 
     def _bring_up(self, cluster: Cluster, writer: RunWriter, ready: Preparation) -> None:
-        """Compare what is recorded with what was found, then take up new losses and new
+        """Compare the run's record with the task and the checkpoints, then add new losses and
         checkpoints.
         """
         recorded, laid_out = writer.manifest, ready.manifest
@@ -918,8 +928,8 @@ class _Driver:
         _note_task(writer, laid_out)
 
     def _identity(self, recorded: Manifest, laid_out: Manifest, name: str) -> Identity:
-        """Return what identifies a loss: at the first checkpoint as it was recorded, where that
-        may be gone now.
+        """Return the identity of a loss, with that at the first checkpoint from the record, because
+        the checkpoint may be gone.
         """
         first, last = laid_out.losses[name].identity
         known = recorded.losses[name].identity[0] if name in recorded.losses else None
@@ -928,19 +938,23 @@ class _Driver:
 
 @contextlib.contextmanager
 def _named_disk_errors() -> Iterator[None]:
-    """Say of an error of the file system what is to be done about it."""
+    """Translate an error of the file system into one that names a remedy.
+
+    Raises:
+        ResourceError: if space or a permission is missing.
+        LCAError: for any other error of a file.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ResourceError(
-                f"not allowed: {error}. Give this user the right to it, or write elsewhere with "
-                "--out."
+                f"no permission: {error}. Grant it to this user, or write elsewhere with --out."
             ) from error
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise LCAError(
-                f"a file cannot be read or written: {error}. What was committed is kept; put it "
-                "right and run again."
+                f"a file cannot be read or written: {error}. Committed results are kept; fix it "
+                "and run again."
             ) from error
         raise ResourceError(
             f"no space left for the result ({error}). Free some and run again."
@@ -948,15 +962,17 @@ def _named_disk_errors() -> Iterator[None]:
 
 
 def _less_space(lower: Sequence[str]) -> str:
-    """Return what to do where results need more space than is free, and these levels of `--keep`
-    can be taken instead.
+    """Return what to do where results need more than the free space.
+
+    Args:
+        lower: levels of `--keep` that may replace the current one, the lowest first.
     """
     options = [f"--keep {level}" for level in reversed(lower)]
     ways = [
         *([f"keep less with {' or '.join(options)}"] if options else []),
         "write elsewhere with --out",
-        "or begin all the same with --ignore-space: a run that meets a full disk stops, and goes "
-        "on where it was once there is space",
+        "or start anyway with --ignore-space: a run on a full disk stops, and resumes "
+        "once there is space",
     ]
     text = ", ".join(ways)
     return f"{text[0].upper()}{text[1:]}."
@@ -965,7 +981,9 @@ def _less_space(lower: Sequence[str]) -> str:
 def _compressed(
     cluster: Cluster, ready: Preparation, manifest: Manifest
 ) -> dict[str, dict[str, float]]:
-    """Return what compression leaves of a segment of each loss, by a trial; see `Compressions`."""
+    """Return the ratio that compression leaves of each loss's arrays, by a trial; see
+    `Compressions`.
+    """
     request = CompressionsRequest(
         setup=ready.setup,
         sample=ready.sample,
@@ -976,7 +994,7 @@ def _compressed(
 
 
 def _refuse_others(writer: RunWriter, laid_out: Manifest) -> None:
-    """Refuse checkpoints, tensors and losses that are not those the run was made with."""
+    """Reject checkpoints, tensors and losses that differ from those of the run."""
     recorded = writer.manifest
     same_checkpoints(writer, laid_out.checkpoints, laid_out.root)
     same_tensors(writer, laid_out.tensors)
@@ -987,7 +1005,7 @@ def _refuse_others(writer: RunWriter, laid_out: Manifest) -> None:
 
 
 def _note_task(writer: RunWriter, laid_out: Manifest) -> None:
-    """Record where the task is now, if that changed."""
+    """Record the path of the task, if it changed."""
     task = {name: value for name, value in laid_out.provenance.items() if name.startswith("task")}
     recorded = writer.manifest.provenance
     if any(recorded[name] != value for name, value in task.items()):
@@ -995,27 +1013,25 @@ def _note_task(writer: RunWriter, laid_out: Manifest) -> None:
 
 
 def _of_losses_left_behind(manifest: Manifest) -> Iterator[str]:
-    """Yield which losses were not asked for, and so do not cover the checkpoints that were
-    added.
-    """
+    """Yield notes on losses that were not asked for, and so do not include the added checkpoints."""
     for name, record in manifest.losses.items():
         if record.covers is not None:
             last, step = manifest.checkpoints[-1].step, manifest.of(name).checkpoints[-1].step
             if manifest.sampled is not None:
                 yield (
                     f"loss {name!r} stays as it is, over {record.covers:,} of the "
-                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Take it to "
+                    f"{manifest.segments:,} segments of --segments {manifest.sampled}. Extend it to "
                     f"all of these with --loss {name}, or every loss with --loss all"
                 )
                 continue
             yield (
-                f"loss {name!r} stays as it is, up to step {step}; the checkpoints go on to step "
-                f"{last}. Take it there with --loss {name}, or every loss with --loss all"
+                f"loss {name!r} stays as it is, up to step {step}; the checkpoints reach step "
+                f"{last}. Extend it with --loss {name}, or every loss with --loss all"
             )
 
 
 def _common(ready: Preparation, path: Path) -> RunRequest[Any]:
-    """Return what requests of spans have in common."""
+    """Return the fields that requests of spans share."""
     return RunRequest[Any](
         setup=ready.setup,
         points=replace(ready.sample.points, checkpoints={}),
@@ -1028,8 +1044,8 @@ def _common(ready: Preparation, path: Path) -> RunRequest[Any]:
 
 
 class _Unreached(NamedTuple):
-    """A tensor that moved and that no gradient of a loss reaches; whether the loss depends on
-    it.
+    """A tensor that moved and that no gradient of a loss reaches, and whether the loss depends on
+    it nevertheless.
     """
 
     loss: str
@@ -1038,7 +1054,7 @@ class _Unreached(NamedTuple):
 
 
 class _Spans:
-    """The pending spans of a run, and what was reported of them.
+    """The pending spans of a run, and the reports on them.
 
     Attributes:
         failed: the spans that could not be replayed.
@@ -1070,12 +1086,15 @@ class _Spans:
     def replay(
         self, cluster: Cluster, lock: results.Held, repair_spans: dict[str, list[int]] | None
     ) -> None:
-        """Replay them on a cluster, and join their totals.
+        """Replay the spans on a cluster, and merge their totals.
 
         Args:
             cluster: where.
             lock: of the run.
-            repair_spans: the spans to replay, by loss; None for all that are pending.
+            repair_spans: the spans to replay, by loss; None for all pending ones.
+
+        Raises:
+            ResourceError: if another driver took the run over.
         """
         path = self._writer.path
         results.remove_reports(path)
@@ -1089,12 +1108,12 @@ class _Spans:
                 self._hear(outcome)
                 if lock.lost.is_set():
                     raise ResourceError(
-                        f"another driver took {path} over, because this one did not show for "
-                        "minutes. What was committed is kept."
+                        f"another driver took {path} over, because this one was silent for "
+                        "minutes. Committed results are kept."
                     )
         self._fold()
         results.remove_reports(path)
-        if self._left_partials:  # of a worker that died while it wrote, temporary files stay
+        if self._left_partials:  # dead workers leave temporary files
             self._writer.sweep()
         lock.unclean = False
         self._status.note(self._notes())
@@ -1104,8 +1123,8 @@ class _Spans:
     def _pending(
         self, repair_spans: dict[str, list[int]] | None
     ) -> dict[tuple[int, int], list[str]]:
-        """Return the losses that wait for a span, by the span and its segments: in a repair losses
-        may end at different ones.
+        """Return the losses that wait for each span, keyed by span and number of segments; in a
+        repair losses may end at different segments.
         """
         waiting: dict[tuple[int, int], list[str]] = {}
         for name, manifest in self._covered.items():
@@ -1141,7 +1160,7 @@ class _Spans:
     def _outcomes(
         self, cluster: Cluster, waiting: dict[tuple[int, int], list[str]]
     ) -> Generator[Outcome]:
-        """Have the spans computed: whole, or in shards of the data where losses are cut."""
+        """Compute the spans: whole, or in shards of the data where losses are cut."""
         manifest = self._writer.manifest
         whole = {
             key: names
@@ -1170,7 +1189,7 @@ class _Spans:
         return cluster.map(replay_in_shards, every, committed)
 
     def _finishing(self, span: int, names: list[str]) -> SpanRequest:
-        """Return the request to commit a span whose sums over shards are all there."""
+        """Return the request to commit a span whose sums over shards are complete."""
         return _span_request(
             self._common,
             self._covered[names[0]],
@@ -1183,11 +1202,9 @@ class _Spans:
     # --- while they are replayed
 
     def _hear(self, outcome: Outcome) -> None:
-        """Pass on what a cluster says."""
+        """Report an outcome of the cluster."""
         if isinstance(outcome, Refused):
-            self._status.note(
-                [f"worker {outcome.worker} joined and takes no part: it {outcome.why}"]
-            )
+            self._status.note([f"worker {outcome.worker} joined but is not used: it {outcome.why}"])
         elif isinstance(outcome, Waiting):
             self._status.note(
                 [f"no worker is left; waiting {duration(outcome.seconds)} for one to join"]
@@ -1215,9 +1232,7 @@ class _Spans:
             self._status.tell(SpanSlow(*where, outcome.worker, outcome.seconds, outcome.doing))
 
     def _gives_up(self, request: SpanRequest | ShardRequest) -> bool:
-        """Tell whether a span is given up by the failure of a request, and not by an earlier
-        one.
-        """
+        """Tell whether the failure of a request is the first of its span."""
         if not isinstance(request, ShardRequest):
             return True
         return self._shards is not None and bool(self._shards.drop(request.span))
@@ -1252,7 +1267,7 @@ class _Spans:
             self._consumer.release(at_rest=False)
 
     def _take_sums(self, request: ShardRequest, done: Done) -> None:
-        """Take in the sums of some shards; what follows from them is handed out next."""
+        """Store the sums of some shards; the requests that depend on them follow next."""
         assert self._shards is not None, "only the queue of shards asks for sums"
         answer = answered(ShardRequest, done.result)
         if not isinstance(answer, Failure):
@@ -1269,7 +1284,7 @@ class _Spans:
         self._fail(self._writer.manifest.of(losses[0]), span, str(error), step)
 
     def _mind_memory(self, name: str, span: int, part: LossSpan, worker: str) -> None:
-        """Tell once that memory ran out, and a span was computed in smaller batches."""
+        """Report once that memory ran out and a span was computed in smaller batches."""
         whole = self._writer.manifest.losses[name].batch_size
         if part.batch_size >= whole:
             return
@@ -1279,13 +1294,17 @@ class _Spans:
                 [
                     f"out of memory on {worker}: span {span} of loss {name!r} was computed in "
                     f"batches of {part.batch_size} instead of {whole}, equal within rounding; its "
-                    "marker says so"
+                    "marker records it"
                 ]
             )
 
     def _compare_ends(self, loss: str, span: int, ends: list[float]) -> None:
-        """Compare a span with those beside it, once they are committed; here alone, so that no two
-        miss each other.
+        """Compare a span with its neighbours, once they are committed.
+
+        Only the driver compares, so that no two processes miss each other.
+
+        Raises:
+            LCAError: if losses at a shared checkpoint differ.
         """
         reported = self._reported_ends.setdefault(loss, {})
         reported[span] = ends
@@ -1294,22 +1313,22 @@ class _Spans:
             if what is not None:
                 run = quoted(self._writer.path)
                 raise LCAError(
-                    f"{what}: not both are of the data and the model that are meant, or a machine "
-                    f"erred. `lca verify {run}` lists where, `lca repair {run} --task FILE` "
-                    "computes it again."
+                    f"{what}: one was computed from different data or another model, or a machine "
+                    f"made an error. `lca verify {run}` lists where, `lca repair {run} --task FILE` "
+                    "recomputes it."
                 )
 
     # --- afterwards
 
     def _fold(self) -> None:
-        """Join the totals of windows; spans whose totals were damaged meanwhile have failed."""
+        """Merge the totals of windows; spans whose waiting totals were damaged have failed."""
         unfolded = {
             span: manifest
             for name, manifest in self._covered.items()
             for span in self._writer.fold_all(name)
         }
         for span, manifest in sorted(unfolded.items(), key=lambda item: item[0]):
-            self._fail(manifest, span, "its totals were damaged while they waited to be joined")
+            self._fail(manifest, span, "its totals were damaged before they were merged")
 
     def _notes(self) -> Iterator[str]:
         if self._oom_retries > 1:
@@ -1338,8 +1357,8 @@ def _span_done(span: int, answer: SpanAnswer, done: Done) -> SpanDone:
 
 
 def _of_unreached(unreached: set[_Unreached]) -> Iterator[str]:
-    """Yield notes about tensors that moved and that no gradient of a loss reaches, by loss: hidden
-    from it, or not used at all.
+    """Yield notes on tensors that moved but that no gradient of a loss reaches: hidden from the
+    loss, or unused.
     """
     for loss in sorted({entry.loss for entry in unreached}):
         tensors = {entry.tensor for entry in unreached if entry.loss == loss}
@@ -1352,9 +1371,9 @@ def _of_unreached(unreached: set[_Unreached]) -> Iterator[str]:
             )
         if hidden:
             yield (
-                f"tensors moved that loss {loss!r} depends on through detach() or no_grad() alone, "
-                f"so that no gradient reaches them (allocated 0): {few(sorted(hidden), 5)}. Their "
-                "share is in the residual, which no smaller tolerance mends"
+                f"loss {loss!r} depends on some tensors that moved through detach() or no_grad() "
+                f"alone, so no gradient reaches them (allocated 0): {few(sorted(hidden), 5)}. Their "
+                "share is in the residual, which no smaller tolerance reduces"
             )
 
 
@@ -1368,8 +1387,8 @@ def _failures(failed: list[SpanFailed]) -> str:
 
 
 def _not_finite(failed: list[SpanFailed]) -> str:
-    """Return which checkpoints hold NaN or Inf, where spans failed for that, and that trying again
-    does not help.
+    """Return which checkpoints hold NaN or Inf, if spans failed for that: running again does not
+    help.
     """
     steps = sorted({failure.not_finite for failure in failed if failure.not_finite is not None})
     if not steps:
@@ -1384,7 +1403,7 @@ def _not_finite(failed: list[SpanFailed]) -> str:
 
 
 def _steps(manifest: Manifest, span: int) -> tuple[int, int]:
-    """Return the training steps a span runs from and to."""
+    """Return the training steps at both ends of a span."""
     return manifest.ends(manifest.rows(span))
 
 
@@ -1405,7 +1424,7 @@ def _span_request(
         span: its number.
         pending: the losses.
         root: the directory of the checkpoints.
-        durable: whether it is on the disk before it counts.
+        durable: whether to flush it to disk before it counts.
     """
     rows = manifest.rows(span)
     looked = looked_back_at(root, manifest, rows.start)

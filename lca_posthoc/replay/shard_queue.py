@@ -1,9 +1,9 @@
-"""Spans that are computed in shards: the requests that workers can be given now, and those that
-follow from their answers.
+"""Queue the spans that are computed in shards: requests that workers can take now, and those that
+follow from answers.
 
-A span is open from its first request until it is handed to the worker that commits it. Its segments
-are refined here, by the sums over all shards. All requests that can be made at a time wait in one
-queue, so that workers are busy although each level of a segment waits for the one before.
+A span is open from its first request until a worker takes it to commit it. This module refines its
+segments, by the sums over all shards. All possible requests wait in one queue, which keeps workers
+busy although each level of a segment waits for the one before.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ Finishing = Callable[[int, list[str]], SpanRequest]
 
 @dataclass(kw_only=True)
 class _Open:
-    """A span whose sums are computed now.
+    """A span whose sums are being computed.
 
     Attributes:
         number: of the span.
         losses: that are computed.
         files: of its sums.
-        known: what is known of it.
-        starts: the segments that are not allocated yet, by where they start.
-        report: tells others how far the span is.
-        requested: (loss, node, shard) that were asked for.
-        distances: segments of which Σ|θ′ − θ| was asked for.
-        underway: names of the files that are being computed or wait for it.
+        known: the sums so far.
+        starts: the segments not allocated yet, by where they start.
+        report: publishes the progress of the span.
+        requested: (loss, node, shard) already requested.
+        distances: segments whose Σ|θ′ − θ| is already requested.
+        underway: names of the files that are queued or being computed.
         worst: the largest residual of its segments.
     """
 
@@ -66,7 +66,7 @@ class ShardQueue:
         spans: the losses that wait for each span.
         finishing: returns the request that commits a span for some losses.
         workers: that share the shards of a node.
-        durable: whether sums are on the disk before they count.
+        durable: whether to flush sums to disk before they count.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ShardQueue:
         self._remove_strangers()
 
     def _remove_strangers(self) -> None:
-        """Remove sums of spans that do not wait for any."""
+        """Remove sums of spans that no longer need any."""
         path, waiting = self._writer.path, {span for span, _ in self._coming}
         for name in list(results.names_of_sums(path)):
             span = int(name.partition("-")[0])
@@ -98,7 +98,7 @@ class ShardQueue:
     # --- requests
 
     def specs(self) -> Iterator[Spec | None]:
-        """Yield requests as plain data; None while those that come next follow from answers."""
+        """Yield requests as plain data; None while the next ones still depend on answers."""
         while True:
             if self._ready:
                 yield to_plain(self._ready.popleft())
@@ -126,8 +126,8 @@ class ShardQueue:
         self._advance(span)
 
     def _advance(self, span: _Open) -> None:
-        """Allocate the segments whose sums are known, and ask for those that others want; hand the
-        span over once all are allocated.
+        """Allocate the segments whose sums are complete, and request the sums others need; queue
+        the commit once all segments are allocated.
         """
         try:
             for start in list(span.starts):
@@ -151,8 +151,8 @@ class ShardQueue:
             self._ready.appendleft(self._finishing(span.number, span.losses))
 
     def _ask(self, span: _Open, wanted: Wanted) -> None:
-        """Queue requests for the sums that a segment wants and that were not asked for, and for
-        Σ|θ′ − θ| of a segment; the shards of a node are spread over the workers.
+        """Queue requests for the sums that a segment needs, and for its Σ|θ′ − θ|; spread the
+        shards of a node over the workers.
         """
         sums = span.known.sums
         fresh: dict[int, set[Node]] = {}
@@ -173,8 +173,8 @@ class ShardQueue:
             self._queue(span, wanted.losses, [], [], distances)
 
     def _bundles(self, fresh: dict[int, set[Node]]) -> Iterator[tuple[list[int], set[Node]]]:
-        """Yield consecutive shards that are wanted at the same nodes, as many at a time as fall to
-        a worker.
+        """Yield runs of consecutive shards that are needed at the same nodes, as many at a time as
+        each worker's share.
         """
         most = max(1, -(-len(fresh) // self._workers))
         bundle: list[int] = []
@@ -219,7 +219,7 @@ class ShardQueue:
     # --- answers
 
     def take(self, request: ShardRequest) -> None:
-        """Take in the sums that a worker has written; of a span that was dropped they are left."""
+        """Read the sums that a worker has written; ignore those of a dropped span."""
         span = self._open.get(request.span)
         if span is None or request.file not in span.underway:
             return
@@ -228,12 +228,13 @@ class ShardQueue:
             self._advance(span)
             return
         self.drop(span.number)
-        error = SpanError(f"its sums {request.file} were written, and cannot be read back")
+        error = SpanError(f"its sums {request.file} were written but cannot be read back")
         self._failed.append((span.number, span.losses, error))
 
     def drop(self, number: int) -> list[str]:
-        """Give a span up; return its losses, none where it was given up before. What is written of
-        its sums stays for the next run.
+        """Drop a span; return its losses, or none if it was dropped before.
+
+        Its sums stay on disk for the next run.
         """
         span = self._open.pop(number, None)
         if span is None:
@@ -243,10 +244,10 @@ class ShardQueue:
         return span.losses
 
     def failures(self) -> list[tuple[int, list[str], SpanError]]:
-        """Return the spans that failed here since this was last asked, with their losses."""
+        """Return the spans that failed here since the last call, with their losses."""
         failed, self._failed = self._failed, []
         return failed
 
     def finish(self, number: int) -> None:
-        """Remove the sums of a span that is committed."""
+        """Remove the sums of a committed span."""
         results.remove_sums(self._writer.path, number)

@@ -1,8 +1,8 @@
-"""The sums of shards of one span: written below a run by workers, read back by the driver and by
-the worker that commits the span.
+"""Store the sums of a span's shards below a run: workers write them, the driver and the committing
+worker read them.
 
-Sums count only for the run, the losses, the data and the checkpoints they were computed from; the
-others are left out, and computed again.
+Sums count only for the run, losses, data and checkpoints they were computed from. Any others are
+ignored, and recomputed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSums:
-    """The sums of a loss over one shard at a node, computed in batches of `batch_size`; 0 of a term
-    of the parameters.
+    """The sums of a loss over one shard at a node, computed in batches of `batch_size`; 0 for a
+    term of the parameters.
     """
 
     loss: str
@@ -46,11 +46,11 @@ class ShardSums:
 
 @dataclass
 class KnownSpan:
-    """The sums of a span that are known.
+    """The sums of a span that exist so far.
 
     Attributes:
         sums: of shards, and the segments allocated from them.
-        seconds: of workers, that these took.
+        seconds: of workers, spent on these sums.
         batch_sizes: of each loss, the smallest batch in which sums were computed.
     """
 
@@ -89,7 +89,7 @@ class SumsFiles:
         }
 
     def read(self) -> KnownSpan:
-        """Return what is known of the span."""
+        """Return the sums that the span's files hold."""
         manifest = self._manifest
         checkpoints = {end for start in self.starts for end in ends_of(start)}
         records = {loss: manifest.losses[loss] for loss in self._losses}
@@ -108,8 +108,12 @@ class SumsFiles:
         return known
 
     def take(self, known: KnownSpan, name: str) -> bool:
-        """Take in the file of a request; tell whether it is there, whole, and of this run, these
+        """Read the file of a request; tell whether it exists, is whole, and is of this run, these
         losses and these checkpoints.
+
+        Args:
+            known: takes the sums.
+            name: of the file.
         """
         stored = read_sums(self._run, name)
         if stored is None or not self._is_of_this_span(stored[0]):
@@ -159,9 +163,9 @@ class SumsFiles:
             name: of the file.
             entries: the sums.
             distances: by segment and tensor.
-            not_finite: checkpoints beside the span with a number that is not.
-            seconds: that they took.
-            durable: whether they are on the disk when this returns.
+            not_finite: checkpoints beside the span with NaN or Inf.
+            seconds: spent on computing them.
+            durable: whether to flush the file to disk before returning.
         """
         positions = {index for entry in entries for index in entry.node.checkpoints}
         positions |= {end for start in distances for end in ends_of(start)}
@@ -198,7 +202,7 @@ class SumsFiles:
             "unreached": sorted(unreached),
         }
 
-    # --- what sums are of
+    # --- the origin of sums
 
     def _is_of_this_span(self, about: Mapping[str, Any]) -> bool:
         origins, checkpoints = about["origins"], about["checkpoints"]
@@ -215,7 +219,7 @@ class SumsFiles:
         return [checkpoint.step, checkpoint.size, checkpoint.fingerprint]
 
     def _origin(self, loss: str) -> str:
-        """Return a digest of everything that sums of a loss follow from, beside checkpoints."""
+        """Return a digest of everything but the checkpoints that the sums of a loss follow from."""
         record = replace(self._manifest.losses[loss], identity=[], covers=None)
         facts = [
             self._manifest.id,
@@ -229,7 +233,7 @@ class SumsFiles:
 
 
 def _axes_of(manifest: Manifest) -> Axes:
-    """Return the axes over whose units gradients are summed, of every tensor of the allocation."""
+    """Return the unit axes over which gradients are summed, for every tensor of the allocation."""
     axes = unit_axes(
         [tensor.spec for tensor in manifest.tensors if tensor.spec.kind != "state"],
         [tensor.spec for tensor in manifest.allocated],

@@ -1,4 +1,4 @@
-"""One self-contained page of a run's findings, which opens without a network."""
+"""Write one self-contained page of a run's findings, which opens offline."""
 
 from .page import MOST_BYTES, write_report
 

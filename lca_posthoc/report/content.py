@@ -1,4 +1,4 @@
-"""The parts of the page: sections, their content for one loss, tables, and numbers as text."""
+"""Define the parts of the page: sections, their content for one loss, tables, and numbers as text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LONGEST = 160  # characters of a name
 MOST_ROWS = 60
 
 Cell: TypeAlias = str | float | None
-# source name -> columns; what begins with "@" sets up the figure instead
+# maps the name of a source to columns; names that begin with "@" set up the figure
 View: TypeAlias = Mapping[str, Json]
 
 
@@ -35,8 +35,8 @@ class Column:
 class Table:
     """Rows under headings.
 
-    `live` names the values that replace the rows where a group is picked, `pick` gives each row a
-    box and says which boxes are ticked at first, `shared` gives the bars of all columns one scale.
+    `live` names the values that replace the rows when a group is picked, `pick` gives each row a
+    box and tells which boxes are ticked at first, `shared` gives the bars of all columns one scale.
     """
 
     title: str
@@ -50,9 +50,7 @@ class Table:
 
     @property
     def extents(self) -> list[float]:
-        """Return the largest magnitude of each column, for its bars; of all columns with bars where
-        they are `shared`.
-        """
+        """Return the largest magnitude of each column, or of all columns with `shared` bars."""
         extents = [
             max((_size(row[position]) for row in self.rows), default=0.0) or 1.0
             for position, column in enumerate(self.columns)
@@ -69,9 +67,9 @@ class Table:
 class Block:
     """The content of a section for one loss of one run.
 
-    `captions` has the sentence under each figure, which gives its numbers to those who cannot see
+    `captions` has the sentence under each figure, which gives its numbers to readers who cannot see
     it; `views` the data of each figure for "GROUP|CHOICE", either part possibly empty; `choices`
-    what can be chosen in this section alone.
+    the options of this section alone.
     """
 
     captions: Mapping[str, str] = field(default_factory=dict)
@@ -84,9 +82,7 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A finding on the page: its title, two sentences on how to read it, and its figures by
-    name.
-    """
+    """A finding on the page: its title, two sentences on how to read it, and its figures by name."""
 
     name: str
     title: str
@@ -97,10 +93,14 @@ class Section:
 
 
 def clean(name: object, longest: int = _LONGEST) -> str:
-    """Return a name as it may be shown: without control characters and of bounded length.
+    """Return a name that is safe to show: without control characters and of bounded length.
 
     >>> clean("a\\x1bb")
     'a�b'
+
+    Args:
+        name: of a loss, layer, file or group.
+        longest: the most characters.
     """
     text = safe_in_page(str(name))
     return text if len(text) <= longest else f"{text[: longest // 2 - 1]}…{text[-(longest // 2) :]}"
@@ -118,7 +118,7 @@ def signed(value: float) -> str:
 
 
 def plain(value: float) -> str:
-    """Return a number to four figures.
+    """Return a number with four significant digits.
 
     >>> plain(0.098765), plain(123456.0), plain(float("nan"))
     ('0.09877', '1.235e5', '–')
@@ -151,10 +151,14 @@ def percent(value: float) -> str:
 
 
 def listed(names: Sequence[str], most: int = 6) -> str:
-    """Return some names as a part of a sentence.
+    """Join names into one phrase.
 
     >>> listed(["a"]), listed(["a", "b", "c"]), listed(["a", "b", "c"], 1)
     ('a', 'a, b and c', 'a and 2 more')
+
+    Args:
+        names: to join.
+        most: names to show; the phrase counts the others.
     """
     shown = [clean(name, 60) for name in names[:most]]
     if len(names) > most:
@@ -163,7 +167,12 @@ def listed(names: Sequence[str], most: int = 6) -> str:
 
 
 def cell(value: Cell, kind: str) -> str:
-    """Return a cell of a table as text."""
+    """Return a cell of a table as text.
+
+    Args:
+        value: of the cell.
+        kind: of its column, see `Column`.
+    """
     if value is None:
         return "–"
     if isinstance(value, str):
@@ -172,5 +181,5 @@ def cell(value: Cell, kind: str) -> str:
 
 
 def _size(value: Cell) -> float:
-    """Return the magnitude of a finite number, 0 of any other cell."""
+    """Return the magnitude of a finite number, 0 for any other cell."""
     return abs(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0

@@ -1,6 +1,4 @@
-"""Series made small enough to travel inside a page: thinned with their extremes kept, and
-packed.
-"""
+"""Make series small enough for a page: thinned with their extremes kept, and packed."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ MOST_POINTS = 2000
 _EXACT = 2**24  # whole numbers up to here are exact in float32
 
 Json: TypeAlias = "Mapping[str, Json] | Sequence[Json] | str | float | None"
-Packed: TypeAlias = Mapping[str, Json]  # columns or one of them, as the page's script reads them
+Packed: TypeAlias = Mapping[str, Json]  # columns or one of them, in the format of the page's script
 
 
 def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[Any, Any]:
@@ -38,7 +36,7 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
     stretches = max(1, (most - 2) // 2)
     edges = np.linspace(0, points, stretches + 1).astype(int)[:-1]
     low, high = (np.where(np.isnan(values), empty, values) for empty in (np.inf, -np.inf))
-    # The first of each stretch that has its stretch's extreme value.
+    # the first point of each stretch with the stretch's extreme value
     lengths = np.diff(np.append(edges, points))
     indices = [np.array([0, points - 1])]
     for side, reduce in ((low, np.minimum), (high, np.maximum)):
@@ -50,10 +48,14 @@ def kept(values: np.ndarray[Any, Any], most: int = MOST_POINTS) -> np.ndarray[An
 
 
 def gaps(step: ArrayLike, step_end: ArrayLike) -> np.ndarray[Any, Any]:
-    """Return the segments after which some are missing.
+    """Return the segments that are followed by a gap.
 
     >>> gaps([0, 1, 5], [1, 2, 6]).tolist()
     [1]
+
+    Args:
+        step: where segments start, (step,).
+        step_end: where they end, (step,).
     """
     return np.flatnonzero(np.asarray(step)[1:] != np.asarray(step_end)[:-1])
 
@@ -61,8 +63,12 @@ def gaps(step: ArrayLike, step_end: ArrayLike) -> np.ndarray[Any, Any]:
 def over_segments(
     step: ArrayLike, values: ArrayLike, step_end: ArrayLike
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return one point per segment, (step,) and (..., step), and a NaN where segments are
-    missing.
+    """Return one point per segment, (step,) and (..., step), and a NaN at gaps.
+
+    Args:
+        step: where segments start, (step,).
+        values: of the segments, (..., step).
+        step_end: where they end, (step,).
     """
     breaks = gaps(step, step_end) + 1
     x, y = np.asarray(step, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -72,8 +78,8 @@ def over_segments(
 def over_steps(
     step: ArrayLike, step_end: ArrayLike, first: ArrayLike, last: ArrayLike
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Return the ends of all segments, after the start of the first; where segments are missing,
-    NaN and the next start.
+    """Return the ends of all segments, after the start of the first; at gaps, NaN and the next
+    start.
 
     Args:
         step: (step,) where segments start.
@@ -106,14 +112,20 @@ def over_steps(
 
 
 def thinned(x: ArrayLike, y: ArrayLike, most: int) -> Packed:
-    """Return a thinned line as the columns x and y; NaN in `x` are breaks, which stay."""
+    """Return a thinned line as the columns x and y.
+
+    Args:
+        x: (points,); NaN are breaks, which stay.
+        y: (points,).
+        most: the most points to keep.
+    """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     indices = _with_breaks(kept(y, most), x)
     return {"x": numbers(x[indices]), "y": numbers(y[indices])}
 
 
 def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return the indices of points and of one break between any two points that have breaks between
+    """Return the indices of points, and of one break between any two points with breaks between
     them.
     """
     breaks = np.flatnonzero(np.isnan(x))
@@ -122,8 +134,8 @@ def _with_breaks(indices: np.ndarray[Any, Any], x: np.ndarray[Any, Any]) -> np.n
 
 
 def numbers(values: ArrayLike) -> Packed:
-    """Return float32 in base64, as the page reads it; whole numbers too large for that as
-    float64.
+    """Return values as float32 in base64, in the page's format; as float64 if whole numbers are too
+    large.
     """
     array = np.asarray(values, dtype=np.float64).ravel()
     finite = array[np.isfinite(array)]
@@ -165,15 +177,15 @@ def lines(x: ArrayLike, ys: ArrayLike, most: int = MOST_POINTS) -> tuple[Packed,
 
 
 def picture(values: ArrayLike) -> Packed:
-    """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: exact zero in the middle, small
-    values finer than large ones.
+    """Return a matrix in 255 levels, v = sign(q) (q / 127)² peak: zero is exact, and small values
+    are finer than large ones.
 
     Args:
         values: (rows, columns).
 
     Returns:
-        Levels, `peak` (the largest magnitude) and `scale` (its 99.5 % quantile over what is not
-        zero: where colours saturate).
+        Levels, `peak` (the largest magnitude) and `scale` (the 99.5 % quantile of nonzero
+        magnitudes, where colours saturate).
     """
     matrix = np.nan_to_num(np.asarray(values, dtype=np.float64))
     size = np.abs(matrix)

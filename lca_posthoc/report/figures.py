@@ -1,5 +1,5 @@
-"""Bokeh figures without data or colours of their own: the page's script fills them in and paints
-them by day and by night.
+"""Make Bokeh figures without data or colours: the page's script fills them in and paints them for
+day and night.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bokeh.plotting import figure
 
 from ..base.colours import HELPING, HURTING, NEUTRAL
 
-INK, MUTED, ACCENT = "ink", "muted", "accent"  # tags: the script gives these their colour
+INK, MUTED, ACCENT = "ink", "muted", "accent"  # tags that the script replaces by colours
 _BLUE = "#3b7dd8"
 _GREY = "#8a8f98"
 
@@ -29,8 +29,14 @@ _GREY = "#8a8f98"
 def steps_figure(
     y: str, height: int = 300, x: str = "training step", percent: bool = False, **options: Any
 ) -> figure:
-    """Return a figure over training steps; all of them zoom together. `percent` writes y as
-    percentages.
+    """Return a figure over training steps; all of them zoom together.
+
+    Args:
+        y: label of the y axis.
+        height: in pixels.
+        x: label of the x axis.
+        percent: writes y as percentages.
+        options: of `bokeh.plotting.figure`.
     """
     chart = plain_figure(x, y, height, x_range=Range1d(0, 1), **options)
     chart.tags = ["steps", *(["percent"] if percent else [])]
@@ -40,7 +46,14 @@ def steps_figure(
 
 
 def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
-    """Return a quiet figure: no outline, tools out of the way until the pointer is there."""
+    """Return a quiet figure: without outline, and with tools hidden until the pointer enters.
+
+    Args:
+        x: label of the x axis.
+        y: label of the y axis.
+        height: in pixels.
+        options: of `bokeh.plotting.figure`.
+    """
     chart = figure(
         height=height,
         sizing_mode="stretch_width",
@@ -56,7 +69,7 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
     )
     chart.toolbar.logo = None
     chart.toolbar.autohide = True
-    # Never painted in white first: at an edge of the canvas a trace of it would stay.
+    # never painted white first, which would leave traces at the canvas's edge
     chart.outline_line_color = chart.background_fill_color = chart.border_fill_color = None
     chart.xgrid.grid_line_color = None
     for axis in (chart.xaxis, chart.yaxis):
@@ -70,7 +83,12 @@ def plain_figure(x: str, y: str, height: int = 300, **options: Any) -> figure:
 
 
 def source(name: str, columns: Sequence[str]) -> ColumnDataSource:
-    """Return an empty table that the script finds by its name."""
+    """Return an empty table that the script finds by its name.
+
+    Args:
+        name: of the source.
+        columns: their names.
+    """
     return ColumnDataSource({column: [] for column in columns}, name=name)
 
 
@@ -85,8 +103,17 @@ def add_lines(
     alpha: float = 1.0,
     mode: str = "mouse",
 ) -> None:
-    """Add one line, from the columns x and y of a source; `colour` is a tag of this module, or a
-    colour.
+    """Add one line, from the columns x and y of a source.
+
+    Args:
+        chart: to add to.
+        name: of the source.
+        colour: a tag of this module, or a colour.
+        tip: what the pointer shows, as pairs of name and format; None for nothing.
+        width: of the line in pixels.
+        dash: Bokeh's pattern.
+        alpha: opacity, between 0 and 1.
+        mode: of the hover tool.
     """
     drawn = chart.line(
         "x",
@@ -104,7 +131,14 @@ def add_lines(
 
 
 def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float = 1.75) -> None:
-    """Add many lines, each with a name and a colour of its own."""
+    """Add many lines, each with its own name and colour.
+
+    Args:
+        chart: to add to.
+        name: of the source.
+        tip: what the pointer shows, as pairs of name and format.
+        width: of the lines in pixels.
+    """
     drawn = chart.multi_line(
         "xs",
         "ys",
@@ -121,7 +155,15 @@ def add_many(chart: figure, name: str, tip: list[tuple[str, str]], width: float 
 def add_boxes(
     chart: figure, name: str, colour: str, tip: list[tuple[str, str]], alpha: float = 0.8
 ) -> None:
-    """Add the boxes of a histogram."""
+    """Add the boxes of a histogram.
+
+    Args:
+        chart: to add to.
+        name: of the source.
+        colour: a tag of this module, or a colour.
+        tip: what the pointer shows, as pairs of name and format.
+        alpha: opacity, between 0 and 1.
+    """
     drawn = chart.quad(
         "left",
         "right",
@@ -137,7 +179,14 @@ def add_boxes(
 
 
 def add_dots(chart: figure, name: str, tip: list[tuple[str, str]], size: float = 7) -> None:
-    """Add dots, each with its own colour."""
+    """Add dots, each with its own colour.
+
+    Args:
+        chart: to add to.
+        name: of the source.
+        tip: what the pointer shows, as pairs of name and format.
+        size: of a dot in pixels.
+    """
     drawn = chart.scatter(
         "x",
         "y",
@@ -151,7 +200,13 @@ def add_dots(chart: figure, name: str, tip: list[tuple[str, str]], size: float =
 
 
 def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
-    """Add a matrix in the colours of helping and hurting; the script sets its scale."""
+    """Add a matrix in the colours of helping and hurting; the script sets its scale.
+
+    Args:
+        chart: to add to.
+        name: of the source.
+        tip: what the pointer shows, as pairs of name and format.
+    """
     mapper = LinearColorMapper(
         palette=[HELPING, NEUTRAL, HURTING],
         low=-1,
@@ -165,8 +220,8 @@ def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
         "y",
         "dw",
         "dh",
-        # One real image to begin with: the script makes others of its class, for which Bokeh has no
-        # public name.
+        # one real image to start with: the script makes others of its class, for which Bokeh has no
+        # public name
         source=ColumnDataSource(
             {"image": [np.zeros((1, 1), "float32")], "x": [0], "y": [0], "dw": [1], "dh": [1]},
             name=name,
@@ -177,7 +232,14 @@ def add_picture(chart: figure, name: str, tip: list[tuple[str, str]]) -> None:
 
 
 def add_level(chart: figure, level: float, dimension: str = "width", name: str = "") -> None:
-    """Add a straight line across, such as at zero, at a half, or at an observed value."""
+    """Add a straight line across, for example at zero, at one half, or at an observed value.
+
+    Args:
+        chart: to add to.
+        level: where, in data coordinates.
+        dimension: "width" for a horizontal line, "height" for a vertical one.
+        name: by which the script finds it.
+    """
     drawn = Span(
         location=level,
         dimension=dimension,
@@ -192,9 +254,7 @@ def add_level(chart: figure, level: float, dimension: str = "width", name: str =
 
 
 def _hover(drawn: GlyphRenderer, tip: list[tuple[str, str]], **options: Any) -> HoverTool:
-    """Return what the pointer shows; formats that begin with % are those of printf, which small
-    numbers need.
-    """
+    """Return the hover tool; formats that begin with % are printf's, which small numbers need."""
     fields = (re.match(r"([@$]\w+)\{%", text) for _, text in tip)
     return HoverTool(
         renderers=[drawn],

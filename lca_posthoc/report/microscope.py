@@ -1,4 +1,4 @@
-"""Every parameter's allocation over training, as frames a page can play."""
+"""Turn every parameter's allocation over training into frames that a page can play."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .downsample import Packed, raw
 from .panels import Panel
 
 FRAMES = 120
-_FEWEST = 40  # frames, so that each parameter has a cell of its own
+_FEWEST = 40  # frames, so that each parameter keeps a cell of its own
 TENSORS = 1000
-BYTES = 4_200_000  # of codes; a third more in base64
-_QUANTILE = 0.995  # of what is not zero: where colours saturate
+BYTES = 4_200_000  # of codes; base64 takes a third more
+_QUANTILE = 0.995  # quantile of nonzero values at which colours saturate
 _LARGEST_HALF = 32768.0
-_LETTERS = 12  # above a narrow picture
+_LETTERS = 12  # characters above a narrow picture
 
 
 class TensorPicture(TypedDict):
@@ -45,12 +45,16 @@ class TensorPicture(TypedDict):
 def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, list[str]]:
     """Return the frames of one loss, within `size` bytes of codes.
 
-    A run small enough travels in half precision, a larger one in 255 levels and pooled over blocks
-    of parameters and stretches of segments.
+    The values of a small run are stored in half precision, those of a larger one in 255 levels and
+    pooled over blocks of parameters and stretches of segments.
+
+    Args:
+        panel: of the loss.
+        size: the most bytes.
 
     Returns:
-        The data that the page's script reads (None where there are no frames, as of a run that does
-        not keep every parameter's allocation), and notes on what was left out.
+        The data that the page's script reads (None without frames, as for a run that does not keep
+        every parameter's allocation), and notes on what is missing.
     """
     manifest = panel.run.manifest
     if not panel.allows("microscope"):
@@ -66,7 +70,7 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     elements = sum(spec.elements for position, spec in enumerate(specs) if position in chosen)
     exact = elements * frames * 2 <= size
     if elements and _FEWEST <= size // elements < frames:
-        frames = size // elements  # rather fewer frames than several parameters in a cell
+        frames = size // elements  # prefer fewer frames to several parameters in a cell
     pixels = max(2 * TENSORS, size // frames // (2 if exact else 1))
     try:
         pictures, scale = _pictures(
@@ -79,7 +83,7 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
         return None, [clean(error, 400)]
     tensors = _tensors(pictures, names)
     if not tensors:
-        return None, ["There is nothing to see under the microscope."]
+        return None, ["The microscope has nothing to show."]
     values = np.concatenate(
         [np.asarray(pictures[name].values).reshape(pictures.sizes["step"], -1) for name in names],
         axis=1,
@@ -89,7 +93,7 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
     notes = _notes(panel, pictures, tensors, exact)
     if len(names) < len(specs):
         notes.append(
-            f"Under the microscope are the {len(names):,} largest of {count(len(specs), 'tensor')}."
+            f"The microscope shows the {len(names):,} largest of {count(len(specs), 'tensor')}."
         )
     return {
         **packed,
@@ -109,12 +113,12 @@ def microscope(panel: Panel, size: int = BYTES) -> tuple[dict[str, Any] | None, 
 def _pictures(
     panel: Panel, specs: list[TensorSpec], frames: int, pixels: int
 ) -> tuple[xr.Dataset, float]:
-    """Return the pictures of all tensors, and where their colours saturate; where not all fit, only
+    """Return the pictures of all tensors, and where their colours saturate; if not all fit, only
     the largest are pooled.
     """
     order, pixels_left, whole = sorted(specs, key=lambda spec: spec.elements), pixels, list[str]()
     for position, spec in enumerate(order):
-        # The others, all larger, need as much room each, were they pooled to the size of this one.
+        # the others, all larger, need as much room each when pooled to the size of this one
         if spec.elements * (len(order) - position) > pixels_left:
             break
         whole.append(spec.name)
@@ -162,8 +166,8 @@ def _tensors(pictures: xr.Dataset, names: list[str]) -> list[TensorPicture]:
 
 
 def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
-    """Return values in half precision, in units that put the largest value near the largest number
-    there is.
+    """Return values in half precision, in units that scale the largest value close to the largest
+    number.
     """
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
     unit = peak / _LARGEST_HALF
@@ -175,7 +179,7 @@ def _half(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
 
 
 def _levels(values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], Packed]:
-    """Return values in 255 levels, v = sign(q) (q / 127)² peak, 128 being zero: finer for small
+    """Return values in 255 levels, v = sign(q) (q / 127)² peak, with zero at 128: finer for small
     values than for large ones.
     """
     peak = float(np.abs(values).max(initial=0.0)) or 1.0
@@ -207,7 +211,7 @@ def _notes(
             f"{'is' if len(pooled) == 1 else 'are'}"
         )
         notes.append(
-            f"Under the microscope {which} pooled: a cell is the sum of up to {most:,} parameters."
+            f"{which} pooled under the microscope: a cell is the sum of up to {most:,} parameters."
         )
     if not exact:
         notes.append("Values under the microscope are rounded to one of 255 levels.")

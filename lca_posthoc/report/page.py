@@ -1,4 +1,4 @@
-"""The page: findings, figures and provenance in one file that opens without a network."""
+"""Write the page: findings, figures and provenance in one file that opens offline."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from .sections import candidates, compare, curve, section_modules
 from .sections.headline import headline
 
 MOST_BYTES = 8_000_000
-_DATA = 3_000_000  # of the page, for series and pictures; shared by the panels
-_EACH = 900_000  # for one panel at most
+_DATA = 3_000_000  # bytes of the page for series and pictures, shared by the panels
+_EACH = 900_000  # the most bytes for one panel
 _COLOURS = {
     "light": {"diverging": colours.DIVERGING, "layers": colours.LAYERS},
     "dark": {"diverging": colours.DIVERGING_DARK, "layers": colours.LAYERS_DARK},
@@ -56,18 +56,18 @@ def write_report(
     """Write the report of one or several runs as one file of at most `MOST_BYTES`.
 
     Args:
-        runs: opened runs, finished or not; repeats, such as seeds, by a label of theirs.
-        path: the file to write; it is replaced if it is there.
-        losses: those to show in full, the first of a run made with `--keep parameters` under the
-            microscope; all of them, as many as fit, unless named.
+        runs: opened runs, finished or not; repeats, such as seeds, under a label.
+        path: the file to write; replaces an older one.
+        losses: names of those to show in full; by default all that fit. The microscope shows the
+            first of a run made with `--keep parameters`.
 
     Returns:
         The path.
 
     Raises:
-        InputError: where a loss is in none of the runs, or the file cannot be written.
-        LCAError: where no segment is there yet, stored numbers are damaged, or the file would still
-            be too large.
+        InputError: if no run has a named loss, or the file cannot be written.
+        LCAError: if no segment is finished yet, stored numbers are damaged, or the file would be
+            too large.
     """
     labelled = None
     if isinstance(runs, Mapping):
@@ -109,7 +109,7 @@ def write_report(
 
 
 def _replace(path: Path, text: bytes) -> None:
-    """Write the file whole or not at all."""
+    """Write the file completely or not at all."""
     handle, waiting = tempfile.mkstemp(
         dir=path.parent, prefix=f".{path.name[:40]}-", suffix=".part"
     )
@@ -132,7 +132,7 @@ def _page(
     left_out: Sequence[str],
     shrink: float,
 ) -> str:
-    """Return the page, its data `shrink` times as large as they may be at most."""
+    """Return the page, with `shrink` times the most data."""
     labels = run_labels(runs, labelled)
     room = Room(min(_EACH, _DATA / len(panels)) * shrink)
     shown = _sections(runs, labelled, panels, room)
@@ -171,7 +171,7 @@ def _page(
         ],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=__version__,
-        style=Markup(_read("style.css")),  # ours, like the scripts
+        style=Markup(_read("style.css")),  # our own, like the scripts
         scripts=[Markup(script) for script in scripts],
         hashes=" ".join(_hash(script) for script in scripts),
         data=Markup(_json(_data(shown, panels))),
@@ -182,7 +182,7 @@ def _page(
 def _sections(
     runs: Sequence[Run], labelled: Sequence[str] | None, panels: Sequence[Panel], room: Room
 ) -> list[Shown]:
-    """Return the sections that have something to show, those of several runs first."""
+    """Return the sections with content, those of several runs first."""
     shown: list[Shown] = []
     if len(runs) > 1:
         panels_beside = beside(runs, panels, run_labels(runs, labelled))
@@ -209,8 +209,8 @@ def _sections(
 
 
 def _keys(panel: Panel, panels: Sequence[Panel], name: str) -> str:
-    """Return the panels that show a section of one: itself; and of a section about examples, where it
-    is the first of its run that tells them apart, those that do not.
+    """Return the panels that show a section of one: the panel itself, and for a section about
+    examples in the first panel of a run that has results per example, those panels that have none.
     """
     of_run = [other for other in panels if other.run is panel.run]
     if not declared_findings()[name].examples or panel is not next(
@@ -222,7 +222,7 @@ def _keys(panel: Panel, panels: Sequence[Panel], name: str) -> str:
 
 
 def _data(shown: Sequence[Shown], panels: Sequence[Panel]) -> Mapping[str, object]:
-    """Return what the page's scripts draw: panels, figures and the data of their sources."""
+    """Return the data of the page's scripts: panels, figures and their sources."""
     return {
         "panels": [
             {"label": panel.label, "groups": _groups(panel), "steps": _steps(panel)}
@@ -245,7 +245,7 @@ def _template() -> Template:
 
 
 def _about_frames(frames: Mapping[str, Any], panel: Panel) -> dict[str, object]:
-    """Return what the page says of the microscope's frames."""
+    """Return the texts about the microscope's frames."""
     return {
         "panel": panel.label,
         "key": str(panel.key),
@@ -255,8 +255,8 @@ def _about_frames(frames: Mapping[str, Any], panel: Panel) -> dict[str, object]:
 
 
 def _modes(panels: Sequence[Panel]) -> dict[str, str]:
-    """Return whose statistics normalisation layers had, by panel and under "*" of all; nothing for
-    models without such layers.
+    """Return the statistics that normalisation layers used, by panel and under "*" for all; nothing
+    for models without such layers.
     """
     modes = {str(panel.key): panel.results.norm_stats for panel in panels}
     every = " and ".join(dict.fromkeys(mode for mode in modes.values() if mode))
@@ -264,10 +264,10 @@ def _modes(panels: Sequence[Panel]) -> dict[str, str]:
 
 
 def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
-    """Return the sentence on which of many runs are shown in full, "" where all are."""
+    """Return the sentence that tells which of many runs are shown in full; "" if all are."""
     full = len({id(panel.run) for panel in panels})
     return (
-        f"Of {len(runs):,} runs the first {full:,} can be picked above and are shown in full; Run "
+        f"The first {full:,} of {len(runs):,} runs are shown in full and can be picked above; Run "
         "against run has all of them."
         if full < len(runs)
         else ""
@@ -275,8 +275,8 @@ def _several(runs: Sequence[Run], panels: Sequence[Panel]) -> str:
 
 
 def _views(shown: Sequence[Shown]) -> Json:
-    """Return what the sources of each figure hold, by figure, panel and "GROUP|CHOICE"; for panels
-    that show the section of another, that one.
+    """Return the data of each figure's sources, by figure, panel and "GROUP|CHOICE"; panels that
+    show the section of another one refer to it.
     """
     views: dict[str, dict[str, Json]] = {}
     for _, blocks in shown:
@@ -297,7 +297,7 @@ def _steps(panel: Panel) -> list[int]:
 
 
 def _keep_notes(runs: Sequence[Run], labels: Sequence[str]) -> Iterator[str]:
-    """Yield, of the runs of each level of `--keep`, which parts of the page others would add."""
+    """Yield sentences on the parts of the page that higher levels of `--keep` would add."""
     titles = {name: module.section().title for name, module in section_modules().items()}
     for keep in dict.fromkeys(run.manifest.keep for run in runs):
         more = [
@@ -313,20 +313,20 @@ def _keep_notes(runs: Sequence[Run], labels: Sequence[str]) -> Iterator[str]:
             ]
             subject = listed(of) if len(runs) > 1 else "This run"
             verb = "was" if len(of) == 1 else "were"
-            yield f"{subject} {verb} made with --keep {keep}; more is there with {', '.join(more)}."
+            yield f"{subject} {verb} made with --keep {keep}; more is available with {', '.join(more)}."
 
 
 def _group_notes(panels: Sequence[Panel]) -> list[str]:
     return [
-        f"{panel.label}: {MOST_GROUPS} of {len(panel.groups)} groups can be picked, those whose "
-        "loss changed most."
+        f"{panel.label}: {MOST_GROUPS} of {len(panel.groups)} groups can be picked, those with the "
+        "largest changes of the loss."
         for panel in panels
         if panel.groups is not None and len(panel.groups) > MOST_GROUPS
     ]
 
 
 def _block_notes(shown: Sequence[Shown], panels: Sequence[Panel]) -> Iterator[str]:
-    """Yield what each section leaves out, once for all panels of which it is true."""
+    """Yield what each section leaves out, once for all panels to which it applies."""
     for section, blocks in shown:
         keys_of_note: dict[str, list[str]] = {}
         for key, block in blocks.items():
@@ -342,7 +342,7 @@ def _block_notes(shown: Sequence[Shown], panels: Sequence[Panel]) -> Iterator[st
 
 
 def _loss_row(run: Run, label: str, name: str, panels: Sequence[Panel]) -> Mapping[str, Json]:
-    """Return a row of the table of losses; only losses that are shown have figures, since the
+    """Return a row of the table of losses; only losses shown in full have figures, because the
     others would have to be read.
     """
     panel = next((panel for panel in panels if panel.run is run and panel.loss == name), None)
@@ -395,13 +395,13 @@ def _hash(script: str) -> str:
 
 
 def _json(value: object) -> str:
-    """Return JSON that cannot end the element it stands in."""
+    """Return JSON that cannot close the element around it."""
     text = json.dumps(_plain(value), allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def _plain(value: object) -> object:
-    """Return a value with null in place of the numbers JSON does not know."""
+    """Replace numbers that JSON lacks by null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The losses of runs that the page shows in full, and their findings, computed once."""
+"""Choose the losses that the page shows in full, and compute each of their findings once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .content import clean, listed
 
 MOST_PANELS = 6
 MOST_GROUPS = 12
-_NOTE = 400  # characters of what a finding says it left out
+_NOTE = 400  # characters of what a finding leaves out
 _POINT = 11  # bytes of a thinned point in the page: step and value in float32, base64
 
 
@@ -43,8 +43,8 @@ class Panel:
         return self.run[self.loss]
 
     def allows(self, name: str) -> bool:
-        """Tell whether the run keeps enough for a finding, has the part and the segments it is of,
-        and tells examples apart for those of examples.
+        """Tell whether the run has what a finding needs: level of `--keep`, optional part,
+        segments, and results per example.
         """
         finding = declared_findings()[name]
         return (
@@ -56,9 +56,14 @@ class Panel:
 
     def find(self, name: str, *arguments: Any, **options: Any) -> tuple[Any, str]:
         """Return a finding of this loss, computed once, and what it leaves out; None and the reason
-        where the run does not allow it.
+        if the run does not allow it.
 
-        The page says once what `--keep` leaves out, so this is not said again of each finding.
+        The page tells once what `--keep` leaves out, so this is not repeated for each finding.
+
+        Args:
+            name: of the finding.
+            arguments: of its function, after the loss.
+            options: of its function.
         """
         key = f"{name} {arguments} {sorted(options)}"
         if key not in self._findings:
@@ -78,7 +83,7 @@ class Panel:
 
     @property
     def missing(self) -> str:
-        """Return how many segments are missing, of how many."""
+        """Return how many segments are missing, out of how many."""
         done = self.results.progress()
         return f"{done['segments'] - done['segments_done']:,} of {done['segments']:,} segments"
 
@@ -89,7 +94,7 @@ class Panel:
 
     @cached_property
     def shares(self) -> np.ndarray[Any, Any]:
-        """Return (groups,), the weight of each group in the mean over all."""
+        """Return the weight of each group in the mean over all, (groups,)."""
         weights = np.asarray(self.summary["group_weights"], dtype=float)
         return (
             weights / weights.sum()
@@ -112,7 +117,12 @@ class Panel:
         ]
 
     def of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
-        """Return the values of one group, or their weighted mean over the groups."""
+        """Return the values of one group, or their weighted mean over the groups.
+
+        Args:
+            data: with an axis of groups, or without.
+            position: of the group; None for the mean.
+        """
         if "group" not in data.dims:
             return data
         if position is not None:
@@ -127,10 +137,10 @@ class Panel:
 
     @property
     def whole(self) -> dict[str, float]:
-        """Return the headline figures, of the weighted mean over the groups where there are any.
+        """Return the headline figures, of the weighted mean over the groups if there are any.
 
-        How many parameters help the mean loss does not follow from how many help each group, so
-        those shares are NaN; of a run that does not count them they are left out.
+        The share of parameters that help the mean loss does not follow from the shares for each
+        group, so these are NaN; they are missing for a run that does not count them.
         """
         shares = [name for name in ("helping", "hurting", "zero") if name in self.summary]
         names = ("loss_start", "loss_end", "loss_change", "allocated", "residual", *shares)
@@ -144,8 +154,12 @@ class Panel:
         }
 
     def share_of_group(self, data: xr.DataArray, position: int | None) -> xr.DataArray:
-        """Return shares of parameters in one group; NaN for the mean over groups, whose shares are
-        not known.
+        """Return shares of parameters for one group; NaN for the mean over groups, for which they
+        are unknown.
+
+        Args:
+            data: with an axis of groups, or without.
+            position: of the group; None for the mean.
         """
         of = self.of_group(data, position)
         return of * np.nan if position is None and "group" in data.dims else of
@@ -153,16 +167,21 @@ class Panel:
 
 @dataclass(frozen=True)
 class Room:
-    """The bytes of the page that the data of one panel may take."""
+    """The bytes of the page for the data of one panel."""
 
     bytes: float
 
     def points(self, series: int, part: float) -> int:
-        """Return how many points each of several series may have that share a part of the room."""
+        """Return the most points for each of several series that share a part of the room.
+
+        Args:
+            series: how many.
+            part: share of the room, between 0 and 1.
+        """
         return int(min(2000, max(40, self.bytes * part / (_POINT * max(1, series)))))
 
     def pixels(self, part: float) -> int:
-        """Return how many pixels of a byte fit into a part of the room."""
+        """Return how many one-byte pixels fit into a part of the room."""
         return int(max(1000, self.bytes * part * 0.74))
 
 
@@ -171,8 +190,12 @@ def choose(
 ) -> tuple[list[Panel], list[str]]:
     """Return the losses to show in full, and notes about the others.
 
-    Every run's first loss comes first, then those without groups; `losses` are shown in their
-    order, alone.
+    Every run's first loss comes first, then those without groups.
+
+    Args:
+        runs: opened runs.
+        losses: names of the only losses to show, in this order; empty for as many as fit.
+        labelled: the label of each run; None without labels.
     """
     labels = run_labels(runs, labelled)
     waiting = []
@@ -208,8 +231,13 @@ def choose(
 def beside(
     runs: Sequence[Run], panels: Sequence[Panel], labels: Sequence[str]
 ) -> list[Panel | None]:
-    """Return the first panel's loss in every run, shown in full or not; None where a run has no
+    """Return the first panel's loss in every run, shown in full or not; None if a run has no
     segment of it yet.
+
+    Args:
+        runs: opened runs.
+        panels: the losses shown in full.
+        labels: a name for each run.
     """
     loss, panels_beside = panels[0].loss, list[Panel | None]()
     for run, label in zip(runs, labels, strict=True):
@@ -228,10 +256,13 @@ def beside(
 
 
 def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> list[str]:
-    """Return a short name for each run: its directory, with as many parents as tell it from the
-    others.
+    """Return a short name for each run: its directory, with as many parents as make it distinct.
 
-    Where runs have labels these come first, and alone where no other run has the same.
+    Labels come first, and alone if only one run has them.
+
+    Args:
+        runs: opened runs.
+        labelled: the label of each run; None without labels.
     """
     if labelled is not None:
         names = run_labels(runs)
@@ -253,8 +284,8 @@ def run_labels(runs: Sequence[Run], labelled: Sequence[str] | None = None) -> li
 
 
 def _in_order(run: Run) -> list[str]:
-    """Return the losses of a run: those without groups first; in either part, those over data
-    before terms of parameters.
+    """Return the losses of a run: those without groups first; among equals, losses over data before
+    terms of parameters.
     """
     records = {name: run[name].record for name in run}
     return sorted(

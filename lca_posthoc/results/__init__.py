@@ -1,5 +1,5 @@
-"""The run directory, which only this package knows: create it, write and commit spans, verify, open
-as labelled arrays.
+"""Own the run directory: create it, write and commit spans, verify it, and open it as labelled
+arrays.
 """
 
 from .boundary_checks import differ, disagreement, meeting

@@ -1,7 +1,7 @@
-"""The checkpoints at which spans meet: both spans hold the loss there, and it must be one number.
+"""Compare the loss at checkpoints where spans meet: both spans hold it, and the values must agree.
 
-The comparison detects data that changed outside the sample a loss is recognised by, and machines
-that compute wrongly: without it, the sums of neighbouring spans would not join.
+The comparison detects data changed outside the fingerprinted sample, and machines that compute
+wrongly, for which the sums of neighbouring spans would not join.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from ..errors import LCAError
 from ..numerics.precisions import PRECISIONS
 from .commits import Commits
 
-# span → the loss at its first and its last checkpoint, groups averaged
+# maps a span to the loss at its first and its last checkpoint, groups averaged
 Ends = Mapping[int, list[float]]
 
 
 def differ(commits: Commits, one: float, other: float) -> bool:
-    """Tell whether two values of a loss at one checkpoint are further apart than rounding on
-    another machine may bring them.
+    """Tell whether two values of a loss at one checkpoint differ by more than rounding on another
+    machine may cause.
 
-    Rounding is taken as relative to the larger value plus a hundredth of the loss at the first
+    Rounding is taken relative to the larger value plus a hundredth of the loss at the first
     checkpoint.
+
+    Args:
+        commits: of the loss.
+        one: a value.
+        other: another value.
     """
     first = commits.manifest.losses[commits.loss].identity[0]
     scale = max(abs(one), abs(other)) + (abs(first["loss"]) / 100 if first else 0.0)
@@ -31,16 +36,16 @@ def differ(commits: Commits, one: float, other: float) -> bool:
 
 
 def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
-    """Say how a span and the one before it differ at the checkpoint they share; None where they
+    """Describe how a span and the one before it differ at their shared checkpoint; None if they
     agree, or one is not committed.
 
     Args:
         commits: of a loss.
-        span: the later one; one that starts elsewhere than the one before ends shares none.
+        span: the later one; if it starts elsewhere than the one before ends, they share none.
         known: ends that are known; the others are read from markers.
 
     Raises:
-        LCAError: where a marker is damaged.
+        LCAError: if a marker is damaged.
     """
     if not _joins(commits, span):
         return None
@@ -55,12 +60,12 @@ def disagreement(commits: Commits, span: int, known: Ends) -> str | None:
 
 
 def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] | None:
-    """Return the position of a checkpoint at the end of a committed span beside one to be computed,
-    and the loss there; None without one.
+    """Return the position of a checkpoint at the end of a committed span next to one to be
+    computed, and the loss there; None if there is none.
 
     Args:
         commits: of a loss.
-        again: spans that are committed and will be computed again.
+        again: committed spans that will be recomputed.
     """
     pending = {*commits.pending(), *again}
     for span in sorted(pending):
@@ -69,7 +74,7 @@ def meeting(commits: Commits, again: Collection[int] = ()) -> tuple[int, float] 
                 continue
             try:
                 ends = _ends(commits, beside, {})
-            except LCAError:  # its marker is damaged, which is reported elsewhere
+            except LCAError:  # a damaged marker is reported elsewhere
                 continue
             if ends is not None:
                 rows, starts = commits.manifest.rows(beside), commits.manifest.starts

@@ -1,4 +1,4 @@
-"""Chunks are compressed, written and flushed by a few threads, behind the one that makes arrays."""
+"""Compress, write and flush chunks in a few threads, behind the thread that makes arrays."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from .packs import LARGEST, Seal, is_packed, write_pack
 A = TypeVar("A")
 
 SUFFIX = "partial"  # of the temporary names of chunks
-WAITING = 2**23  # bytes of arrays that may wait while more are made
+WAITING = 2**23  # the most bytes of waiting arrays
 _AT_A_TIME = 4  # a file system flushes several files in about the time of one
 
 
 class ChunkWriter:
     """Writes whole chunks of arrays in threads, each under a temporary name that is then renamed,
-    never through a link. Where a run is packed, small chunks wait, compressed, for the others of
-    their span, and are written together.
+    never through a link.
 
-    Arrays wait uncopied, so nobody may change what was handed over, and at most `WAITING` bytes of
-    them: what is more is awaited at once. What goes wrong in a thread is raised, as it is, by the
-    next call. The threads end with the context, which waits for them; where it ends with an
-    exception, what they have not begun is left out.
+    In a packed run, small compressed chunks wait for the others of their span, and are written
+    together. Arrays wait uncopied, so they must not change after they are handed over. At most
+    `WAITING` bytes of them wait; more are awaited at once. An exception in a thread is raised by
+    the next call. The end of the context waits for the threads; after an exception it skips what
+    they have not started.
 
     Args:
         root: directory of the run.
-        durable: whether chunks are flushed to disk.
+        durable: whether to flush chunks to disk.
         packed: whether small chunks wait for the others of their span.
     """
 
@@ -62,14 +62,14 @@ class ChunkWriter:
     def write(
         self, place: str, plan: ArrayPlan, values: np.ndarray[Any, Any], corner: Sequence[int]
     ) -> None:
-        """Hand over a part of an array. A chunk is handed over again only after `wait`: threads
-        keep no order.
+        """Hand over a part of an array. Handing over a chunk again needs `wait` before, because
+        threads keep no order.
 
         Args:
             place: path of the loss's group below the run.
             plan: of the array.
-            values: see `encoding.chunks_of`; `corner` too.
-            corner: where the part begins.
+            values: see `encoding.chunks_of`.
+            corner: where the part begins, see `encoding.chunks_of`.
         """
 
         def write(chunk: tuple[str, np.ndarray[Any, Any]]) -> None:
@@ -80,16 +80,16 @@ class ChunkWriter:
         self._await(WAITING)
 
     def wait(self) -> None:
-        """Wait until everything that was handed over is written."""
+        """Wait until everything handed over is written."""
         self._await(-1)
 
     def sealed(self, paths: Iterable[str], pack: Path) -> dict[str, Seal]:
-        """Wait, and return the seals of some of the chunks, by their paths below the run; where
-        durable, they and their names are on disk then.
+        """Wait, and return the seals of some chunks, by their paths below the run; if durable, they
+        and their names are then on disk.
 
         Args:
             paths: of the chunks.
-            pack: the file for small ones, where the run is packed.
+            pack: the file for small ones, if the run is packed.
         """
         self.wait()
         paths = list(paths)

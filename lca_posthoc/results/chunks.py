@@ -1,7 +1,6 @@
-"""A run as zarr sees it: metadata that follows from `run.json`, chunks that are checked as they are
-read.
+"""Present a run to zarr: metadata derived from `run.json`, and chunks that are checked on reading.
 
-The store is our own and no wrapper around zarr's, so that a later release cannot bring a way past
+The store is our own, not a wrapper around zarr's, so that a later release cannot add a way around
 the checks: zarr reads from any store through `get`.
 """
 
@@ -33,7 +32,7 @@ from .manifest import Manifest
 from .metadata import fits, metadata_files
 from .packs import Pack, is_packed
 
-_MARKERS = 256  # that stay in memory while chunks are read, each with its pack where it is small
+_MARKERS = 256  # markers kept in memory while chunks are read, each with its pack if it is small
 
 
 class _LossStore(Store):
@@ -109,11 +108,11 @@ class _LossStore(Store):
 
 class CheckedStore(_LossStore):
     """Some parts of a loss for reading; every chunk is compared with the marker of its span before
-    it becomes a number.
+    it becomes numbers.
 
     Raises:
-        LCAError: at once, where metadata or coordinates on disk are not the run's; from every read
-            of a chunk that is missing or altered, or that no committed span speaks for.
+        LCAError: at once, if metadata or coordinates on disk are not the run's; on every read of a
+            chunk that is missing or altered, or belongs to no committed span.
     """
 
     def __init__(self, path: Path, manifest: Manifest, loss: str, parts: Iterable[str]) -> None:
@@ -152,7 +151,7 @@ class CheckedStore(_LossStore):
         marker, pack = self._committed(where, of_totals, row)
         recorded = marker["files"].get((self._place / key).relative_to(self._root).as_posix())
         if recorded is None:
-            raise self._damage(where, "a chunk is not the one that was committed")
+            raise self._damage(where, "a chunk differs from the committed one")
         try:
             packed = is_packed(recorded)
             data = pack.read(recorded) if packed else disk.read(self._place / key)
@@ -161,12 +160,15 @@ class CheckedStore(_LossStore):
         except OSError as error:
             raise self._damage(where, f"a chunk cannot be read ({error.strerror})") from None
         if recorded[:2] != [len(data), zlib.crc32(data)]:
-            raise self._damage(where, "a chunk is not the one that was committed")
+            raise self._damage(where, "a chunk differs from the committed one")
         return data
 
     def _committed(self, where: str, of_totals: bool, row: int) -> tuple[Marker, Pack]:
-        """Return the marker that speaks for a chunk, and the pack of its row; `where` names the
-        chunk in messages.
+        """Return the marker that lists a chunk, and the pack of its row; `where` names the chunk in
+        messages.
+
+        Raises:
+            LCAError: if the span is not committed any more, or its marker is damaged.
         """
         commits = self._commits
         try:
@@ -174,7 +176,7 @@ class CheckedStore(_LossStore):
         except FileNotFoundError:
             raise LCAError(
                 f"loss {commits.loss!r} in {self._root}: {where} is not committed any more. Open "
-                "the run again, and where no driver works on it, run `lca run` again."
+                "the run again; if no driver works on it, run `lca run` again."
             ) from None
         except (ValueError, OSError) as error:
             raise self._damage(where, str(error)) from None
@@ -195,7 +197,7 @@ class CheckedStore(_LossStore):
 
 
 def name_of(plan: ArrayPlan) -> str:
-    """Return the name of an array in words: its part, and the tensor by its real name or the field.
+    """Return the name of an array in words: its part, and the real name of its tensor or the field.
 
     Returns:
         For instance "allocation of 'fc1.weight'", or "steps/residual".

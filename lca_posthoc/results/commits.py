@@ -1,5 +1,5 @@
-"""Commit markers, which are written last: each says that a span, or a window of totals, is there
-and what its bytes are.
+"""Read and write commit markers, which come last: each states that a span, or a window of totals,
+exists, and the seals of its files.
 """
 
 from __future__ import annotations
@@ -23,24 +23,28 @@ PARTIAL = "partial"
 
 
 class Marker(TypedDict, total=False):
-    """A commit marker, as JSON holds it; that of a window of totals says `window` in place of the
-    facts of a span.
+    """A commit marker in JSON; that of a window of totals has `window` in place of the fields of a
+    span.
 
     Attributes:
         run: the id of the run.
         loss: its name.
-        span: its number on the grid; `steps` are the training steps its segments start from.
+        span: its number on the grid.
+        steps: the training steps its segments start from.
         window: the number of the window of totals.
         files: the seal of each chunk, by its path below the run, see `packs`.
-        partial: size and CRC-32 of totals that wait for their window; None where the span has none.
+        partial: size and CRC-32 of totals that wait for their window; None if the span has none.
         ends: the loss at the first and the last checkpoint, groups averaged.
-        evaluations: of the loss or its gradient; `forward_passes` of the model, `seconds` of the
-            worker.
-        batch_size: of the evaluations; `worst_residual` and `unconverged` segments of the
-            allocation.
+        evaluations: of the loss or its gradient.
+        forward_passes: of the model.
+        seconds: of the worker.
+        batch_size: of the evaluations.
+        worst_residual: of the allocation.
+        unconverged: segments of the allocation.
         silent: tensors that moved without a gradient of the loss.
-        hidden: those of them the loss depends on nevertheless, through detach() or no_grad().
-        host: on which the worker was; `pid` is its process.
+        hidden: those of them that the loss depends on nevertheless, through detach() or no_grad().
+        host: of the worker.
+        pid: its process.
     """
 
     run: str
@@ -70,7 +74,7 @@ class Waiting:
     Attributes:
         path: of the file.
         segments: of the stretch.
-        span: whose they are; None for those that wait since checkpoints were added.
+        span: to which they belong; None for those that wait since checkpoints were added.
     """
 
     path: Path
@@ -81,9 +85,9 @@ class Waiting:
 class Commits:
     """The markers of one loss.
 
-    Their names carry how many segments they speak for, so that the marker of a span that was
-    shorter is never taken for one of the whole. `manifest` is that of the run up to the last
-    checkpoint the loss covers.
+    Their names include the number of segments, so that the marker of a formerly shorter span is
+    never taken for one of the whole. `manifest` is that of the run up to the last checkpoint that
+    the loss covers.
     """
 
     def __init__(self, path: Path, manifest: Manifest, loss: str) -> None:
@@ -105,7 +109,7 @@ class Commits:
         )
 
     def pack(self, marker: Path) -> Path:
-        """Return the path of the file of small chunks that a marker speaks for."""
+        """Return the path of the file of small chunks that a marker lists."""
         return self.path / DATA / self.key / PACKS / marker.stem
 
     def partial(self, span: int, since: int | None = None) -> Path:
@@ -113,19 +117,19 @@ class Commits:
 
         Args:
             span: its number on the grid.
-            since: the first segment of the span that is counted there; `counted` where None.
+            since: the first segment of the span that it counts; by default that of `counted`.
         """
         since = self.counted(span) if since is None else since
         return self.partials / f"{span:06d}-{since}-{self.manifest.length(span)}"
 
     @property
     def partials(self) -> Path:
-        """The directory in which totals wait."""
+        """Return the directory in which totals wait."""
         return self.path / PARTIAL / self.key
 
     def begun(self, window: int) -> Waiting | None:
-        """Return the totals of a window up to where checkpoints were added, which wait; None where
-        it has none.
+        """Return the totals of a window up to where checkpoints were added, which wait; None if it
+        has none.
         """
         if self._begun is None or self.manifest.window_of(self._begun[0] - 1) != window:
             return None
@@ -135,8 +139,8 @@ class Commits:
 
     @staticmethod
     def begun_name(segments: int) -> str:
-        """Return the name of the file in which the totals of the last window wait that had been
-        folded when the run had so many segments.
+        """Return the name of the file with the waiting totals of the last window, folded when the
+        run had so many segments.
         """
         return f"begun-{segments}"
 
@@ -169,8 +173,9 @@ class Commits:
         return begun is not None and segment < self.manifest.rows_of(window).start + begun.segments
 
     def waiting(self, window: int) -> Iterator[Waiting]:
-        """Yield what joins to the totals of a window, in order, also where another worker has just
-        folded it: files are then gone, and never only some of them are named.
+        """Yield the totals to merge for a window, in order.
+
+        If another worker has just folded it, all of its files are missing, and all are named.
         """
         begun = self.begun(window)
         if begun is not None:
@@ -181,17 +186,18 @@ class Commits:
                 yield Waiting(self.partial(span, since), length - since, span)
 
     def seal_of(self, waiting: Waiting) -> list[int] | None:
-        """Return size and CRC-32 that were recorded of totals that wait.
+        """Return the recorded size and CRC-32 of waiting totals.
 
         Raises:
-            ValueError, OSError: as `load` does.
+            ValueError: as `load` does.
+            OSError: as `load` does.
         """
         if waiting.span is not None:
             return self.load(waiting.span)["partial"]
         return None if self._begun is None else self._begun[1:]
 
     def waits(self, name: str) -> bool:
-        """Tell whether a file in the directory of waiting totals is one that is still needed."""
+        """Tell whether a file in the directory of waiting totals is still needed."""
         if self._begun is not None and name == self.begun_name(self._begun[0]):
             return not self.is_folded(self.manifest.window_of(self._begun[0] - 1))
         number = name.partition("-")[0]
@@ -200,18 +206,18 @@ class Commits:
         return self.keeps_partial(int(number)) and self.partial(int(number)).name == name
 
     def keeps_partial(self, span: int) -> bool:
-        """Tell whether a span has, or still needs, totals of its own that wait."""
+        """Tell whether a span has, or still needs, waiting totals of its own."""
         return self.manifest.window > 1 and self.counted(span) < self.manifest.length(span)
 
     def is_committed(self, span: int) -> bool:
         """Tell whether a span has a marker, and its totals still wait or are folded.
 
-        It looks for those that wait first: another worker removes them once they are folded.
+        It looks for waiting totals first, because another worker removes them once they are folded.
         """
         return _is_there(self.marker(span)) and self._has_totals(span)
 
     def _has_totals(self, span: int) -> bool:
-        """Tell whether the totals of a span that has a marker wait, or are where they belong."""
+        """Tell whether the totals of a span with a marker wait, or are folded."""
         if self.manifest.window == 1:
             return True
         return _is_there(self.partial(span)) or not self.keeps_partial(span)
@@ -245,10 +251,10 @@ class Commits:
                 yield plan, f"{DATA}/{self.key}/{file}"
 
     def span_summary(self, span: int) -> Marker | None:
-        """Return the marker of a span; None where the span is not committed.
+        """Return the marker of a span; None if the span is not committed.
 
         Raises:
-            LCAError: where the marker is damaged.
+            LCAError: if the marker is damaged.
         """
         marker = self._read(span)
         return None if marker is None or not self._has_totals(span) else marker
@@ -257,7 +263,7 @@ class Commits:
         """Return the markers of all spans that have one, in order.
 
         Raises:
-            LCAError: where a marker is damaged.
+            LCAError: if a marker is damaged.
         """
         markers = map(self._read, range(self.manifest.spans))
         return [marker for marker in markers if marker is not None]
@@ -286,12 +292,12 @@ class Commits:
         )
 
     def load(self, span: int) -> Marker:
-        """Read the marker of a span and check that it belongs to this span of this run;
-        `load_window` does likewise.
+        """Read the marker of a span and check that it belongs to this span of this run, as
+        `load_window` does.
 
         Raises:
-            ValueError: says in a few words what is wrong with it.
-            OSError: where it cannot be read.
+            ValueError: describing the damage in a few words.
+            OSError: if it cannot be read.
         """
         rows = self.manifest.rows(span)
         marker = self._load(
@@ -299,7 +305,7 @@ class Commits:
         )
         ends = marker.get("ends")
         if not isinstance(ends, list) or [type(end) for end in ends] != [float, float]:
-            raise ValueError("its commit marker does not say the loss at both ends")
+            raise ValueError("its commit marker lacks the loss at both ends")
         return marker
 
     def load_window(self, window: int) -> Marker:
@@ -318,7 +324,7 @@ class Commits:
         sealed = [*files.values()] if isinstance(files, dict) else [None]
         whole = partial is None or _is_seal(partial, 2)
         if not whole or not all(_is_seal(one, 2) or _is_seal(one, 3) for one in sealed):
-            raise ValueError("its commit marker does not say sizes and checksums")
+            raise ValueError("its commit marker lacks sizes and checksums")
         return cast("Marker", marker)
 
 
@@ -331,13 +337,20 @@ def _is_seal(value: object, length: int) -> bool:
 
 
 def _is_there(path: Path) -> bool:
-    """Tell whether a file is there and not empty; a power failure can take the content of one."""
+    """Tell whether a file exists and is not empty; a power failure can empty one."""
     return bool(disk.sizes([path])[0])
 
 
 def damaged(run: Path, loss: str, where: str, what: str) -> str:
-    """Return the message for a stored number that is not what was committed."""
+    """Return the message for a stored number that differs from the committed one.
+
+    Args:
+        run: its directory.
+        loss: its name.
+        where: names the place of the number.
+        what: describes the damage.
+    """
     return (
         f"loss {loss!r} in {run} is damaged: {where}: {what}. `lca verify {quoted(run)}` lists all "
-        f"damage, `lca repair {quoted(run)} --task FILE` computes it again."
+        f"damage, `lca repair {quoted(run)} --task FILE` recomputes it."
     )

@@ -1,11 +1,11 @@
-"""The files of a run, and the small files beside one: a few verbs, each with what it promises.
+"""Define the operations on a run's files, and on small files beside it, and what each guarantees.
 
 A run lies in a directory of a POSIX file system (`local_files`) or in an object store
-(`object_store`); the path tells which. The other modules name the files of a run and know what they
-hold; they open, look up, rename and remove them by these verbs alone.
+(`object_store`); the path tells which. The other modules know the names and contents of the files
+of a run; they open, list, rename and remove them only by these operations.
 
-Where `durable` is false, nothing is flushed in a file system: a power failure may take what was
-written last, and the checksums show it. What an object store has accepted is durable.
+If `durable` is false, nothing is flushed in a file system: a power failure may lose the latest
+writes, which the checksums detect. What an object store has accepted is durable.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .home import Kind, LockFile, State
 
 
 class _Home(Protocol):
-    """A module with the verbs below, for paths of its kind."""
+    """A module with the operations below, for paths of its kind."""
 
     def is_object_store(self) -> bool: ...
 
@@ -95,8 +95,8 @@ def _home(path: Path) -> _Home:
 def is_object_store(path: Path) -> bool:
     """Tell whether a path is in an object store.
 
-    There a file is written whole or not at all, nothing is renamed, and directories are no more
-    than what names of files have in common.
+    There a file is written whole or not at all, nothing is renamed, and directories are only common
+    prefixes of names.
     """
     return is_remote(path)
 
@@ -107,11 +107,12 @@ def can_lock(path: Path) -> bool:
 
 
 def check_promises(run: Path) -> None:
-    """Try in the place of a run what an object store must keep to; asks nothing of a file system.
+    """Test in the place of a run what results need from an object store; do nothing in a file
+    system.
 
     Raises:
-        ResourceError: where it does not keep to it; the text names what.
-        OSError: where the store cannot be reached, or refuses to write.
+        ResourceError: if the store breaks a guarantee; the text names it.
+        OSError: if the store cannot be reached, or rejects writing.
     """
     _home(run).check_promises(run)
 
@@ -122,67 +123,77 @@ def check_promises(run: Path) -> None:
 def state(path: Path, *, follow_links: bool = True) -> State:
     """Return the state of a path.
 
+    Args:
+        path: to look at.
+        follow_links: whether to return the state of a link's target.
+
     Raises:
-        FileNotFoundError, NotADirectoryError: where nothing is there.
-        OSError: where this cannot be told.
+        FileNotFoundError: if nothing exists there.
+        NotADirectoryError: if nothing exists there, because a parent is a file.
+        OSError: if the state cannot be read.
     """
     return _home(path).state(path, follow_links=follow_links)
 
 
 def kind(path: Path, *, follow_links: bool = False) -> Kind | None:
-    """Return the kind of what a path stands for; None where nothing is there.
+    """Return the kind of a path; None if nothing exists there.
+
+    Args:
+        path: to look at.
+        follow_links: whether to return the kind of a link's target.
 
     Raises:
-        OSError: where this cannot be told.
+        OSError: if the kind cannot be read.
     """
     try:
         return state(path, follow_links=follow_links).kind
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        if error.errno != errno.ELOOP:  # of links in a circle, which lead nowhere
+        if error.errno != errno.ELOOP:  # links in a circle, which lead nowhere
             raise
         return None
 
 
 def is_link(path: Path) -> bool:
-    """Tell whether a path is a link, of which an object store has none.
+    """Tell whether a path is a link; object stores have none.
 
     Raises:
-        OSError: where this cannot be told.
+        OSError: if this cannot be read.
     """
     return not is_object_store(path) and kind(path) == "link"
 
 
 def exists(path: Path) -> bool:
-    """Tell whether something is at a path; a link counts as what it leads to."""
+    """Tell whether something exists at a path; a link counts as its target."""
     return kind(path, follow_links=True) is not None
 
 
 def sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Return the bytes of each of some files of one home; None for one that is not there."""
+    """Return the bytes of each of several files of one home; None for missing ones."""
     return _home(paths[0]).sizes(paths) if paths else []
 
 
 def names(directory: Path) -> list[str]:
-    """Return the names in a directory, sorted; none where it is missing or cannot be listed, for
-    no result relies on a listing.
+    """Return the names in a directory, sorted; none if it is missing or unreadable, because no
+    result relies on a listing.
     """
     return _home(directory).names(directory)
 
 
 def free_space(path: Path) -> tuple[Path, int] | None:
-    """Return the nearest directory above a path that exists, and the bytes that are free there;
-    None in an object store, which tells of no bound.
+    """Return the nearest existing directory above a path, and its free bytes; None in an object
+    store, which reports no limit.
     """
     return _home(path).free_space(path)
 
 
 def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Yield every directory below one, and itself, each with the names of its directories (links
-    to directories among them, which are not entered) and of its files.
+    """Yield every directory below one, and itself, with the names of its directories and of its
+    files.
 
-    The caller may remove names of directories, which are then not entered.
+    Links to directories are among the former, and are not entered. The caller may remove names of
+    directories, which are then not entered.
     """
     return _home(directory).walk(directory)
 
@@ -193,36 +204,49 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 def read(path: Path, most: int = -1) -> bytes:
     """Return the bytes of a file, or its first `most`.
 
+    Args:
+        path: of the file.
+        most: bytes to read; -1 for all.
+
     Raises:
-        OSError: where it cannot be read.
+        OSError: if it cannot be read.
     """
     return _home(path).read(path, most)
 
 
 def read_part(path: Path, start: int, size: int) -> bytes:
-    """Return so many bytes of a file from a place on, fewer where it ends before.
+    """Return a part of a file, shorter where the file ends before.
+
+    Args:
+        path: of the file.
+        start: offset of the first byte.
+        size: bytes to read.
 
     Raises:
-        OSError: where it cannot be read.
+        OSError: if it cannot be read.
     """
     return _home(path).read_part(path, start, size)
 
 
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
-    """Yield the bytes of a file, a block at a time; `flush` makes them durable first.
+    """Yield the bytes of a file, a block at a time.
+
+    Args:
+        path: of the file.
+        flush: whether to make them durable first.
 
     Raises:
-        OSError: where it cannot be read.
+        OSError: if it cannot be read.
     """
     return _home(path).blocks(path, flush=flush)
 
 
 def lines_from_the_end(path: Path) -> Iterator[bytes]:
-    """Yield the lines of a file that was written by `append`, the last one first, reading no more
-    of it than is asked for.
+    """Yield the lines of a file that `append` wrote, the last one first, reading only as much as
+    needed.
 
     Raises:
-        OSError: where it cannot be read.
+        OSError: if it cannot be read.
     """
     return _home(path).lines_from_the_end(path)
 
@@ -238,9 +262,9 @@ def write_whole(
     Args:
         path: of the file.
         data: its bytes.
-        durable: whether they are on disk when this returns.
-        suffix: of the temporary name, by which `sweep` knows what a killed writer left.
-        temporary: that name, where another process must be able to tell whose file it is.
+        durable: whether to flush them to disk before returning.
+        suffix: of the temporary name, by which `sweep` recognises what a killed writer left.
+        temporary: that name, if another process must recognise the file's owner.
     """
     write_blocks(path, [data], durable, suffix=suffix, temporary=temporary)
 
@@ -253,51 +277,71 @@ def write_blocks(
     suffix: str = "tmp",
     temporary: str | None = None,
 ) -> None:
-    """Write or replace a file as `write_whole` does, a block of bytes at a time."""
+    """Write or replace a file as `write_whole` does, a block of bytes at a time.
+
+    Args:
+        path: of the file.
+        data: its bytes, in blocks.
+        durable: whether to flush them to disk before returning.
+        suffix: see `write_whole`.
+        temporary: see `write_whole`.
+    """
     _home(path).write_blocks(path, data, durable, suffix=suffix, temporary=temporary)
 
 
 def append(path: Path, text: str) -> None:
-    """Append text to a file, which is created where it is missing; for logs, of which a crash may
-    leave half a line.
+    """Append text to a file, which is created if missing; for logs, in which a crash may leave half
+    a line.
+
+    Args:
+        path: of the file.
+        text: whole lines.
     """
     _home(path).append(path, text)
 
 
 def beat(path: Path) -> None:
-    """Give a sign of life: the file's `changed` becomes now.
+    """Send a heartbeat: set the file's `changed` to now.
 
     Raises:
-        OSError: where it is not there.
+        OSError: if there is no file.
     """
     _home(path).beat(path)
 
 
 def create_directory(path: Path) -> None:
-    """Create a directory that must not be there.
+    """Create a directory that must not exist.
 
     Raises:
-        FileExistsError: where something is.
+        FileExistsError: if something exists there.
     """
     _home(path).create_directory(path)
 
 
 def ensure_directory(path: Path, *, durable: bool = False) -> None:
-    """Create a directory and those above it, as far as they are missing; where durable, their names
-    are on disk when this returns.
+    """Create a directory and its parents, where missing.
+
+    Args:
+        path: of the directory.
+        durable: whether to flush their names to disk before returning.
 
     Raises:
-        FileExistsError, NotADirectoryError: where something else is in its place.
+        FileExistsError: if something else is in its place.
+        NotADirectoryError: if a parent is a file.
     """
     _home(path).ensure_directory(path, durable=durable)
 
 
 def publish(building: Path, path: Path, durable: bool) -> None:
-    """Give a directory that was built beside it its name, at once and whole; not in an object
-    store.
+    """Rename a directory that was built beside its place, atomically; not in an object store.
+
+    Args:
+        building: the directory.
+        path: its new name.
+        durable: whether to flush the name to disk before returning.
 
     Raises:
-        FileExistsError: where a directory that is not empty has the name.
+        FileExistsError: if a nonempty directory has the name.
     """
     local_files.publish(building, path, durable)
 
@@ -311,18 +355,21 @@ def flush_names(directory: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a link and not what it leads to; one that is gone already is no error."""
+    """Remove a file, or a link but not its target; ignore a missing one."""
     _home(path).remove(path)
 
 
 def remove_empty(directory: Path) -> None:
-    """Remove a directory that is empty; one that is not, or is not there, stays as it is."""
+    """Remove an empty directory; ignore one that is not empty or missing."""
     _home(directory).remove_empty(directory)
 
 
 def remove_tree(directory: Path, *, strict: bool = False) -> None:
-    """Remove a directory with everything in it; what cannot be removed stays, and is an `OSError`
-    where `strict`.
+    """Remove a directory with everything in it.
+
+    Args:
+        directory: to remove.
+        strict: whether to raise an `OSError` for what cannot be removed, in place of leaving it.
     """
     _home(directory).remove_tree(directory, strict=strict)
 
@@ -331,15 +378,14 @@ def remove_tree(directory: Path, *, strict: bool = False) -> None:
 
 
 def open_lock(path: Path, *, create: bool = False) -> LockFile:
-    """Open the file by which drivers keep apart; it is closed, and unlocked, at the end of its
-    context.
+    """Open the file that keeps drivers apart; the end of its context closes and unlocks it.
 
     Args:
-        path: of the file; nothing is opened through a link.
-        create: whether to create it where it is missing, and to open it for writing.
+        path: of the file; links are not followed.
+        create: whether to create it if missing, and to open it for writing.
 
     Raises:
-        FileNotFoundError: where it is missing.
-        OSError: with `ELOOP` where it is a link.
+        FileNotFoundError: if it is missing.
+        OSError: with `ELOOP` if it is a link.
     """
     return _home(path).open_lock(path, create=create)

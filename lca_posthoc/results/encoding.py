@@ -1,8 +1,8 @@
-"""Arrays as the bytes of chunks: compressed by blosc and followed by their CRC-32C, byte by byte as
-zarr's codecs write them.
+"""Encode arrays as the bytes of chunks: compressed by blosc and followed by their CRC-32C, exactly
+as zarr's codecs write them.
 
-Zarr would schedule every step of every chunk apart, which costs several times what compressing one
-does.
+Zarr would schedule every step of every chunk separately, which costs several times as much as the
+compression.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from .layout import ArrayPlan
 
-numcodecs.blosc.use_threads = False  # of its own: ours call it at the same time
+numcodecs.blosc.use_threads = False  # our own threads call it at the same time
 
 
 def compressed(values: np.ndarray[Any, Any]) -> bytes:
@@ -38,7 +38,7 @@ def encoded(plan: ArrayPlan, part: np.ndarray[Any, Any]) -> bytes:
 
     Args:
         plan: of the array.
-        part: the numbers of the chunk, fewer where it reaches beyond the end of the array.
+        part: the numbers of the chunk, fewer where it extends beyond the end of the array.
     """
     dtype = np.dtype(plan.dtype).newbyteorder("<")
     if part.shape != plan.chunks:
@@ -52,14 +52,14 @@ def encoded(plan: ArrayPlan, part: np.ndarray[Any, Any]) -> bytes:
 def chunks_of(
     plan: ArrayPlan, values: np.ndarray[Any, Any], corner: Sequence[int]
 ) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """Yield the path below the loss's group, and the numbers, of each chunk of a part of an array,
-    which are views of it.
+    """Yield the path below the loss's group, and the numbers (views), of each chunk of a part of an
+    array.
 
     Args:
         plan: of the array.
-        values: the part, which ends where chunks end or the array does.
-        corner: where the part begins along the first axes, at the beginning of chunks; along the
-            others it is all of the array.
+        values: the part, which ends where chunks or the array end.
+        corner: where the part begins along the first axes, at the start of chunks; along the others
+            it spans the array.
     """
     first = [begin // size for begin, size in zip(corner, plan.chunks, strict=False)]
     first += [0] * (values.ndim - len(first))

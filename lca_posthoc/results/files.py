@@ -1,6 +1,4 @@
-"""Tables with a checksum over themselves, seals of files, and links, through which nothing is
-written.
-"""
+"""Read and write tables with their own checksums, seal files, and reject links."""
 
 from __future__ import annotations
 
@@ -14,16 +12,22 @@ from ..errors import LCAError
 from . import disk
 
 _LARGEST = 2**30  # bytes of a JSON file
-_AT_A_TIME = 4  # files that are written and flushed
+_AT_A_TIME = 4  # files written and flushed at a time
 
 
 def write_json(path: Path, document: Mapping[str, object], durable: bool = True) -> None:
-    """Write a table with a checksum over itself as its field `crc32`."""
+    """Write a table with a checksum of itself as its field `crc32`.
+
+    Args:
+        path: of the file.
+        document: JSON-like.
+        durable: whether to flush it to disk before returning.
+    """
     disk.write_whole(path, sealed_json(document), durable)
 
 
 def sealed_json(document: Mapping[str, object]) -> bytes:
-    """Return the bytes that `write_json` writes of a table."""
+    """Return the bytes that `write_json` writes for a table."""
     return json.dumps(
         {**document, "crc32": _checksum(document)}, indent=1, allow_nan=False
     ).encode()
@@ -33,9 +37,9 @@ def read_json(path: Path) -> dict[str, object]:
     """Read a table that `write_json` wrote.
 
     Raises:
-        ValueError: where it is no such table, or its checksum is not that of its content; the text
-            says which in a few words.
-        OSError: where it cannot be read.
+        ValueError: if it is no such table, or its checksum does not match; the text says which in a
+            few words.
+        OSError: if it cannot be read.
     """
     data = disk.read(path, _LARGEST + 1)
     if len(data) > _LARGEST:
@@ -48,12 +52,12 @@ def read_json(path: Path) -> dict[str, object]:
         raise ValueError("it is not a table")
     recorded = document.pop("crc32", None)
     if recorded != _checksum(document):
-        raise ValueError("its content does not have the checksum recorded in it")
+        raise ValueError("its content does not match the checksum recorded in it")
     return document
 
 
 def _checksum(document: Mapping[str, object]) -> int:
-    """Return the CRC-32 of the table written without spaces; the order of its fields counts."""
+    """Return the CRC-32 of the table written without spaces, in the order of its fields."""
     return zlib.crc32(json.dumps(document, separators=(",", ":"), allow_nan=False).encode())
 
 
@@ -62,12 +66,14 @@ def _refused(constant: str) -> None:
 
 
 def seal(path: Path, durable: bool) -> list[int]:
-    """Return the size of a file and the CRC-32 of its bytes, which are flushed to disk first where
-    durable.
+    """Return the size of a file and the CRC-32 of its bytes.
 
-    Not CRC-32C: chunks end in their own CRC-32C, and over data followed by its own checksum a CRC
-    is the same constant for every intact file, so a whole chunk put in another one's place would go
-    unnoticed.
+    This is not CRC-32C. Chunks end in their own CRC-32C, and the CRC of data followed by its own
+    checksum is the same constant for every intact file, so that swapped chunks would go unnoticed.
+
+    Args:
+        path: of the file.
+        durable: whether to flush its bytes to disk first.
     """
     return list(checksum(disk.blocks(path, flush=durable)))
 
@@ -82,10 +88,14 @@ def checksum(blocks: Iterable[bytes]) -> tuple[int, int]:
 
 
 def write_all(files: Mapping[str, bytes], root: Path, durable: bool) -> None:
-    """Write or replace files below `root`, by their paths; where durable, they, their names and
-    those of the directories down to them are on disk when this returns.
+    """Write or replace files, several at a time, because file systems flush several in about the
+    time of one.
 
-    Some at a time: a file system flushes several files in about the time of one.
+    Args:
+        files: their bytes, by paths below `root`.
+        root: the directory above them.
+        durable: whether to flush them, their names and those of new directories to disk before
+            returning.
     """
     with ThreadPoolExecutor(_AT_A_TIME, "lca-write") as threads:
         list(threads.map(lambda path: disk.write_whole(root / path, files[path], durable), files))
@@ -97,26 +107,29 @@ def write_all(files: Mapping[str, bytes], root: Path, durable: bool) -> None:
 def refuse_links(root: Path, directory: Path) -> None:
     """Refuse to write through a link below a run.
 
+    Args:
+        root: the run, which itself may be a link.
+        directory: below it.
+
     Raises:
-        LCAError: where `directory`, or one between it and `root`, is a link. `root` itself may be
-            one.
+        LCAError: if `directory`, or one between it and `root`, is a link.
     """
     for place in (directory, *directory.parents):
         if place == root:
             return
         if disk.is_link(place):
             raise LCAError(
-                f"{place} is a link, and nothing is written through links out of a run. Put the "
+                f"{place} is a link, but writing never follows links out of a run. Put the "
                 "directory itself there, or remove the link and run `lca repair`."
             )
 
 
 def refuse_links_below(run: Path) -> None:
-    """Call `refuse_links` for every directory of a run but those inside arrays, which are checked
-    as they are written to.
+    """Call `refuse_links` for every directory of a run except those inside arrays, which are
+    checked on writing.
 
     Raises:
-        LCAError: where one is a link.
+        LCAError: if one is a link.
     """
     if disk.is_object_store(run):
         return

@@ -1,6 +1,4 @@
-"""Types that the homes of runs share: the state of a path, and the file by which drivers keep
-apart.
-"""
+"""Define types for the homes of runs: the state of a path, and the lock file of drivers."""
 
 from __future__ import annotations
 
@@ -17,8 +15,8 @@ class State:
     Attributes:
         kind: a file, a directory, a link (where links are not followed), or something else.
         size: in bytes.
-        changed: when its bytes last changed or its heartbeat was last given, in seconds since 1970.
-        version: another one as soon as the file was replaced or written to.
+        changed: time of the last change or heartbeat, in seconds since 1970.
+        version: changes whenever the file is replaced or written to.
     """
 
     kind: Kind
@@ -28,12 +26,13 @@ class State:
 
 
 class LockFile(Protocol):
-    """A file by which drivers keep apart, open for the length of a context."""
+    """The file that keeps drivers apart, open for the length of a context."""
 
     @property
     def is_of_kernel(self) -> bool:
-        """True where the kernel's lock keeps apart the processes of this host; False where only
-        the bytes of the file do, of which no two drivers can write the first.
+        """Tell whether a kernel lock keeps the processes of this host apart.
+
+        If not, only the bytes of the file do: no two drivers can write the first.
         """
 
     def __enter__(self) -> Self: ...
@@ -41,27 +40,31 @@ class LockFile(Protocol):
     def __exit__(self, *_: object) -> None: ...
 
     def acquire(self, *, shared: bool = False) -> bool:
-        """Take the kernel's lock without waiting; return False where there is none.
+        """Take the kernel lock without waiting; return False where there is none.
 
         Raises:
-            BlockingIOError: where another process has it.
+            BlockingIOError: if another process has it.
         """
 
     def read(self, most: int) -> bytes:
-        """Return the first bytes of the file, as they are now, at most so many."""
+        """Return the current first bytes of the file, at most `most`."""
 
     def write(self, data: bytes, *, durable: bool = False) -> None:
-        """Replace the bytes of the file; where durable, they are on disk when this returns.
+        """Replace the bytes of the file.
+
+        Args:
+            data: its new bytes.
+            durable: whether to flush them to disk before returning.
 
         Raises:
-            BlockingIOError: where they are no longer those that `read` returned.
+            BlockingIOError: if they are no longer those that `read` returned.
         """
 
     def beat(self) -> None:
-        """Give a sign of life: `age` begins again.
+        """Send a heartbeat, which resets `age`.
 
         Raises:
-            BlockingIOError: where the bytes are no longer those that `read` returned.
+            BlockingIOError: if the bytes are no longer those that `read` returned.
         """
 
     def age(self) -> float:

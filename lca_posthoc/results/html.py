@@ -1,8 +1,7 @@
-"""A run as a notebook shows it: a small table without scripts, every text escaped, from markers and
-the table of steps alone.
+"""Show a run in a notebook: a small table without scripts, every text escaped, from markers and the
+table of steps alone.
 
-Long names are cut in the middle, each unlike the others; numbers and messages of errors are shown
-whole.
+Long names are cut in the middle and stay distinct; numbers and messages of errors are shown whole.
 """
 
 from __future__ import annotations
@@ -24,18 +23,17 @@ if TYPE_CHECKING:
     from .run import LossResults, Run
 
 _HEAD = ("loss", "split", "groups", "segments", "done", "loss start → end", "residual")
-_MOST_LOSSES = 50  # losses that are listed
-# groups of a loss that are listed: of several losses, this many together beside the losses
-# themselves
+_MOST_LOSSES = 50  # losses listed
+# groups of a loss that are listed; several losses share this many
 _GROUPS = 20
 _NAME = 48  # characters of a name
-_MESSAGE = 2000  # characters of what went wrong, once the names in it are short
+_MESSAGE = 2000  # characters of an error's message, after its names are shortened
 
 
 @dataclass(frozen=True)
 class _Row:
     """A row: a loss, or a group of the loss above it (`inside`); the last cell of a short row spans
-    the columns that are missing.
+    the missing columns.
     """
 
     name: str
@@ -44,9 +42,7 @@ class _Row:
 
 
 def run_html(run: Run) -> str:
-    """Return a run as HTML: its path, its parameters, a row for each loss and some of its
-    groups.
-    """
+    """Return a run as HTML: its path, its parameters, a row for each loss and some of its groups."""
     manifest = run.manifest
     facts = (
         f"{count(manifest.parameters, 'parameter')} in {count(len(manifest.allocated), 'tensor')}, "
@@ -78,8 +74,8 @@ def results_html(results: LossResults) -> str:
 
 
 def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
-    """Yield the row of a loss and those of its first groups; where its numbers cannot be read, the
-    row says why.
+    """Yield the row of a loss and those of its first groups; if its numbers cannot be read, the row
+    tells why.
     """
     record, segments = results.record, results.manifest.segments
     known = [record.on or "", "" if record.groups is None else f"{len(record.groups):,}"]
@@ -89,7 +85,7 @@ def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
         state = "complete" if results.complete else f"{math.floor(1000 * done / segments) / 10:g} %"
         known += [f"{done:,} of {segments:,}", state]
         ends = _ends(_over_groups(steps)) if done else ["", ""]
-    except Exception as error:  # shown: what only displays must not stop a notebook
+    except Exception as error:  # display must not stop a notebook, so the row shows the error
         name = shorten([results.name], _NAME)[0]
         yield _Row(
             results.name, [*known, f"{type(error).__name__}: {error}".replace(results.name, name)]
@@ -101,7 +97,7 @@ def _rows(results: LossResults, groups: int) -> Iterator[_Row]:
 
 
 def _over_groups(steps: xr.Dataset) -> xr.Dataset:
-    """Return the table of steps of the weighted mean over the groups, where there are any."""
+    """Return the table of steps of the weighted mean over the groups, if there are any."""
     if "group" not in steps.dims:
         return steps
     return (steps * steps["weight"]).sum("group") / steps["weight"].sum("group")
@@ -158,7 +154,5 @@ def _cells(name: str, others: Sequence[str], inside: bool) -> str:
 
 
 def _text(text: str) -> str:
-    """Return a text as HTML that shows it and nothing else: without characters that steer the line,
-    of bounded length.
-    """
+    """Return a text as safe HTML: without control characters, of bounded length."""
     return escape(shorten([safe_in_page(text)], _MESSAGE)[0])

@@ -1,4 +1,4 @@
-"""Names of tensors and losses as safe, reversible names of files."""
+"""Encode names of tensors and losses as safe, reversible file names."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def _plain(name: str) -> str:
 
 
 def encode_all(names: Iterable[str], in_use: Iterable[str] = ()) -> dict[str, str]:
-    """Return a key for each name: percent-encoded, with a hash where it is too long or differs from
-    another by case alone.
+    """Return a key for each name: percent-encoded, with a hash if it is too long or differs from
+    another only by case.
 
     Args:
         names: to be encoded.
-        in_use: keys that are in use already.
+        in_use: existing keys.
 
     >>> encode_all(["fc/1.weight", "A", "a"])
     {'fc/1.weight': 'fc%2F1.weight', 'A': 'A-559aead08264', 'a': 'a-ca978112ca1b'}

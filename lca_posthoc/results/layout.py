@@ -1,4 +1,4 @@
-"""The arrays a run holds for one loss, their shapes, dimensions and chunks.
+"""Plan the arrays a run holds for one loss: shapes, dimensions and chunks.
 
 A chunk row along the first axis is exactly one span (one window for totals), so that a chunk has
 one writer.
@@ -41,7 +41,7 @@ class ArrayPlan:
         rows: of a chunk along the first axis: the segments of a span, or one window of totals.
         attributes: of the array; that of a tensor has the tensor's name.
         block: groups in a block; along `group`, chunks never cross a border between blocks. None
-            where there are no blocks.
+            without blocks.
     """
 
     path: str
@@ -54,8 +54,8 @@ class ArrayPlan:
 
     @property
     def chunks(self) -> tuple[int, ...]:
-        """The shape of a chunk: `rows` along the first axis; the other axes are split from the left
-        until it is about 1 MiB.
+        """Return the shape of a chunk: `rows` along the first axis; the other axes are split from
+        the left until it is about 1 MiB.
         """
         room = _CHUNK_BYTES // (np.dtype(self.dtype).itemsize * self.rows)
         chunks: list[int] = []
@@ -72,15 +72,15 @@ class ArrayPlan:
 
     @property
     def fill(self) -> float | int:
-        """The value a chunk that nobody wrote reads as without this package: NaN, or the smallest
-        integer; it is never stored.
+        """Return the value of a missing chunk for readers without this package: NaN, or the
+        smallest integer; it is never stored.
         """
         dtype = np.dtype(self.dtype)
         return float("nan") if dtype.kind == "f" else int(np.iinfo(dtype).min)
 
     @property
     def part(self) -> str:
-        """The part of the results it belongs to: "steps", "allocation", …"""
+        """Return the part of the results it belongs to: "steps", "allocation", …"""
         return self.path.partition("/")[0]
 
     @property
@@ -92,22 +92,20 @@ class ArrayPlan:
 
     @property
     def tensor(self) -> str | None:
-        """The name of the tensor whose numbers it holds; None where it holds a field of all of
-        them.
-        """
+        """Return the tensor whose numbers it holds; None for a field of all tensors."""
         name = self.attributes.get("name")
         return name if isinstance(name, str) else None
 
     @property
     def files(self) -> int:
-        """The number of chunks it is cut into."""
+        """Return the number of chunks it is cut into."""
         return math.prod(
             -(-extent // chunk) for extent, chunk in zip(self.shape, self.chunks, strict=True)
         )
 
     @property
     def inner(self) -> list[int]:
-        """The number of chunks in a row of chunks along each axis but the first."""
+        """Return the number of chunks in a row of chunks along each axis except the first."""
         return [
             -(-extent // chunk)
             for extent, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)
@@ -118,7 +116,7 @@ class ArrayPlan:
         yield from _places(f"{self.path}/c/{row}", self.inner)
 
     def has(self, inner: list[str]) -> bool:
-        """Tell whether a row of chunks has a file at these places along the other axes, as they are
+        """Tell whether a row of chunks has a file at these positions along the other axes, as
         written in its path.
         """
         places = {str(place): place for place in map(int, filter(str.isdecimal, inner))}
@@ -128,13 +126,13 @@ class ArrayPlan:
 
     @property
     def bytes(self) -> int:
-        """The size without compression, in bytes."""
+        """Return the size without compression, in bytes."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
 def _places(start: str, counts: list[int]) -> Iterator[str]:
-    """Yield every path of one number below each count; one at a time, because a hostile record may
-    claim any number of them.
+    """Yield every path of one number below each count; lazily, because a hostile record may claim
+    any count.
     """
     if not counts:
         yield start
@@ -144,7 +142,13 @@ def _places(start: str, counts: list[int]) -> Iterator[str]:
 
 
 def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[ArrayPlan]:
-    """Yield every array the workers write for one loss at a level of `--keep`."""
+    """Yield every array that workers write for one loss.
+
+    Args:
+        manifest: of the run.
+        keep: a level of `--keep`.
+        loss: its record.
+    """
     manifest = manifest.covered_by(loss)
     plans = _Plans(manifest, loss)
     yield from plans.of_steps()
@@ -171,7 +175,7 @@ def plan_arrays(manifest: Manifest, keep: str, loss: LossRecord) -> Iterator[Arr
 
 
 class _Plans:
-    """The arrays of one loss, part by part; `manifest` is that of what the loss covers."""
+    """The arrays of one loss, part by part; `manifest` is that of the segments the loss covers."""
 
     def __init__(self, manifest: Manifest, loss: LossRecord) -> None:
         self._manifest, self._loss = manifest, loss
@@ -184,8 +188,8 @@ class _Plans:
         attributes: dict[str, str | list[str]] | None = None,
         grouped: bool = True,
     ) -> ArrayPlan:
-        """Return an array with a row for each segment; `inner` are its axes but the first and that
-        of the groups, and their extents.
+        """Return an array with a row for each segment; `inner` maps its axes, except the first and
+        that of the groups, to their extents.
         """
         groups = self._loss.groups if grouped else None
         axes = {"step": self._manifest.segments}
@@ -214,8 +218,10 @@ class _Plans:
             yield self._rows("tensors/replicates", inner, "float64")
 
     def of_examples(self, per: str, rows: int) -> Iterator[ArrayPlan]:
-        """Yield the arrays of every example, or element; `group` holds the position of its group,
-        the same in every row, `uses` the allocation of tensors that are used in several operations.
+        """Yield the arrays of every example, or element.
+
+        `group` holds the position of its group, the same in every row; `uses` the allocation of
+        tensors that several operations use.
         """
         inner = {per: rows}
         for name in EXAMPLE_FIELDS:

@@ -1,4 +1,4 @@
-"""The verbs of `disk` in a directory of a POSIX file system."""
+"""Implement the operations of `disk` in a directory of a POSIX file system."""
 
 from __future__ import annotations
 
@@ -19,25 +19,30 @@ from ..base import locks
 from ..checkpoints.paths import nearest
 from .home import Kind, State
 
-_BLOCK = 2**22  # bytes that are read at a time
+_BLOCK = 2**22  # bytes read at a time
 _BLOCK_FROM_THE_END = 2**20
 _LOCK_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # Windows has neither
 
 
 def can_lock() -> bool:
-    """Tell whether this machine has the kernel's locks."""
+    """Tell whether this machine has kernel locks."""
     return locks.can_lock()
 
 
 def check_promises(run: Path) -> None:
-    """Try nothing: a file system that renames and flushes as POSIX says keeps what is promised."""
+    """Do nothing: renaming and flushing in POSIX give all guarantees."""
 
 
 # --- look -----------------------------------------------------------------------------------------
 
 
 def state(path: Path, *, follow_links: bool = True) -> State:
-    """Return the state of a path."""
+    """Return the state of a path.
+
+    Args:
+        path: to look at.
+        follow_links: whether to return the state of a link's target.
+    """
     status = path.stat() if follow_links else path.lstat()
     return State(
         kind=_kind(status.st_mode),
@@ -56,7 +61,7 @@ def _kind(mode: int) -> Kind:
 
 
 def sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Return the bytes of each file; None for one that is not there."""
+    """Return the bytes of each file; None for a missing one."""
     return [*map(_size, paths)]
 
 
@@ -68,7 +73,7 @@ def _size(path: Path) -> int | None:
 
 
 def names(directory: Path) -> list[str]:
-    """Return the names in a directory; none where it cannot be listed."""
+    """Return the names in a directory; none if it cannot be listed."""
     try:
         return sorted(os.listdir(directory))
     except OSError:
@@ -76,7 +81,7 @@ def names(directory: Path) -> list[str]:
 
 
 def free_space(path: Path) -> tuple[Path, int]:
-    """Return the nearest directory above a path that exists, and the bytes free there."""
+    """Return the nearest existing directory above a path, and its free bytes."""
     place = nearest(path.resolve().parent)
     return place, psutil.disk_usage(str(place)).free
 
@@ -91,20 +96,36 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def read(path: Path, most: int = -1) -> bytes:
-    """Return the bytes of a file, or its first `most`."""
+    """Return the bytes of a file, or its first `most`.
+
+    Args:
+        path: of the file.
+        most: bytes to read; -1 for all.
+    """
     with path.open("rb") as file:
         return file.read(most)
 
 
 def read_part(path: Path, start: int, size: int) -> bytes:
-    """Return so many bytes of a file from a place on."""
+    """Return a part of a file, shorter where the file ends before.
+
+    Args:
+        path: of the file.
+        start: offset of the first byte.
+        size: bytes to read.
+    """
     with path.open("rb") as file:
         file.seek(start)
         return file.read(size)
 
 
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
-    """Yield the bytes of a file, a block at a time."""
+    """Yield the bytes of a file, a block at a time.
+
+    Args:
+        path: of the file.
+        flush: whether to make them durable first.
+    """
     with path.open("rb") as file:
         if flush:
             os.fsync(file.fileno())
@@ -136,8 +157,14 @@ def write_blocks(
     suffix: str = "tmp",
     temporary: str | None = None,
 ) -> None:
-    """Write or replace a file: under a temporary name beside it, which is then renamed; where
-    durable, its bytes are flushed before, and the directory after.
+    """Write or replace a file: under a temporary name beside it, which is then renamed.
+
+    Args:
+        path: of the file.
+        data: its bytes, in blocks.
+        durable: whether to flush its bytes before renaming, and the directory after.
+        suffix: of the temporary name.
+        temporary: that name; None to make one.
     """
     place = path.with_name(temporary or f".{uuid.uuid4().hex}.{suffix}")
     try:
@@ -155,24 +182,32 @@ def write_blocks(
 
 
 def append(path: Path, text: str) -> None:
-    """Append text to a file."""
+    """Append text to a file.
+
+    Args:
+        path: of the file.
+        text: whole lines.
+    """
     with path.open("a") as file:
         file.write(text)
 
 
 def beat(path: Path) -> None:
-    """Set the time of change to now."""
+    """Set the modification time to now."""
     os.utime(path)
 
 
 def create_directory(path: Path) -> None:
-    """Create a directory that must not be there."""
+    """Create a directory that must not exist."""
     path.mkdir()
 
 
 def ensure_directory(path: Path, *, durable: bool = False) -> None:
-    """Create a directory and those above it, as far as they are missing; where durable, flush the
-    directories that got a name.
+    """Create a directory and its parents, where missing.
+
+    Args:
+        path: of the directory.
+        durable: whether to flush the directories that got a new name.
     """
     missing = [place for place in (path, *path.parents) if not place.exists()] if durable else []
     path.mkdir(parents=True, exist_ok=True)
@@ -181,7 +216,17 @@ def ensure_directory(path: Path, *, durable: bool = False) -> None:
 
 
 def publish(building: Path, path: Path, durable: bool) -> None:
-    """Rename a directory that was built beside its place."""
+    """Rename a directory that was built beside its place.
+
+    Args:
+        building: the directory.
+        path: its new name.
+        durable: whether to flush the name to disk before returning.
+
+    Raises:
+        FileExistsError: if a nonempty directory has the name.
+        OSError: if it cannot be renamed.
+    """
     try:
         building.rename(path)
     except OSError as error:
@@ -210,13 +255,18 @@ def remove(path: Path) -> None:
 
 
 def remove_empty(directory: Path) -> None:
-    """Remove a directory that is empty."""
+    """Remove a directory if it is empty."""
     with contextlib.suppress(OSError):
         directory.rmdir()
 
 
 def remove_tree(directory: Path, *, strict: bool = False) -> None:
-    """Remove a directory with everything in it."""
+    """Remove a directory with everything in it.
+
+    Args:
+        directory: to remove.
+        strict: whether to raise errors.
+    """
     shutil.rmtree(directory, ignore_errors=not strict)
 
 
@@ -224,16 +274,16 @@ def remove_tree(directory: Path, *, strict: bool = False) -> None:
 
 
 class LocalLock:
-    """A file with the kernel's lock on it, which keeps apart the processes of this host; its bytes
-    and its age do between hosts.
+    """A file with a kernel lock, which keeps apart the processes of this host; its bytes and age do
+    so between hosts.
 
     Args:
-        path: of the file; nothing is opened through a link.
-        create: whether to create it where it is missing, and to open it for writing.
+        path: of the file; links are not followed.
+        create: whether to create it if missing, and to open it for writing.
 
     Raises:
-        FileNotFoundError: where it is missing.
-        OSError: with `ELOOP` where it is a link.
+        FileNotFoundError: if it is missing.
+        OSError: with `ELOOP` if it is a link.
     """
 
     is_of_kernel = True
@@ -249,21 +299,24 @@ class LocalLock:
         os.close(self._descriptor)
 
     def acquire(self, *, shared: bool = False) -> bool:
-        """Take the kernel's lock without waiting; return False where the file system has none.
+        """Take the kernel lock without waiting; return False if the file system has none.
 
         Raises:
-            BlockingIOError: where another process has it.
+            BlockingIOError: if another process has it.
         """
         return locks.lock(self._descriptor, shared=shared)
 
     def read(self, most: int) -> bytes:
-        """Return the first bytes of the file, at most so many."""
+        """Return the first bytes of the file, at most `most`."""
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         return os.read(self._descriptor, most)
 
     def write(self, data: bytes, *, durable: bool = False) -> None:
-        """Replace the bytes of the file, in place; others may see them half written. Where durable,
-        they are on disk when this returns.
+        """Replace the bytes of the file in place; others may see them half written.
+
+        Args:
+            data: the new bytes.
+            durable: whether to flush them to disk before returning.
         """
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, data, 0)
@@ -271,7 +324,7 @@ class LocalLock:
             os.fsync(self._descriptor)
 
     def beat(self) -> None:
-        """Set the time of change to now."""
+        """Set the modification time to now."""
         os.utime(self._descriptor)
 
     def age(self) -> float:
@@ -280,5 +333,10 @@ class LocalLock:
 
 
 def open_lock(path: Path, *, create: bool = False) -> LocalLock:
-    """Open a file to lock."""
+    """Open a file to lock.
+
+    Args:
+        path: of the file; links are not followed.
+        create: whether to create it if missing, and to open it for writing.
+    """
     return LocalLock(path, create=create)

@@ -1,8 +1,8 @@
-"""One driver for one run: the kernel's lock on this host, a heartbeat between hosts.
+"""Keep two drivers off one run: a kernel lock on one host, a heartbeat between hosts.
 
-In an object store, which has no kernel's lock, a driver replaces the lock's bytes only where they
-still are those it has read, so that of two drivers one is refused; whether the owner it names still
-runs is told by its process on this host, by its heartbeat elsewhere.
+An object store has no kernel lock. There a driver replaces the lock's bytes only if they are still
+those it has read, so that one of two drivers fails. Whether the named owner still runs is decided
+by its process on this host, or by its heartbeat on others.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from .home import LockFile
 
 _HEARTBEAT = 10.0
 _STALE = 120.0
-_LOCK_BYTES = 4096  # bytes of a lock that are read
+_LOCK_BYTES = 4096  # bytes read of a lock
 _FILE = "lock"
-_HELD = set[str]()  # ids of the locks that this process has
+_HELD = set[str]()  # ids of the locks this process holds
 
 
 @dataclass
 class Held:
-    """The lock of a run, while this process has it.
+    """The lock of a run, while this process holds it.
 
     `unclean` is true while temporary files may lie in the run: the last owner was killed, or the
-    power went, or workers write. Whoever sweeps the run, or lets workers write, sets it; what is
-    unclean when this process releases the lock is unclean for the next one. `lost` is set where
-    this process was suspended for so long that a driver on another host took the run over.
+    power failed, or workers write. Whoever cleans the run, or lets workers write, sets it; its
+    value at release passes to the next owner. `lost` is set if this process was suspended for so
+    long that a driver on another host took the run over.
     """
 
     unclean: bool
@@ -47,15 +47,15 @@ class Held:
 
 
 def require_lock(run: Path) -> None:
-    """Check that drivers can be kept apart where a run is to be.
+    """Check that two drivers can be kept off a run at a path.
 
     Raises:
-        ResourceError: where they cannot, or the place cannot be written to.
+        ResourceError: if they cannot, or the path is not writable.
     """
     disk.check_promises(run)
     if not disk.can_lock(run):
         raise ResourceError(
-            "runs are computed on Linux (on Windows: in WSL), whose locks keep two drivers from "
+            "runs need Linux (on Windows: WSL), whose locks keep two drivers off "
             "one run. Recording and reading results work here."
         )
 
@@ -66,12 +66,13 @@ def hold(run: Path, *, durable: bool = True) -> Iterator[Held]:
 
     Args:
         run: the run.
-        durable: whether it is on disk that this process works on the run, so that what it did not
-            finish is known for that after a power failure.
+        durable: whether to record on disk that this process works on the run, so that unfinished
+            work is known after a power failure.
 
     Raises:
-        ResourceError: where another driver works on this run, or nothing here could keep one away.
-        LCAError: where the lock or a directory of the run is a link.
+        ResourceError: if another driver works on this run, or there is no lock that could keep one
+            off.
+        LCAError: if the lock or a directory of the run is a link.
     """
     require_lock(run)
     refuse_links_below(run)
@@ -91,16 +92,14 @@ def hold(run: Path, *, durable: bool = True) -> Iterator[Held]:
                 yield holding
         finally:
             _HELD.discard(str(identity["id"]))
-            # what cannot be released is taken over, as that of a driver that was killed
+            # another driver takes over an unreleased lock, as that of a killed driver
             with contextlib.suppress(OSError):
                 if _owner(file) == identity:
                     _write(file, {"unclean": True} if holding.unclean else {}, durable)
 
 
 def is_held(run: Path) -> bool:
-    """Tell whether a driver works on the run now; where there are no locks, by its heartbeat
-    alone.
-    """
+    """Tell whether a driver works on the run now; without kernel locks, by its heartbeat alone."""
     try:
         file = _open(run)
     except FileNotFoundError:
@@ -114,8 +113,8 @@ def is_held(run: Path) -> bool:
 
 
 def has_kernel_lock(run: Path) -> bool:
-    """Tell whether the kernel keeps two drivers on this host from a run that is there; elsewhere
-    only its bytes do.
+    """Tell whether a kernel lock keeps two drivers on this host off an existing run; elsewhere only
+    its bytes do.
     """
     try:
         file = _open(run)
@@ -143,15 +142,15 @@ def _open(run: Path, *, create: bool = False) -> LockFile:
         if error.errno != errno.ELOOP:
             raise
         raise LCAError(
-            f"{run / _FILE} is a link, and a run's lock never is. Remove it and run again."
+            f"{run / _FILE} is a link, but a run's lock must be a file. Remove it and run again."
         ) from None
 
 
 def _acquire(run: Path, file: LockFile) -> dict[str, object]:
-    """Take the lock, and return who had it and did not release it.
+    """Take the lock; return its last owner if that did not release it.
 
     Raises:
-        ResourceError: where another driver has it, or the file system has no locks.
+        ResourceError: if another driver has it, or the file system has no locks.
     """
     try:
         is_locked = file.acquire()
@@ -159,7 +158,7 @@ def _acquire(run: Path, file: LockFile) -> dict[str, object]:
         raise ResourceError(_busy(run, _owner(file))) from None
     if file.is_of_kernel and not is_locked:
         raise ResourceError(
-            f"the file system of {run} has no locks, which keep two drivers from one run. Write "
+            f"the file system of {run} has no locks to keep two drivers off one run. Write "
             "the run elsewhere with --out."
         )
     owner = _owner(file)
@@ -179,8 +178,8 @@ def _identity() -> dict[str, object]:
 
 
 def _processes() -> str:
-    """Return a name of the processes that this one can see: those of this host since it was
-    started, or those of its container.
+    """Return a name for the set of processes visible here: those of this host since boot, or of its
+    container.
     """
     try:
         boot = disk.read(Path("/proc/sys/kernel/random/boot_id")).decode().strip()
@@ -190,8 +189,8 @@ def _processes() -> str:
 
 
 def _owner(file: LockFile) -> dict[str, object]:
-    """Return who has the lock: nobody where it is empty; where it cannot be read, a driver of this
-    host that was killed.
+    """Return the owner that the lock names: none if it is empty, a killed driver of this host if it
+    is unreadable.
     """
     try:
         owner = json.loads(file.read(_LOCK_BYTES) or b"{}")
@@ -201,13 +200,14 @@ def _owner(file: LockFile) -> dict[str, object]:
 
 
 def _works(file: LockFile, owner: dict[str, object], is_locked: bool) -> bool:
-    """Tell whether the owner that a lock names still works; the kernel has not refused the lock.
+    """Tell whether the owner that a lock names still works, if the kernel has not rejected the
+    lock.
 
     Args:
         file: of the lock.
         owner: whom its bytes name.
-        is_locked: whether this process has the kernel's lock, which a driver of this host would
-            have kept.
+        is_locked: whether this process has the kernel lock, which a working driver of this host
+            would hold.
     """
     if owner.get("host") is None:
         return False
@@ -217,12 +217,12 @@ def _works(file: LockFile, owner: dict[str, object], is_locked: bool) -> bool:
 
 
 def _is_seen(owner: dict[str, object]) -> bool:
-    """Tell whether an owner of this host's name is a process that this one would see."""
+    """Tell whether an owner on a host of this name is a process visible here."""
     return owner.get("processes") in (None, _processes())
 
 
 def _runs(owner: dict[str, object]) -> bool:
-    """Tell whether the process of an owner runs; another one may have got its number since."""
+    """Tell whether the process of an owner runs, and not another one that got its number since."""
     pid, began = owner.get("pid"), owner.get("began")
     if not isinstance(pid, int) or not isinstance(began, float):
         return False
@@ -240,7 +240,7 @@ def _write(file: LockFile, owner: dict[str, object], durable: bool) -> None:
 
 @contextlib.contextmanager
 def _beating(run: Path, identity: dict[str, object], lost: threading.Event) -> Iterator[None]:
-    """Give signs of life for the length of the context, from a thread of its own."""
+    """Send heartbeats for the length of the context, from a thread."""
     stop = threading.Event()
     beat = threading.Thread(target=_beat, args=(run, identity, lost, stop), daemon=True)
     beat.start()
@@ -262,8 +262,9 @@ def _beat(
 
 
 def _still_ours(run: Path, identity: dict[str, object]) -> bool:
-    """Give a sign of life; return False where the lock names this driver no more. It is opened
-    afresh, so that a change by another host is seen.
+    """Send a heartbeat; return False if the lock no longer names this driver.
+
+    The lock is opened anew to see changes by other hosts.
     """
     try:
         file = _open(run)

@@ -1,5 +1,5 @@
-"""The manifest of a run, which `run.json` holds: fixed when the run is created; losses and
-checkpoints are only ever added.
+"""Define the manifest of a run, which `run.json` holds: fixed at its creation, except that losses
+and checkpoints may be added.
 """
 
 from __future__ import annotations
@@ -40,31 +40,27 @@ class LossRecord:
         groups: their labels; None for a loss without groups.
         counts: examples of each group; None without groups.
         block: how many groups are evaluated together; None without groups.
-        along: the grouped loss whose order of examples the batches of this one follow; None where
-            they follow none.
-        replicates: random parts the batches are divided into instead, for standard errors; 0 where
-            there are none.
+        along: the grouped loss whose order of examples its batches follow; None for none.
+        replicates: random parts into which the batches are divided instead, for standard errors; 0
+            for none.
         batch_size: of every evaluation.
         calibration: turns Σ|(g₁ − g₀)·Δθ| into an estimate of the trapezoid's error; None for other
             rules.
         measured: whether a few segments are evaluated one precision higher as well.
-        identity: its values at the first and at the last checkpoint; None for one where they are
-            not finite.
-        unit: of sums over time of what single parameters are allocated, in units of loss, see
-            `schema.unit_of_totals`.
+        identity: its values at the first and at the last checkpoint; None where not finite.
+        unit: of single parameters' sums over time, in units of loss, see `schema.unit_of_totals`.
         scale: |loss| at the first checkpoint over the whole split, rounded to six digits, of which
-            tolerances are shares; None where no tolerance is a share.
-        begun: how many segments the run had when checkpoints were added to it last, and size and
-            CRC-32 of the file in which the totals of its last window wait for theirs; None where
-            no such totals are needed.
-        covers: the number of segments it covers where the run has more; None where it covers all of
-            them.
-        sites: where the examples are in what the model computes, where examples of a batch are told
-            apart; None where a batch has one group, or one example of a loss per example.
-        per: "example" where the numbers of every example are kept, "element" where those of every
-            element are; None for other losses.
-        rows: how many examples, or elements, these are; None for other losses.
-        texts: of the examples, to show with them; None where there are none.
+            tolerances are shares; None if no tolerance is a share.
+        begun: how many segments the run had when checkpoints were last added, and size and CRC-32
+            of the file with the waiting totals of its last window; None if no such totals are
+            needed.
+        covers: the number of segments it covers if the run has more; None if it covers all.
+        sites: where the examples are in the model's computations, if examples of a batch are
+            separated; None if a batch has one group, or one example of a loss with per-example
+            results.
+        per: "example" or "element" for a loss with results per example or element; else None.
+        rows: the number of these examples or elements; else None.
+        texts: descriptions of the examples; None if there are none.
     """
 
     key: str
@@ -92,8 +88,8 @@ class LossRecord:
 
     @property
     def blocks(self) -> list[range]:
-        """The blocks of groups that are evaluated together; a loss without groups is one block of
-        one.
+        """Return the blocks of groups that are evaluated together; a loss without groups is one
+        block of one.
         """
         if self.groups is None or self.block is None:
             return [range(len(self.groups or [None]))]
@@ -105,25 +101,25 @@ class LossRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything about a run but its numbers.
+    """Everything about a run except its numbers.
 
     Attributes:
         root: the directory of the checkpoints.
         tensors: of the model.
         checkpoints: of the trajectory, in ascending order of steps.
-        starts: where in `checkpoints` the segment of each row of the results starts; it ends at
-            the checkpoint after that. Ascending, but for a sample, whose rows are in the order in
-            which they were drawn.
-        breaks: where in `checkpoints` no segment follows: what lies between that one and the next
-            is left out.
+        starts: the position in `checkpoints` where the segment of each row of the results starts;
+            it ends at the next checkpoint. Ascending, except for a random sample, whose rows are in
+            the order of drawing.
+        breaks: positions in `checkpoints` that no segment follows: the gap up to the next one is
+            skipped.
         span: segments in a span.
         window: spans in a window of the totals.
         settings: those that decide results.
         losses: by name.
         provenance: recorded and never compared.
-        packed: True where small chunks of a span lie in one file, and Zarr's metadata are left out,
-            as in an object store.
-        id: tells the run from every other one.
+        packed: whether small chunks of a span lie in one file, and Zarr's metadata is omitted, as
+            in an object store.
+        id: unique to the run.
     """
 
     root: str
@@ -141,20 +137,20 @@ class Manifest:
 
     @property
     def keep(self) -> str:
-        """The level of `--keep`: one of `KEEP`."""
+        """Return the level of `--keep`: one of `KEEP`."""
         keep = self.settings["keep"]
         assert keep is not None, "a run is laid out once its level is chosen"
         return keep
 
     @property
     def sampled(self) -> str | None:
-        """The random part of the segments the run is of, as `--segments` has it; None for all."""
+        """Return the random part of the segments, as `--segments` gives it; None for all."""
         return self.settings.get("segments")
 
     @property
     def norm_stats(self) -> str | None:
-        """The statistics normalisation layers use: "running", "batch" or "recalibrated"; None where
-        the choice changes nothing.
+        """Return the statistics that normalisation layers use: "running", "batch" or
+        "recalibrated"; None if the choice changes nothing.
         """
         mode = self.settings.get("norm_stats", "running")
         return (
@@ -165,17 +161,19 @@ class Manifest:
 
     @property
     def steps(self) -> list[int]:
-        """The training step each segment starts from, row by row."""
+        """Return the training step each segment starts from, row by row."""
         return [self.checkpoints[start].step for start in self.starts]
 
     @property
     def step_ends(self) -> list[int]:
-        """The training step each segment ends at, row by row."""
+        """Return the training step each segment ends at, row by row."""
         return [self.checkpoints[start + 1].step for start in self.starts]
 
     @property
     def lengths(self) -> list[int | None]:
-        """The training steps from each checkpoint to the next; None where no segment follows it."""
+        """Return the training steps from each checkpoint to the next; None where no segment follows
+        it.
+        """
         steps = [checkpoint.step for checkpoint in self.checkpoints]
         return [
             None if place in self.breaks else after - before
@@ -184,18 +182,18 @@ class Manifest:
 
     @property
     def segments(self) -> int:
-        """The number of segments of the run."""
+        """Return the number of segments of the run."""
         return len(self.starts)
 
     @property
     def all_segments(self) -> int:
-        """The number of segments between the checkpoints, of which a sample has some."""
+        """Return the number of segments between the checkpoints, of which a sample has some."""
         return len(self.checkpoints) - 1 - len(self.breaks)
 
     @property
     def steps_seen(self) -> tuple[int, int]:
-        """The number of training steps in segments between the checkpoints, and of all from the first
-        checkpoint to the last.
+        """Return the number of training steps in segments between the checkpoints, and from the
+        first checkpoint to the last.
         """
         steps = [checkpoint.step for checkpoint in self.checkpoints]
         all_steps = steps[-1] - steps[0]
@@ -203,22 +201,22 @@ class Manifest:
 
     @property
     def in_order(self) -> list[int]:
-        """The rows in the order of training."""
+        """Return the rows in the order of training."""
         return sorted(range(self.segments), key=self.starts.__getitem__)
 
     @property
     def spans(self) -> int:
-        """The number of spans the segments are cut into; the last may be shorter."""
+        """Return the number of spans the segments are cut into; the last may be shorter."""
         return -(-self.segments // self.span)
 
     @property
     def windows(self) -> int:
-        """The number of windows of spans the totals have."""
+        """Return the number of windows of spans that the totals have."""
         return -(-self.spans // self.window)
 
     @property
     def allocated(self) -> list[StoredTensor]:
-        """The tensors whose allocation is stored."""
+        """Return the tensors whose allocation is stored."""
         patterns = self.settings["tensors"]
         return [
             tensor
@@ -231,7 +229,7 @@ class Manifest:
 
     @property
     def parameters(self) -> int:
-        """The number of single parameters; buffers are not counted."""
+        """Return the number of single parameters, without buffers."""
         return sum(
             tensor.spec.elements for tensor in self.tensors if tensor.spec.kind == "parameter"
         )
@@ -260,9 +258,10 @@ class Manifest:
         return self.checkpoints[start], self.checkpoints[start + 1]
 
     def reads(self, rows: slice) -> set[int]:
-        """Return the positions of the checkpoints that the replay of some segments reads: their
-        ends, with causes those before them (the motion before a segment is its momentum), with path
-        bands those on both sides.
+        """Return the positions of the checkpoints that the replay of some segments reads.
+
+        These are their ends, with causes those before them (for momentum), with path bands those on
+        both sides.
         """
         bends = self.settings["path_band"] == "on"
         before = 1 if bends or self.settings["signal"] is not None else 0
@@ -299,8 +298,8 @@ class Manifest:
         return segment // (self.span * self.window)
 
     def covered_by(self, record: LossRecord) -> Manifest:
-        """Return the same run up to the last checkpoint one loss covers, from which everything
-        stored for that loss follows.
+        """Return the run up to the last checkpoint that one loss covers, which determines
+        everything stored for that loss.
         """
         if record.covers is None or record.covers >= self.segments:
             return self
@@ -312,8 +311,8 @@ class Manifest:
         return replace(self, checkpoints=self.checkpoints[: last + 1], starts=starts, breaks=breaks)
 
     def uses(self, record: LossRecord) -> dict[str, tuple[str, ...]]:
-        """Return the operations in which a loss per example uses each tensor whose uses are told
-        apart, see `uses_of`.
+        """Return the operations in which a loss with per-example results uses each tensor with
+        separated uses, see `uses_of`.
         """
         if record.per is None:
             return {}
@@ -326,8 +325,8 @@ class Manifest:
         return self.covered_by(self.losses[loss])
 
     def meant_by(self, name: str) -> list[str]:
-        """Return the losses a name of the task stands for: that loss, or one for each entry of the
-        dict it returned.
+        """Return the losses that a name of the task stands for: that loss, or one for each entry of
+        the dict it returned.
         """
         return (
             [name]
@@ -336,25 +335,29 @@ class Manifest:
         )
 
     def with_losses(self, losses: dict[str, LossRecord]) -> Manifest:
-        """Return the same run with more losses."""
+        """Return the run with more losses."""
         return replace(self, losses={**self.losses, **losses})
 
     def with_provenance(self, provenance: Mapping[str, object]) -> Manifest:
-        """Return the same run with some of its provenance brought up to date."""
+        """Return the run with updated provenance."""
         return replace(self, provenance={**self.provenance, **provenance})
 
     def without(self, loss: str) -> Manifest:
-        """Return the same run with one loss fewer."""
+        """Return the run without one loss."""
         return replace(
             self, losses={name: record for name, record in self.losses.items() if name != loss}
         )
 
     def grown_to(self, larger: Manifest, identities: Mapping[str, Identity]) -> Manifest:
-        """Return the same run with the checkpoints and the segments of another one.
+        """Return the run with the checkpoints and the segments of another one.
 
-        Losses with a new identity cover all of them. The others cover the segments they covered,
-        and their value at the last of these checkpoints stays recorded as long as it is the same
+        Losses with a new identity cover all of them. The others cover the same segments as before,
+        and their value at the last of these checkpoints stays recorded while it is the same
         checkpoint.
+
+        Args:
+            larger: has the checkpoints and segments.
+            identities: new ones, by loss.
         """
         losses = {}
         for name, record in self.losses.items():
@@ -381,10 +384,14 @@ class Manifest:
 
 
 def starts_between(checkpoints: int, breaks: Iterable[int]) -> list[int]:
-    """Return the positions of all checkpoints a segment starts from, of so many; see `Manifest`.
+    """Return the positions of all checkpoints that segments start from; see `Manifest`.
 
     >>> starts_between(5, [1])
     [0, 2, 3]
+
+    Args:
+        checkpoints: how many there are.
+        breaks: positions that no segment follows.
     """
     left_out = {*breaks}
     return [start for start in range(checkpoints - 1) if start not in left_out]

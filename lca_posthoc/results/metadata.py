@@ -1,8 +1,8 @@
-"""The files of a loss that are no results: Zarr's metadata and the coordinates. All follow from
-`run.json`, byte by byte.
+"""Derive the files of a loss that are no results from `run.json`, byte by byte: Zarr's metadata and
+the coordinates.
 
-They are written for readers without this package. This package compares the files on disk with them
-and never trusts those.
+They are written for readers without this package, which itself compares the files on disk with them
+and never trusts those files.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def group_file(attributes: dict[str, object] | None = None) -> bytes:
 def metadata_files(
     manifest: Manifest, loss: str, parts: Iterable[str] | None = None, keep: str | None = None
 ) -> Iterator[tuple[str, bytes]]:
-    """Yield the path below the loss's group, and the content, of each file of its metadata and
+    """Yield the path below the loss's group, and the bytes, of each file of its metadata and
     coordinates.
 
     Args:
@@ -56,8 +56,14 @@ def metadata_files(
 
 
 def fits(path: str, data: bytes, expected: bytes, growing: bool) -> bool:
-    """Tell whether a file has the expected bytes; in a run that may just be growing, it may have
-    more segments and else be the same.
+    """Tell whether a file has the expected bytes.
+
+    Args:
+        path: of the file.
+        data: its bytes.
+        expected: the bytes it should have.
+        growing: whether the run may be growing, so that the file may have more segments but
+            otherwise equal contents.
     """
     if data == expected or not growing:
         return data == expected
@@ -100,7 +106,7 @@ def _attributes(manifest: Manifest, part: str) -> dict[str, object]:
 def _coordinates(
     manifest: Manifest, groups: list[int] | list[str] | None, part: str
 ) -> dict[str, list[Any]]:
-    """Return the labels along the axes: the training steps segments start from and end at, the
+    """Return the labels along the axes: the training steps at the segments' starts and ends, the
     groups, the edges of the bins.
     """
     if part in TOTAL_FIELDS:

@@ -1,14 +1,15 @@
-"""The verbs of `disk` in an object store, by obstore: Amazon's S3 and what speaks like it, Google's
-and Microsoft's stores, and a process's own memory.
+"""Implement the operations of `disk` in an object store, by obstore: S3 and compatible stores,
+Google's and Microsoft's stores, and the process's own memory.
 
 One put writes a file whole or not at all, so nothing is renamed, and no temporary names are left.
-Directories are not there by themselves. Drivers keep apart by conditional puts: one creates a file
-that is not there, the other replaces one that is as it was read. A request may fail after the store
-has carried it out, or arrive twice; then what is stored is compared with what was to be written.
+Directories do not exist by themselves. Conditional puts keep drivers apart: one kind creates a
+missing file, the other replaces a file that has not changed since it was read. A request may fail
+after the store has executed it, or arrive twice; the stored bytes are then compared with the
+intended ones.
 
-Credentials and addresses are those of the driver's own environment (`AWS_ACCESS_KEY_ID`,
-`AWS_ENDPOINT_URL`, `GOOGLE_SERVICE_ACCOUNT`, …) and of Amazon's profiles, where boto3 is installed;
-none is written anywhere.
+Credentials and addresses come from the environment (`AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL`,
+`GOOGLE_SERVICE_ACCOUNT`, …) and from AWS profiles, if boto3 is installed. They are never written
+anywhere.
 """
 
 from __future__ import annotations
@@ -39,17 +40,17 @@ if TYPE_CHECKING:
     from obstore import ObjectMeta, UpdateVersion
     from obstore.store import ObjectStore, RetryConfig, S3CredentialProvider
 
-_BLOCK = 2**22  # bytes that are read at a time
-_AT_A_TIME = 16  # requests, where several are asked for
+_BLOCK = 2**22  # bytes read at a time
+_AT_A_TIME = 16  # simultaneous requests
 _LINES = 2**18  # bytes of a part of a log
-_ATTEMPTS = 3  # to write, where the store does not answer
-_RETRIES, _RETRY_FOR = 8, timedelta(seconds=90)  # of a request, by the driver
-_TRIAL, _OLD = ".trial-", 3600.0  # beginning of a name; seconds after which nobody needs the file
-_FOUND_OUT: list[ObjectStore] = []  # stores that keep to what they must
+_ATTEMPTS = 3  # attempts to write, if the store does not answer
+_RETRIES, _RETRY_FOR = 8, timedelta(seconds=90)  # of a request, by obstore
+_TRIAL, _OLD = ".trial-", 3600.0  # prefix of a name; seconds after which nobody needs the file
+_FOUND_OUT: list[ObjectStore] = []  # stores that passed the tests
 
 
 def can_lock() -> bool:
-    """Tell that drivers are kept apart, which `check_promises` finds out."""
+    """Return True: `check_promises` tests whether drivers can be kept apart."""
     return True
 
 
@@ -58,20 +59,24 @@ def can_lock() -> bool:
 
 @functools.lru_cache
 def _store(root: str) -> ObjectStore:
-    """Return the store with a root, such as `s3://bucket`."""
+    """Return the store with a root, such as `s3://bucket`.
+
+    Raises:
+        ResourceError: if obstore rejects the root.
+    """
     retries: RetryConfig = {"max_retries": _RETRIES, "retry_timeout": _RETRY_FOR}
     try:
         profile = _profile() if root.startswith("s3://") else None
         if profile is not None:
             return from_url(root, retry_config=retries, credential_provider=profile)
         return from_url(root, retry_config=retries)
-    except Exception as error:  # obstore's own kinds, of which none is an OSError
+    except Exception as error:  # obstore's own errors, none of which is an OSError
         raise ResourceError(f"{root}: {_said(error)}") from None
 
 
 def _profile() -> S3CredentialProvider | None:
-    """Return what gives the credentials of Amazon's own configuration, where boto3 reads it and the
-    environment names none.
+    """Return a provider of credentials from AWS profiles, if boto3 reads them and the environment
+    names none.
     """
     if "AWS_ACCESS_KEY_ID" in os.environ:
         return None
@@ -88,7 +93,7 @@ def _place(path: Path) -> tuple[ObjectStore, str]:
     """Return the store of a path, and its key there."""
     url = str(path)
     protocol, _, rest = url.partition("://")
-    if protocol == "memory":  # has no buckets
+    if protocol == "memory":  # memory has no buckets
         return _store("memory:///"), rest.strip("/")
     bucket, _, key = rest.partition("/")
     return _store(f"{protocol}://{bucket}"), key.strip("/")
@@ -96,11 +101,15 @@ def _place(path: Path) -> tuple[ObjectStore, str]:
 
 @contextlib.contextmanager
 def _reached(path: Path) -> Iterator[None]:
-    """Raise every error of the store as an `OSError`."""
+    """Turn every error of the store into an `OSError`.
+
+    Raises:
+        OSError: for any error of the store.
+    """
     try:
         yield
     except OSError as error:
-        if error.strerror is None:  # of a file that is missing
+        if error.strerror is None:  # a missing file
             raise type(error)(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
         raise
     except Exception as error:
@@ -110,13 +119,17 @@ def _reached(path: Path) -> Iterator[None]:
 
 
 def _said(error: Exception) -> str:
-    """Return the first line of an error, without what repeats in what it was caused by."""
+    """Return the first line of an error, without repetitions of its cause."""
     text = str(error).strip().splitlines()[0] if str(error).strip() else ""
     return f"{type(error).__name__}: {text[:300]}"
 
 
 def _put(path: Path, data: bytes) -> None:
-    """Write or replace a file, again where the store does not answer."""
+    """Write or replace a file, retrying if the store does not answer.
+
+    Raises:
+        OSError: if the store rejects it.
+    """
     store, key = _place(path)
     for attempt in range(_ATTEMPTS):
         try:
@@ -130,8 +143,11 @@ def _put(path: Path, data: bytes) -> None:
 
 
 def _put_where(path: Path, data: bytes, unchanged: UpdateVersion | None) -> bool:
-    """Write a file where it still is as it was read, or still missing where `unchanged` is None;
-    return False, and change nothing, where it is otherwise.
+    """Write a file if it is unchanged since it was read, or still missing if `unchanged` is None;
+    otherwise return False and change nothing.
+
+    Raises:
+        OSError: if the store rejects it.
     """
     store, key = _place(path)
     try:
@@ -150,7 +166,7 @@ def _put_where(path: Path, data: bytes, unchanged: UpdateVersion | None) -> bool
 
 
 def _is(path: Path, data: bytes) -> bool:
-    """Tell whether a file holds these bytes, because a request that failed was carried out."""
+    """Tell whether a file holds these bytes, which means that a failed request was executed."""
     try:
         return read(path) == data
     except FileNotFoundError:
@@ -158,8 +174,8 @@ def _is(path: Path, data: bytes) -> bool:
 
 
 def _version(meta: ObjectMeta) -> UpdateVersion:
-    """Return what tells that a file is still as it was read: Amazon compares the ETag, Google the
-    version.
+    """Return the version of a file for conditional puts: AWS compares the ETag, Google the
+    generation.
     """
     version: UpdateVersion = {}
     if meta["e_tag"] is not None:
@@ -176,7 +192,7 @@ def _meta(path: Path) -> ObjectMeta:
 
 
 def _below(directory: Path) -> list[str]:
-    """Return the keys of all files below a directory, from its own on."""
+    """Return the keys of all files below a directory, including its own."""
     store, key = _place(directory)
     with _reached(directory):
         found = obstore.list(store, key).collect()
@@ -189,11 +205,18 @@ def _has_files(directory: Path) -> bool:
         return any(obstore.list(store, key, chunk_size=1))
 
 
-# --- what it must keep to -------------------------------------------------------------------------
+# --- guarantees -------------------------------------------------------------------------
 
 
 def check_promises(run: Path) -> None:
-    """Try conditional puts, reading after writing, and listing, once for each store."""
+    """Test conditional puts, reading after writing, and listing, once for each store.
+
+    Args:
+        run: its place.
+
+    Raises:
+        ResourceError: if the store breaks a guarantee, or cannot be written to.
+    """
     store, _ = _place(run)
     _sweep_trials(run / "log")
     if store in _FOUND_OUT:
@@ -203,29 +226,27 @@ def check_promises(run: Path) -> None:
         broken = next(_broken(trial), None)
     except OSError as error:
         raise ResourceError(
-            f"cannot write to {run}: {error.strerror}. Say with --out where results go, or give "
-            "the driver the credentials and the address of the store."
+            f"cannot write to {run}: {error.strerror}. Name another place with --out, or provide "
+            "credentials and address of the store."
         ) from None
     finally:
         with contextlib.suppress(OSError):
             remove(trial)
     if broken is not None:
         raise ResourceError(
-            f"the store of {run} {broken}, on which results rely: two drivers could write one run, "
+            f"the store of {run} {broken}, but results rely on this: two drivers could write one run, "
             "or lose what they wrote. Write the run elsewhere with --out."
         )
     _FOUND_OUT.append(store)
 
 
 def _trial_name() -> str:
-    """Return a name for a file that is there for a moment, which tells whose it is."""
+    """Return a name for a temporary file that identifies its owner."""
     return f"{_TRIAL}{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
 
 def _sweep_trials(directory: Path) -> None:
-    """Remove such files of processes that were killed: of this host by their number, of others by
-    their age.
-    """
+    """Remove temporary files of killed processes: of this host by their number, of others by age."""
     for name in names(directory):
         if name.startswith(_TRIAL):
             host, pid, _ = name.removeprefix(_TRIAL).rsplit("-", 2)
@@ -237,15 +258,15 @@ def _sweep_trials(directory: Path) -> None:
 
 
 def _broken(trial: Path) -> Iterator[str]:
-    """Yield the promises that a store breaks, in words."""
+    """Yield the guarantees that a store breaks, in words."""
     first, second, third = (uuid.uuid4().hex.encode() for _ in range(3))
     try:
         if not _put_where(trial, first, None):
-            yield "does not create a file that is not there"
+            yield "does not create a missing file"
         if _put_where(trial, second, None):
-            yield "creates a file that is there (it ignores If-None-Match)"
+            yield "overwrites an existing file (it ignores If-None-Match)"
         if read(trial) != first:
-            yield "does not give back what was just written"
+            yield "does not return what was just written"
         before = _version(_meta(trial))
         if not _put_where(trial, second, before) or read(trial) != second:
             yield "does not replace a file that has not changed"
@@ -264,7 +285,15 @@ def _broken(trial: Path) -> Iterator[str]:
 
 
 def state(path: Path, *, follow_links: bool = True) -> State:
-    """Return the state of a file, or of what is only the beginning of names."""
+    """Return the state of a file, or of a common prefix of names.
+
+    Args:
+        path: to look at.
+        follow_links: unused; object stores have no links.
+
+    Raises:
+        FileNotFoundError: if nothing exists there.
+    """
     try:
         meta = _meta(path)
     except FileNotFoundError:
@@ -280,7 +309,7 @@ def state(path: Path, *, follow_links: bool = True) -> State:
 
 
 def sizes(paths: Sequence[Path]) -> list[int | None]:
-    """Return the bytes of each file, several asked for at a time; None for one that is missing."""
+    """Return the bytes of each file, with several requests at a time; None for a missing one."""
     if len(paths) == 1:
         return [_size(paths[0])]
     with ThreadPoolExecutor(_AT_A_TIME, "lca-ask") as threads:
@@ -295,7 +324,7 @@ def _size(path: Path) -> int | None:
 
 
 def names(directory: Path) -> list[str]:
-    """Return the names in a directory; none where it cannot be listed."""
+    """Return the names in a directory; none if it cannot be listed."""
     try:
         store, key = _place(directory)
         with _reached(directory):
@@ -307,7 +336,7 @@ def names(directory: Path) -> list[str]:
 
 
 def free_space(path: Path) -> None:
-    """Return None: a store tells of no bound."""
+    """Return None: a store reports no limit."""
 
 
 def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -331,7 +360,12 @@ def walk(directory: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def read(path: Path, most: int = -1) -> bytes:
-    """Return the bytes of a file, or its first `most`."""
+    """Return the bytes of a file, or its first `most`.
+
+    Args:
+        path: of the file.
+        most: bytes to read; -1 for all.
+    """
     store, key = _place(path)
     with _reached(path):
         answer = obstore.get(store, key)
@@ -341,7 +375,17 @@ def read(path: Path, most: int = -1) -> bytes:
 
 
 def read_part(path: Path, start: int, size: int) -> bytes:
-    """Return so many bytes of a file from a place on."""
+    """Return a part of a file, shorter where the file ends before.
+
+    Args:
+        path: of the file.
+        start: offset of the first byte.
+        size: bytes to read.
+
+    Raises:
+        FileNotFoundError: if it is missing.
+        OSError: if it cannot be read.
+    """
     if size == 0:
         return b""
     store, key = _place(path)
@@ -350,14 +394,19 @@ def read_part(path: Path, start: int, size: int) -> bytes:
             return bytes(obstore.get(store, key, options={"range": (start, start + size)}).bytes())
     except FileNotFoundError:
         raise
-    except OSError:  # a store refuses a range that begins behind the end
+    except OSError:  # stores reject a range that begins behind the end
         if _meta(path)["size"] > start:
             raise
         return b""
 
 
 def blocks(path: Path, *, flush: bool = False) -> Iterator[bytes]:
-    """Yield the bytes of a file, a block at a time."""
+    """Yield the bytes of a file, a block at a time.
+
+    Args:
+        path: of the file.
+        flush: unused; accepted files are durable.
+    """
     store, key = _place(path)
     with _reached(path):
         for block in obstore.get(store, key).stream(min_chunk_size=_BLOCK):
@@ -382,18 +431,32 @@ def write_blocks(
     suffix: str = "tmp",
     temporary: str | None = None,
 ) -> None:
-    """Write or replace a file by one put, for which the blocks are joined."""
+    """Write or replace a file by one put of the joined blocks.
+
+    Args:
+        path: of the file.
+        data: its bytes, in blocks.
+        durable: unused; accepted files are durable.
+        suffix: unused; there are no temporary names.
+        temporary: unused; there are no temporary names.
+    """
     _put(path, b"".join(data))
 
 
 class _Parts:
-    """The part of each log that this process writes; it is put again, whole, with every line."""
+    """The part of each log that this process writes; every line puts the whole part again."""
 
     def __init__(self) -> None:
         self._parts: dict[str, tuple[Path, bytes]] = {}
         self._one_at_a_time = threading.Lock()
 
     def append(self, path: Path, data: bytes) -> None:
+        """Add lines to the part, and put it.
+
+        Args:
+            path: of the log.
+            data: whole lines.
+        """
         with self._one_at_a_time:
             part, before = self._parts.get(str(path), (path, b""))
             if not before or len(before) > _LINES:
@@ -407,29 +470,42 @@ _parts = _Parts()
 
 
 def append(path: Path, text: str) -> None:
-    """Append text to the part of a log that this process writes, a file of its own beside `path`,
-    for a store cannot append.
+    """Append text to this process's own part of a log, a file beside `path`, because a store cannot
+    append.
+
+    Args:
+        path: of the log.
+        text: whole lines.
     """
     _parts.append(path, text.encode())
 
 
 def beat(path: Path) -> None:
-    """Put the same bytes again, unless they are others by now."""
+    """Put the same bytes again, unless they have changed.
+
+    Raises:
+        OSError: if they have changed, or the file is missing.
+    """
     unchanged = _version(_meta(path))
     if not _put_where(path, read(path), unchanged):
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
 
 
 def create_directory(path: Path) -> None:
-    """Make nothing: a directory is there as soon as a file is in it."""
+    """Do nothing: a directory exists once a file is in it."""
 
 
 def ensure_directory(path: Path, *, durable: bool = False) -> None:
-    """Make nothing: a directory is there as soon as a file is in it."""
+    """Do nothing: a directory exists once a file is in it.
+
+    Args:
+        path: of the directory.
+        durable: unused.
+    """
 
 
 def flush_names(directory: Path) -> None:
-    """Flush nothing: what a store has accepted is durable."""
+    """Do nothing: accepted files are durable."""
 
 
 # --- remove ---------------------------------------------------------------------------------------
@@ -447,11 +523,19 @@ def _remove(path: Path, keys: str | list[str]) -> None:
 
 
 def remove_empty(directory: Path) -> None:
-    """Remove nothing: a directory without files is not there."""
+    """Do nothing: a directory without files does not exist."""
 
 
 def remove_tree(directory: Path, *, strict: bool = False) -> None:
-    """Remove all files below a directory."""
+    """Remove all files below a directory.
+
+    Args:
+        directory: to remove.
+        strict: whether to raise errors.
+
+    Raises:
+        OSError: with `strict`, if a file cannot be removed.
+    """
     _, key = _place(directory)
     try:
         below = _below(directory)
@@ -466,14 +550,14 @@ def remove_tree(directory: Path, *, strict: bool = False) -> None:
 
 
 class StoredLock:
-    """A file by which drivers keep apart: each replaces what it has read, and no other bytes.
+    """A lock file whose owner replaces the bytes it has read, and no other bytes.
 
     Args:
         path: of the file.
-        create: whether to create it where it is missing; who does may write beside it too.
+        create: whether to create it if missing; its creator may also write beside it.
 
     Raises:
-        FileNotFoundError: where it is missing.
+        FileNotFoundError: if it is missing.
     """
 
     is_of_kernel = False
@@ -489,14 +573,14 @@ class StoredLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let go of nothing: bytes alone keep others away."""
+        """Do nothing: bytes alone keep others away."""
 
     def acquire(self, *, shared: bool = False) -> bool:
-        """Return False: there is no kernel's lock."""
+        """Return False: there is no kernel lock."""
         return False
 
     def read(self, most: int) -> bytes:
-        """Return the first bytes of the file, none where it is missing."""
+        """Return the first bytes of the file; none if it is missing."""
         store, key = _place(self._path)
         try:
             with _reached(self._path):
@@ -510,7 +594,15 @@ class StoredLock:
         return data[:most]
 
     def write(self, data: bytes, *, durable: bool = False) -> None:
-        """Replace the bytes that were read."""
+        """Replace the bytes that were read.
+
+        Args:
+            data: the new bytes.
+            durable: unused; accepted files are durable.
+
+        Raises:
+            BlockingIOError: if they have changed.
+        """
         if not _put_where(self._path, data, self._unchanged):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(self._path))
 
@@ -519,8 +611,8 @@ class StoredLock:
         self.write(self._data)
 
     def age(self) -> float:
-        """Return the seconds since the last heartbeat, by the clock of the store where a file may
-        be written to read it, which hosts need not agree on.
+        """Return the seconds since the last heartbeat, by the store's clock if a file may be
+        written to read it, because the clocks of hosts may differ.
         """
         return self._now() - self._changed
 
@@ -536,5 +628,10 @@ class StoredLock:
 
 
 def open_lock(path: Path, *, create: bool = False) -> StoredLock:
-    """Open the file of a lock."""
+    """Open a lock file.
+
+    Args:
+        path: of the file.
+        create: whether to create it if missing.
+    """
     return StoredLock(path, create=create)

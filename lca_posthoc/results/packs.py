@@ -1,9 +1,9 @@
-"""Small chunks of a span in one file, in runs that were made in an object store: a request for each
-of them would take longer than all their bytes.
+"""Store the small chunks of a span in one file, in runs in an object store, where a request for
+each would take longer than all their bytes.
 
-Chunks lie one behind the other, as they are, in the order in which their paths are sorted. The
-commit marker says, for each, its place beside its size and CRC-32. Zarr does not read packs, so such
-a run has none of Zarr's metadata either. In a file system, every chunk is a file of its own.
+Chunks lie one after the other, sorted by path. For each, the commit marker records its offset
+beside its size and CRC-32. Zarr does not read packs, so such a run lacks Zarr's metadata too. In a
+file system, every chunk is a file of its own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from . import disk
 
 PACKS = "packs"
-LARGEST = 2**20  # bytes of a chunk; a larger one is a file of its own
-_WHOLE = 2**18  # bytes of a pack that one request reads, whichever chunk is asked for first
+LARGEST = 2**20  # bytes of a chunk; a larger one gets its own file
+_WHOLE = 2**18  # bytes of a pack that the first request reads whole
 
 Seal = list[int]
-"""Of a chunk: its size, its CRC-32, and its place, where it lies in a pack."""
+"""The size of a chunk, its CRC-32, and its offset if it lies in a pack."""
 
 
 def is_packed(seal: Seal) -> bool:
@@ -34,7 +34,7 @@ def write_pack(path: Path, chunks: Mapping[str, bytes], durable: bool) -> dict[s
     Args:
         path: of the pack.
         chunks: their bytes, by their paths below the run.
-        durable: whether they are on disk when this returns.
+        durable: whether to flush them to disk before returning.
     """
     seals, place = dict[str, Seal](), 0
     for chunk in sorted(chunks):
@@ -50,8 +50,8 @@ class Pack:
     in memory as long as this object; of a larger one each chunk is a request.
 
     Args:
-        path: of the pack.
-        seals: of all chunks of the span or window; those in files of their own do not count.
+        path: path of the pack.
+        seals: seals of all chunks of the span or window; chunks in their own files are ignored.
     """
 
     def __init__(self, path: Path, seals: Iterable[Seal]) -> None:

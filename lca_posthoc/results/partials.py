@@ -1,7 +1,7 @@
-"""Totals that wait for those of other spans of their window: a file of the plain numbers of every
-tensor, one after the other.
+"""Store totals that wait for those of other spans of their window: a file with the plain numbers of
+every tensor.
 
-Types, shapes and places follow from the run; size and checksum stand where the file is recorded.
+Types, shapes and offsets follow from the run; the record of the file holds its size and checksum.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .manifest import StoredTensor
 def write_partial(
     path: Path, totals: Iterable[Totals], segments: int, durable: bool = True
 ) -> list[int]:
-    """Write the totals of a stretch of segments, a tensor at a time; returns size and CRC-32.
+    """Write the totals of a stretch of segments, a tensor at a time; return size and CRC-32.
 
     Args:
         path: of the file.
         totals: of each allocated tensor, in the order of the run.
         segments: of the stretch.
-        durable: whether they are on disk when this returns.
+        durable: whether to flush them to disk before returning.
     """
     size, crc = 0, 0
 
@@ -54,14 +54,19 @@ def _plain(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def read_partial(path: Path, tensors: Iterable[StoredTensor], segments: int) -> Iterator[Totals]:
-    """Yield the totals of each tensor that a file of a stretch of so many segments holds.
+    """Yield the totals of each tensor from the file of a stretch.
 
-    The file is opened for each tensor anew, for a window may have more spans than a process may
+    The file is reopened for each tensor, because a window may have more spans than a process may
     have open files.
 
+    Args:
+        path: of the file.
+        tensors: the allocated ones, in the order of the run.
+        segments: of the stretch.
+
     Raises:
-        FileNotFoundError: where nothing is there.
-        LCAError: where the file is too short.
+        FileNotFoundError: if there is no file.
+        LCAError: if the file is too short.
     """
     types, place = types_of_totals(segments), 0
     for tensor in tensors:
@@ -82,9 +87,13 @@ def read_partial(path: Path, tensors: Iterable[StoredTensor], segments: int) -> 
 
 
 def bytes_of_partial(elements: int, segments: int) -> int:
-    """Return the size of the file of a stretch of so many segments.
+    """Return the size in bytes of the file of a stretch.
 
     >>> bytes_of_partial(10, 4)
     190
+
+    Args:
+        elements: of all allocated tensors.
+        segments: of the stretch.
     """
     return elements * sum(np.dtype(dtype).itemsize for dtype in types_of_totals(segments).values())

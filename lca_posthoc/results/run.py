@@ -1,8 +1,7 @@
-"""Open a run as labelled arrays. Only committed spans are shown, and every byte is checked as it is
-read.
+"""Open a run as labelled arrays that show only committed spans and check every byte on reading.
 
-xarray, which takes 80 MB with what it imports, is imported where something is read: a worker that
-only writes does without.
+xarray, which takes 80 MB with its imports, is imported where something is read: a worker that only
+writes does not need it.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 20  # losses in a repr
 _OF_ALL = [level for level in KEEP if level not in KEEP_OF_A_SAMPLE]
-# the level of `--keep` from which on a part of the results is kept
+# the level of `--keep` from which a part of the results is kept
 _LEVELS = {"units": "units", "histogram": "statistics", "totals": "statistics"}
 _LEVELS |= {"allocation": "parameters"}
 
@@ -47,13 +46,10 @@ class Progress(TypedDict):
     """The progress of a loss: spans, segments, steps, seconds of workers.
 
     `first_step` and `last_step` are those of the whole loss, `steps_done` the first and the last
-    step of every committed stretch.
-
-    `segments_underway` is the progress workers report of the spans they compute now; it need not be
-    a whole number.
-
-    `behind` counts segments of the run that the loss does not cover, because checkpoints were added
-    for other losses; `missing` are the spans that are not committed.
+    step of every committed stretch. `segments_underway` is the progress that workers report on
+    their current spans; it may be fractional. `behind` counts segments of the run that the loss
+    does not cover, because checkpoints were added for other losses. `missing` lists the spans that
+    are not committed.
     """
 
     spans_done: int
@@ -74,9 +70,9 @@ class Progress(TypedDict):
 class LossResults:
     """The results of one loss of a run, as lazy xarray datasets over the committed segments.
 
-    `manifest` is that of the run up to the last checkpoint the loss covers; `behind` counts the
-    segments that were added since for other losses alone. Reading raises `LCAError` where a byte is
-    missing or is not the one that was committed.
+    `manifest` is that of the run up to the last checkpoint that the loss covers; `behind` counts
+    the segments added since for other losses only. Reading raises `LCAError` if a byte is missing
+    or differs from the committed one.
     """
 
     def __init__(self, path: Path, manifest: Manifest, name: str) -> None:
@@ -92,7 +88,9 @@ class LossResults:
         return results_html(self)
 
     def _state(self) -> str:
-        """Say in a few words how much is committed, from the markers alone; a repr never raises."""
+        """Describe in a few words how much is committed, from the markers alone; a repr never
+        raises.
+        """
         try:
             if self._commits.is_complete():
                 return "complete"
@@ -103,21 +101,20 @@ class LossResults:
 
     @property
     def record(self) -> LossRecord:
-        """The record of the loss, with its split, examples, groups, batch size and more."""
+        """Return the record of the loss, with its split, examples, groups, batch size and more."""
         return self.manifest.losses[self.name]
 
     @property
     def positions(self) -> np.ndarray[Any, Any] | None:
-        """The positions in the split of the examples of `--subset`, int64, (examples,), in the
-        order they are used; None for all.
+        """Return the positions in the split of the examples of `--subset`, int64, (examples,), in
+        their order of use; None for all.
 
-        Data that can only be read in its own order (a stream) is used in that order, which is these
-        positions ascending.
+        A stream can only be read in its own order, which is these positions ascending.
 
         Raises:
-            LCAError: where the recorded subset is no subset of the split.
+            LCAError: if the recorded subset is no subset of the split.
         """
-        # here, because a random subset needs torch and opening a run does not
+        # imported here, because a random subset needs torch and opening a run does not
         from ..numerics.objective.batches import positions_of_subset
         from ..tasks.task import parse_subsets
 
@@ -131,12 +128,12 @@ class LossResults:
 
     @property
     def precision(self) -> str:
-        """The precision the gradients were computed in."""
+        """Return the precision of the gradients."""
         return self.manifest.settings["precision"]
 
     @property
     def precision_examples(self) -> int:
-        """On how many examples, at most, the error of the precision is measured; 0 for a term of
+        """Return the most examples on which the error of the precision is measured; 0 for a term of
         the parameters.
         """
         settings, record = self.manifest.settings, self.record
@@ -150,20 +147,20 @@ class LossResults:
 
     @property
     def norm_stats(self) -> str | None:
-        """The statistics normalisation layers use, "running", "batch" or "recalibrated"; None where
-        there are no such layers.
+        """Return the statistics that normalisation layers use, "running", "batch" or
+        "recalibrated"; None without such layers.
         """
         return self.manifest.norm_stats
 
     @cached_property
     def _rows(self) -> list[int]:
-        """The committed rows, in the order of training."""
+        """Return the committed rows, in the order of training."""
         waiting = set(self._commits.pending())
         return [row for row in self.manifest.in_order if row // self.manifest.span not in waiting]
 
     @property
     def complete(self) -> bool:
-        """True where every segment the loss covers is committed."""
+        """Tell whether every segment that the loss covers is committed."""
         return self._commits.is_complete()
 
     def progress(self) -> Progress:
@@ -187,7 +184,7 @@ class LossResults:
         }
 
     def _underway(self, waiting: Collection[int]) -> float:
-        """Return the segments that workers report as done in spans which are not committed."""
+        """Return the finished segments that workers report for spans not committed yet."""
         return sum(
             report.of_losses / len(report.losses)
             for report in underway(self.path)
@@ -206,31 +203,33 @@ class LossResults:
         return stretches
 
     def holds(self, level: str) -> bool:
-        """Tell whether the run keeps what a level of `--keep` keeps."""
+        """Tell whether the run keeps at least what a level of `--keep` keeps."""
         return holds(self.manifest.keep, level)
 
     def require(self, level: str, what: str) -> None:
-        """Refuse what the run does not keep enough for.
+        """Reject a request for which the run does not keep enough.
 
         Args:
-            level: of `--keep`, from which on there is enough.
+            level: of `--keep` that is needed.
             what: is asked for, such as "shares of parameters that help".
 
         Raises:
-            InputError: where the run keeps less; it names the level, and the way out.
+            InputError: if the run keeps less; it names the level, and what to do.
         """
         if not self.holds(level) and self.manifest.sampled is not None and level in _OF_ALL:
             raise InputError(f"{what} {self.of_a_part()}")
         if not self.holds(level):
             raise InputError(
-                f"{self.path} was made with --keep {self.manifest.keep}, and {what} need --keep "
+                f"{self.path} was made with --keep {self.manifest.keep}, but {what} need --keep "
                 f"{level}. Run again into another directory: --keep {level} --out OTHER.lca."
             )
 
     def of_a_part(self) -> str:
-        """Return the end of a sentence on what a random part of the segments does not give."""
+        """Return the end of a sentence about results that a random part of the segments does not
+        allow.
+        """
         return (
-            f"need every segment of the training, and {self.path} is of a random part of them "
+            f"need every segment of the training, but {self.path} has a random part of them "
             f"(--segments {self.manifest.sampled}). Run again into another directory, without "
             "--segments: --out OTHER.lca."
         )
@@ -241,7 +240,7 @@ class LossResults:
         self.require(_LEVELS.get(part, "tensors"), part)
         store = CheckedStore(self.path, self.manifest, self.name, (part,))
         data: xr.Dataset = xr.open_zarr(store, group=part, consolidated=False, chunks=None)
-        # the others hold names of tensors, of which one may be called so
+        # other parts hold names of tensors, one of which may have this name
         if part in ("steps", "tensors", "histogram", "examples", "causes", "along", "path"):
             data = data.assign_coords(step_end=("step", self.manifest.step_ends))
         if self.record.groups is not None and part != "examples":
@@ -257,21 +256,21 @@ class LossResults:
 
     @property
     def allocation(self) -> xr.Dataset:
-        """The allocation, a variable per tensor under its PyTorch name, dims `(step[, group],
-        "NAME:0", …)`, float32, in units of loss.
+        """Return the allocation, a variable per tensor under its PyTorch name, dims `(step[,
+        group], "NAME:0", …)`, float32, in units of loss.
         """
         return self._named("allocation")
 
     @property
     def units(self) -> xr.Dataset:
-        """Sums per neuron or channel, one variable per tensor, dims `(step[, group], "NAME:unit")`,
-        float32, in units of loss.
+        """Return sums per neuron or channel, one variable per tensor, dims `(step[, group],
+        "NAME:unit")`, float32, in units of loss.
         """
         return self._named("units")
 
     @property
     def steps(self) -> xr.Dataset:
-        """The segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`,
+        """Return the segments, with `loss_start`, `loss_end`, `residual`, `evaluations`, `level`,
         `converged`, `error_bound` and `precision_error`.
 
         `weight` is Σ of the elements' weights (of each group); `remainder` is the allocation of the
@@ -283,8 +282,9 @@ class LossResults:
 
     @property
     def tensors(self) -> xr.Dataset:
-        """The segments by group and tensor, with `allocated` and `motion` Σ|Δθ|; from `--keep
-        statistics` on also the counts `helping` and `hurting`, and `gradient` Σ|mean gradient|.
+        """Return the segments by group and tensor, with `allocated` and `motion` Σ|Δθ|; from
+        `--keep statistics` on also the counts `helping` and `hurting`, and `gradient` Σ|mean
+        gradient|.
 
         `replicates` is the allocation of each random part of a random subset, for `standard_error`.
         """
@@ -301,30 +301,30 @@ class LossResults:
 
     @property
     def examples(self) -> xr.Dataset:
-        """The loss of every example, lazy, float32, of a loss that is stated per example; of every
-        element of one that is stated per element, whose axis is called `element`.
+        """Return the loss of every example, lazy, float32, for a loss with `per="example"`; for
+        `per="element"` of every element, along an axis `element`.
 
-        `allocated` (step, example, tensor) is what each tensor contributed to the change of the
+        `allocated` (step, example, tensor) is the contribution of each tensor to the change of the
         example's loss on a segment, in units of loss; `loss_start`, `loss_end` and `residual`
         (step, example) close it: Σ allocated + residual = loss_end − loss_start. `weight` is the
-        sum of the weights of the example's elements; where it is 0, so are the other numbers. The
-        coordinate `example` is the position in the split, `group` the label of its group where the
-        loss has groups, `text` what `Task.show` says of it; `index` is that of an element among
-        those of its example.
+        sum of the weights of the example's elements; if it is 0, so are the other numbers. The
+        coordinate `example` is the position in the split, `group` the label of its group if the
+        loss has groups, `text` its description by `Task.show`; `index` is the position of an
+        element in its example.
 
-        Where an embedding and another operation share a tensor, as where input and output are tied,
-        `uses` (step, example, use) are its shares in `allocated` by operation, with the coordinates
+        If an embedding and another operation share a tensor, as tied input and output do, `uses`
+        (step, example, use) are its shares in `allocated` by operation, with the coordinates
         `used_tensor` and `operation`.
 
         Raises:
-            InputError: where the loss is stated neither per example nor per element.
+            InputError: if the loss has results neither per example nor per element.
         """
         if self.record.per is None:
             told = [name for name, record in self.manifest.losses.items() if record.per is not None]
             way_out = (
                 f"Loss {told[0]!r} has: --loss {told[0]}."
                 if told
-                else 'State a loss with Loss(…, per="example") in the task, under another name, and '
+                else 'Declare a loss with Loss(…, per="example") in the task, under another name, and '
                 "run again."
             )
             raise InputError(
@@ -334,7 +334,7 @@ class LossResults:
         specs = [tensor.spec for tensor in self.manifest.allocated]
         per, numbers = self.record.per, np.arange(self.record.examples)
         numbers = numbers if positions is None else positions
-        elements = (self.record.rows or 0) // self.record.examples  # of an example
+        elements = (self.record.rows or 0) // self.record.examples  # of one example
         data = data.assign_coords(
             example=(per, np.repeat(numbers, elements)),
             tensor=("tensor", np.array([spec.name for spec in specs], dtype=object)),
@@ -354,7 +354,7 @@ class LossResults:
         if self.record.groups is None:
             return data
         labels, codes = np.array(self.record.groups), data["group"]
-        # the first row that is committed tells; without one, nothing is known of the groups
+        # the first committed row shows the groups; without one, they are unknown
         positions_of_labels = codes.isel(step=0).to_numpy() if self._rows else None
         data = data.drop_vars("group")
         if positions_of_labels is None:
@@ -363,14 +363,14 @@ class LossResults:
 
     @property
     def causes(self) -> xr.Dataset:
-        """The causes of the motion, of a run with `--causes`: `allocated` (step[, group], cause,
-        tensor), float64, in units of loss.
+        """Return the causes of the motion, for a run with `--causes`: `allocated` (step[, group],
+        cause, tensor), float64, in units of loss.
 
-        Causes are `signal`, `noise`, `momentum`, `decay` and `rest`, see `lca_posthoc.numerics
-        .causes`; over them `allocated` adds up to that of `tensors`.
+        Causes are `signal`, `noise`, `momentum`, `decay` and `rest`, see
+        `lca_posthoc.numerics.causes`; summed over them, `allocated` equals that of `tensors`.
 
         Raises:
-            InputError: where the run was made without them.
+            InputError: if the run was made without them.
         """
         if self.manifest.settings["signal"] is None:
             raise InputError(
@@ -389,15 +389,15 @@ class LossResults:
 
     @property
     def other_path(self) -> xr.Dataset:
-        """The change by another path through the same checkpoints, of a run with `--path-band`:
-        `shift` (step[, group], tensor), float64, in units of loss.
+        """Return the change by another path through the same checkpoints, for a run with
+        `--path-band`: `shift` (step[, group], tensor), float64, in units of loss.
 
-        `doubled` is what a segment has of the line from one checkpoint to the next but one; those
-        of both of its halves add up to what that line is allocated. Both are 0 on segments of one
-        training step, and where there is no neighbour; see `lca_posthoc.numerics.path`.
+        `doubled` is the segment's share of the line from one checkpoint to the next but one; both
+        halves together add up to that line's allocation. Both are 0 on segments of one training
+        step, and where there is no neighbour; see `lca_posthoc.numerics.path`.
 
         Raises:
-            InputError: where the run was made without it.
+            InputError: if the run was made without it.
         """
         if self.manifest.settings["path_band"] != "on":
             raise InputError(
@@ -416,16 +416,16 @@ class LossResults:
 
     @property
     def along(self) -> xr.Dataset:
-        """The loss along directions, of a run with `--along`: `allocated` (step[, group],
+        """Return the loss along directions, for a run with `--along`: `allocated` (step[, group],
         direction), float64, in units of loss.
 
-        `remainder` (step[, group]) is what the rest of the motion did: what all tensors were
-        allocated less the directions. `motion` (step, direction) is how far the weights moved along
-        each, `distance` (step) how far in all, and `captured` (step) the share of its square that
-        the directions hold; NaN where nothing moved.
+        `remainder` (step[, group]) is the allocation of the rest of the motion: that of all tensors
+        minus the directions. `motion` (step, direction) is how far the weights moved along each,
+        `distance` (step) how far in total, and `captured` (step) the directions' share of its
+        square; NaN where nothing moved.
 
         Raises:
-            InputError: where the run was made without them.
+            InputError: if the run was made without them.
         """
         if "directions" not in self.manifest.settings:
             raise InputError(
@@ -445,21 +445,21 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """The histogram of each segment, counts of single parameters' allocations between fixed
-        edges (`edge`), exact zeros apart.
+        """Return the histogram of each segment: counts of single parameters' allocations between
+        fixed edges (`edge`), with exact zeros separate.
         """
         return self._open("histogram")
 
     @property
     def totals(self) -> xr.Dataset:
-        """The totals per parameter, lazy, over all segments, dims `(total, "NAME:0", …)`, with
+        """Return the totals per parameter, lazy, over all segments, dims `(total, "NAME:0", …)`:
         allocations, counts, turns.
 
-        Those of a loss with groups are of its weighted mean over the groups: the loss of the whole
+        For a loss with groups they are of its weighted mean over the groups: the loss of the whole
         split.
 
         Raises:
-            InputError: where the run is not complete, or keeps no totals.
+            InputError: if the run is not complete, or keeps no totals.
         """
         import xarray as xr
 
@@ -484,10 +484,11 @@ class LossResults:
 
     @property
     def markers(self) -> list[Marker]:
-        """The commit markers of the spans, with evaluations, forward passes, seconds, worker.
+        """Return the commit markers of the spans, with evaluations, forward passes, seconds,
+        worker.
 
         Raises:
-            LCAError: where a marker is damaged.
+            LCAError: if a marker is damaged.
         """
         return self._commits.all_facts()
 
@@ -526,7 +527,7 @@ def open_run(path: str | Path) -> Run:
     """Open a run directory that `lca run` wrote, finished or not.
 
     Raises:
-        LCAError: where `path` is not a run directory.
+        LCAError: if `path` is not a run directory.
     """
     run = path_of(path)
     return Run(run, read_manifest(run))

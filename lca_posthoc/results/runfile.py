@@ -1,4 +1,4 @@
-"""`run.json`: written whole and sealed; read as if somebody hostile had written it."""
+"""Write and seal `run.json`, and read it as possibly hostile input."""
 
 from __future__ import annotations
 
@@ -45,24 +45,30 @@ _FIELDS = (
     "losses",
     "provenance",
 )
-# fields of a loss that are left out where they are None
+# fields of a loss that are omitted if None
 _RARE = ("begun", "covers", "sites", "per", "rows", "texts")
-# what is there before `run.json` while a run is created in its place
+# exists before `run.json` while a run is created in place
 _FIRST = {"lock", "log", "data.zarr", "commits", "partial"}
 _TENSOR = ("name", "kind", "shape", "aliases", "unit_axis", "source", "key")
 
 _CACHED = 4
-_SETTLED = 0.5  # seconds after which a file that is changed gets another time of change
+_SETTLED = 0.5  # seconds after which a changed file gets a new modification time
 _cache: OrderedDict[tuple[str, tuple[int | str, ...]], Manifest] = OrderedDict()
 
 
 def write_manifest(manifest: Manifest, run: Path, durable: bool = True) -> None:
-    """Write `run.json`."""
+    """Write `run.json`.
+
+    Args:
+        manifest: of the run.
+        run: its directory.
+        durable: whether to flush the file to disk before returning.
+    """
     disk.write_whole(run / FILE, manifest_bytes(manifest), durable)
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """Return what `run.json` holds of a manifest."""
+    """Return the bytes of `run.json` for a manifest."""
     document = {
         "format": FORMAT,
         "id": manifest.id,
@@ -73,7 +79,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         ],
         "checkpoints": [_entry_of(checkpoint) for checkpoint in manifest.checkpoints],
         "breaks": manifest.breaks,
-        # the others follow from the breaks
+        # the other starts follow from the breaks
         "drawn": None if manifest.sampled is None else manifest.starts,
         "span": manifest.span,
         "window": manifest.window,
@@ -86,7 +92,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
 
 
 def _entry_of(checkpoint: Checkpoint) -> list[object]:
-    """Return a checkpoint as `run.json` records it: without moments where there are none."""
+    """Return the entry of a checkpoint in `run.json`, without moments if there are none."""
     moments = checkpoint.moments
     return [
         checkpoint.step,
@@ -98,7 +104,7 @@ def _entry_of(checkpoint: Checkpoint) -> list[object]:
 
 
 def _written(record: LossRecord) -> dict[str, object]:
-    """Return a loss as `run.json` records it: without what most losses have nothing to say of."""
+    """Return the entry of a loss in `run.json`, without fields that most losses leave empty."""
     return {
         name: value
         for name, value in asdict(record).items()
@@ -112,12 +118,12 @@ def exists(run: Path) -> bool:
 
 
 def refuse_other(run: Path) -> None:
-    """Refuse to compute a run where something else is.
+    """Refuse to compute a run in a place that holds something else.
 
     Raises:
-        InputError: where something is there that is not a run.
+        InputError: if the place holds something that is not a run.
     """
-    # in this order: another driver may create the run just now
+    # in this order, because another driver may just be creating the run
     if disk.exists(run) and not exists(run) and not _is_being_created(run):
         raise InputError(
             f"{run} exists and is not a run directory (it has no {FILE}). Choose another place "
@@ -126,18 +132,16 @@ def refuse_other(run: Path) -> None:
 
 
 def _is_being_created(run: Path) -> bool:
-    """Tell whether all that is in the place of a run is what its creation writes first, in an
-    object store.
-    """
+    """Tell whether a place holds only the first files of a run's creation, in an object store."""
     return disk.is_object_store(run) and {*disk.names(run)} <= _FIRST
 
 
 def read_manifest(run: Path) -> Manifest:
-    """Read `run.json`; the result stays in memory until the file changes.
+    """Read `run.json`; cache the result until the file changes.
 
     Raises:
-        InputError: where `run` is not a run directory.
-        LCAError: where its format is another one, or `run.json` is damaged.
+        InputError: if `run` is not a run directory.
+        LCAError: if its format is another one, or `run.json` is damaged.
     """
     try:
         return load(run)
@@ -146,11 +150,13 @@ def read_manifest(run: Path) -> Manifest:
 
 
 def load(run: Path) -> Manifest:
-    """Read `run.json` as `read_manifest` does, for callers that tell damage from other failures.
+    """Read `run.json` as `read_manifest` does, for callers that distinguish damage from other
+    failures.
 
     Raises:
-        InputError, LCAError: as `read_manifest`, but for damage.
-        ValueError: says in a few words what is wrong with the file.
+        InputError: if `run` is not a run directory.
+        LCAError: if its format is another one.
+        ValueError: describes the damage of the file in a few words.
     """
     try:
         state = disk.state(run / FILE)
@@ -195,14 +201,15 @@ def _other_format(run: Path, number: int, provenance: object) -> str:
     )
 
 
-# --- every field, before anything is made from it -------------------------------------------------
+# --- check every field before using any
+# ------------------------------------------------------------
 
 
 def parse(document: dict[str, object]) -> Manifest:
     """Return the manifest of a document, with every field checked.
 
     Raises:
-        ValueError: names the field that is missing, unknown, or not what it may be.
+        ValueError: naming the field that is missing, unknown, or invalid.
     """
     _exactly(document, _FIELDS, "")
     _check(
@@ -234,7 +241,7 @@ def parse(document: dict[str, object]) -> Manifest:
 
 
 def _fits_together(manifest: Manifest) -> None:
-    """Check what one field alone does not tell."""
+    """Check what a single field does not show."""
     _check(manifest.starts, "breaks", "fewer than the segments between checkpoints", "all of them")
     if manifest.settings["signal"] is None:
         with_moments = [one.step for one in manifest.checkpoints if one.moments is not None]

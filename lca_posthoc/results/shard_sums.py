@@ -1,8 +1,8 @@
-"""Sums over shards of the data that wait until their span is whole: a file for each request, below
+"""Store sums over shards of the data until their span is complete: a file for each request, below
 RUN/shards.
 
-A file holds what it is about as a table, the numbers, and a checksum over both. One that is damaged
-counts as if it were not there: what it held is computed again.
+A file holds a table about the sums, the numbers, and a checksum of both. A damaged file counts as
+missing: its sums are recomputed.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ def sums_name(span: int, request: str) -> str:
 
     >>> sums_name(3, "a1")
     '000003-a1.sums'
+
+    Args:
+        span: its number.
+        request: identifies the request.
     """
     return f"{span:06d}-{request}{_SUFFIX}"
 
@@ -43,7 +47,7 @@ def write_sums(
         name: of the file, see `sums_name`.
         about: JSON-like.
         numbers: float64.
-        durable: whether they are on the disk when this returns.
+        durable: whether to flush them to disk before returning.
     """
     table = json.dumps(about, separators=(",", ":")).encode()
     data = b"".join((len(table).to_bytes(_LENGTH, "little"), table, numbers.tobytes()))
@@ -54,7 +58,12 @@ def write_sums(
 
 
 def read_sums(run: Path, name: str) -> tuple[dict[str, Any], Numbers] | None:
-    """Return what a file is about, and its numbers; None where it is not there, or damaged."""
+    """Return the table and the numbers of a file; None if it is missing or damaged.
+
+    Args:
+        run: the directory of the run.
+        name: of the file, see `sums_name`.
+    """
     try:
         data = disk.read(run / SHARDS / name)
     except OSError:
@@ -68,7 +77,12 @@ def read_sums(run: Path, name: str) -> tuple[dict[str, Any], Numbers] | None:
 
 
 def names_of_sums(run: Path, span: int | None = None) -> Iterator[str]:
-    """Yield the names of the files of a span, in order; of all spans by default."""
+    """Yield the names of the files of a span, in order; of all spans by default.
+
+    Args:
+        run: the directory of the run.
+        span: its number; None for all.
+    """
     for name in disk.names(run / SHARDS):
         number = name.partition("-")[0]
         if name.endswith(_SUFFIX) and number.isdecimal() and span in (None, int(number)):
@@ -76,7 +90,12 @@ def names_of_sums(run: Path, span: int | None = None) -> Iterator[str]:
 
 
 def remove_sums(run: Path, span: int | None = None) -> None:
-    """Remove the files of a span, of all spans by default; and the directory, once it is empty."""
+    """Remove the files of a span, by default of all spans, and then the directory if it is empty.
+
+    Args:
+        run: the directory of the run.
+        span: its number; None for all.
+    """
     for name in names_of_sums(run, span):
         disk.remove(run / SHARDS / name)
     disk.remove_empty(run / SHARDS)

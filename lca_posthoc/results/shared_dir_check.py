@@ -1,4 +1,4 @@
-"""A small file by which another process can tell that it sees the same directory."""
+"""Check by a small file that another process sees the same directory."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ..errors import ResourceError
 from . import disk
 from .underway import LOG
 
-_TEMPORARY = ".tmp"  # end of the name of such a file while it is written
+_TEMPORARY = ".tmp"  # end of the temporary name of such a file
 
 
 @contextlib.contextmanager
 def shared_directory_token(run: Path) -> Iterator[tuple[Path, str]]:
-    """Yield a file in the run directory, or beside the place it will have, and its text; the file
-    is removed afterwards.
+    """Yield a file in the run directory, or beside its future place, and its text; remove the file
+    afterwards.
 
-    Files that killed drivers of this host left are removed first.
+    Files of killed drivers of this host are removed first.
     """
-    run = run.resolve()  # a worker may be elsewhere in the file system
+    run = run.resolve()  # a worker may have another working directory
     inside = disk.is_object_store(run) or disk.kind(run / LOG, follow_links=True) == "directory"
     place = run / LOG if inside else run.parent
     disk.ensure_directory(place)
@@ -45,8 +45,12 @@ def shared_directory_token(run: Path) -> Iterator[tuple[Path, str]]:
 def check_shared_directory(token: Path, text: str) -> None:
     """Check that this process sees the file another one wrote, and can write beside it.
 
+    Args:
+        token: the file.
+        text: its contents.
+
     Raises:
-        ResourceError: which says what is wrong with its directory and what to do.
+        ResourceError: naming the problem with its directory and what to do.
     """
     try:
         same = disk.read(token) == text.encode()

@@ -1,6 +1,4 @@
-"""A small file beside a run that is being prepared, by which `lca status` can tell what its driver
-is doing.
-"""
+"""Announce the preparation of a run by a small file beside it, which `lca status` reads."""
 
 from __future__ import annotations
 
@@ -20,19 +18,19 @@ from ..checkpoints.paths import nearest
 from . import disk
 
 _HEARTBEAT = 10.0
-_STALE = 120.0  # seconds without a heartbeat, of a driver on another host
-_INSIDE = "log"  # of the run, in an object store
-_TEMPORARY = ".tmp"  # end of the name of such a file while it is written
+_STALE = 120.0  # seconds without a heartbeat of a driver on another host
+_INSIDE = "log"  # directory within the run, in an object store
+_TEMPORARY = ".tmp"  # end of the temporary name of such a file
 _LARGEST = 16384  # bytes of such a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class Starting:
-    """The stage a driver is in before its first span.
+    """The current stage of a driver before its first span.
 
     Attributes:
         run: the run it prepares.
-        stage: what it does now, in words.
+        stage: the current work, in words.
         since: when the stage began, in seconds since 1970.
         began: when the driver began, in seconds since 1970.
         host: on which it runs.
@@ -48,8 +46,8 @@ class Starting:
 
 
 class Announcement:
-    """The file of one driver; where it cannot be written, it is left out, because nothing relies on
-    it.
+    """The announcement file of one driver; failures to write it are ignored, because nothing relies
+    on it.
     """
 
     def __init__(self, run: Path) -> None:
@@ -66,12 +64,12 @@ class Announcement:
         self._lock, self._over = threading.Lock(), threading.Event()
 
     def stage(self, text: str) -> None:
-        """Write what the driver does now into the file."""
+        """Write the driver's current stage into the file."""
         self._state = replace(self._state, stage=text, since=time.time())
         self._write()
 
     def end(self) -> None:
-        """Remove the file; stages that follow are not written."""
+        """Remove the file; later stages are not written."""
         with self._lock, contextlib.suppress(OSError):
             self._over.set()
             disk.remove(self._file)
@@ -80,7 +78,7 @@ class Announcement:
         data = json.dumps(asdict(self._state)).encode()
         with self._lock, contextlib.suppress(OSError):
             if not self._over.is_set():
-                # under a name by which others tell whose it is, as they do of the file itself
+                # under a name that shows its owner, like that of the file itself
                 disk.write_whole(
                     self._file, data, durable=False, temporary=f"{self._file.name}{_TEMPORARY}"
                 )
@@ -95,7 +93,7 @@ class Announcement:
 def announced(run: Path) -> Iterator[Announcement]:
     """Announce that a run is being prepared, until `end` or the end of the context.
 
-    Files that killed drivers left beside this run are removed first.
+    Files of killed drivers beside this run are removed first.
     """
     announcement = Announcement(run)
     _remove_stale(run)
@@ -110,7 +108,7 @@ def announced(run: Path) -> Iterator[Announcement]:
 
 
 def starting(run: Path) -> Starting | None:
-    """Return the stage of a driver that prepares this run; None where there is none."""
+    """Return the stage of a driver that prepares this run; None if there is none."""
     for file in _files(run):
         with contextlib.suppress(OSError, ValueError, TypeError):
             if _is_alive(run, file):
@@ -128,8 +126,8 @@ def _beginning(run: Path) -> str:
 
 
 def _place(run: Path) -> Path:
-    """Return the directory of the file: the one the run is in, or the nearest one above it that is
-    there already; in an object store the run's own.
+    """Return the directory of the file: the run's parent, or the nearest existing one above; in an
+    object store the run itself.
     """
     try:
         return run / _INSIDE if disk.is_object_store(run) else nearest(run.absolute().parent)
@@ -159,8 +157,8 @@ def _is_alive(run: Path, file: Path) -> bool:
 
 
 def _is_older(pid: int, file: Path) -> bool:
-    """Tell whether a process is older than a file; a younger one got the number of a process that
-    ended.
+    """Tell whether a process is older than a file; a younger one reuses the number of an ended
+    process.
     """
     try:
         return float(psutil.Process(pid).create_time()) <= disk.state(file).changed + 1.0

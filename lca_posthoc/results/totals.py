@@ -1,5 +1,5 @@
-"""Totals per parameter, joined from the stored windows as they are read: to read a part of a tensor
-costs only that part.
+"""Merge totals per parameter from the stored windows on reading; reading a part of a tensor costs
+only that part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .chunks import CheckedStore
 
 
 class StoredTotals:
-    """The totals of one tensor, window by window, as they are stored.
+    """The stored totals of one tensor, window by window.
 
     Args:
         store: of the loss.
@@ -33,16 +33,21 @@ class StoredTotals:
 
     @property
     def windows(self) -> int:
-        """The number of windows."""
+        """Return the number of windows."""
         return int(self._arrays["totals"].shape[0])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the tensor."""
+        """Return the shape of the tensor."""
         return self._arrays["totals"].shape[2:]
 
     def read(self, window: int, part: tuple[int | slice, ...]) -> Totals:
-        """Return the totals of a part of the tensor over a window."""
+        """Return the totals of a part of the tensor over a window.
+
+        Args:
+            window: its number.
+            part: an index or a slice for each axis.
+        """
         fields: Totals = {}
         for name, (names, _) in TOTAL_FIELDS.items():
             stored = np.asarray(self._arrays[name][(window, slice(None), *part)])
@@ -51,10 +56,9 @@ class StoredTotals:
 
 
 class JoinedTotals(BackendArray):
-    """The totals of one tensor over all windows, (total, *shape), float64, read when they are
-    indexed.
+    """The totals of one tensor over all windows, (total, *shape), float64, read on indexing.
 
-    Two windows at most are in memory at a time, of the part that is read.
+    At most two windows of the part are in memory at a time.
 
     Args:
         store: of the loss.

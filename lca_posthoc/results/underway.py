@@ -1,8 +1,8 @@
-"""Reports on the spans that workers compute now: a small file for each below RUN/log, removed when
-its span is over.
+"""Report on the spans that workers compute now: a small file for each below RUN/log, removed at its
+end.
 
-Nothing relies on them: no result is read from one, and a report that cannot be written or read is
-passed over.
+Nothing relies on them: no result is read from one, and failures to write or read a report are
+ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from . import disk
 from .files import refuse_links
 from .lock import is_held
 
-EVERY = 3.0  # seconds between two writings of a report; a shorter span never writes one
+EVERY = 3.0  # seconds between two writes of a report; a shorter span writes none
 LOG = "log"
 EVENTS = f"{LOG}/run.jsonl"
 _NAME = re.compile(r"\.span-(\d{6,})\.json")
@@ -33,10 +33,10 @@ _LARGEST = 4096  # bytes of a report
 
 @dataclass(frozen=True)
 class Underway:
-    """The progress of one span: segments done, a segment of two losses counting twice, and the
-    worst |residual| among them.
+    """The progress of one span: finished segments, counted once per loss, and their worst
+    |residual|.
 
-    `of_losses` counts the segments of `losses`, which are computed now; the others were computed
+    `of_losses` counts the segments of `losses`, which are being computed; the others were computed
     before, in the same span.
     """
 
@@ -49,20 +49,19 @@ class Underway:
 
 @dataclass(frozen=True, kw_only=True)
 class LastRun:
-    """A call of `run` or `repair`, as the log records it.
+    """A call of `run` or `repair`, from the log.
 
     Attributes:
         began: when, in seconds since 1970.
-        pending: segments it had to compute; a segment of two losses counts twice.
-        done: segments of these it has committed.
+        pending: segments it had to compute, counted once per loss.
+        done: segments of these that it has committed.
         workers: how many it had.
-        ended: the error it ended with, empty where there was none; None where it still runs or was
-            killed.
-        not_finite: the spans that failed for a checkpoint with NaN or Inf, and the training step of
-            that checkpoint.
-        follows: whether it takes iterates as a training records them.
+        ended: the error it ended with, "" if there was none; None if it still runs or was killed.
+        not_finite: the spans that failed for a checkpoint with NaN or Inf, with the training step
+            of that checkpoint.
+        follows: whether it replays iterates while a training records them.
         waits_after: the training step up to which it replayed them, while it waits for more; None
-            where it does not wait.
+            if it does not wait.
     """
 
     began: float
@@ -75,8 +74,8 @@ class LastRun:
     waits_after: int | None
 
     def rate(self, underway: float) -> float | None:
-        """Return segments per second since it began, those underway included; None while no segment
-        is done.
+        """Return segments per second since it began, including those underway; None before the
+        first segment.
         """
         seconds, segments = time.time() - self.began, self.done + underway
         return segments / seconds if seconds > 0 and segments > 0 else None
@@ -84,7 +83,7 @@ class LastRun:
 
 class SpanReport:
     """A context that writes the progress of a span to its file, every few seconds, and removes the
-    file in the end.
+    file at the end.
     """
 
     def __init__(self, run: Path, span: int) -> None:
@@ -108,16 +107,17 @@ class SpanReport:
                 disk.remove(self._file)
 
     def begin(self, losses: list[str]) -> None:
-        """Begin the pass over some losses; their progress starts from 0 again where the pass is
-        repeated.
-        """
+        """Start the pass over some losses; repeating a pass resets their progress to 0."""
         if losses != self._losses:
             self._before += self._segments
         self._segments, self._losses = 0.0, losses
 
     def reach(self, segments: float, residual: float) -> None:
-        """Report how many segments of the pass are done, losses counted apart, and the |residual|
-        of the last one.
+        """Report the progress of the pass.
+
+        Args:
+            segments: finished, counted once per loss.
+            residual: |residual| of the last one.
         """
         self._segments, self._worst = max(self._segments, segments), max(self._worst, residual)
         if time.monotonic() >= self._due:
@@ -140,8 +140,8 @@ class SpanReport:
 
 
 def underway(run: Path) -> list[Underway]:
-    """Return the reports of workers on the spans they compute now, in order; none where no driver
-    works on the run.
+    """Return the reports of workers on their current spans, in order; none if no driver works on
+    the run.
     """
     reports = []
     with contextlib.suppress(OSError, LCAError):
@@ -172,7 +172,7 @@ def _read(file: Path, span: int) -> Underway:
 
 
 def remove_reports(run: Path) -> None:
-    """Remove reports of workers that were killed; only while holding the lock."""
+    """Remove reports of killed workers. Call it only while holding the lock."""
     with contextlib.suppress(OSError):
         for file, _ in _reports(run):
             disk.remove(file)
@@ -181,14 +181,18 @@ def remove_reports(run: Path) -> None:
 def append_events(run: Path, lines: str) -> None:
     """Append lines to the log of a run.
 
+    Args:
+        run: its directory.
+        lines: whole lines.
+
     Raises:
-        OSError: where this cannot be done.
+        OSError: if the log cannot be written.
     """
     disk.append(run / EVENTS, lines)
 
 
 def last_run(run: Path) -> LastRun | None:
-    """Return the last call that had spans to replay, from the log; None where there was none."""
+    """Return the last call that had spans to replay, from the log; None if there was none."""
     done, ended, not_finite = 0, None, dict[int, int]()
     waits_after: int | None = None
     for line in _lines_from_the_end(run / EVENTS):
@@ -218,7 +222,12 @@ def last_run(run: Path) -> LastRun | None:
 
 
 def last_events(run: Path, most: int) -> list[str]:
-    """Return the last lines of the log of a run, the last one last; none where there is no log."""
+    """Return the last lines of a run's log, in order; none if there is no log.
+
+    Args:
+        run: its directory.
+        most: lines to return.
+    """
     lines = itertools.islice(filter(None, _lines_from_the_end(run / EVENTS)), most)
     return [line.decode("utf-8", "replace") for line in lines][::-1]
 
@@ -228,6 +237,6 @@ def _seconds(stamp: str) -> float:
 
 
 def _lines_from_the_end(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a file, the last one first; none where it cannot be read."""
+    """Yield the lines of a file, the last one first; none if it cannot be read."""
     with contextlib.suppress(OSError):
         yield from disk.lines_from_the_end(file)

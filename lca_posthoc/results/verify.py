@@ -1,4 +1,4 @@
-"""Compare every stored byte of a run with what was committed; reads one file at a time, and writes
+"""Compare every stored byte of a run with its commits, reading one file at a time and writing
 nothing.
 """
 
@@ -29,14 +29,14 @@ from .shard_sums import SHARDS, names_of_sums
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """One file that is not what was committed.
+    """A file that differs from what was committed.
 
     Attributes:
         path: of the file, below the run.
-        what: says what is wrong with it, in words.
+        what: describes the damage, in words.
         loss: to which it belongs; None for files of the whole run.
         array: "allocation", "steps/residual", …
-        tensor: its name, where the file belongs to one.
+        tensor: its name, if the file belongs to one.
         span: to which the file belongs, if to one.
         window: the window of totals to which it belongs, if to one.
         first_step: the training step at which the span or window starts.
@@ -55,23 +55,19 @@ class Damage:
 
     @property
     def is_of_the_record(self) -> bool:
-        """True for `run.json`, which follows from nothing else and cannot be computed again."""
+        """Tell whether it is `run.json`, which follows from nothing else and cannot be recomputed."""
         return self.path == FILE
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A file that no marker lists: a killed run left it, or somebody else put it there. Nothing
-    reads it.
-    """
+    """A file that no marker lists, from a killed run or from somebody else; nothing reads it."""
 
     path: str
 
 
 class Verification:
-    """An iterator over damage and leftovers; `files` and `bytes` count what it has checked so
-    far.
-    """
+    """Iterates over damage and leftovers; `files` and `bytes` count what it has checked so far."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
@@ -104,7 +100,7 @@ class Verification:
             what = self._differs(path, expected)
             if what is None:
                 continue
-            if not self._is_current(manifest):  # it was changed meanwhile by the run that goes on
+            if not self._is_current(manifest):  # the running driver changed it meanwhile
                 continue
             array = None if loss is None else _array_of(path)
             yield Damage(path=path, what=what, loss=loss, array=array)
@@ -157,7 +153,7 @@ class Verification:
         for later in range(1, manifest.spans):
             try:
                 what = disagreement(commits, later, {})
-            except LCAError:  # of a damaged marker, which is found by itself
+            except LCAError:  # a damaged marker is reported by itself
                 continue
             for span in (later - 1, later) if what is not None else ():
                 place = commits.marker(span).relative_to(self.run).as_posix()
@@ -179,7 +175,7 @@ class Verification:
         place = row.place.relative_to(self.run).as_posix()
         try:
             marker = row.load()
-        except FileNotFoundError:  # replaced meanwhile by the run that goes on
+        except FileNotFoundError:  # the running driver replaced it meanwhile
             if disk.is_link(row.place):
                 yield row.damage(place, "it is a link")
             return
@@ -200,7 +196,7 @@ class Verification:
         yield from self._waiting(row, marker)
 
     def _waiting(self, row: _Row, marker: Marker) -> Iterator[Damage]:
-        """Check the totals of a span that wait for those of its window, where it has any."""
+        """Check a span's totals that wait for their window, if there are any."""
         if row.span is None or not row.commits.keeps_partial(row.span):
             return
         file = row.commits.partial(row.span).relative_to(self.run).as_posix()
@@ -210,7 +206,7 @@ class Verification:
             yield row.damage(file, what, "totals")
 
     def _begun(self, row: _Row) -> Iterator[Damage]:
-        """Check the totals of a window that wait since checkpoints were added, where it has any."""
+        """Check a window's totals that wait since checkpoints were added, if there are any."""
         begun = row.commits.begun(row.number)
         if begun is None:
             return
@@ -220,22 +216,20 @@ class Verification:
             yield row.damage(file, what, "totals")
 
     def _unlike_chunk(self, pack: Pack, file: str, seal: list[int]) -> str | None:
-        """Say how a chunk differs from what was committed; None where it does not."""
+        """Describe how a chunk differs from what was committed; None if it does not."""
         if not is_packed(seal):
             return self._unlike(file, seal)
         try:
             data = pack.read(seal)
         except FileNotFoundError:
-            return "the pack it lies in is missing"
+            return "its pack is missing"
         except OSError as error:
-            return f"the pack it lies in cannot be read ({error.strerror})"
+            return f"its pack cannot be read ({error.strerror})"
         self._add(len(data))
         return self._differs_from_seal(*checksum([data]), seal)
 
     def _unlike(self, path: str, sealed: list[int] | None) -> str | None:
-        """Say how a file differs from the size and CRC-32 it should have; None where it does
-        not.
-        """
+        """Describe how a file differs from its recorded size and CRC-32; None if it does not."""
         what = self._not_plain(path)
         if what is not None:
             return what
@@ -245,19 +239,17 @@ class Verification:
             return f"it cannot be read ({error.strerror})"
         self._add(size)
         if sealed is None:
-            return "its commit marker does not say its size and checksum"
+            return "its commit marker does not record its size and checksum"
         return self._differs_from_seal(size, crc, sealed)
 
     @staticmethod
     def _differs_from_seal(size: int, crc: int, sealed: list[int]) -> str | None:
         if size != sealed[0]:
-            return f"it has {size} bytes, {sealed[0]} were committed"
-        return None if crc == sealed[1] else "its checksum is not the committed one"
+            return f"it has {size} bytes, but {sealed[0]} were committed"
+        return None if crc == sealed[1] else "its checksum differs from the committed one"
 
     def _not_plain(self, path: str) -> str | None:
-        """Say why a path is no plain file: it is missing, unreadable or behind a link; None where
-        it is one.
-        """
+        """Say why a path is no plain file: missing, unreadable or behind a link; None if it is one."""
         try:
             for parent in PurePosixPath(path).parents:
                 if parent != PurePosixPath(".") and disk.is_link(self.run / parent):
@@ -277,8 +269,8 @@ class Verification:
     # --- leftovers --------------------------------------------------------------------------------
 
     def _leftovers(self, manifest: Manifest) -> Iterator[Leftover]:
-        """Yield files below `data.zarr` that no array has, chunks and waiting totals that no marker
-        lists, and sums of shards of spans that are committed.
+        """Yield files below `data.zarr` that belong to no array, chunks and waiting totals that no
+        marker lists, and sums of shards of committed spans.
         """
         losses = {
             record.key: _Known(Commits(self.run, manifest, name))
@@ -311,7 +303,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Row:
-    """A span or a window of totals, of which the other is None."""
+    """A span or a window of totals; the other one is None."""
 
     commits: Commits
     span: int | None = None
@@ -319,24 +311,24 @@ class _Row:
 
     @property
     def number(self) -> int:
-        """The row of chunks in the arrays it is in."""
+        """Return its row of chunks in its arrays."""
         number = self.window if self.span is None else self.span
         assert number is not None
         return number
 
     @property
     def place(self) -> Path:
-        """The path of its marker."""
+        """Return the path of its marker."""
         marker = self.commits.window_marker if self.span is None else self.commits.marker
         return marker(self.number)
 
     def load(self) -> Marker:
-        """Read its marker; raises as `Commits.load`."""
+        """Read its marker; raise as `Commits.load` does."""
         return (self.commits.load_window if self.span is None else self.commits.load)(self.number)
 
     def planned(self, plans: list[ArrayPlan], most: int) -> dict[str, ArrayPlan]:
-        """Return its chunk files, by their paths below the run, with the array of each; no more
-        than `most`.
+        """Return its chunk files, by their paths below the run, with the array of each; at most
+        `most`.
         """
         files = (
             (f"{DATA}/{self.commits.key}/{file}", plan)
@@ -348,7 +340,7 @@ class _Row:
     def damage(
         self, path: str, what: str, array: str | None = None, tensor: str | None = None
     ) -> Damage:
-        """Return a damage of one of its files."""
+        """Return the damage of one of its files."""
         manifest = self.commits.manifest
         rows = manifest.rows_of if self.span is None else manifest.rows
         first, last = manifest.ends(rows(self.number))
@@ -366,7 +358,7 @@ class _Row:
 
 
 class _Known:
-    """The files of one loss, told from others without a list of them all."""
+    """The files of one loss, recognised without listing them all."""
 
     def __init__(self, commits: Commits) -> None:
         manifest = self._manifest = commits.manifest
@@ -380,7 +372,7 @@ class _Known:
         self._plans = {plan.path: plan for plan in plans}
 
     def has_whole(self, span: int) -> bool:
-        """Tell whether a span is committed, or is beyond the segments the loss covers."""
+        """Tell whether a span is committed, or is beyond the segments that the loss covers."""
         return span >= self._manifest.spans or self._commits.is_committed(span)
 
     def has(self, path: str) -> bool:
@@ -404,7 +396,7 @@ class _Known:
         )
 
     def _is_of_a_marker(self, name: str) -> bool:
-        """Tell whether a marker of this run speaks for a pack of this name."""
+        """Tell whether a pack of this name belongs to a marker of this run."""
         return _lies(self._commits.path / COMMITS / self._commits.key / f"{name}.json")
 
     def _is_committed(self, plan: ArrayPlan, written: str) -> bool:
@@ -417,14 +409,14 @@ class _Known:
 
 
 def _lies(path: Path) -> bool:
-    """Tell whether something is at a path, be it a link that leads nowhere."""
+    """Tell whether something exists at a path, even a dangling link."""
     with contextlib.suppress(OSError):
         return disk.kind(path) is not None
     return False
 
 
 def _array_of(path: str) -> str:
-    """Return the array or group a file of metadata belongs to, below its loss."""
+    """Return the array or group that a metadata file belongs to, below its loss."""
     parts = path.split("/")[2:]
     while parts and parts[-1] in (ZARR, "c", "0"):
         parts.pop()
@@ -432,16 +424,16 @@ def _array_of(path: str) -> str:
 
 
 def verify(run: str | Path) -> Verification:
-    """Check every stored byte of a run, also while it goes on, wherever it was copied to.
+    """Check every stored byte of a run, which may still be running, or be a copy.
 
     Args:
         run: the run directory.
 
     Returns:
-        An iterable of every `Damage` and `Leftover`, run.json first, then loss by loss. Where
-        run.json itself is damaged, this is the only one.
+        An iterable of every `Damage` and `Leftover`, run.json first, then loss by loss. If run.json
+        itself is damaged, this is the only one.
 
     Raises:
-        LCAError: when iterated over, where `run` is not a run directory, or one of another format.
+        LCAError: during iteration, if `run` is not a run directory, or has another format.
     """
     return Verification(path_of(run))

@@ -1,8 +1,8 @@
 """Create a run, write the rows of a span, commit them.
 
 Protocol: chunks, flush, marker under a temporary name, flush, rename. A span without a marker does
-not exist; writing it again gives the same bytes. The driver creates all metadata; workers write
-whole chunk rows only.
+not exist; writing it again gives the same bytes. The driver creates all metadata; workers only
+write whole chunk rows.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _ENTRY = 50  # bytes of a file in a commit marker beside the loss's key and the 
 
 
 def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecord]) -> int:
-    """Return the bytes losses take at most: numbers, commit markers, metadata and the record, in
+    """Return the most bytes that losses take: numbers, commit markers, metadata and the record, in
     blocks of the file system.
 
-    Of counts and signs compression leaves no more than `_AT_MOST`.
+    Counts and signs are assumed to compress to `_AT_MOST` of their bytes.
 
     Args:
         manifest: of the run as it would be created.
@@ -82,22 +82,22 @@ def required_bytes(manifest: Manifest, keep: str, losses: Mapping[str, LossRecor
 
 
 def _blocks(size: int) -> int:
-    """Return the bytes a file of `size` bytes takes on a file system."""
+    """Return the bytes that a file of `size` bytes occupies in a file system."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def compressed_share(
     allocations: Sequence[np.ndarray[Any, Any]], segments: int
 ) -> dict[str, float]:
-    """Return the share of its bytes that compression leaves of each part of a loss, from samples
-    of the allocations of its tensors, each of which is stored apart.
+    """Return the compression ratio of each part of a loss, from samples of its tensors'
+    allocations, each of which is stored separately.
 
-    Counts and signs of totals are not known before a run. They cost next to nothing where
-    parameters keep helping or hurting, and as much as tosses of a coin where they do not; half of
-    that is taken.
+    Counts and signs of totals are unknown before a run. They compress to almost nothing if
+    parameters keep helping or hurting, and like random bits if they do not; the estimate is half of
+    the latter.
 
     Args:
-        allocations: float32, flat, of each tensor as many as its share of all parameters.
+        allocations: float32, flat, of each tensor in proportion to its size.
         segments: of a window of totals.
     """
     shares = [_compressed_share(sample, segments) for sample in allocations]
@@ -110,7 +110,7 @@ def compressed_share(
 def _compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[str, float]:
     generator = np.random.default_rng(0)
     active = allocation != 0
-    # as finely as the largest of them is told from its neighbours in float64
+    # as fine as float64 distinguishes the largest from its neighbours
     unit = float(np.abs(allocation).max(initial=0.0)) * 2.0**-52 or 1.0
     counts = [np.where(active, generator.binomial(segments, 0.5, len(active)), 0) for _ in range(5)]
     signs = [np.where(active, generator.choice([-1, 1], len(active)), 0) for _ in range(6)]
@@ -129,7 +129,7 @@ def _compressed_share(allocation: np.ndarray[Any, Any], segments: int) -> dict[s
 
 
 def _left(values: np.ndarray[Any, Any]) -> float:
-    """Return the share of its bytes that the store's codec leaves of an array."""
+    """Return the ratio to which the store's codec compresses an array."""
     return min(1.0, len(compressed(values)) / max(1, values.nbytes))
 
 
@@ -140,14 +140,14 @@ def estimated_bytes(
     shares: Mapping[str, Mapping[str, float]],
     block: int = 1,
 ) -> int:
-    """Return the bytes losses will take after compression, as the sum of the sizes of files.
+    """Return the estimated bytes of losses after compression, as the sum of the sizes of files.
 
     Args:
         manifest: of the run as it would be created.
         keep: a level of `--keep`.
         losses: their names and records.
-        shares: what compression leaves of each part of a loss, see `compressed_share`; a part that
-            is not named keeps all.
+        shares: compression ratios of each part of a loss, see `compressed_share`; 1 for missing
+            parts.
         block: bytes to whose multiples a file system rounds the size of each file.
     """
     needed = float(1024 + 120 * len(manifest.checkpoints) + 300 * len(manifest.tensors))
@@ -162,8 +162,8 @@ def estimated_bytes(
 
 
 def _waiting(manifest: Manifest) -> int:
-    """Return the bytes of the totals that wait for the last span of a window, which are gone once
-    it is folded.
+    """Return the bytes of the totals that wait for the last span of a window, which are removed
+    once it is folded.
     """
     if manifest.window == 1:
         return 0
@@ -172,18 +172,19 @@ def _waiting(manifest: Manifest) -> int:
 
 
 def create(path: Path, manifest: Manifest, durable: bool = True) -> RunWriter:
-    """Create a run directory; it is built beside its place and renamed, so that a killed creation
-    leaves nothing in the way. In an object store it is built in its place, under its lock, and
-    `run.json` comes last.
+    """Create a run directory.
+
+    It is built beside its place and renamed, so that a killed creation leaves nothing in the way.
+    In an object store it is built in place, under its lock, with `run.json` last.
 
     Args:
         path: of the run.
         manifest: of the run.
-        durable: whether what is written is flushed to disk before anything relies on it.
+        durable: whether to flush files to disk before anything relies on them.
 
     Raises:
-        InputError: where `path` is something else.
-        ResourceError: where another driver created it meanwhile.
+        InputError: if `path` is something else.
+        ResourceError: if another driver created it meanwhile.
     """
     if exists(path):
         raise ResourceError(_created_meanwhile(path))
@@ -208,7 +209,7 @@ def _create_in_place(path: Path, manifest: Manifest, durable: bool) -> None:
     with hold(path, durable=durable) as held:
         if exists(path):
             raise ResourceError(_created_meanwhile(path))
-        for part in (DATA, COMMITS, PARTIAL):  # of a creation that was killed
+        for part in (DATA, COMMITS, PARTIAL):  # of a killed creation
             disk.remove_tree(path / part)
         writer = _lay_out(path, manifest, durable)
         if held.lost.is_set():
@@ -217,16 +218,15 @@ def _create_in_place(path: Path, manifest: Manifest, durable: bool) -> None:
 
 
 def _make_room(path: Path, durable: bool) -> None:
-    """Refuse what is in the place of a run, and make the directory it will be in.
+    """Reject other contents in the place of a run, and create its parent directory.
 
     Raises:
-        InputError: where a run cannot be created there.
+        InputError: if a run cannot be created there.
     """
     refuse_other(path)
     if disk.is_link(path):
         raise InputError(
-            f"{path} is a link to something that is not there. Remove it or choose another place "
-            "with --out."
+            f"{path} is a dangling link. Remove it or choose another place with --out."
         )
     try:
         disk.ensure_directory(path.parent, durable=durable)
@@ -238,7 +238,7 @@ def _make_room(path: Path, durable: bool) -> None:
 
 
 def _build(place: Path, manifest: Manifest, durable: bool) -> None:
-    """Write everything a run has before its first span; `run.json` comes last."""
+    """Write everything that a run has before its first span, with `run.json` last."""
     disk.create_directory(place)
     for name in (DATA, COMMITS, PARTIAL, LOG):
         disk.create_directory(place / name)
@@ -263,11 +263,15 @@ def _created_meanwhile(path: Path) -> str:
 
 
 def remove_loss(path: str | Path, loss: str) -> None:
-    """Remove a loss and everything stored for it; nothing of the other losses changes.
+    """Remove a loss and everything stored for it; other losses do not change.
+
+    Args:
+        path: of the run.
+        loss: its name.
 
     Raises:
-        InputError: where `path` is no run or holds no such loss.
-        ResourceError: where a driver works on the run.
+        InputError: if `path` is no run or lacks the loss.
+        ResourceError: if a driver works on the run.
     """
     run = path_of(path)
     known = read_manifest(run).losses
@@ -289,8 +293,8 @@ def _sweep_creations(path: Path) -> None:
 
 
 def _creations_of(path: Path) -> str:
-    """Return the beginning of the names under which this host builds a run; the rest is that of
-    the process.
+    """Return the prefix of the temporary names of a run's creation on this host; the process
+    follows.
     """
     return f"{path.name}.partial-{socket.gethostname()}-"
 
@@ -298,7 +302,7 @@ def _creations_of(path: Path) -> str:
 class RunWriter:
     """A writer into one run directory; any number of workers may write at once, each its own spans.
 
-    `durable` says whether files are flushed to disk before anything relies on them; checksums are
+    `durable` tells whether to flush files to disk before anything relies on them; checksums are
     computed either way.
     """
 
@@ -307,12 +311,17 @@ class RunWriter:
 
     @classmethod
     def open(cls, path: Path, durable: bool = True) -> RunWriter:
-        """Open an existing run for writing."""
+        """Open an existing run for writing.
+
+        Args:
+            path: of the run.
+            durable: whether to flush files to disk before anything relies on them.
+        """
         return cls(path, read_manifest(path), durable)
 
     @property
     def keep(self) -> str:
-        """The level of `--keep`: one of `KEEP`."""
+        """Return the level of `--keep`: one of `KEEP`."""
         return self.manifest.keep
 
     def commits(self, loss: str) -> Commits:
@@ -322,8 +331,8 @@ class RunWriter:
     # --- metadata: the driver alone ---------------------------------------------------------------
 
     def create_loss(self, name: str) -> None:
-        """Create the directories and metadata of one loss; leftovers of a killed creation are
-        removed first.
+        """Create the directories and metadata of one loss, after removing leftovers of a killed
+        creation.
         """
         key = self.manifest.losses[name].key
         self._clear(key)
@@ -338,8 +347,8 @@ class RunWriter:
             disk.remove_tree(self.path / part / key)
 
     def restore_metadata(self) -> list[str]:
-        """Write Zarr's metadata and the coordinates again wherever they are not what `run.json`
-        says; no chunk is touched. A packed run has none.
+        """Rewrite Zarr's metadata and the coordinates wherever they differ from what `run.json`
+        implies; chunks do not change. A packed run has none.
 
         Returns:
             The files that were written, below the run.
@@ -361,12 +370,12 @@ class RunWriter:
         )
 
     def _put(self, files: dict[str, bytes]) -> list[str]:
-        """Write the files whose content on disk is another; returns their paths."""
+        """Write the files whose content on disk differs; return their paths."""
         written = []
         for path, data in files.items():
             file = self.path / path
             if disk.kind(file) == "file":
-                with contextlib.suppress(OSError):  # what cannot be read is written again
+                with contextlib.suppress(OSError):  # unreadable files are written again
                     if disk.read(file) == data:
                         continue
             refuse_links(self.path, file.parent)
@@ -378,19 +387,19 @@ class RunWriter:
         return written
 
     def add_losses(self, losses: dict[str, LossRecord]) -> None:
-        """Add losses; nothing committed of the others changes."""
+        """Add losses; committed results of the others do not change."""
         self.manifest = self.manifest.with_losses(losses)
         for name in losses:
             self.create_loss(name)
         write_manifest(self.manifest, self.path, self.durable)
 
     def note(self, provenance: Mapping[str, object]) -> None:
-        """Record the current provenance: the task file as it is, with the losses it has."""
+        """Record the current provenance: the task file and its losses."""
         self.manifest = self.manifest.with_provenance(provenance)
         write_manifest(self.manifest, self.path, self.durable)
 
     def remove_loss(self, name: str) -> None:
-        """Remove a loss: from the record first, so that a kill in between leaves no loss without
+        """Remove a loss, first from the record, so that a kill in between leaves no loss without
         numbers.
         """
         key = self.manifest.losses[name].key
@@ -400,17 +409,17 @@ class RunWriter:
         remove_sums(self.path)
 
     def take_up(self, larger: Manifest, identities: Mapping[str, Identity]) -> None:
-        """Add checkpoints at the end, or in place of ones no number relies on, and the segments that
-        come with them, or with a larger part of them all, for some losses.
+        """Add checkpoints at the end, or in place of ones that no number relies on, and their
+        segments, or those of a larger random part, for some losses.
 
-        Where the last span of such a loss was short and has grown, it is no longer whole and will
-        be replayed again; so is any last one where it is told what another path changes. Where the
-        last window of totals has grown, what it holds waits for the new spans, and is not counted
-        again. The other losses cover the segments they covered: none of their files changes.
+        If the last span of such a loss was short and has grown, it is incomplete and will be
+        replayed again; with path bands, any last span is. If the last window of totals has grown,
+        its sums wait for the new spans, and are not computed again. The other losses cover the same
+        segments as before: none of their files changes.
 
         Args:
             larger: has all of them; the segments of this run come first in it.
-            identities: of the losses they are added for, which were probed on them.
+            identities: of the losses for which they are added, as probed on them.
         """
         before = self.manifest
         self.manifest = before.grown_to(larger, identities)
@@ -426,11 +435,11 @@ class RunWriter:
             self._remove_outgrown(before, loss)
 
     def _begin_totals(self, then: Commits) -> LossRecord:
-        """Let the totals of a last window that is folded and has grown wait for its new spans;
-        returns what is recorded of the loss.
+        """Let the totals of a folded last window that has grown wait for its new spans; return the
+        record of the loss.
 
         Raises:
-            LCAError: where these totals are damaged.
+            LCAError: if these totals are damaged.
         """
         record, manifest = self.manifest.losses[then.loss], then.manifest
         window = manifest.windows - 1
@@ -439,7 +448,7 @@ class RunWriter:
             window
         ):
             return record
-        from .totals import StoredTotals  # with xarray, which takes 80 MB
+        from .totals import StoredTotals  # imports xarray, which takes 80 MB
 
         store = CheckedStore(self.path, manifest, then.loss, tuple(TOTAL_FIELDS))
         totals = (
@@ -466,9 +475,10 @@ class RunWriter:
                 disk.remove(old)
 
     def _remove_unbent(self, before: Manifest, loss: str) -> None:
-        """Remove the marker of the span with the segment that ended in the last checkpoint and has a
-        neighbour now, by which another path bends; a span without a marker is replayed by the old
-        record as well.
+        """Remove the marker of the span whose last segment ended in the last checkpoint and now has
+        a neighbour, which changes its path band.
+
+        A span without a marker is replayed from the old record as well.
         """
         then = Commits(self.path, before, loss).manifest
         last = len(then.checkpoints) - 1
@@ -478,11 +488,12 @@ class RunWriter:
             disk.remove(Commits(self.path, before, loss).marker(span))
 
     def sweep(self) -> None:
-        """Remove what a killed writer left, temporary files and totals that wait for nothing, and
-        flush the names of markers that it may not have come to; call it only while holding the
-        lock.
+        """Remove what a killed writer left, temporary files and totals that nothing needs, and
+        flush the names of markers.
+
+        Call it only while holding the lock.
         """
-        if not disk.is_object_store(self.path):  # which has no temporary names
+        if not disk.is_object_store(self.path):  # object stores have no temporary names
             for place, _, names in disk.walk(self.path):
                 for name in filter(_is_temporary, names):
                     disk.remove(place / name)
@@ -494,27 +505,24 @@ class RunWriter:
                     disk.flush_names(self.path / COMMITS / commits.key)
 
     def remove_leftovers(self, leftovers: Iterable[Leftover]) -> None:
-        """Remove files that `verify` named as leftovers; call it only while holding the lock."""
+        """Remove files that `verify` named as leftovers. Call it only while holding the lock."""
         for leftover in leftovers:
             disk.remove(self.path / leftover.path)
 
     def _remove_partials(self, commits: Commits) -> None:
-        """Remove the totals that wait for no window of a loss any more, but not what is being
-        written.
-        """
+        """Remove the totals that no window of a loss needs any more, except those being written."""
         for name in disk.names(commits.partials):
             if not _is_temporary(name) and not commits.waits(name):
                 disk.remove(commits.partials / name)
 
     def discard(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
-        """Make damaged spans pending again, and all spans of a damaged window of totals; call it
-        only while holding the lock.
+        """Make damaged spans pending again, and all spans of a damaged window of totals.
 
-        Their markers are removed, and totals of the window that wait; their chunks stay until they
-        are overwritten.
+        Call it only while holding the lock. Their markers and the window's waiting totals are
+        removed; their chunks stay until they are overwritten.
 
         Args:
-            damages: found by `verify`; metadata is for `restore_metadata`.
+            damages: found by `verify`; `restore_metadata` repairs metadata.
 
         Returns:
             The spans that are pending now, by loss.
@@ -539,9 +547,7 @@ class RunWriter:
             disk.remove(begun.path)
 
     def spans_of(self, damages: Iterable[Damage]) -> dict[str, list[int]]:
-        """Return the damaged spans, by loss: a damaged window of totals counts for all its
-        spans.
-        """
+        """Return the damaged spans, by loss: all spans of a damaged window of totals are."""
         spans_of_loss: dict[str, set[int]] = {}
         for damage in damages:
             if damage.loss is not None and damage.span is not None:
@@ -553,18 +559,18 @@ class RunWriter:
         return {loss: sorted(spans) for loss, spans in spans_of_loss.items()}
 
     def relies_on(self, checkpoint: int) -> bool:
-        """Tell whether a committed span of any loss, or totals of one that wait, were computed from
-        the checkpoint at a position.
+        """Tell whether a committed span of any loss, or its waiting totals, were computed from a
+        checkpoint.
         """
-        # the motion before a segment is its momentum, where causes are told
+        # causes need the motion before a segment, for its momentum
         first, last = 0 if self.manifest.settings["signal"] is None else -1, 1
-        if self.manifest.settings["path_band"] == "on":  # and segments bend by their neighbours
+        if self.manifest.settings["path_band"] == "on":  # path bands depend on neighbours
             first, last = -1, 2
         return self._any_computed(range(checkpoint - last, checkpoint - first + 1))
 
     def relies_on_moments(self, checkpoint: int) -> bool:
-        """Tell the same of the moments beside the checkpoint, which the segments on both its sides
-        read.
+        """Tell whether anything was computed from the moments beside a checkpoint, which the
+        segments on both its sides read.
         """
         return self._any_computed(range(checkpoint - 1, checkpoint + 1))
 
@@ -580,11 +586,11 @@ class RunWriter:
             if row < commits.manifest.segments
         )
 
-    # --- what is there ----------------------------------------------------------------------------
+    # --- existing spans ----------------------------------------------------------------------------
 
     def pending(self, loss: str) -> list[int]:
-        """Return the spans of a loss that have no marker, or whose totals were lost before they
-        were folded.
+        """Return the spans of a loss that have no marker, or lost their totals before these were
+        folded.
         """
         return self.commits(loss).pending()
 
@@ -593,25 +599,34 @@ class RunWriter:
         return self.commits(loss).is_complete()
 
     def span_summary(self, loss: str, span: int) -> Marker | None:
-        """Return the marker of a span; None where the span is not committed.
+        """Return the marker of a span; None if the span is not committed.
+
+        Args:
+            loss: its name.
+            span: its number.
 
         Raises:
-            LCAError: where the marker is damaged.
+            LCAError: if the marker is damaged.
         """
         return self.commits(loss).span_summary(span)
 
     # --- spans: workers ---------------------------------------------------------------------------
 
     def chunks(self) -> ChunkWriter:
-        """Return what writes the chunks of one span after another, a context."""
+        """Return a context that writes the chunks of spans."""
         return ChunkWriter(self.path, self.durable, packed=self.manifest.packed)
 
     def write_block(self, loss: str, span: int, statistics: SpanSums, chunks: ChunkWriter) -> None:
-        """Hand over the large arrays of the block of groups that `statistics` holds; `write_span`
-        commits them.
+        """Hand over the large arrays of a block of groups; `write_span` commits them.
+
+        Args:
+            loss: its name.
+            span: its number.
+            statistics: of the block.
+            chunks: writes the arrays.
 
         Raises:
-            SpanError: where the run is no longer the one this writer was opened for.
+            SpanError: if the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
         parts = {"allocation": statistics.allocation, "units": statistics.units}
@@ -639,15 +654,15 @@ class RunWriter:
 
         Args:
             loss: its name.
-            span: its number on the grid.
+            span: its number.
             statistics: the arrays.
             summary: JSON-like, recorded in the marker (evaluations, seconds, …).
-            chunks: to which the blocks of the span were handed over.
-            replicates: the allocated sums by segment, replicate and tensor, where the loss has
+            chunks: the writer that took the span's blocks.
+            replicates: the allocated sums by segment, replicate and tensor, if the loss has
                 replicates.
 
         Raises:
-            SpanError: where the run is no longer the one this writer was opened for.
+            SpanError: if the run is no longer the one this writer was opened for.
         """
         self._still_recorded(loss, span)
         self._write_small(loss, span, statistics, chunks, replicates)
@@ -704,8 +719,8 @@ class RunWriter:
     def _write_span_totals(
         self, commits: Commits, span: int, statistics: SpanSums, chunks: ChunkWriter
     ) -> list[int] | None:
-        """Write the totals of a span where its window is one span, or let them wait for the others
-        of the window; returns size and CRC-32 of what waits.
+        """Write the totals of a span if it is its whole window, else let them wait for the other
+        spans; return size and CRC-32 of waiting totals.
         """
         totals = statistics.totals()
         if not totals:
@@ -722,8 +737,10 @@ class RunWriter:
         )
 
     def _still_recorded(self, loss: str, span: int) -> None:
-        """Refuse a late worker: the run may have been created anew, may have grown, or may have
-        lost the loss.
+        """Reject a late worker, after the run was recreated, has grown, or has lost the loss.
+
+        Raises:
+            SpanError: if the span no longer belongs to the run.
         """
         try:
             now = read_manifest(self.path)
@@ -752,8 +769,8 @@ class RunWriter:
         rows: tuple[slice, ...],
         chunks: ChunkWriter,
     ) -> None:
-        """Hand over whole chunks of some arrays of these parts, one array after the other, as the
-        iterable gives them.
+        """Hand over whole chunks of some arrays of these parts, one array at a time in the order of
+        the iterable.
         """
         record = self.manifest.losses[loss]
         plans = {
@@ -781,8 +798,12 @@ class RunWriter:
         self._write(loss, TOTAL_FIELDS, arrays, (slice(window, window + 1),), chunks)
 
     def fold(self, loss: str, window: int) -> list[int]:
-        """Join the totals of a window's spans once all are committed; repeated or simultaneous
-        calls do no harm.
+        """Merge the totals of a window's spans once all are committed; repeated or simultaneous
+        calls are harmless.
+
+        Args:
+            loss: its name.
+            window: its number.
 
         Returns:
             Spans whose waiting totals are damaged: they are pending again.
@@ -817,7 +838,7 @@ class RunWriter:
     def _write_joined(
         self, commits: Commits, window: int, waiting: list[Waiting]
     ) -> dict[str, Seal]:
-        """Write the totals of a window that waited in stretches; returns the seal of each chunk."""
+        """Write the totals of a window that waited in stretches; return the seal of each chunk."""
         with self.chunks() as chunks:
             self._write_totals(commits.loss, window, self._joined(window, waiting), chunks)
             return chunks.sealed(
@@ -825,7 +846,7 @@ class RunWriter:
             )
 
     def _joined(self, window: int, waiting: list[Waiting]) -> Iterator[tuple[str, Totals]]:
-        """Yield each tensor's totals over the stretches of a window, whose own are in files."""
+        """Yield each tensor's totals over the stretches of a window, which wait in files."""
         tensors = self.manifest.allocated
         stretches = [read_partial(stretch.path, tensors, stretch.segments) for stretch in waiting]
         before = itertools.accumulate(stretch.segments for stretch in waiting[:-1])
@@ -835,10 +856,10 @@ class RunWriter:
             yield tensor.spec.name, join_all(map(next, stretches), borders)
 
     def _waits_whole(self, commits: Commits, stretch: Waiting) -> bool:
-        """Tell whether totals that wait for their window are those that were committed.
+        """Tell whether totals that wait for their window are unchanged since they were committed.
 
         Raises:
-            FileNotFoundError: where they, or the span's marker, are gone.
+            FileNotFoundError: if they, or the span's marker, are missing.
         """
         sealed = seal(stretch.path, False)
         try:
@@ -860,12 +881,12 @@ class RunWriter:
 
 
 def _is_temporary(name: str) -> bool:
-    """Tell whether a file is one that was being written, of a writer that may have been killed."""
+    """Tell whether a file was still being written by a writer that may have been killed."""
     return name.endswith(f".{CHUNK_SUFFIX}") or (name.startswith(".") and name.endswith(".tmp"))
 
 
 def _of_span(manifest: Manifest, loss: str, span: int) -> object:
-    """Return everything the numbers of a span follow from; None where there is no such span or
+    """Return everything that the numbers of a span follow from; None if there is no such span or
     loss.
     """
     if loss not in manifest.losses or span >= manifest.of(loss).spans:

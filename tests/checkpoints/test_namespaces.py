@@ -217,7 +217,7 @@ def test_a_wire_that_stays_cut_loses_the_worker_and_no_number(
     net.set("one", "up")
     said = ended(process)
     clean_runs.same_bytes(out, place / "clean.lca")
-    assert said.count("is tried again: its worker died or cannot be reached (one") == told(
+    assert said.count("is retried: its worker died or cannot be reached (one") == told(
         out, "SpanRetried"
     )
 
@@ -243,7 +243,7 @@ def test_without_any_wire_left_the_run_waits_for_workers_that_are_started_again(
         )
         said = ended(process)
     clean_runs.same_bytes(out, place / "clean.lca")
-    assert said.count("is tried again: its worker died or cannot be reached") == told(
+    assert said.count("is retried: its worker died or cannot be reached") == told(
         out, "SpanRetried"
     )
     assert "again" in who_worked(out)

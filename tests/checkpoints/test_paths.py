@@ -388,7 +388,7 @@ def test_results_of_remote_checkpoints_go_where_they_are_told_to(
     tmp_path: Path, memory: str
 ) -> None:
     task = write_task(tmp_path / "task.py")
-    message = "memory://ck is remote: say with --out RUN where results go"
+    message = "memory://ck is remote: name a directory or a writable URL"
     refused(lca("run", memory, "--task", task, "--cluster", "inline"), message)
     assert lca("plan", memory, "--task", task).exit_code == 0
     for out in ("memory://results/run.lca", f"file://{tmp_path}/run.lca"):

@@ -295,7 +295,7 @@ def test_several_places_need_a_place_for_results(tmp_path: Path) -> None:
     task = write_task(tmp_path / "task.py")
     refused(
         lca("run", tmp_path / "a", tmp_path / "b", "--task", task),
-        "the checkpoints lie in 2 places: say where results go with --out",
+        "the checkpoints lie in 2 places: name a directory for the results with --out",
     )
 
 

@@ -212,7 +212,7 @@ def test_a_second_run_has_nothing_to_do_says_so_and_prints_the_same(place: Path)
     assert (
         first.stderr
         == second.stderr
-        == "note: nothing to do: every span is committed, and the task file is the one of the last "
+        == "note: nothing to do: every span is committed, and the task file is unchanged since the last "
         "run\n"
     )
     assert contents(place / "ck.lca") == before

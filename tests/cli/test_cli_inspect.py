@@ -81,13 +81,13 @@ def test_gaps_between_bursts_are_no_segments_or_it_is_said_how_to_leave_them_out
         for path in place.iterdir():
             save_file(load_file(path), path, metadata)
     asked = lca("inspect", place, "--steps", steps)
-    says(asked.stdout, "3 gaps between checkpoints, the longest 5→20, are left out below")
+    says(asked.stdout, "3 gaps between checkpoints, the longest 5→20, are skipped below")
     assert counted(asked.stdout) == 20
     plain = lca("inspect", place)
     if stated:
         assert plain.stdout == asked.stdout
     else:
-        says(plain.stdout, "are 4 bursts", "by 3 long segments", f"--steps {steps} leaves")
+        says(plain.stdout, "are 4 bursts", "by 3 long segments", f"--steps {steps} skips")
         assert counted(plain.stdout) == 23
     assert [*map(tuple, json.loads(lca("inspect", place, "--json").stdout)["gaps"])] == (
         [(5, 20), (25, 40), (45, 60)] if stated else []

@@ -434,7 +434,7 @@ def test_a_status_tells_of_a_run_that_is_not_there_yet(
     assert result.exit_code == 0
     says(
         result.stdout,
-        "is not there yet: building and probing the task",
+        "does not exist yet: building and probing the task",
         f"process {process.pid} on ",
     )
     found = document(lca("status", out, "--json"))
@@ -499,7 +499,7 @@ def test_a_first_signal_says_at_once_what_it_waits_for_and_a_second_one_stops(
     _, rest = process.communicate()
     assert process.returncode == 128 + number, rest
     assert [line for line in rest.splitlines() if not line.startswith("lca: ")] == []
-    says(rest, "Run the same command again to go on.")
+    says(rest, "Run the same command again to resume.")
     assert "segments" not in rest.splitlines()[-1]
 
 
@@ -692,7 +692,7 @@ def test_a_repr_never_raises(stopped: Path, what: str, monkeypatch: pytest.Monke
         ("", "its driver was killed"),
         (
             '{"time": "2026-01-01T00:00:01Z", "event": "Ended", "error": null}',
-            "did what it was asked for",
+            "finished what it was asked for",
         ),
     ],
 )

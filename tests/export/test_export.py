@@ -526,9 +526,9 @@ def test_what_the_run_does_not_keep_is_left_out_with_a_word(plain: Path, tmp_pat
     says(
         result.stderr,
         "note: the run keeps tensors, so units (--keep units) and helping, distribution, "
-        "oscillation (--keep statistics) are left out.",
+        "oscillation (--keep statistics) are skipped.",
     )
-    assert result.stderr.count("are left out") == 1, "said once, not of every loss"
+    assert result.stderr.count("are skipped") == 1, "said once, not of every loss"
     needs = "candidates: Units and parameters need --keep statistics; this run keeps tensors."
     assert result.stderr.count(needs) == result.stderr.count("candidates") == 1
     columns = pd.read_csv(tmp_path / "out" / "train" / "candidates.csv").columns
@@ -542,7 +542,7 @@ def test_events_of_sums_have_curves_and_layers_alone(plain: Path, tmp_path: Path
     place = tmp_path / "out"
     result = lca("export", plain / "tensors.lca", "-o", place, "--format", "tensorboard")
     assert result.exit_code == 0, result.output
-    says(result.stderr, "the run keeps tensors", "histograms (--keep statistics) are left out")
+    says(result.stderr, "the run keeps tensors", "histograms (--keep statistics) are skipped")
     for loss in ("train", "validation"):
         found = EventAccumulator(str(place / loss))
         found.Reload()
@@ -691,7 +691,7 @@ def test_losses_that_are_unequally_far_do_not_stop_the_others(plain: Path, tmp_p
     sorted(run.glob("commits/train/0*.json"))[-1].unlink()
     result = lca("export", run, "-o", tmp_path / "out", "--format", "csv")
     assert result.exit_code == 0, result.output
-    says(result.stderr, "generalisation of loss 'train' is left out: ", "same segments", "lca run")
+    says(result.stderr, "generalisation of loss 'train' is skipped: ", "same segments", "lca run")
     assert (tmp_path / "out" / "validation" / "layers_layer.csv").is_file()
 
 

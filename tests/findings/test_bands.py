@@ -127,7 +127,7 @@ def test_shares_are_of_segments_of_one_step(folder: Path) -> None:
     helping, dense = findings.helping(sparse), sparse.tensors.isel(step=[0, 1])
     assert np.isnan(helping["helping"].values).tolist() == [False] * 2 + [True] * 4
     assert "hero_share" not in helping
-    assert "held back" in helping.attrs["left_out"]
+    assert "withheld" in helping.attrs["left_out"]
     counted = float(dense["helping"].sum() / (2 * dense["elements"].sum()))
     figures = findings.summary(sparse)
     assert figures["helping"] == pytest.approx(counted)
@@ -141,7 +141,7 @@ def test_shares_are_of_segments_of_one_step(folder: Path) -> None:
 def test_what_counts_parameters_is_held_back_where_all_segments_are_long(
     name: str, folder: Path
 ) -> None:
-    with pytest.raises(LCAError, match=r"straight line.*held back"):
+    with pytest.raises(LCAError, match=r"straight line.*withheld"):
         getattr(findings, name)(loss_of(folder, "long"))
     figures = findings.summary(loss_of(folder, "long"))
     assert not {"helping", "hurting", "zero"} & set(figures)
@@ -161,7 +161,7 @@ def test_an_export_goes_on_without_what_is_held_back(
 ) -> None:
     said: list[str] = []
     export(open_run(folder / f"{name}.lca"), tmp_path / "x", losses=["train"], say=said.append)
-    lines = [text for text in said if "is left out" in text and "one training step" in text]
+    lines = [text for text in said if "is skipped" in text and "one training step" in text]
     assert {text.partition(" ")[0] for text in lines} == left_out
 
 

@@ -183,7 +183,7 @@ def test_examples_that_nothing_happened_to_are_one_cluster(told: Told) -> None:
     found = of(told, data, draws=2)
     assert found["size"].values.tolist() == [24, 0, 0, 0]
     assert (float(found["p"]), float(found["stability_mean"])) == (1, 1)
-    assert "All were learned alike" in found.attrs["left_out"]
+    assert "All examples were learned alike" in found.attrs["left_out"]
     plots.clusters(found)
 
 

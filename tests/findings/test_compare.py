@@ -390,10 +390,10 @@ def test_tensors_that_are_not_kept_are_in_no_layer_and_said_to_be(tmp_path: Path
 REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "nothing": (lambda deep: compare({}), "nothing to compare"),
     "no mapping": (lambda deep: compare([deep["train"]]), "nothing to compare"),  # type: ignore[arg-type]
-    "an empty label": (lambda deep: compare({"a": []}), "under label 'a' there have to be results"),
+    "an empty label": (lambda deep: compare({"a": []}), "label 'a' needs one or more results"),
     "a run in place of a loss": (
         lambda deep: compare({"a": [deep]}),
-        "under label 'a' there have to be results",
+        "label 'a' needs one or more results",
     ),
     "a number for a label": (lambda deep: compare({1: deep["train"]}), "under label 1"),  # type: ignore[dict-item]
     "groups": (
@@ -769,7 +769,9 @@ def test_weights_that_do_not_move_at_first_do_not_make_two_trainings_one(tmp_pat
 
 
 def test_pairs_need_as_many_runs(arms: Path) -> None:
-    with pytest.raises(InputError, match="as many under every label, got 3 under 'a', 2 under 'b'"):
+    with pytest.raises(
+        InputError, match="same number of runs under every label, got 3 under 'a', 2 under 'b'"
+    ):
         compare({"a": trained(arms, *SLOW), "b": trained(arms, *FAST[:2])}, paired=True)
 
 
@@ -779,7 +781,7 @@ def test_the_command_says_pairs_and_what_differs(arms: Path) -> None:
     says(
         " ".join(result.stdout.split()),
         "its difference to slow: paired t-test;",
-        "come in pairs that begin from the same",
+        "form pairs that begin from the same",
     )
     apart = lca("compare", f"slow={arms}/slow/*.lca", f"fast={arms}/fast/*.lca", "--unpaired")
     says(apart.stdout, "its difference to slow: Welch's;")

@@ -143,7 +143,7 @@ def test_a_null_that_cannot_be_compared_is_refused(plain: Run) -> None:
         _With(plain, results.along.assign(remainder=results.along["remainder"] + 0.1)),
         OtherParts(plain["groups"]),
     ):
-        with pytest.raises(InputError, match="not of the same segments, or changed otherwise"):
+        with pytest.raises(InputError, match="has other segments, or changed differently"):
             findings.directions(results, null=other)
     with pytest.raises(InputError, match="made without --along FILE"):
         findings.directions(results, null=plain["train"])

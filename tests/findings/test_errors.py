@@ -116,7 +116,7 @@ def test_a_verdict_is_what_the_error_leaves_to_say(folder: Path, name: str) -> N
             assert verdict == "cannot be told from zero"
         else:
             assert verdict == ("helps" if total < 0 else "hurts") + clearly
-    unknown = "Not known of the error of sums: quadrature (the rule left has no bound)."
+    unknown = "Unknown errors of the sums: quadrature (the rule left has no bound)."
     assert (unknown in by_layer.attrs["left_out"]) == (name == "fixed")
 
 
@@ -159,7 +159,7 @@ def test_causes_and_examples_have_the_errors_of_layers(folder: Path) -> None:
     assert causes["layer_error"].values == pytest.approx(by_layer["error"].values)
     assert causes["layer_verdict"].values.tolist() == by_layer["verdict"].values.tolist()
     # of a cause, what the examples drawn change is not known
-    assert "Not known of the error of sums: the examples drawn." in causes.attrs["left_out"]
+    assert "Unknown errors of the sums: the examples drawn." in causes.attrs["left_out"]
     assert not np.char.endswith(causes["verdict"].values.astype(str), "clearly").any()
     examples = findings.examples(results)
     assert examples["error"].values == pytest.approx(by_layer["error"].values)
@@ -179,7 +179,7 @@ def test_a_layer_within_its_error_is_no_candidate_and_is_drawn_pale(folder: Path
     figure = plots.candidates(wide, figure=Figure(layout="constrained"))
     bars = figure.axes[0].patches
     assert {round(bar.get_facecolor()[3], 2) for bar in bars} == {0.35}
-    assert "Within its error, so not told from zero" in untold_sentence(wide)
+    assert "Within their errors, so not told from zero" in untold_sentence(wide)
     hurt = np.abs(candidates["total"].values) > candidates["error"].values
     assert (
         candidates["freeze"].values.tolist() == ((candidates["total"].values > 0) & hurt).tolist()

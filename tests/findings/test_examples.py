@@ -197,7 +197,7 @@ def test_interference_is_counted_over_examples_by_their_weights(
     close(found["interference_total"], 1 - abs(counting @ total) / (counting @ abs(total)))
     assert 4 not in found["story_example"].values
     assert int(found["fates"].sum()) == weighed.sizes["example"] - 1
-    assert "1 example of weight 0 did not count." in found.attrs["left_out"]
+    assert "1 example of weight 0 are excluded." in found.attrs["left_out"]
 
 
 def test_the_layers_that_did_most_are_counted(told: Told) -> None:
@@ -365,10 +365,10 @@ def test_elements_are_named_by_their_example_and_their_index(told: Told) -> None
     ("name", "words"),
     [
         ("24", "no example 24; examples go from 0 to 23"),
-        ("-1", "named by its number"),
-        ("seven", "named by its number"),
-        ("1:2:3", "named by its number"),
-        ("1:2", "not their elements"),
+        ("-1", "example by its number"),
+        ("seven", "example by its number"),
+        ("1:2:3", "example by its number"),
+        ("1:2", "not per element"),
     ],
 )
 def test_an_example_that_is_not_there_is_refused(told: Told, name: str, words: str) -> None:
@@ -473,6 +473,6 @@ def test_what_is_exported_reads_back(
 
 def test_the_summary_says_what_shows_the_examples(told: Told) -> None:
     result = lca("summary", told.run.path)
-    assert "24 examples of 'train' told apart" in result.output
+    assert "24 examples of 'train': `lca plot" in result.output
     assert "examples --loss train" in " ".join(result.output.split())
-    assert "told apart" not in lca("summary", told.run.path, "--loss", "plain").output
+    assert "examples of" not in lca("summary", told.run.path, "--loss", "plain").output

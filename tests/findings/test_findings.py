@@ -102,7 +102,7 @@ def test_every_result_says_what_it_is(replayed: Bowl) -> None:
     ):
         found = getattr(findings, name)(train)
         buffers = (
-            "Buffers, such as running statistics, are no candidates; their sum is -0.5156."
+            "Buffers, such as running statistics, are excluded; their sum is -0.5156."
             if name == "candidates"
             else ""
         )

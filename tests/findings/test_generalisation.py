@@ -122,7 +122,7 @@ def test_a_run_without_two_splits_says_what_it_has(run: Path, tmp_path: Path) ->
     refused(lca("export", run, *target, "--finding", "generalisation"), *words)
     result = lca("export", run, *target)
     assert result.exit_code == 0, result.output
-    says(result.stderr, "generalisation of loss 'edge' is left out", *words)
+    says(result.stderr, "generalisation of loss 'edge' is skipped", *words)
     small = tmp_path / "ck"
     made = run_lca(
         record(small), write_task(tmp_path / "task.py"), tmp_path / "r.lca", "--durability", "none"

@@ -515,7 +515,7 @@ ASKED_WRONGLY: dict[str, tuple[dict[str, Any], str]] = {
     "no stretch": ({"stretch": 0}, "stretch is a whole number of at least 1, got 0"),
     "one layer": (
         {"by": 0},
-        "compared between layers; by=0 makes 1 of the parameters of 'train'; by=\"tensor\"",
+        "compares layers, but by=0 makes 1 of the parameters of 'train'; by=\"tensor\"",
     ),
     "layers by what": ({"by": "colour"}, "'colour'"),
 }

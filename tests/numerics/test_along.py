@@ -192,7 +192,7 @@ def test_directions_that_changed_on_the_way_fail_their_spans(
         return opened(path, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(directions_file, "open_directions", changed)
-    with pytest.raises(SpanError, match="other directions than the run was made with"):
+    with pytest.raises(SpanError, match="other directions than this run was made with"):
         replay(iterates, basis, tmp_path / "run", losses=["train"])
 
 

@@ -227,7 +227,7 @@ def test_a_reduction_that_is_not_used_is_said_to_be_replaced(
     if given:
         says(
             notes[0],
-            f"loss 'train' was given reduction={given!r}",
+            f"loss 'train' has reduction={given!r}",
             "here it is the mean over its elements",
         )
 

@@ -631,7 +631,7 @@ def test_buffers_are_in_no_layer_s_sum_and_no_candidates(shown: Run) -> None:
         name for name in tensors["tensor"].values if "running" not in name
     )
     assert list(tried["total"].values) == sorted(tried["total"].values, reverse=True)
-    assert ("are no candidates" in tried.attrs["left_out"]) == (mode != "batch")
+    assert ("are excluded" in tried.attrs["left_out"]) == (mode != "batch")
     units = findings.units(results)
     assert ("1 buffer" in units["layer"].values) == (mode != "batch")
     assert set(findings.compare({"one": results})["layer"].values) == set(sums)

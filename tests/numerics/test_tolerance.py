@@ -237,13 +237,13 @@ ADVICE = {  # of a loss, under settings: words of the note; none where a toleran
     "too large for the loss": (
         scaled(1e-6),
         {},
-        "more than a tenth of what it changes by",
+        "more than a tenth of its total change",
         "--tolerance 0.1%",
     ),
     "far too large": (
         scaled(1e-30),
         {},
-        "more than a tenth of what it changes by",
+        "more than a tenth of its total change",
         "--tolerance 0.1%",
     ),
     "a large negative one": (

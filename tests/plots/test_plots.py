@@ -157,7 +157,7 @@ def test_a_plot_leaves_its_finding_as_it_was(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_GROUP)
 def test_of_many_groups_one_is_to_be_picked(name: str) -> None:
     given = MADE[name](groups=True)
-    with pytest.raises(InputError, match=r"3 groups.*pick one: found\.sel\(group=…\).*of 0, 1, 2"):
+    with pytest.raises(InputError, match=r"3 groups.*Pick one: found\.sel\(group=…\).*of 0, 1, 2"):
         draw(name, given)
     assert "group 1" in words(draw(name, given.sel(group=1)))
 
@@ -397,7 +397,7 @@ def test_layers_of_groups_are_a_picture_with_zero_in_the_middle() -> None:
     assert np.array_equal(image.get_array(), given["total"].values)
     assert image.norm.vmin == -image.norm.vmax
     assert to_hex(image.cmap(image.norm(0.0))) == colours.NEUTRAL
-    with pytest.raises(InputError, match="pick one"):
+    with pytest.raises(InputError, match="Pick one"):
         draw("layers", given, quantity="cumulative")
     with pytest.raises(
         InputError, match="quantity is one of 'cumulative', 'total', 'mean', got 'sum'"

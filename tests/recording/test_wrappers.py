@@ -646,7 +646,7 @@ def test_without_locks_recording_and_reading_work_and_a_replay_is_refused(
         patch.setattr(locks, "fcntl", None)
         with Recorder(tmp_path / "ck", model).attach(optimizer := sgd(model)):
             trained(model, optimizer, 2)
-        with pytest.raises(ResourceError, match="runs are computed on Linux"), hold(tmp_path):
+        with pytest.raises(ResourceError, match="runs need Linux"), hold(tmp_path):
             pass
     run = lca_posthoc.run(
         tmp_path / "ck", task, out=tmp_path / "run.lca", cluster="inline", device="cpu"

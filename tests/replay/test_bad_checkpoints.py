@@ -379,7 +379,7 @@ def test_a_number_that_is_not_finite_fails_its_span_and_no_other(
         status,
         "2 / 3",
         "4 / 6",
-        "done but for NaN or Inf at step 30",
+        "done except for NaN or Inf at step 30",
         "the last driver ended with SpanError",
     )
     assert "again to finish" not in status
@@ -396,7 +396,7 @@ def test_every_checkpoint_that_is_not_finite_is_named(place: Place) -> None:
         place.run(), "2 spans failed", "the checkpoints of steps 10, 60 hold NaN or Inf", code=3
     )
     says(line, "Running again cannot replay")
-    says(lca("status", place.out).stdout, "done but for NaN or Inf at steps 10, 60")
+    says(lca("status", place.out).stdout, "done except for NaN or Inf at steps 10, 60")
 
 
 def test_a_span_that_misses_for_another_reason_is_still_to_be_run(place: Place) -> None:

@@ -232,15 +232,15 @@ def test_what_was_removed_otherwise_is_missing_as_ever(series: Place) -> None:
     ("options", "words"),
     [
         ({"consume": True, "durability": "none"}, "--durability none does not wait for"),
-        ({"consume": True, "steps": "0:4"}, "--steps is for a part"),
-        ({"consume": True, "segments": "0.5@1"}, "--segments draws .* and --consume is for"),
-        ({"follow": True, "segments": "0.5@1"}, "--segments draws .* and --follow is for"),
-        ({"follow": True, "path_band": "on"}, "--path-band on looks at .* --follow is for"),
-        ({"consume": True, "path_band": "on"}, "--path-band on looks at .* --consume is for"),
+        ({"consume": True, "steps": "0:4"}, "--steps selects a part"),
+        ({"consume": True, "segments": "0.5@1"}, "--segments draws .* with --consume"),
+        ({"follow": True, "segments": "0.5@1"}, "--segments draws .* with --follow"),
+        ({"follow": True, "path_band": "on"}, "--path-band on needs .* with --follow"),
+        ({"consume": True, "path_band": "on"}, "--path-band on needs .* with --consume"),
         ({"follow": True, "checkpoints": ["a", "b"]}, "--follow takes the one directory"),
         ({"consume": True, "checkpoints": "a/step{step}"}, "--consume takes the one directory"),
-        ({"follow": True, "pattern": r"step_(?P<step>\d+)"}, "--pattern is for a part"),
-        ({"keep_every": 2}, "--keep-every says which iterates --consume leaves"),
+        ({"follow": True, "pattern": r"step_(?P<step>\d+)"}, "--pattern selects a part"),
+        ({"keep_every": 2}, "--keep-every selects the iterates that --consume keeps"),
         ({"consume": True, "keep_every": 0}, "--keep-every 0"),
         ({"consume": True, "checkpoints": "memory://x"}, "is remote"),
         ({"follow": True, "checkpoints": "memory://x"}, "is remote"),
@@ -274,7 +274,9 @@ def test_a_run_of_a_part_removes_nothing_although_the_part_is_not_asked_for_agai
 def test_files_of_no_recorder_are_not_removed(series: Place) -> None:
     path = series.iterates / "step_00000003.safetensors"
     path.rename(series.iterates / "iterate_step_3.safetensors")
-    with pytest.raises(InputError, match=r"step_3.safetensors \(step 3\) is no file as a recorder"):
+    with pytest.raises(
+        InputError, match=r"step_3.safetensors \(step 3\) has no name that a recorder"
+    ):
         series.replay(consume=True)
 
 
@@ -390,7 +392,7 @@ def sign_of(pid: int, **changes: Any) -> RecorderSign:
 
 def test_a_series_without_a_sign_is_not_followed(series: Place) -> None:
     (series.iterates / ".recorder.json").unlink()
-    with pytest.raises(InputError, match="no recorder says to be writing"):
+    with pytest.raises(InputError, match="no recorder is registered"):
         series.replay(follow=True)
 
 
@@ -448,8 +450,8 @@ def test_a_follower_of_a_dead_recorder_says_so_and_ctrl_c_ends_it_with_what_is_t
 ) -> None:
     write_sign(series.iterates, sign_of(os.getpid(), began=0.0))  # another process had the number
     interrupts_where_it_waits(series)
-    assert f"died without closing, the last iterate being that of step {STEPS}" in series.notes()
-    assert "Ctrl-C ends the run with the iterates that are there" in series.notes()
+    assert f"died without closing, after the iterate of step {STEPS}" in series.notes()
+    assert "Ctrl-C ends the run with the existing iterates" in series.notes()
     clean_runs.same_bytes(series.out, recorded / "plain.lca")
 
 
@@ -484,8 +486,8 @@ def test_status_says_that_a_run_follows_and_where_it_waits(series: Place) -> Non
     assert "it follows a recorder" in working
     assert "waits for more" not in working
     words = " ".join(waits.split())
-    assert "complete so far; follows" in words
-    assert f"up to step {STEPS - 1} they are replayed, and it waits for more" in words
+    assert "complete so far; following" in words
+    assert f"it has replayed up to step {STEPS - 1} and waits for more" in words
     assert json.loads(document)["following"] == {"waits_after": STEPS - 1}
     assert faults("status", json.loads(document)) == []
     assert "following" not in json.loads(lca("status", series.out, "--json").stdout)
@@ -494,8 +496,8 @@ def test_status_says_that_a_run_follows_and_where_it_waits(series: Place) -> Non
 @pytest.mark.parametrize(
     ("state", "began", "words"),
     [
-        ("recording", None, ["goes on. The same `lca run` follows it on"]),
-        ("closed", None, ["has closed since. The same `lca run` takes the rest"]),
+        ("recording", None, ["is still running. The same `lca run` follows it again"]),
+        ("closed", None, ["has closed since. The same `lca run` replays the rest"]),
         ("failed", None, ["ended without closing", "Resume the training", "leave --follow out"]),
         ("recording", 0.0, ["ended without closing", "Resume the training", "leave --follow out"]),
     ],
@@ -509,7 +511,7 @@ def test_status_of_a_follower_that_was_stopped_says_how_the_training_stands(
     ends = sign_of(os.getpid(), state=state)
     write_sign(series.iterates, ends if began is None else replace(ends, began=began))
     said = " ".join(lca("status", series.out).stdout.split())
-    says(said, "complete so far; no longer follows", "it followed the training", *words)
+    says(said, "complete so far; stopped following", "it was stopped while following", *words)
 
 
 def test_a_finished_follower_is_told_that_nothing_comes_and_not_that_nothing_is_to_do(
@@ -520,7 +522,7 @@ def test_a_finished_follower_is_told_that_nothing_comes_and_not_that_nothing_is_
     with Display() as listen:
         series.replay(follow=True, progress=listen)
     said = " ".join(capsys.readouterr().err.split())
-    says(said, "no more iterates will come, and every span of those that came is committed")
+    says(said, "the training is over, and every span of its iterates is committed")
     assert "nothing to do" not in said
 
 

@@ -342,7 +342,7 @@ def test_the_command_plans_a_recording(tmp_path: Path) -> None:
             "--loss",
             "all",
         ),
-        "--loss, --rule: of a training that is yet to be recorded, only --task and --json count",
+        "--loss, --rule: --recording uses only --task and --json",
     )
 
 
@@ -383,9 +383,7 @@ def test_space_is_refused_by_its_estimate_after_compression(
     run = lca_posthoc.run(
         tmp_path / "ck", task, out=out, losses=losses, progress=notes.append, **options
     )
-    assert any(
-        "a run that meets a full disk stops" in getattr(event, "text", "") for event in notes
-    )
+    assert any("a run on a full disk stops" in getattr(event, "text", "") for event in notes)
     assert list(verify(run.path)) == []
 
 

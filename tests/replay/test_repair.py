@@ -70,9 +70,9 @@ def test_every_kind_of_damage_at_once_is_put_right(place: Path, made: Path) -> N
     done = lca("repair", run, "--task", place / "task.py", "--cluster", "inline")
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [
-        "loss 'train': computed again span 1",
-        "loss 'validation': computed again span 4",
-        "put right 2 other files",
+        "loss 'train': recomputed span 1",
+        "loss 'validation': recomputed span 4",
+        "restored 2 other files",
         "removed 2 leftover files",
     ]
     assert lca("verify", run).exit_code == 0
@@ -150,8 +150,8 @@ def test_what_was_never_computed_is_left_to_run(place: Path) -> None:
     chunk(run, 0).unlink()
     done = lca("repair", run, "--task", place / "task.py", "--cluster", "inline")
     assert done.exit_code == 0
-    assert "loss 'train': computed again span 0\n" in done.stdout
-    assert done.stdout.endswith("not finished yet: train; `lca run` goes on with them\n")
+    assert "loss 'train': recomputed span 0\n" in done.stdout
+    assert done.stdout.endswith("not finished yet: train; `lca run` resumes them\n")
     assert open_run(run)["train"].progress()["spans_done"] == 5
 
 

@@ -298,8 +298,8 @@ def test_workers_with_different_data_are_noticed_where_spans_meet(
     out = tmp_path / "run.lca"
     with pytest.raises(
         LCAError,
-        match=r"loss 'train' at step .* and .* in span .* not both are of "
-        r"the data",
+        match=r"loss 'train' at step .* and .* in span .* one was computed from "
+        r"different data",
     ) as caught:
         lca_package.run(place / "checkpoints", task, out=out, workers=2, device="cpu", span=2)
     assert caught.value.exit_code == 1

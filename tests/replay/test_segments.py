@@ -150,7 +150,7 @@ def test_figures_of_a_random_part_say_which_in_words_and_draw_its_errors(sampled
     for quantity, axis in (("total", 0), ("cumulative", 1)):
         axes = plots.layers(layers, quantity=quantity)
         caption = axes.figure.get_supxlabel()
-        says(" ".join(caption.split()), words, "two standard errors of the segments drawn")
+        says(" ".join(caption.split()), words, "two standard errors from drawing segments")
         assert "`segments`" not in caption
         drawn = [
             piece[:, axis]
@@ -169,7 +169,7 @@ def test_report_and_export_of_a_random_part_leave_out_the_rest(
     says((tmp_path / "page.html").read_text(), "drawn at random all over training")
     exported = lca("export", sampled, "-o", tmp_path / "tables", "--format", "csv")
     assert exported.exit_code == 0, exported.output
-    says(exported.output, "--segments 0.5@1", "left out: ", "peaks", "oscillation")
+    says(exported.output, "--segments 0.5@1", "missing: ", "peaks", "oscillation")
     written = {path.name.partition("_")[0] for path in (tmp_path / "tables/train").iterdir()}
     assert written == {"curve.csv", "layers", "units"}
 
@@ -259,7 +259,7 @@ def test_a_random_part_stays_one_of_the_checkpoints_it_was_drawn_from(
     before = data_of(out)
     for file in files[41:]:
         shutil.copy(file, tmp_path / "checkpoints")
-    says(" ".join(replayed(tmp_path, out)), "20 checkpoints after step 40 are left out")
+    says(" ".join(replayed(tmp_path, out)), "20 checkpoints after step 40 are not used")
     assert data_of(out) == before
     replayed(tmp_path, out, segments="0.4@3")
     assert open_run(out)["train"].steps["step_end"].max() <= 40
@@ -330,7 +330,7 @@ def test_gaps_are_left_out_and_nothing_turns_across_them(
     monkeypatch.setattr(prepare._Match, "room_for_windows", windows)
     out = tmp_path / "part.lca"
     notes = replayed(place, out, steps=RANGES, span=span, keep="parameters", losses=["train"])
-    says(" ".join(notes), "3 gaps between checkpoints are left out", "33→50", "29 of 59 training")
+    says(" ".join(notes), "3 gaps between checkpoints are skipped", "33→50", "29 of 59 training")
     same_as_in(dense, out)
     part = open_run(out)["train"]
     ends = list(zip(part.steps["step"].values, part.steps["step_end"].values, strict=True))
@@ -398,15 +398,15 @@ def test_bursts_are_recorded_and_replayed_without_the_gaps_between_them(tmp_path
     assert list(run.steps["step"].values) == [0, 1, 10, 11, 20, 21]
     assert findings.summary(run)["segments"] == 6
     summary = lca("summary", tmp_path / "run.lca").output
-    says(summary, "6 of 22 training steps", "loss change, over the segments seen")
-    says(summary, "loss change in the gaps, which are not replayed")
+    says(summary, "6 of 22 training steps", "loss change, over the segments replayed")
+    says(summary, "loss change in the gaps, not replayed")
     figures = findings.summary(run)
     ends = run.steps["loss_end"].values[[1, 3]], run.steps["loss_start"].values[[2, 4]]
     assert figures["gaps"] == 2
     assert figures["gaps_change"] == pytest.approx(float((ends[1] - ends[0]).sum()), abs=1e-12)
     replayed(tmp_path, tmp_path / "part.lca", segments="0.5@1")
     part = lca("summary", tmp_path / "part.lca").output
-    says(part, "outside the gaps, estimated", "change over all of training, gaps too")
+    says(part, "without the gaps, estimated", "change over all of training with its gaps")
     assert findings.summary(open_run(tmp_path / "part.lca")["train"])["gaps_change"] is None
     listed = open_trajectory(tmp_path / "checkpoints", steps="0,10,20")  # asked for
     assert listed.breaks == frozenset()

@@ -260,7 +260,7 @@ def test_a_damaged_span_is_repaired_to_the_same_bytes(made: Path, tmp_path: Path
     (chunk, *_) = sorted((run / "data.zarr/train/units/out.bias/c/0").rglob("*"))
     chunk.write_bytes(b"")
     done = lca("repair", run, "--task", place / "task.py", "--cluster", "inline")
-    assert (done.exit_code, done.stdout) == (0, "loss 'train': computed again span 0\n")
+    assert (done.exit_code, done.stdout) == (0, "loss 'train': recomputed span 0\n")
     assert stored(run) == stored(made / "shards.lca")
 
 
@@ -328,10 +328,10 @@ EXAMPLES = (GROUPS[0], 'Loss(F.cross_entropy, on="validation", per="example")')
 @pytest.mark.parametrize(
     ("task", "options", "why"),
     [
-        (("", ""), ("--keep", "parameters"), "--keep parameters takes the whole gradient"),
+        (("", ""), ("--keep", "parameters"), "--keep parameters needs the whole gradient"),
         (("", ""), ("--subset", "0.5@1"), "is over a random subset"),
         (GROUPS, ("--loss", "validation"), "loss 'validation' has groups"),
-        (EXAMPLES, ("--loss", "validation"), "loss 'validation' tells every example apart"),
+        (EXAMPLES, ("--loss", "validation"), "loss 'validation' gives results per example"),
         (("", ""), ("--norm-stats", "recalibrated"), "at every checkpoint"),
         (("", ""), ("--shards", "none"), "must be auto, or a number from 1 on"),
     ],
@@ -384,7 +384,7 @@ def test_fewer_shards_than_asked_for_are_said_with_the_reason(
     planned = plan(made / "ck", made / "task.py", shards=3, **options)
     (note,) = (note for note in planned.notes if "shard" in note)
     assert f"cut into {count(planned.shards, 'shard')}, not the 3 of --shards" in note
-    assert f"it is {batches} and a shard takes at least one" in note
+    assert f"it has {batches} and a shard takes at least one" in note
     assert planned.shards == int(batches[0])
 
 

@@ -309,7 +309,7 @@ def test_a_page_has_what_its_level_keeps_and_says_once_what_others_would_add(
     assert sorted(shown) == sorted(SECTIONS[keep])
     assert re.findall('<a href="#([a-z]+)">', text) == ["headline", *shown, "provenance"]
     words = re.sub(r"\s+", " ", Tags(text).text)
-    said = f"This run was made with --keep {keep}; more is there with {MORE[keep]}"
+    said = f"This run was made with --keep {keep}; more is available with {MORE[keep]}"
     assert words.count(said) == 1
     assert "--keep" not in words.replace(said, "")
     counted = keep == "statistics"
@@ -564,7 +564,7 @@ def test_examples_of_another_loss_are_shown_with_its_name(
             assert opened.js(SEEN) == opened.js(LINKED)
             assert opened.js(EMPTY) == []
             for name in ("examples", "clusters"):
-                says(opened.text(f"#{name} .note"), "This is of loss train.")
+                says(opened.text(f"#{name} .note"), "This section shows loss train.")
         first = opened.source("story", "story loss")
         opened.page.select_option("#examples select", "1")
         other = opened.source("story", "story loss")
@@ -582,7 +582,7 @@ def test_runs_of_two_levels_stand_beside_each_other_each_with_what_it_has(
     runs = [open_run(levels[keep]) for keep in ("tensors", "parameters")]
     path = write_report(runs, tmp_path / "it.html", losses=["train"])
     text = path.read_text()
-    says(Tags(text).text, "tensors.lca was made with --keep tensors; more is there with")
+    says(Tags(text).text, "tensors.lca was made with --keep tensors; more is available with")
     assert part(text, "frames") is not None
     table = text.split("<caption>Losses and runs</caption>")[1].split("</table>")[0]
     assert table.count(">helping</th>") == 1
@@ -693,7 +693,7 @@ def test_bars_of_runs_beside_each_other_have_one_scale_and_the_headline_its_run(
     says(
         Tags(text).text,
         "bars on one scale",
-        "share trainings: what differs between them is how these were measured",
+        "share trainings: they differ in how they were measured",
     )
     table = Table(
         title="",
@@ -750,7 +750,7 @@ def test_repeats_are_compared_over_their_labels_whatever_is_shown_in_full(
     says(
         Tags((tmp_path / "it.html").read_text()).text,
         "Of 4 runs the first 2 can be picked",
-        "p: as the first label",
+        "p against the first label",
     )
     with chromium.opened(tmp_path / "it.html") as opened:
         runs = opened.source("compare", "runs")

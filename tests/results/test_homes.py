@@ -233,7 +233,7 @@ def test_a_driver_learns_that_it_was_taken_over_and_leaves_the_lock_to_the_other
 BROKEN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "puts that ignore conditions": (
         lambda request: "if-none-match" in request.headers,
-        "creates a file that is there",
+        "overwrites an existing file",
     ),
     "replacing without looking": (
         lambda request: "if-match" in request.headers,

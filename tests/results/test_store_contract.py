@@ -280,7 +280,7 @@ class TestCheckedStore(Contract):
     async def test_what_no_marker_speaks_for_is_an_error(self, store: Any, run: Path) -> None:
         """Beyond the contract, by which a chunk that is missing is None and reads as fill."""
         (store._place / CHUNKS[0]).write_bytes(b"\x01\x02\x03\x04")
-        with pytest.raises(LCAError, match="not the one that was committed"):
+        with pytest.raises(LCAError, match="differs from the committed one"):
             await store.get(CHUNKS[0], PROTOTYPE)
         (store._place / CHUNKS[1]).unlink()
         with pytest.raises(LCAError, match="a chunk is missing"):

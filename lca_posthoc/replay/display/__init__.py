@@ -1,8 +1,8 @@
-"""The progress of a replay as a person sees it: notes, stages, a bar on a terminal or in a
-notebook, elsewhere a line a minute.
+"""Show the progress of a replay: notes, stages, and a bar on a terminal or in a notebook, elsewhere
+a line a minute.
 
-`streams` writes what a terminal or a pipe can show, `progressed` counts, `views` are the ways to
-show how far a replay is, and `listener` turns events into them.
+`streams` writes what a terminal or a pipe can show, `progressed` counts, `views` draws, and
+`listener` turns events into calls of these.
 """
 
 from .listener import Display, WarningDisplay, listening

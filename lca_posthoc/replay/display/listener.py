@@ -1,4 +1,4 @@
-"""The listeners that show the events of a replay to a person."""
+"""Show the events of a replay to a person."""
 
 from __future__ import annotations
 
@@ -33,22 +33,21 @@ from .progressed import Progressed
 from .streams import say, stderr
 from .views import view_for
 
-LOOK = 2.0  # seconds between two looks at how far spans are
-_SHOWN = 10  # failures, one by one
+LOOK = 2.0  # seconds between two looks at the reports of spans
+_SHOWN = 10  # failures printed singly
 _PACKAGE = os.path.join(str(resources.files("lca_posthoc")), "")
 
 
 class Display:
-    """A listener that shows the events of a replay: a bar or lines for its progress; notes, retries
-    and failures as `note: …`.
+    """A listener that shows the events of a replay: progress as a bar or lines; notes, retries and
+    failures as `note: …`.
 
-    Call it with every event, inside a `with` block; at the end of the block what moves is removed.
-    A thread of its own looks up how far spans are between two events, since a single span may take
-    an hour.
+    Call it with every event, inside a `with` block. The end of the block removes the bar. Because a
+    single span may take an hour, a thread reads the reports of spans between events.
 
     Args:
         clock: seconds that only grow.
-        stages: whether there are stages alone; each of them has a line where there is no terminal.
+        stages: whether there are only stages; without a terminal each of them gets a line.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, stages: bool = False) -> None:
@@ -83,7 +82,7 @@ class Display:
             if isinstance(event, Note):
                 self.say(event.text)
             elif isinstance(event, Stopping):
-                say(event.text)  # never a warning, which a filter may make an error of
+                say(event.text)  # not a warning, which a filter may turn into an error
             elif isinstance(event, Stage):
                 self._on_stage(event)
             elif isinstance(event, Planned):
@@ -102,7 +101,7 @@ class Display:
         say(text)
 
     def tick(self) -> None:
-        """Look up how far the spans underway are, and show it."""
+        """Read the progress of the spans underway, and show it."""
         with self._lock:
             now = self._clock()
             if self._directory:
@@ -153,14 +152,14 @@ class Display:
         self._view.show(self._progressed, now)
 
     def nothing_to_do(self) -> None:
-        """Say that every span is committed already."""
+        """Say that every span is already committed."""
         self.say(
-            "nothing to do: every span is committed, and the task file is the one of the last run"
+            "nothing to do: every span is committed, and the task file is unchanged since the last run"
         )
 
     def all_is_taken(self) -> None:
-        """Say that no iterate will come of which something is left to do."""
-        self.say("no more iterates will come, and every span of those that came is committed")
+        """Say that the training is over and every span is committed."""
+        self.say("the training is over, and every span of its iterates is committed")
 
     def _on_done(self, event: SpanDone) -> None:
         state = self._progressed
@@ -174,13 +173,13 @@ class Display:
 
     def _on_retried(self, event: SpanRetried) -> None:
         self._progressed.retried += 1
-        self.say(f"{_span(event)} is tried again: {event.message} ({event.worker})")
+        self.say(f"{_span(event)} is retried: {event.message} ({event.worker})")
 
     def _on_slow(self, event: SpanSlow) -> None:
         stack = (
             f"; it is in {' < '.join(reversed(event.doing[-3:]))}"
             if event.doing
-            else "; it does not answer"
+            else "; it does not respond"
         )
         self.say(
             f"{_span(event)} takes {duration(event.seconds)}, far longer than its peers, on worker "
@@ -195,30 +194,28 @@ class Display:
         elif state.failed == _SHOWN + 1:
             from ...results import EVENTS
 
-            self.say(f"more spans failed; {EVENTS} in the run directory has them all")
+            self.say(f"more spans failed; {EVENTS} in the run directory lists them all")
 
 
 class WarningDisplay(Display):
-    """A `Display` for callers in Python: a note becomes an `LCAWarning` at the caller's own
-    line.
-    """
+    """A `Display` for Python callers: a note becomes an `LCAWarning` at the caller's own line."""
 
     def say(self, text: str) -> None:
         """Warn."""
         warnings.warn(safe(text), LCAWarning, stacklevel=_level_of_the_caller())
 
     def nothing_to_do(self) -> None:
-        """Say nothing: a finished run is no reason to warn."""
+        """Print nothing: a finished run is no reason to warn."""
 
     def all_is_taken(self) -> None:
-        """Say nothing, for the same reason."""
+        """Print nothing: a finished run is no reason to warn."""
 
 
 @contextlib.contextmanager
 def listening(progress: Listener | None) -> Iterator[Listener]:
-    """Give the listener of a call: the caller's own, or one that warns and shows how far it is.
+    """Yield the caller's listener, or a default one that warns and shows progress.
 
-    In a process that only imports its caller's script to become a worker, nothing is shown.
+    In a process that imports its caller's script only to become a worker, nothing is shown.
     """
     if progress is not None or getattr(multiprocessing.current_process(), "_inheriting", False):
         yield progress or silent
@@ -228,8 +225,8 @@ def listening(progress: Listener | None) -> Iterator[Listener]:
 
 
 def _level_of_the_caller() -> int:
-    """Return the `stacklevel` with which `warnings.warn`, called by who calls this, points outside
-    of this package.
+    """Return the `stacklevel` at which `warnings.warn`, called by this function's caller, points
+    outside this package.
     """
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(

@@ -1,4 +1,4 @@
-"""The progress of a replay in numbers, and in words."""
+"""Count the progress of a replay, and put it into words."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from ...base.text import count, duration
 
 @dataclass(kw_only=True)
 class Progressed:
-    """The progress of a replay: `done` of `total` segments (with two losses each counts twice),
-    `before` of them when it began.
+    """The progress of a replay: `done` of `total` segments, `before` of them when it began.
+
+    With two losses each segment counts twice.
     """
 
     total: int = 0
@@ -27,29 +28,30 @@ class Progressed:
 
     @property
     def reached(self) -> float:
-        """Return the segments done, with those that spans underway report."""
+        """Return the finished segments, with those that spans underway report."""
         return min(float(self.total), self.done + self.underway)
 
     def rate(self, now: float) -> float | None:
-        """Return segments per second since work began; spans end in bunches, which would make a
-        moving rate jump.
+        """Return segments per second since work began.
+
+        A moving rate would jump, because spans end in bunches.
         """
         seconds, segments = now - self.began, self.reached - self.before
         return segments / seconds if seconds > 0 and segments > 0 else None
 
     def seconds_left(self, now: float) -> float | None:
-        """Return the time left at that rate."""
+        """Return the seconds left at the rate so far."""
         rate = self.rate(now)
         return None if rate is None else (self.total - self.reached) / rate
 
     @property
     def trouble(self) -> str:
-        """Return how many spans were tried again or failed, in words."""
+        """Return how many spans were retried or failed, in words."""
         counts = (("retried", self.retried), ("failed", self.failed))
         return "".join(f" · {count} {what}" for what, count in counts if count)
 
     def line(self, now: float) -> str:
-        """Return all of it in one line."""
+        """Return all of the progress in one line."""
         rate, remaining = self.rate(now), self.seconds_left(now)
         workers = count(self.workers, "worker")
         speed = f"{rate:.3g} segments/s on {workers}" if rate is not None else workers

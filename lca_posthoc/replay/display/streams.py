@@ -1,7 +1,7 @@
-"""Text streams that show what they can.
+"""Write text that any terminal or pipe can show.
 
-Nothing here can turn finished work into an error: signs that a terminal or a pipe cannot show are
-replaced by others, and a stream that is gone is written to no more.
+No failure to print turns finished work into an error: characters that the output cannot show are
+replaced, and a stream without a reader is no longer written to.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...base.text import safe
 from ...errors import ResourceError
 
 _COMMAND = re.compile(r"`[^`\n]+`")
-_GLUE = "\u2800"  # as wide as a blank, and no place to cut a line
+_GLUE = "\u2800"  # as wide as a blank, but never a place to break a line
 _PLAIN = {
     "→": "->",
     "−": "-",
@@ -45,10 +45,15 @@ _PLAIN = {
 
 
 def showable(text: str, encoding: str) -> str:
-    """Return a text in the signs an encoding has: ours in plain ones, those of names as escapes.
+    """Replace the characters of a text that an encoding lacks: ours by plain ones, others by
+    escapes.
 
     >>> showable("2.3 → 0.1 in größe", "ascii")
     '2.3 -> 0.1 in gr\\\\xf6\\\\xdfe'
+
+    Args:
+        text: to show.
+        encoding: of the terminal or pipe.
     """
     try:
         text.encode(encoding)
@@ -69,14 +74,11 @@ def _has(encoding: str, sign: str) -> bool:
 
 
 class Stream(io.TextIOBase):
-    """A text stream that shows what it can: a sign its encoding lacks becomes another, and nothing
-    is written once its reader is gone.
+    """A text stream that replaces characters it cannot show and ignores a reader that is gone.
 
     Args:
-        stream: where to write; None for nowhere, which is what Python sets where a descriptor is
-            closed.
-        matters: whether an error such as a full disk is raised: it is for results, not for
-            progress.
+        stream: where to write; None, as Python sets it for a closed descriptor, writes nowhere.
+        matters: whether to raise errors such as a full disk: True for results, False for progress.
     """
 
     def __init__(self, stream: TextIO | None, *, matters: bool) -> None:
@@ -88,7 +90,7 @@ class Stream(io.TextIOBase):
         return getattr(self._stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
-        """Write a text, in other signs where it must be."""
+        """Write a text, with replacements where needed."""
         with self._lenient():
             if self._stream is not None:
                 self._stream.write(showable(text, self.encoding))
@@ -101,17 +103,21 @@ class Stream(io.TextIOBase):
                 self._stream.flush()
 
     def writable(self) -> bool:
-        """Say that texts can be written."""
+        """Return True: the stream takes texts."""
         return True
 
     def isatty(self) -> bool:
-        """Say whether a terminal shows it."""
+        """Tell whether the stream is a terminal."""
         with self._lenient():
             return self._stream is not None and bool(self._stream.isatty())
         return False
 
     def fileno(self) -> int:
-        """Return the descriptor of the stream beneath."""
+        """Return the descriptor of the stream beneath.
+
+        Raises:
+            UnsupportedOperation: if there is no stream.
+        """
         if self._stream is None:
             raise io.UnsupportedOperation("fileno")
         return int(self._stream.fileno())
@@ -121,11 +127,11 @@ class Stream(io.TextIOBase):
         try:
             yield
         except BlockingIOError:
-            # what reads it is slow for the moment: progress may be lost, a result may not
+            # the reader is slow for the moment: progress may be lost, a result may not
             if self._matters:
                 raise ResourceError(
-                    "the result cannot be printed: what reads it does not wait. What was computed "
-                    "is kept: `lca summary` prints it."
+                    "the result cannot be printed: the reader does not wait. The results are "
+                    "stored: `lca summary` prints them."
                 ) from None
         except (OSError, ValueError) as error:
             gone = isinstance(error, ValueError) or error.errno in (
@@ -136,12 +142,12 @@ class Stream(io.TextIOBase):
             self._leave()
             if self._matters and not gone:
                 raise ResourceError(
-                    f"the result cannot be printed ({error}). What was computed is kept; `lca "
-                    "summary` and `lca status` print it again."
+                    f"the result cannot be printed ({error}). The results are stored; `lca "
+                    "summary` and `lca status` print them again."
                 ) from None
 
     def _leave(self) -> None:
-        """Write to nowhere from here on; also what Python still flushes at its end."""
+        """Write to nowhere from now on, including what Python flushes at its exit."""
         if self._stream is not None:
             with contextlib.suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -151,20 +157,21 @@ class Stream(io.TextIOBase):
 
 
 def open_standard_descriptors() -> None:
-    """Open those of the first three descriptors that are closed, on nothing; else a file of results
-    gets the number, and prints.
+    """Open each closed standard descriptor on /dev/null.
+
+    Otherwise a file of results would get its number, and prints would go into that file.
     """
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            # takes the lowest number that is free, this one
+            # takes the lowest free number, which is this one
             opened = os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(opened, True)  # workers print as well
 
 
 def stderr() -> Console:
-    """Return where progress and notes go."""
+    """Return the console for progress and notes."""
     return Console(
         file=Stream(sys.stderr, matters=False),  # type: ignore[arg-type]
         highlight=False,
@@ -176,21 +183,24 @@ def stderr() -> Console:
 
 
 def spinner_of(console: Console) -> str:
-    """Return the name of rich's spinner in signs the console can show."""
+    """Return the name of a spinner of rich that the console's encoding has."""
     return "dots" if console.encoding.startswith("utf") else "line"
 
 
 def say(text: str) -> None:
-    """Print a warning or a note: on a terminal in lines of its width, elsewhere in one line."""
+    """Print a warning or a note, wrapped on a terminal and on one line elsewhere."""
     console = stderr()
     console.print(Text(wrapped(f"note: {safe(text)}", console)))
 
 
 def wrapped(text: str, console: Console) -> str:
-    """Return a text in lines as wide as the terminal, cut between words; unchanged where no
-    terminal shows it.
+    """Wrap a text between words to the width of a terminal; leave it unchanged elsewhere.
 
-    A command in backticks that fits a line is never cut, so that it can be copied.
+    A command in backticks that fits a line is not broken, so that it can be copied.
+
+    Args:
+        text: to print.
+        console: to print on.
     """
     if not console.file.isatty():
         return text

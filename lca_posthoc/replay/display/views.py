@@ -1,4 +1,4 @@
-"""Show how far a replay is: a bar on a terminal or in a notebook, elsewhere a line a minute."""
+"""Draw the progress of a replay: a bar on a terminal or in a notebook, elsewhere a line a minute."""
 
 from __future__ import annotations
 
@@ -28,45 +28,56 @@ from ...base.text import count, duration
 from .progressed import Progressed
 from .streams import spinner_of, stderr
 
-# seconds after work began, once there are figures, until the first line where there is no terminal
+# without a terminal: seconds after work began until the first line with figures
 FIRST = 20.0
 MINUTE = 60.0  # seconds between two lines
-_WIDE, _NARROW = 120, 60  # cells of a terminal: room for a long bar; none for any
+_WIDE, _NARROW = 120, 60  # widths of a terminal: room for a long bar, and for none
 
 
 class View(Protocol):
-    """One way to show how far a replay is."""
+    """A way to show the progress of a replay."""
 
     def stage(self, text: str, began: float, now: float) -> None:
-        """Show a part of the preparation and how long it has taken so far."""
+        """Show a part of the preparation and its duration so far.
+
+        Args:
+            text: names the part.
+            began: seconds on the clock when it began.
+            now: seconds on the clock.
+        """
 
     def show(self, progressed: Progressed, now: float) -> None:
-        """Show how far it is."""
+        """Show progress.
+
+        Args:
+            progressed: the counts so far.
+            now: seconds on the clock.
+        """
 
     def close(self) -> None:
-        """Remove what moves from the screen."""
+        """Remove the bar from the screen."""
 
 
 def _can_move(console: Console) -> bool:
-    """Tell whether a terminal shows it that can erase what it showed."""
+    """Tell whether the console is a terminal that can erase lines."""
     return console.file.isatty() and not console.is_dumb_terminal
 
 
 def _bar_of(console: Console) -> tuple[BarColumn, ...]:
-    """Return the bar that a console has room for beside words; none on a narrow one."""
+    """Return the bar that fits a console beside words; none on a narrow one."""
     if console.width < _NARROW:
         return ()
     return (BarColumn(bar_width=40 if console.width >= _WIDE else 16),)
 
 
 def _words(field: str, *, ratio: int | None = None) -> TextColumn:
-    """Return a column of words that are cut where the line ends."""
+    """Return a column of words that are cut at the end of the line."""
     column = Column(no_wrap=True, overflow="ellipsis", ratio=ratio)
     return TextColumn(f"{{task.{field}}}", markup=False, table_column=column)
 
 
 def _line(console: Console) -> Progress:
-    """Return a spinner with words behind it, of one line that is gone when it is over."""
+    """Return a spinner followed by words, in one line that disappears at the end."""
     return Progress(
         SpinnerColumn(spinner_of(console)),
         _words("description", ratio=1),
@@ -80,7 +91,7 @@ def _line(console: Console) -> Progress:
 
 @contextlib.contextmanager
 def waiting(console: Console) -> Iterator[Callable[[str], None]]:
-    """Show on a terminal what is waited for, in signs the console can show; yields `show(text)`."""
+    """Show a spinner on a terminal while waiting; yield `show(text)`."""
     with _line(console) as line:
         task = line.add_task("")
         yield lambda text: line.update(task, description=text)
@@ -88,10 +99,10 @@ def waiting(console: Console) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def bar(of: str = "") -> Iterator[Callable[[str, int, int], None]]:
-    """Show on a terminal how far something is; yields `progress(what, done, total)`.
+    """Show a bar on a terminal; yield `progress(what, done, total)`.
 
     Args:
-        of: what is counted; a percentage is shown where nothing is said.
+        of: what is counted; "" shows a percentage.
     """
     console = stderr()
     columns = (_words("description"), *_bar_of(console), _words("fields[counted]"), _Elapsed())
@@ -108,14 +119,14 @@ def bar(of: str = "") -> Iterator[Callable[[str, int, int], None]]:
 
 
 class _Elapsed(ProgressColumn):
-    """The time since it began."""
+    """The time since work began."""
 
     def render(self, task: Task) -> Text:
         return Text(f"· {duration(int(task.elapsed or 0))}", style="progress.elapsed")
 
 
 class Bar:
-    """A bar on a terminal, gone when it is over."""
+    """A bar on a terminal, removed at the end."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -124,7 +135,13 @@ class Bar:
         self._task = TaskID(0)
 
     def stage(self, text: str, began: float, now: float) -> None:
-        """See `View.stage`."""
+        """Show a part of the preparation, see `View.stage`.
+
+        Args:
+            text: names the part.
+            began: seconds on the clock when it began.
+            now: seconds on the clock.
+        """
         if self._stage is None:
             self._stage = _line(self._console)
             self._stage.add_task("")
@@ -133,7 +150,12 @@ class Bar:
         self._stage.update(self._stage.task_ids[0], description=shown, refresh=True)
 
     def show(self, progressed: Progressed, now: float) -> None:
-        """See `View.show`."""
+        """Show progress, see `View.show`.
+
+        Args:
+            progressed: the counts so far.
+            now: seconds on the clock.
+        """
         if self._progress is None:
             self.close()
             self._progress = self._started()
@@ -158,7 +180,7 @@ class Bar:
         progress = Progress(
             *_bar_of(self._console),
             _Left(table_column=Column(no_wrap=True, overflow="ellipsis")),
-            _words("fields[more]", ratio=1),  # what there is room for, the most important first
+            _words("fields[more]", ratio=1),  # as much as fits, the most important first
             console=self._console,
             transient=True,
             expand=True,
@@ -169,7 +191,7 @@ class Bar:
         return progress
 
     def close(self) -> None:
-        """See `View.close`."""
+        """Remove the bar from the screen."""
         if self._stage is not None:
             self._stage.stop()
         if self._progress is not None:
@@ -178,14 +200,15 @@ class Bar:
 
 
 def _shows_prints() -> bool:
-    """Tell whether prints of the user's code go to a terminal, above what moves; to a file or a
-    pipe they go unchanged.
+    """Tell whether prints of the user's code go to a terminal, above the bar.
+
+    Prints to a file or a pipe stay unchanged.
     """
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 class _Left(ProgressColumn):
-    """The segments done, and the time left at the rate since work began."""
+    """The finished segments, and the time left at the rate since work began."""
 
     def render(self, task: Task) -> Text:
         due, text = task.fields["due"], Text()
@@ -199,22 +222,28 @@ class _Left(ProgressColumn):
 
 
 class Lines:
-    """A line a minute where there is no terminal, the first one as soon as there are figures.
+    """A line a minute where there is no terminal; the first one comes as soon as there are figures.
 
     Args:
         console: where the lines go.
         now: seconds on the clock.
-        stages: whether each stage has a line when it begins, and one every `FIRST` seconds; for
-            commands that have stages alone.
+        stages: whether each stage gets a line when it begins, and one every `FIRST` seconds; for
+            commands that only have stages.
     """
 
     def __init__(self, console: Console, now: float, stages: bool = False) -> None:
         self._console, self._stages, self._stage = console, stages, ""
-        self._last = now  # when the last line was printed, or it began
+        self._last = now  # when the last line was printed, or the object created
         self._first = True
 
     def stage(self, text: str, began: float, now: float) -> None:
-        """See `View.stage`."""
+        """Print a part of the preparation, see `View.stage`.
+
+        Args:
+            text: names the part.
+            began: seconds on the clock when it began.
+            now: seconds on the clock.
+        """
         if self._stages and text != self._stage:
             self._stage = text
             self._print(text, now)
@@ -222,7 +251,12 @@ class Lines:
             self._print(f"{text}, for {duration(now - began)} now", now)
 
     def show(self, progressed: Progressed, now: float) -> None:
-        """See `View.show`."""
+        """Print progress, see `View.show`.
+
+        Args:
+            progressed: the counts so far.
+            now: seconds on the clock.
+        """
         has_figures = progressed.reached > progressed.before
         has_rest = progressed.reached < progressed.total
         early = self._first and has_figures and has_rest and now - progressed.began >= FIRST
@@ -231,7 +265,7 @@ class Lines:
             self._first = self._first and not has_figures
 
     def close(self) -> None:
-        """See `View.close`."""
+        """Do nothing: lines stay."""
 
     def _print(self, text: str, now: float) -> None:
         self._console.print(Text(f"lca: {text}"))
@@ -239,27 +273,38 @@ class Lines:
 
 
 class Notebook:
-    """A bar in a notebook, by HTML alone; it stays as it was at the end."""
+    """A bar in a notebook, in plain HTML; its last state stays."""
 
     def __init__(self, shell_display: ModuleType) -> None:
         self._display = shell_display
         self._handle: Any = None
 
     def stage(self, text: str, began: float, now: float) -> None:
-        """See `View.stage`."""
+        """Show a part of the preparation, see `View.stage`.
+
+        Args:
+            text: names the part.
+            began: seconds on the clock when it began.
+            now: seconds on the clock.
+        """
         self._put(f"<div>{escape(text)} ({escape(duration(int(now - began)))})</div>")
 
     def show(self, progressed: Progressed, now: float) -> None:
-        """See `View.show`."""
+        """Show progress, see `View.show`.
+
+        Args:
+            progressed: the counts so far.
+            now: seconds on the clock.
+        """
         bar = f'<progress value="{progressed.reached:.6g}" max="{max(1, progressed.total)}"></progress>'
         self._put(f"<div>{bar} {escape(progressed.line(now))}</div>")
 
     def close(self) -> None:
-        """See `View.close`."""
+        """Do nothing: the bar stays."""
 
     def _put(self, html: str) -> None:
         shown = self._display.HTML(html)
-        with contextlib.suppress(Exception):  # of what only displays nothing must stop the work
+        with contextlib.suppress(Exception):  # display must never stop the work
             if self._handle is None:
                 self._handle = self._display.display(shown, display_id=True)
             else:
@@ -267,7 +312,13 @@ class Notebook:
 
 
 def view_for(console: Console, now: float, stages: bool = False) -> View:
-    """Return the way that fits where it is shown."""
+    """Return the view that fits the place: a notebook, a terminal, or neither.
+
+    Args:
+        console: where progress goes.
+        now: seconds on the clock.
+        stages: whether there are only stages, see `Lines`.
+    """
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     if hasattr(shell, "kernel"):

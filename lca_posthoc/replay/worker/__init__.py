@@ -1,4 +1,4 @@
-"""The tasks of a worker: say whether it can take part, describe a task, probe it, measure it,
+"""The functions that run on workers: check the worker, describe a task, probe it, measure it,
 replay one span.
 
 Each takes a request as plain data and returns its answer, or the error it met, as plain data; see

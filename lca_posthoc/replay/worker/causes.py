@@ -1,6 +1,4 @@
-"""The causes of the motion on a segment: what the checkpoints say of the optimiser's steps, and the
-points the formulas need.
-"""
+"""Compute the causes of the motion on a segment from the records of the optimiser's steps."""
 
 from __future__ import annotations
 
@@ -42,10 +40,10 @@ if TYPE_CHECKING:
 
 
 class CausesOfSpan:
-    """Tells the causes of the motion on the segments of a span.
+    """Computes the causes of the motion on the segments of a span.
 
     Args:
-        points: the checkpoints, the one before the span among them where there is one.
+        points: the checkpoints, with the one before the span if there is one.
         passed: those that the replay has gone through.
         objective: evaluates the losses.
         signal: the training loss.
@@ -56,14 +54,16 @@ class CausesOfSpan:
     ) -> None:
         self._points, self._passed, self._objective = points, passed, objective
         self._signal = signal
-        # names in the files → of the model
+        # names in the files → names of the model
         self._names = {source: name for name, source in points.names.items()}
-        # both ends of a segment, each of which is one of the next one too
+        # two, because each end of a segment is also an end of the next one
         self._headers = functools.lru_cache(2)(functools.partial(_headers_at, points))
         self._moments_of = functools.lru_cache(2)(self._moments_at)
 
     def of(self, index: int) -> SegmentCauses:
-        """Return the causes of the motion from a checkpoint on, which has gone by."""
+        """Return the causes of the motion on the segment from a checkpoint that the replay has
+        passed.
+        """
         from ...numerics.causes import SegmentCauses, formulas
 
         moments, stored = self._moments(index)
@@ -88,8 +88,8 @@ class CausesOfSpan:
         )
 
     def _spacing(self, index: int) -> Callable[[str], float]:
-        """Return what tells, of a tensor, the distance from 1 to the next number of the type that a
-        checkpoint stores it in.
+        """Return a function of a tensor's name: the distance from 1 to the next number of its
+        stored type.
         """
         import torch
 
@@ -103,8 +103,11 @@ class CausesOfSpan:
         return lambda name: torch.finfo(DTYPES[types[self._points.names[name]]]).eps
 
     def _step(self, index: int) -> OptimizerStep | None:
-        """Return the record of the step that led to a checkpoint, where it followed on the
-        checkpoint before; None otherwise.
+        """Return the record of the step that led to a checkpoint from the one before it; None
+        otherwise.
+
+        Raises:
+            SpanError: if the record cannot be read.
         """
         before = self._points.checkpoints.get(index - 1)
         if before is None:
@@ -116,7 +119,11 @@ class CausesOfSpan:
         return step if step is not None and step.since == before.step else None
 
     def _moments_at(self, index: int) -> _MomentsFile:
-        """Return the moments of a checkpoint, on the device of the objective."""
+        """Return the moments of a checkpoint, on the device of the objective.
+
+        Raises:
+            SpanError: if the file cannot be read.
+        """
         checkpoint = checkpoint_at(self._points, index)
         shapes = {
             name: stored.shape
@@ -129,7 +136,7 @@ class CausesOfSpan:
             raise SpanError(str(error)) from None
 
     def _moments(self, index: int) -> tuple[Moments, StoredMoments]:
-        """Return the moments around the segment from a checkpoint on, and which there are."""
+        """Return the moments around the segment from a checkpoint, and which of them are stored."""
         from ...numerics.causes import Moments, StoredMoments
 
         before, after = (self._moments_of(place) for place in (index, index + 1))
@@ -151,7 +158,11 @@ class CausesOfSpan:
 
 
 def _headers_at(points: StoredPoints, index: int) -> dict[Path, Header]:
-    """Return the headers of a checkpoint's files."""
+    """Return the headers of a checkpoint's files.
+
+    Raises:
+        SpanError: if a file cannot be read.
+    """
     try:
         return {path: read_header(path) for path in checkpoint_at(points, index).files}
     except InputError as error:
@@ -161,28 +172,32 @@ def _headers_at(points: StoredPoints, index: int) -> dict[Path, Header]:
 def _refuse_other_shapes(
     path: Path, stored: Mapping[str, TensorHeader], shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse moments that have other shapes than the tensors they are of."""
+    """Reject moments whose shapes differ from those of their tensors.
+
+    Raises:
+        InputError: naming the tensor.
+    """
     for entry, header in stored.items():
         for name in (entry.removeprefix(FIRST), entry.removeprefix(SECOND)):
             if name != entry and name in shapes and shapes[name] != header.shape:
                 raise InputError(
                     f"{path} holds moments of shape {list(header.shape)} of tensor {name!r}, which "
                     f"has shape {list(shapes[name])} in the checkpoint. They are of another model; "
-                    "save them again, or take the file away: what needs moments is then in rest."
+                    "save them again, or remove the file: rest then includes what needs moments."
                 )
 
 
 class _MomentsFile:
-    """The moments of one step, each of which is read when it is asked for.
+    """The moments of one step, each read when it is asked for.
 
     Args:
-        checkpoint: they belong to, with the record of their file.
+        checkpoint: the one they belong to, with the record of their file.
         objective: on whose device tensors are.
         shapes: of the tensors of the checkpoint.
 
     Raises:
-        InputError: where the file cannot be read, or its moments are of tensors of other shapes.
-        SpanError: where the file is not the one that is recorded.
+        InputError: if the file cannot be read, or its moments have other shapes than their tensors.
+        SpanError: if the file is not the recorded one.
     """
 
     def __init__(
@@ -200,16 +215,16 @@ class _MomentsFile:
         self._whole: dict[str, Tensor] | None = None
 
     def tensors(self, prefix: str) -> frozenset[str]:
-        """Return the names of the tensors that moments of a prefix are stored of."""
+        """Return the names of the tensors for which moments with a prefix are stored."""
         return frozenset(
             name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)
         )
 
     def tensor(self, name: str) -> Tensor | None:
-        """Return a tensor on the device; None where the file has none of this name.
+        """Return a tensor on the device; None if the file has none of this name.
 
         Raises:
-            SpanError: where the file cannot be read, or is not the one that is recorded.
+            SpanError: if the file cannot be read, or is not the recorded one.
         """
         from safetensors import SafetensorError
 
@@ -228,7 +243,7 @@ class _MomentsFile:
 
         recorded = self._checkpoint.moments
         assert recorded is not None, "where no file is recorded none is read"
-        if is_remote(self._path) or sys.byteorder == "big":  # read whole, then
+        if is_remote(self._path) or sys.byteorder == "big":  # then read the whole tensor
             if self._whole is None:
                 own, whole = fingerprint_and_tensors(
                     self._path, recorded.fingerprint, self._tensors
@@ -240,12 +255,16 @@ class _MomentsFile:
             if self._places is None:  # a header takes longer to parse than a tensor to read
                 self._places = tensor_places(self._path, file)
             tensor = read_place(file, *self._places[name])
-            # after the tensor was read: it is that of the file it is from
+            # after reading, so that the record is of the file that was read
             self._refuse_other(MomentsRecord(*size_and_fingerprint(self._path, file)))
         return tensor
 
     def _refuse_other(self, now: MomentsRecord | None) -> None:
-        """Refuse a file, or that there is none, where something else is recorded."""
+        """Reject a file that differs from the recorded one, or is missing.
+
+        Raises:
+            SpanError: naming the file.
+        """
         checkpoint = self._checkpoint
         if now != checkpoint.moments:
             raise SpanError(

@@ -1,4 +1,4 @@
-"""Checks before the first span: what a task holds, whether it can be replayed, what its losses
+"""Check before the first span what a task holds, whether it can be replayed, and what its losses
 are.
 """
 
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
     from ...numerics.objective import Identity, Objective
 
-_NEAR = 16  # segments among which one that moves is looked for
+_NEAR = 16  # segments to search for one that moves
 
 
 @reported(DescribeRequest)
 def describe(request: DescribeRequest) -> Description:
-    """Return what the task holds: the model's tensors, and of each loss its split and its kind."""
+    """Return the contents of the task: the model's tensors, and each loss's split and kind."""
     objective = objective_of(request.setup)
-    digests = objective.digests  # before anything is called: a model may fill what it keeps
+    digests = objective.digests  # before any call, in which a model may fill its buffers
     objective = divided(request.setup, objective)
     return Description(
         tensors=objective.table,
@@ -78,7 +78,7 @@ def _described(objective: Objective, name: str) -> LossDescription:
     loss, order = objective.losses[name], objective.order(name)
     if loss.per is not None and isinstance(order, ElementOrder):
         raise InputError(
-            f"loss {name!r} is stated per example, and its group_by labels single elements. State "
+            f"loss {name!r} has results per example, but its group_by labels single elements. State "
             "two losses of the same function, one with per and one with group_by."
         )
     split = None if loss.split is None else objective.splits[loss.split]
@@ -106,18 +106,20 @@ def _replicates(objective: Objective, name: str) -> int:
 def _sites(
     objective: Objective, first: Mapping[str, Tensor], name: str, follows: str | None
 ) -> Sites:
-    """Find where the examples of a loss are in what the model computes, where they are told apart:
-    where it is stated per example, or where batches of one group each would be more than twice as
-    many as in the order of the data.
+    """Find where the examples of a loss are in the model's computations, where they must be
+    separated.
+
+    This is the case for a loss with per-example results, and where batches of one group each would
+    be more than twice as many as in the order of the data.
 
     Args:
         objective: evaluates it.
         first: the first checkpoint.
         name: of the loss.
-        follows: the grouped loss in whose order its batches are taken at the lowest level.
+        follows: the grouped loss whose order its batches follow at the lowest level.
 
     Raises:
-        InputError: where the elements of a loss per element cannot be told apart.
+        InputError: if the elements of a loss with per-element results cannot be separated.
     """
     from ...numerics.objective import is_out_of_memory, recorded
 
@@ -130,7 +132,7 @@ def _sites(
         return Sites(found=None, why="")
     try:
         check = objective.find_examples(name)
-    except Exception as error:  # of a model that runs otherwise while it is watched
+    except Exception as error:  # of a model that behaves differently under hooks
         if is_out_of_memory(error):
             raise
         line = str(error).partition("\n")[0]
@@ -142,7 +144,7 @@ def _sites(
 
 
 def _texts(objective: Objective, names: Iterable[str]) -> dict[str, list[str] | None]:
-    """Return the texts that `Task.show` gives the examples of losses that tell them apart."""
+    """Return the texts that `Task.show` gives the examples of losses with per-example results."""
     from ...numerics.objective import texts_of
 
     texts = {}
@@ -156,7 +158,9 @@ def _texts(objective: Objective, names: Iterable[str]) -> dict[str, list[str] | 
 
 def _has_small_groups(objective: Objective, name: str, follows: str | None) -> bool:
     """Tell whether batches of one group each would be more than twice as many as in the order of
-    the data; to tell every example apart costs a third more than not to.
+    the data.
+
+    Separating every example costs a third more than not separating them.
     """
     from ...numerics.objective import ElementOrder
 
@@ -184,7 +188,7 @@ def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
     batch_sizes = objective.settle_batch_sizes(first, request.batch_sizes)
     _same_ties(request)
     _same_fixed(request, objective)
-    # a recorded loss keeps what was settled for it
+    # a recorded loss keeps its settings
     new = [name for name in names if name not in request.recorded]
     first, about_modes = _statistics(request, objective, first, new)
     notes = _leftovers(request, objective)
@@ -221,8 +225,8 @@ def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
 def _level_memory(
     request: ProbeRequest, objective: Objective, new: list[str], keep: str
 ) -> LevelMemory:
-    """Return the memory a replay of new losses takes at a level of `--keep`; the objective takes
-    its batches from then on in the order of that level.
+    """Return the memory that a replay of new losses needs at a level of `--keep`; the objective
+    then takes its batches in the order of that level.
     """
     block = {name: block_of(request, objective, name, keep) for name in objective.losses}
     along = objective.data.share_batches([name for name in block if block[name] is not None])
@@ -236,10 +240,13 @@ def _level_memory(
 def _scales(
     request: ProbeRequest, objective: Objective, first: Mapping[str, Tensor], names: list[str]
 ) -> dict[str, float]:
-    """Return |loss| at the first checkpoint over the whole split, the groups averaged by weight,
-    where a tolerance is a share of it.
+    """Return |loss| at the first checkpoint over the whole split, groups averaged by weight, where
+    a tolerance is a share of it.
 
-    Six digits are kept, so that it is the same number in whatever company a loss is evaluated.
+    Rounding to six digits makes it independent of the losses evaluated together.
+
+    Raises:
+        InputError: if a loss is 0 or not finite there.
     """
     settings = request.setup.settings
     tolerances = {
@@ -257,8 +264,8 @@ def _scales(
         if not 0 < scales[name] < math.inf:
             option, share = next(iter(shares.items()))
             raise InputError(
-                f"loss {name!r} is {loss:.6g} at the first checkpoint, of which --{option} {share} "
-                f"is no bound. Give --{option} in units of loss, such as 1e-3."
+                f"loss {name!r} is {loss:.6g} at the first checkpoint, so --{option} {share} "
+                f"gives no bound. Give --{option} in units of loss, such as 1e-3."
             )
     return scales
 
@@ -266,8 +273,8 @@ def _scales(
 def _statistics(
     request: ProbeRequest, objective: Objective, first: Mapping[str, Tensor], new: list[str]
 ) -> tuple[Mapping[str, Tensor], list[str]]:
-    """Settle what statistics normalisation layers have; returns the first point with them, which
-    the objective holds, and notes.
+    """Settle the statistics of normalisation layers; return the first point with them, which the
+    objective then holds, and notes.
     """
     mode, recalibration = request.setup.settings.norm_stats, objective.recalibration
     if mode == "batch" or (mode == "running" and not new):
@@ -301,10 +308,13 @@ def _statistics(
 
 
 def _same_ties(request: ProbeRequest) -> None:
-    """Refuse names that the task ties but whose values differ in the checkpoints: the model that
-    was trained did not tie them.
+    """Reject names that the task ties but whose values differ in the checkpoints: the trained model
+    did not tie them.
 
-    At both ends: copies that were trained apart start equal.
+    Check both ends, because copies that were trained apart start equal.
+
+    Raises:
+        InputError: naming both tensors.
     """
     if not request.ties:
         return
@@ -313,7 +323,7 @@ def _same_ties(request: ProbeRequest) -> None:
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_checkpoint(checkpoint, sources_by_name)
-        except SpanError:  # a run that diverged: its last spans will fail and say so
+        except SpanError:  # a run that diverged: its last spans will fail and report it
             continue
         for name, (first, *others) in request.ties.items():
             for source in others:
@@ -326,8 +336,11 @@ def _same_ties(request: ProbeRequest) -> None:
 
 
 def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
-    """Refuse tensors that the task fixes but that checkpoints hold with other values, at either
-    end, than the model builds.
+    """Reject tensors that the task fixes but that differ, at either end, between the checkpoints
+    and the task's model.
+
+    Raises:
+        InputError: naming the tensor.
     """
     import torch
 
@@ -337,7 +350,7 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             tensors = read_stored(checkpoint, request.fixed)
-        except SpanError:  # its spans will fail and say so
+        except SpanError:  # its spans will fail and report it
             continue
         for name, tensor in tensors.items():
             built = objective.tensors.fixed[name].cpu()
@@ -350,11 +363,11 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
 
 
 def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
-    """Return notes on tensors that only the checkpoints hold and that are left out.
+    """Return notes on skipped tensors that only the checkpoints hold.
 
     Raises:
-        InputError: where one holds something else than it was taken for, or moves between the first
-            and the last checkpoint.
+        InputError: if one holds something unexpected, or moves between the first and the last
+            checkpoint.
     """
     from ...recording.staging import same_bytes
 
@@ -367,7 +380,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
         checkpoint = checkpoint_at(request.sample.points, index)
         try:
             ends.append((checkpoint, read_stored(checkpoint, leftovers)))
-        except SpanError:  # its spans will fail and say so
+        except SpanError:  # its spans will fail and report it
             continue
     for checkpoint, tensors in ends:
         for name, tensor in tensors.items():
@@ -375,7 +388,7 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
             first = {name: ends[0][1][name]}
             if not wrong and not counts(name) and not same_bytes({name: tensor}, first):
                 wrong = (
-                    "and moves between the first and the last checkpoint, as what is trained does"
+                    "and it moves between the first and the last checkpoint, as trained tensors do"
                 )
             if wrong:
                 raise InputError(
@@ -389,20 +402,25 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
 def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]:
     from ...numerics.objective import check_loss, drop_weightless_replicates, refuse_mixed
 
-    if objective.losses[name].per is not None:  # first: it says which module mixes examples
+    # first, because it names the module that mixes examples
+    if objective.losses[name].per is not None:
         refuse_mixed(objective, name)
     notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
     reduction = objective.losses[name].replaced
     if reduction is not None:
         notes.append(
-            f"loss {name!r} was given reduction={reduction!r}; here it is the mean over its "
-            "elements, of which what was minimised may be a multiple"
+            f"loss {name!r} has reduction={reduction!r}, but here it is the mean over its "
+            "elements; training may have minimised a multiple of that"
         )
     return notes
 
 
 def _same_in_float32(request: ProbeRequest, objective: Objective) -> None:
-    """Refuse float64 where code with float32 constants makes it another function."""
+    """Reject float64 where float32 constants in the code make it another function.
+
+    Raises:
+        InputError: with both values.
+    """
     from ...numerics.objective import identify
 
     single = objective.in_precision("float32")
@@ -426,9 +444,10 @@ def _identities(
     names: list[str],
     at_first: dict[str, Identity],
 ) -> dict[str, list[dict[str, float] | None]]:
-    """Return what identifies each loss at the first and at the last checkpoint, `at_first` holding
-    what is known of some there. Where the first is gone, nothing is known there, and the first
-    that is there only shows that weights are constants.
+    """Return the identity of each loss at the first and at the last checkpoint.
+
+    `at_first` holds the known ones at the first. If the first checkpoint was removed, no identity
+    is known there, and the first existing one only shows that weights are constants.
     """
     from ...numerics.objective import identify, weights_of_sample
 
@@ -443,7 +462,7 @@ def _identities(
                 else point_read_twice(request.sample.points, index, objective)
             )
             objective.place(there)
-        except SpanError:  # a run that diverged: its last spans will fail and say so
+        except SpanError:  # a run that diverged: its last spans will fail and report it
             for name in names:
                 identities[name].append(None)
             continue
@@ -465,13 +484,16 @@ def _identities(
 
 
 def _same_weights(name: str, first: Tensor | None, now: Tensor | None) -> None:
-    """Refuse weights that are others at another checkpoint, such as a second value that says
-    whether an answer was right.
+    """Reject weights that differ at another checkpoint, such as a second value that tells whether
+    an answer was right.
+
+    Raises:
+        InputError: naming the loss.
     """
     if first is not None and now is not None and not bool((first == now).all()):
         raise InputError(
-            f"loss {name!r} returned two values for every element, the second of which was taken "
-            "for its weight and is another at the last checkpoint than at the first: it depends on "
+            f"loss {name!r} returned two values for every element. The second was used as "
+            "its weight, but it differs between the first and the last checkpoint, so it depends on "
             "the model. Return the values alone, or (values, weights) with weights that are "
             "constants."
         )
@@ -483,8 +505,11 @@ def _nothing_derived(
     last: Mapping[str, Tensor],
     identities: dict[str, dict[str, float] | None],
 ) -> None:
-    """Refuse modules that merge or cache weights in eval mode: the loss would not be that of the
-    weights placed after.
+    """Reject modules that merge or cache weights in eval mode: the loss would ignore weights set
+    later.
+
+    Raises:
+        InputError: with both values of the loss.
     """
     from ...numerics.objective import identify
 
@@ -510,10 +535,12 @@ def _can_measure(
     names: list[str],
     at_first: dict[str, Identity],
 ) -> tuple[bool, list[str]]:
-    """Tell whether some segments can be evaluated one precision higher as well, with a note where
-    that cannot be done.
+    """Tell whether some segments can also be evaluated one precision higher, with a note where not.
 
-    What identifies losses at the first checkpoint is added to `at_first`.
+    Adds the losses' identities at the first checkpoint to `at_first`.
+
+    Raises:
+        InputError: if a loss differs between the precisions.
     """
     from ...numerics.objective import identify, loss_of_sample
 
@@ -543,8 +570,8 @@ def _can_measure(
 
 
 def sampled(ends: int) -> list[range]:
-    """Return where to look for a few segments that move: from the first on, from the middle on,
-    from the last back.
+    """Return where to search for a few segments that move: from the first on, from the middle on,
+    and from the last back.
 
     Args:
         ends: segments of the trajectory.
@@ -563,10 +590,13 @@ def sampled(ends: int) -> list[range]:
 def moving(
     sample: Sample, objective: Objective
 ) -> Iterator[tuple[int, tuple[StoredPoint, StoredPoint] | None]]:
-    """Look at a few segments, each once: those on which a parameter moves with both ends, others
-    with None.
+    """Yield a few segments, each once: with both ends if a parameter moves, else with None.
 
-    One that cannot be read is left out: its span will fail and say so.
+    Unreadable segments are skipped: their spans will fail and report it.
+
+    Args:
+        sample: where to search.
+        objective: whose device and precision the ends get.
     """
     trained = [tensor.name for tensor in objective.table if tensor.kind == "parameter"]
     looked: dict[int, bool] = {}
@@ -587,8 +617,8 @@ def moving(
 
 @reported(CalibrationsRequest)
 def calibrations(request: CalibrationsRequest) -> Calibrations:
-    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|: the largest on the sampled
-    segments that move, at the level of `--keep` that is asked for.
+    """Return the trapezoid's error as a share of Σ|(g₁ − g₀)·Δθ|: the largest on the sampled moving
+    segments, at the requested level of `--keep`.
     """
     from ...numerics.allocation import calibrate
     from ...numerics.statistics import unit_axes
@@ -614,8 +644,8 @@ def calibrations(request: CalibrationsRequest) -> Calibrations:
 
 
 def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
-    """Say which running statistics are those of a new model in every checkpoint looked at, or in
-    the task's model where it fixes them.
+    """Describe running statistics that still are those of a new model in every probed checkpoint,
+    or in the task's model where it fixes them.
     """
     import torch
 
@@ -625,7 +655,7 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
         {spec.name for spec in objective.table},
         dict(objective.model.named_parameters()),
     )
-    # not those of a part that was not trained, such as the base of an adapter
+    # ignoring parts that were not trained, such as the base of an adapter
     buffers = {
         name: tensor
         for name, tensor in objective.model.named_buffers()
@@ -649,7 +679,7 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
                 if sources
                 else {}
             )
-        except SpanError:  # its spans will fail and say so
+        except SpanError:  # its spans will fail and report it
             continue
         unchanged -= {
             name for name, tensor in stored.items() if not bool((tensor == new[name]).all())
@@ -659,10 +689,10 @@ def _never_updated(request: ProbeRequest, objective: Objective) -> list[str]:
     if not named:
         return []
     return [
-        "running statistics are still 0 and 1, as a new model has them, in every checkpoint looked "
-        f"at ({few(named)}): they were never updated, or not saved, so that with --norm-stats "
-        "running the loss is not the one training saw. Where training normalised by batches, take "
-        "--norm-stats batch --batch-size N; where they are stored elsewhere, load them in "
+        "running statistics are still 0 and 1, as in a new model, in every checkpoint "
+        f"checked ({few(named)}): they were never updated, or not saved, so with --norm-stats "
+        "running the loss is not the one in training. If training normalised by batches, use "
+        "--norm-stats batch --batch-size N; if they are stored elsewhere, load them in "
         "Task.model and name them in Task(fixed=[…])"
     ]
 
@@ -672,8 +702,8 @@ def _prefixes(names: Iterable[str]) -> list[str]:
 
 
 def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
-    """Say which share of half-precision parameters did not move on a few segments, those left out
-    on which none did.
+    """Describe the share of half-precision parameters that did not move on a few segments; segments
+    on which none did are skipped.
     """
     if not request.half:
         return []
@@ -696,5 +726,5 @@ def _unmoved(request: ProbeRequest, objective: Objective) -> list[str]:
     apart = f" ({still} more, on which nothing moves, are not counted)" if still else ""
     return [
         f"{stored}: {same / count:.1%} of the parameters do not move at all on sampled "
-        f"segments{apart}, and what does not move is allocated nothing. Record float32 weights."
+        f"segments{apart}, so their allocation is 0. Record float32 weights."
     ]

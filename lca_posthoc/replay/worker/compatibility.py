@@ -1,4 +1,4 @@
-"""The check whether a worker that somebody else started can take part: same versions, same files, a
+"""Check whether a worker that somebody else started can take part: same versions, same files, a
 device.
 """
 
@@ -17,8 +17,8 @@ _DISTRIBUTIONS = ("lca_posthoc", "torch", "numpy", "safetensors", "zarr", "dask"
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that decide bits, and whether two processes understand each other; builds
-    of one release are alike.
+    """Return the versions that decide bits and the protocol between processes; builds of one
+    release count as equal.
     """
     installed = {name: version(name).partition("+")[0] for name in _DISTRIBUTIONS}
     return {"python": ".".join(platform.python_version_tuple()[:2]), **installed}
@@ -26,10 +26,10 @@ def versions() -> dict[str, str]:
 
 @reported(AdmissionRequest)
 def admit(request: AdmissionRequest) -> Admission:
-    """Check this process against what the driver says of itself; return what GPU it sees.
+    """Check this process against the driver's description of itself; return the GPU it sees.
 
     Raises:
-        ResourceError: which says what is wrong here and what to do.
+        ResourceError: naming the problem here and what to do.
     """
     import torch
 
@@ -40,7 +40,7 @@ def admit(request: AdmissionRequest) -> Admission:
         if needed != installed[name]:
             fix = f"`pip install {name}=={needed}`" if name != "python" else f"Python {needed}"
             raise ResourceError(
-                f"has {name} {installed[name]}, this driver {needed}: it needs {fix}"
+                f"has {name} {installed[name]}, but this driver has {needed}: install {fix}"
             )
     check_shared_directory(request.token, request.text)
     _reads_checkpoints(request)

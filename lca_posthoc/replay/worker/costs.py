@@ -1,4 +1,4 @@
-"""The costs of evaluating: seconds and memory, from a few timed batches."""
+"""Measure the seconds and memory of evaluations, from a few timed batches."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     from ...numerics.objective import Objective
 
 _TIMED_SECONDS = 1.0
-_TIMED_PASSES = 1.5  # over the split: all timed batches of a loss together hold no more examples
+_TIMED_PASSES = 1.5  # of the split: all timed batches of a loss together hold no more examples
 _PART = (
-    # of a batch, one of so many parts tells what else an evaluation costs, compared with the same
-    # part's gradient
+    # one of so many parts of a batch shows the costs of other evaluations, relative to the gradient
+    # of the same part
     8
 )
-_GROWTH = 4  # from one batch on which the elements of a loss are timed to the next
-_SAMPLED_NUMBERS = 2**18  # of allocations that are compressed, to see what a run will take on disk
+_GROWTH = 4  # from one timed batch of elements to the next
+_SAMPLED_NUMBERS = 2**18  # allocations to compress, for an estimate of the disk space
 
 
 class _Budget:
-    """The examples that may still be evaluated to time a loss."""
+    """The number of examples that may still be evaluated to time a loss."""
 
     def __init__(self, examples: float) -> None:
         self.examples = examples
 
     def spend(self, examples: int) -> bool:
-        """Tell whether so many more fit, and count them."""
+        """Tell whether so many examples still fit; if so, subtract them."""
         fits = examples <= self.examples
         self.examples -= examples if fits else 0
         return fits
@@ -78,7 +78,7 @@ def measure(request: CostsRequest) -> Costs:
 
 @reported(CompressionsRequest)
 def compressions(request: CompressionsRequest) -> Compressions:
-    """Return by loss what the store's compression leaves of each kind of array, see
+    """Return by loss the ratio that the store's compression leaves of each kind of array, see
     `compressed_share`.
     """
     objective = objective_of(request.setup)
@@ -87,14 +87,15 @@ def compressions(request: CompressionsRequest) -> Compressions:
 
 
 def _needed(request: CostsRequest, objective: Objective, keep: str) -> float:
-    """Return the bytes a replay of all losses takes at a level of `--keep`."""
+    """Return the bytes that a replay of all losses needs at a level of `--keep`."""
     blocks = {name: block_of(request, objective, name, keep) for name in objective.losses}
     return bytes_needed(request, objective, list(blocks), blocks, keep)
 
 
 def _together(objective: Objective, losses: dict[str, LossCosts], keep: str) -> float:
-    """Return the seconds of one evaluation of all losses at a level of `--keep`: of losses per
-    example, the sums over tensors come with the examples.
+    """Return the seconds of one evaluation of all losses at a level of `--keep`.
+
+    Losses with per-example results compute their sums over tensors together with the examples.
     """
     told = [name for name, loss in objective.losses.items() if loss.per is not None]
     others = [name for name in losses if holds(keep, "units") or name not in told]
@@ -105,15 +106,15 @@ def _together(objective: Objective, losses: dict[str, LossCosts], keep: str) -> 
         for (function, _), name in zip(sources, slowest, strict=True):
             shared = "outputs" if objective.losses[name].kind == "function" else function
             passes.setdefault(shared, []).append(losses[name].forward)
-        # one of them is made
+        # one of the passes runs, the others are spared
         spared = [seconds for times in passes.values() for seconds in times[1:]]
         together += sum(losses[name].seconds for name in slowest) - sum(spared)
     return together
 
 
 def _seconds_of_examples(objective: Objective, name: str) -> float:
-    """Return the seconds of telling every example of a split apart along two motions, from one
-    batch; 0 for a loss that does not.
+    """Return the seconds of computing every example's share of a split along two motions, from one
+    batch; 0 for losses without per-example results.
     """
     from ...numerics.objective import Motion, one_batch, recalled, recorded
 
@@ -130,7 +131,7 @@ def _seconds_of_examples(objective: Objective, name: str) -> float:
     size = 1 if check.untold else objective.batch_sizes[split.name]
     batch, here = split.sample(0, size), objective.point
     times = []
-    for _ in range(2):  # the first one is slower
+    for _ in range(2):  # the first run is slower
         start = time.perf_counter()
         objective.tell_examples(name, [Motion(here, here)] * 2, one_batch(batch, size), size)
         times.append(time.perf_counter() - start)
@@ -138,8 +139,9 @@ def _seconds_of_examples(objective: Objective, name: str) -> float:
 
 
 def _seconds_of_elements(objective: Objective, name: str) -> float:
-    """Return the seconds of telling every element of a split apart along two motions, from more and
-    more examples, up to a batch: of few ones, most of the time is what a pass takes for any number.
+    """Return the seconds of computing every element's share of a split along two motions.
+
+    Batches grow up to the full size: with few examples, a pass takes mostly constant time.
     """
     from ...numerics.objective import Motion
 
@@ -223,7 +225,7 @@ def _seconds(
     least: int = 1,
 ) -> float:
     """Return the seconds of the fastest of a few evaluations of one batch: at least `least`, more
-    while time and the budget last.
+    while time and budget last.
     """
     from ...numerics.objective import NoGradients, WholeGradients
 
@@ -243,8 +245,8 @@ def _seconds(
 
 
 def _sampled_batch(objective: Objective, split: str) -> int:
-    """Return the examples of a batch whose gradient shows which numbers are 0: more than a part
-    where some are rarely seen.
+    """Return how many examples a batch needs for its gradient to show which numbers are 0: more
+    than a part where some examples are rare.
     """
     return int(
         min(objective.batch_sizes[split], max(32, objective.splits[split].examples // _PART))
@@ -254,11 +256,11 @@ def _sampled_batch(objective: Objective, split: str) -> int:
 def _compressions(
     request: SampleRequest[Any], objective: Objective, segments_of_window: int
 ) -> dict[str, dict[str, float]]:
-    """Return what the store's compression leaves of each kind of array, from one segment that moves
-    and one batch of each loss.
+    """Return the ratio that the store's compression leaves of each kind of array, from one moving
+    segment and one batch of each loss.
 
-    The motion is that of whole tensors; the gradient that of one batch at the segment's start.
-    Nothing moves: all zeros.
+    The motion is of whole tensors, the gradient of one batch at the segment's start. If nothing
+    moves, all numbers are zero.
     """
     from ...numerics.objective import WholeGradients
     from ...results import compressed_share
@@ -279,7 +281,7 @@ def _compressions(
             for tensor, values in gradient.items():
                 motion = pair[1][tensor].double() - pair[0][tensor].double()
                 product = (motion * values.cpu()).float()
-                few = _SAMPLED_NUMBERS * values.numel() // elements + 1  # as many as its share
+                few = _SAMPLED_NUMBERS * values.numel() // elements + 1  # in proportion to its size
                 parts.append(product.reshape(-1)[:few].numpy())
         shares[name] = compressed_share(parts, segments_of_window)
     return shares

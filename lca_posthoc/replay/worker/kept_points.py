@@ -1,5 +1,5 @@
-"""Checkpoints on the device of a worker, of which the last few are kept for the next request: shards
-of one segment, and of the one after it, need the same ones.
+"""Keep the last few checkpoints on a worker's device: shards of one segment, and of the next, need
+the same ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _POINTS: WeakKeyDictionary[Objective, OrderedDict[Checkpoint, Point]] = WeakKeyD
 
 
 class KeptPoints:
-    """Checkpoints on the device, of which the last few are kept for the requests that follow.
+    """The last few checkpoints on the device, kept for the requests that follow.
 
     Args:
         points: those of a request.
@@ -38,17 +38,17 @@ class KeptPoints:
         """Return a checkpoint."""
         checkpoint = self._points.checkpoints[index]
         if checkpoint not in self._kept:
-            give_back(self._objective.parameter_bytes)  # before a checkpoint takes as much
+            give_back(self._objective.parameter_bytes)  # before a checkpoint needs as much
             self._kept[checkpoint] = point_at(self._points, index, self._objective)
         return self._kept[checkpoint]
 
     def _make_room(self, needed: Collection[Checkpoint]) -> None:
-        """Give up checkpoints that this request does not need, those that waited longest first."""
+        """Drop checkpoints that this request does not need, the least recently used first."""
         for checkpoint in list(self._kept):
             if checkpoint not in needed and len({*self._kept, *needed}) > _KEPT:
                 del self._kept[checkpoint]
 
 
 def forget_points(objective: Objective) -> None:
-    """Give up the checkpoints that are kept for an objective."""
+    """Drop the checkpoints that are kept for an objective."""
     _POINTS.pop(objective, None)

@@ -1,5 +1,5 @@
-"""The memory a replay takes on a worker at each level of `--keep`, and how many groups of a loss are
-taken at a time.
+"""Estimate the memory a replay needs on a worker at each level of `--keep`, and how many groups of
+a loss to evaluate at a time.
 """
 
 from __future__ import annotations
@@ -19,38 +19,44 @@ if TYPE_CHECKING:
 
 ROOM = 0.5
 
-_POINTS = 4  # numbers of every parameter: the model, the start, the end and the next checkpoint
+_POINTS = 4  # numbers per parameter: the model, the start, the end and the next checkpoint
 
 # --- levels of sums -------------------------------------------------------------------------------
 
-_GRADIENTS = 1  # of the largest tensor, which are there at a time
-_SUMS = 8  # float64 numbers of every sum and group: those of two nodes, of a level, of a segment
+_GRADIENTS = 1  # gradients of the largest tensor held at a time
+_SUMS = 8  # float64 numbers per sum and group: two nodes, a level, a segment
 
 # --- parts of the motion ---------------------------------------------------------------------------
 
-_OF_CAUSES = 1  # numbers of every parameter: the checkpoint before the start
+_OF_CAUSES = 1  # numbers per parameter: the checkpoint before the start
 _OF_SIGNAL = 2  # the signal where a motion begins, and where the next one does
 _OF_MOMENTS = 8  # four directions of an optimiser with moments, of two motions
-_OF_PATH = 3  # numbers of every parameter: the checkpoint before the start, one more after the next
-# and the deviation at hand
-_OF_DIRECTION = 2  # as it is read, and orthonormal
+# numbers per parameter: the checkpoint before the start, one more after the next, and the current
+# deviation
+_OF_PATH = 3
+_OF_DIRECTION = 2  # as read, and orthonormal
 
 # --- levels with numbers of every parameter -------------------------------------------------------
 
-_TOTALS = 19  # bytes of every parameter and loss: a sum, counts and signs
-_NODES = 2  # gradients of every parameter, loss and group that are done, in the type of the model
-_SUM = 8  # bytes of every parameter, loss and group: the sum over batches of another one
-# bytes of every parameter of the largest tensor: a gradient of a batch, and what is written of
-# totals
+_TOTALS = 19  # bytes per parameter and loss: a sum, counts and signs
+_NODES = 2  # finished gradients per parameter, loss and group, in the type of the model
+_SUM = 8  # bytes per parameter, loss and group: the sum over batches of another gradient
+# bytes per parameter of the largest tensor: a gradient of a batch, and the totals being written
 _LARGEST = 32
-_HEAP = 1.1  # with what the heap keeps of freed memory
-_FEW = 1000  # examples of a group below which page faults cost as much as evaluating
-_HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew whenever they are made
+_HEAP = 1.1  # factor for freed memory that the heap keeps
+_FEW = 1000  # with fewer examples in a group, page faults cost as much as evaluating
+_HEAP_BYTES = 32 * 2**20  # larger arrays are mapped anew every time
 
 
 def block_of(request: SampleRequest[Any], objective: Objective, name: str, keep: str) -> int | None:
-    """Return how many groups of a loss are taken at a time at a level of `--keep`, by the memory of
-    this worker; None where all are.
+    """Return how many groups of a loss to evaluate at a time, by the memory of this worker; None
+    for all.
+
+    Args:
+        request: about a sample of the run.
+        objective: evaluates the loss.
+        name: of the loss.
+        keep: a level of `--keep`.
     """
     from ...numerics.objective import ElementOrder, power_of_two
 
@@ -69,7 +75,12 @@ def block_of(request: SampleRequest[Any], objective: Objective, name: str, keep:
 
 
 def free_memory_each(workers: int, device: torch.device) -> float:
-    """Return the bytes that are free for one of the workers of a host, or on the GPU."""
+    """Return the free bytes for one worker of a host, or on the GPU.
+
+    Args:
+        workers: that share the host.
+        device: that computes.
+    """
     from ...numerics.objective import free_on
 
     if device.type == "cuda":
@@ -84,14 +95,21 @@ def bytes_needed(
     blocks: dict[str, int | None],
     keep: str,
 ) -> float:
-    """Estimate how many bytes a worker takes, beside model and data, while it replays some losses
-    at a level of `--keep`; 0 where there are none.
+    """Estimate the bytes a worker needs, beside model and data, to replay some losses; 0 without
+    losses.
 
-    Four numbers for every parameter. To that come, at levels of sums, a gradient of the largest
-    tensor; at the others 19 bytes for every kept parameter and loss, 32 for every one of the
-    largest tensor, and a tenth more of everything. To that come `bookkeeping` of the losses that go
-    together or of the largest that goes alone, and on a CPU, where batches are ours to choose,
-    twice what autograd saves of one. Measured in docs/performance.md.
+    There are four numbers for every parameter. Levels of sums add a gradient of the largest tensor.
+    The others add 19 bytes for every kept parameter and loss, 32 for every parameter of the largest
+    tensor, and a tenth of everything. Then come `bookkeeping` of the losses evaluated together, or
+    of the largest evaluated alone, and on a CPU, where we choose batches, twice what autograd saves
+    of one. Measured in docs/performance.md.
+
+    Args:
+        request: about a sample of the run.
+        objective: evaluates the losses.
+        names: of the losses.
+        blocks: by loss, the groups evaluated at a time; None for all.
+        keep: a level of `--keep`.
     """
     if not names:
         return 0.0
@@ -114,16 +132,14 @@ def bytes_needed(
 def _bytes_of_parts(
     request: SampleRequest[Any], objective: Objective, names: list[str], keep: str
 ) -> int:
-    """Return the bytes that the parts of the motion take: points and directions of every
-    parameter.
-    """
+    """Return the bytes of the parts of the motion: points and directions of every parameter."""
     settings, number = request.setup.settings, objective.dtype.itemsize
     of_parameter = 0
     if settings.path_band == "on":
         of_parameter += _OF_PATH * number
     if settings.signal is not None:
         of_parameter += _OF_CAUSES * number
-        if settings.signal not in names or not holds(keep, "statistics"):  # else it is a node
+        if settings.signal not in names or not holds(keep, "statistics"):  # otherwise it is a node
             of_parameter += _OF_SIGNAL * number + _SUM
         if _has_moments(request):
             of_parameter += _OF_MOMENTS * number
@@ -133,7 +149,7 @@ def _bytes_of_parts(
 
 
 def _has_moments(request: SampleRequest[Any]) -> bool:
-    """Tell whether moments are stored beside the last of the checkpoints that are looked at."""
+    """Tell whether moments are stored beside the last of the sampled checkpoints."""
     checkpoints = request.sample.points.checkpoints
     return checkpoints[max(checkpoints)].moments is not None
 
@@ -141,8 +157,14 @@ def _has_moments(request: SampleRequest[Any]) -> bool:
 def bookkeeping(
     request: SampleRequest[Any], objective: Objective, name: str, block: int | None, keep: str
 ) -> int:
-    """Return the bytes of the numbers a loss holds of every group, of its replicates and of its
-    examples, at a level of `--keep`.
+    """Return the bytes of a loss's numbers for every group, replicate and example.
+
+    Args:
+        request: about a sample of the run.
+        objective: evaluates the loss.
+        name: of the loss.
+        block: groups evaluated at a time; None for all.
+        keep: a level of `--keep`.
     """
     order, hidden = objective.order(name), objective.replicates_of(name)
     parts_order = None if hidden is None else objective.order(hidden)
@@ -159,8 +181,8 @@ def bookkeeping(
 
 
 def _bytes_of_examples(request: SampleRequest[Any], objective: Objective, name: str) -> int:
-    """Return the bytes of the numbers of every example: derivatives at nodes, and what is kept of
-    the segments of a span; 0 of a loss that does not tell them apart.
+    """Return the bytes of the numbers of every example: derivatives at nodes, and results for the
+    segments of a span; 0 for a loss without per-example results.
     """
     loss = objective.losses[name]
     if loss.per is None or loss.split is None:
@@ -173,7 +195,7 @@ def _bytes_of_examples(request: SampleRequest[Any], objective: Objective, name: 
 
 
 def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str) -> int:
-    """Return the bytes of the numbers a loss holds of one group."""
+    """Return the bytes of a loss's numbers for one group."""
     if holds(keep, "statistics"):
         stored = _elements(objective.allocated) * _stored(request, keep)
         return _bytes_of_nodes(objective) + stored
@@ -182,8 +204,8 @@ def _bytes_of_group(request: SampleRequest[Any], objective: Objective, keep: str
 
 
 def _bytes_of_nodes(objective: Objective) -> int:
-    """Return the bytes of the gradients at nodes, of a loss or one of its groups: those that are
-    done, the sum of another one, and the mean of a tensor beside its sum.
+    """Return the bytes of the gradients at nodes, of a loss or one of its groups: the finished
+    ones, the sum of another, and the mean of a tensor beside its sum.
     """
     number, elements = objective.dtype.itemsize, _elements(objective.allocated)
     return (_NODES * number + _SUM) * elements + number * _largest(objective)
@@ -206,7 +228,12 @@ def _activations(request: SampleRequest[Any], objective: Objective, names: list[
 
 
 def kept_tensors(request: SampleRequest[Any], objective: Objective) -> list[TensorSpec]:
-    """Return the tensors whose allocation is kept, by `--tensors`."""
+    """Return the tensors whose allocation is kept, by `--tensors`.
+
+    Args:
+        request: about a sample of the run.
+        objective: of the task.
+    """
     patterns = request.setup.settings.tensors or ["*"]
     return [
         tensor

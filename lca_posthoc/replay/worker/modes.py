@@ -1,8 +1,8 @@
-"""Checks before the first span: which statistics of normalisation layers moved in training, and
-whether the loss depends on them.
+"""Check before the first span which normalisation statistics moved in training, and whether the
+loss depends on them.
 
-Running statistics lag behind the weights. Where the loss with them goes another way than the loss
-with those of a batch, as training had it, so do the allocations.
+Running statistics lag behind the weights. Where the loss with them changes differently from the
+loss with batch statistics, as in training, so do the allocations.
 """
 
 from __future__ import annotations
@@ -20,17 +20,19 @@ if TYPE_CHECKING:
 
     from ...numerics.objective import Objective
 
-SHARE = 0.1  # of the loss change, above which the two are said to differ
-SAMPLE = 256  # examples both are evaluated on, as one batch
-# examples that make a batch's statistics worth comparing with, where the run's own batches are
-# smaller
+SHARE = 0.1  # share of the loss change above which the two count as different
+SAMPLE = 256  # examples on which both are evaluated, as one batch
+# the least examples for comparable batch statistics, where the run's own batches are smaller
 _LEAST = 32
-_SAVED_BYTES = 2**28  # that such a larger batch may save
+_SAVED_BYTES = 2**28  # bytes that such a larger batch may save for autograd
 
 
 def moved_layers(request: ProbeRequest, objective: Objective) -> list[str]:
-    """Return the layers whose stored running statistics differ between any of the checkpoints the
-    probe looks at.
+    """Return the layers whose stored running statistics differ between any probed checkpoints.
+
+    Args:
+        request: names the checkpoints.
+        objective: holds the model.
     """
     from ...numerics.objective import statistics_of
 
@@ -44,7 +46,7 @@ def moved_layers(request: ProbeRequest, objective: Objective) -> list[str]:
     for index in request.modes:
         try:
             stored = read_checkpoint(checkpoint_at(points, index), sources)
-        except SpanError:  # its spans will fail and say so
+        except SpanError:  # its spans will fail and report it
             continue
         first = first or stored
         moved |= {
@@ -58,17 +60,17 @@ def moved_layers(request: ProbeRequest, objective: Objective) -> list[str]:
 def notes_on_modes(
     request: ProbeRequest, objective: Objective, names: list[str], moved: list[str]
 ) -> list[str]:
-    """Compare losses with running statistics and with those of a batch at a few checkpoints.
+    """Compare losses with running statistics and with batch statistics at a few checkpoints.
 
     Args:
         request: of the probe.
         objective: in `running` mode.
         names: of the losses.
-        moved: the layers whose statistics moved; without any, both modes are what training did.
+        moved: the layers whose statistics moved; if there are none, both modes match training.
 
     Returns:
-        One note on all losses whose change is another one, by more than `SHARE` of the larger one,
-        with both figures and the way out; or none.
+        One note on all losses whose changes differ by more than `SHARE` of the larger one, with
+            both figures and the way out; or none.
     """
     from ...numerics.objective import in_both_modes, is_out_of_memory
 
@@ -86,7 +88,8 @@ def notes_on_modes(
                 values[name][index] = in_both_modes(objective, name, batch, moved)
             except (
                 Exception
-            ) as error:  # the batch has no statistics, or no room: there is nothing to compare with
+                # the batch has no statistics, or does not fit: there is nothing to compare with
+            ) as error:
                 if not isinstance(error, InputError) and not is_out_of_memory(error):
                     raise
                 continue
@@ -99,7 +102,7 @@ def notes_on_modes(
         return []
     sizes = sorted({count for _, count in differing})
     return [
-        f"{'; '.join(sentence for sentence, _ in differing)}. What is allocated here is the "
+        f"{'; '.join(sentence for sentence, _ in differing)}. Allocations here are of the "
         "former: layers may help in the one and hurt in the other. For the other: --norm-stats "
         f"batch --batch-size {sizes[0]} --out OTHER.lca; for running statistics without the lag: "
         "--norm-stats recalibrated --out OTHER.lca"
@@ -107,8 +110,8 @@ def notes_on_modes(
 
 
 def _sample(objective: Objective, name: str) -> tuple[int, Any] | None:
-    """Return how many examples, and them as one batch: from all over the split where they are had
-    by position.
+    """Return a batch and its number of examples, drawn from all over the split where examples have
+    positions.
     """
     loss = objective.losses[name]
     if loss.split is None:
@@ -123,14 +126,14 @@ def _sample(objective: Objective, name: str) -> tuple[int, Any] | None:
     positions = split.spread(count)
     try:
         return count, split.sample(0, count) if positions is None else split.at(positions)
-    except InputError:  # examples of several shapes stack in the order of the data alone
+    except InputError:  # examples of several shapes stack only in the order of the data
         return count, split.sample(0, count)
 
 
 def _compared(
     request: ProbeRequest, name: str, count: int, pairs: dict[int, tuple[float, float]]
 ) -> str | None:
-    """Return in a clause how a loss goes in both modes, where it goes another way."""
+    """Describe how a loss changes in both modes, where it differs."""
     if len(pairs) < 2:
         return None
     indices = list(pairs)

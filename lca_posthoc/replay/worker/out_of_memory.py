@@ -1,4 +1,4 @@
-"""Memory that runs out on a worker: halve the batch and compute the span again."""
+"""Recover when a worker runs out of memory: halve the batch and recompute the span."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ R = TypeVar("R")
 def with_smaller_batches(
     compute: Callable[[], R], objective: Objective, splits: Collection[str], norm_stats: str
 ) -> R:
-    """Return what `compute` returns, with half the batch as often as memory runs out.
+    """Return the result of `compute`, halving the batch every time memory runs out.
 
     Args:
         compute: evaluates losses over the splits with the batch sizes of the objective.
@@ -26,7 +26,7 @@ def with_smaller_batches(
         norm_stats: the mode of normalisation layers.
 
     Raises:
-        ResourceError: where the batch is part of the loss, so that it must not be halved.
+        ResourceError: if the batch is part of the loss and must not be halved.
     """
     import torch
 
@@ -47,6 +47,6 @@ def with_smaller_batches(
                 ) from error
             for split in splits:
                 objective.batch_sizes[split] = min(objective.batch_sizes[split], largest // 2)
-        gc.collect()  # the failed pass's tensors, which its traceback held
+        gc.collect()  # the tensors of the failed pass, which its traceback held
         if objective.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -1,5 +1,5 @@
-"""The parts of the motion that a run tells, on every segment of a span: its causes, and directions
-of a file.
+"""Allocate to the parts of the motion, on every segment of a span: its causes, and directions of a
+file.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
     from ...numerics.statistics import SpanSums
     from ..requests import RunSettings, StoredPoints
 
-_BASES: OrderedDict[tuple[int, str], dict[str, Tensor]] = OrderedDict()  # the last one
+_BASES: OrderedDict[tuple[int, str], dict[str, Tensor]] = OrderedDict()  # the last one used
 
 
 @dataclass(frozen=True)
 class _OfSegment:
-    """The parts of the motion of one segment."""
+    """The parts of the motion on one segment."""
 
     causes: SegmentCauses | None
     directions: SegmentDirections | None
@@ -37,15 +37,15 @@ class _OfSegment:
 
 
 class PartsOfStretch:
-    """Tells the parts of the motion on segments that follow each other, in turn.
+    """Computes the parts of the motion on consecutive segments, in turn.
 
     Args:
-        points: the checkpoints, the one before the stretch among them where there is one.
-        first: position of the checkpoint it starts from.
-        passed: those that the replay has gone through, the last three among them: the motion before
-            a segment is its momentum.
+        points: the checkpoints, with the one before the stretch if there is one.
+        first: position of the stretch's first checkpoint.
+        passed: those that the replay has gone through, including the last three: the motion before
+            a segment gives its momentum.
         objective: evaluates the losses.
-        settings: of the run, with parts to tell.
+        settings: of the run, which ask for parts.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class PartsOfStretch:
         self._parts: dict[int, _OfSegment] = {}
 
     def of(self, row: int) -> Together:
-        """Return the parts of the segment at a position of the stretch; the checkpoint it starts
-        from has gone by.
+        """Return the parts of a segment, by its position in the stretch; the replay has passed its
+        first checkpoint.
         """
         from ...numerics.along import SegmentDirections, Together
 
@@ -89,8 +89,7 @@ class PartsOfStretch:
         segments: Mapping[str, SegmentAllocation],
         statistics: Mapping[str, SpanSums],
     ) -> None:
-        """Add what the parts of the segment at a position of the stretch are allocated to the
-        statistics of each loss.
+        """Add the allocations to the parts of one segment to the statistics of each loss.
 
         Args:
             position: of the segment.
@@ -114,8 +113,12 @@ class PartsOfStretch:
 
 
 def _basis(record: DirectionsRecord, objective: Objective) -> dict[str, Tensor]:
-    """Return the directions of a file, orthonormal, on the device of an objective; kept for the
+    """Return the directions of a file, orthonormal, on the device of an objective; cached for the
     spans that follow.
+
+    Raises:
+        InputError: if the file holds other directions than the recorded ones.
+        SpanError: if the file cannot be read.
     """
     from ...checkpoints.directions_file import open_for_model, orthonormal
 
@@ -126,7 +129,7 @@ def _basis(record: DirectionsRecord, objective: Objective) -> dict[str, Tensor]:
             file = open_for_model(record["file"], objective.table)
             if file.digest != record["digest"]:
                 raise InputError(
-                    f"{file.path} holds other directions than the run was made with. Restore the "
+                    f"{file.path} holds other directions than this run was made with. Restore the "
                     "file, or write another run with --out."
                 )
             basis = orthonormal(file.read())

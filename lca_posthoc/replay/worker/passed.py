@@ -1,5 +1,5 @@
-"""The checkpoints that a replay has gone through, as long as they are needed, and those it looks ahead
-at.
+"""Keep the checkpoints that a replay has passed for as long as they are needed, and those it reads
+ahead.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ class Passed:
     """Keeps the last checkpoints of a replay, by their position in the trajectory.
 
     Args:
-        points: the checkpoints, some before and after these among them where they are needed.
-        segments: those that are replayed in turn, by the positions of the checkpoints they start
-            from.
+        points: the checkpoints, with some before and after those of the segments where needed.
+        segments: those replayed in turn, by the positions of the checkpoints they start from.
         objective: on whose device they are.
     """
 
@@ -37,18 +36,20 @@ class Passed:
         self._upcoming = segments.start
 
     def remember(self, walk: Walk) -> Walk:
-        """Yield the checkpoints at their ends, and keep them; `walk` may go on after the last one."""
+        """Yield the checkpoints at the segments' ends, and keep them; `walk` may continue after the
+        last one.
+        """
         self._walk = walk
         for index in range(self._segments.start, self._segments.stop + 1):
             yield self._points.checkpoints[index].step, self.at(index)
 
     def at(self, index: int) -> Mapping[str, Tensor]:
-        """Return a checkpoint as losses are evaluated there: one that has gone by or is still to
-        come, or one before them, which is read.
+        """Return a checkpoint as losses are evaluated there: a passed or a later one, or one before
+        them, which is read.
 
         Raises:
-            NotFiniteError: where a number of it is not finite, each time it is asked for.
-            SpanError: where it cannot be read.
+            NotFiniteError: if a number of it is not finite, each time it is asked for.
+            SpanError: if it cannot be read.
         """
         while self._upcoming <= index:
             self._keep(self._upcoming, lambda: next(self._walk)[1])
@@ -60,7 +61,9 @@ class Passed:
         return self._kept[index]
 
     def _keep(self, index: int, read: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Keep a checkpoint, or that it is not finite, which is no trouble of those beside it."""
+        """Keep a checkpoint, or the fact that it is not finite, which does not affect its
+        neighbours.
+        """
         try:
             self._kept[index] = read()
         except NotFiniteError as error:
@@ -70,7 +73,7 @@ class Passed:
         """Tell whether all numbers of a checkpoint are finite, as `at` does.
 
         Raises:
-            SpanError: where it cannot be read.
+            SpanError: if it cannot be read.
         """
         try:
             self.at(index)
@@ -79,5 +82,5 @@ class Passed:
         return True
 
     def forget(self, index: int) -> None:
-        """Give up a checkpoint, if it is kept."""
+        """Drop a checkpoint, if it is kept."""
         self._kept.pop(index, None)

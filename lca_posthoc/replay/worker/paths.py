@@ -1,4 +1,4 @@
-"""Another path through the checkpoints around segments that follow each other."""
+"""Build another path through the checkpoints around consecutive segments."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class PathsOfStretch:
-    """Tells the path through the checkpoints around segments that follow each other.
+    """Returns the path through the checkpoints around each of several consecutive segments.
 
     Args:
-        points: the checkpoints: those of the stretch, one before it and one after it where there
-            are any.
-        breaks: positions of checkpoints after which no segment follows.
-        first: position of the checkpoint it starts from.
+        points: the checkpoints: those of the stretch, with one before and one after it if there are
+            any.
+        breaks: positions of checkpoints that no segment follows.
+        first: position of the stretch's first checkpoint.
         passed: those that the replay has gone through.
     """
 
@@ -29,7 +29,7 @@ class PathsOfStretch:
         self._first, self._passed = first, passed
 
     def of(self, row: int) -> SegmentPath:
-        """Return the path of the segment at a position of the stretch."""
+        """Return the path of a segment, by its position in the stretch."""
         from ...numerics.path import Course, OtherPaths, SegmentPath
 
         index, checkpoints = self._first + row, self._checkpoints
@@ -41,8 +41,8 @@ class PathsOfStretch:
         )
 
     def _length(self, index: int) -> int | None:
-        """Return the training steps of the segment from a checkpoint on; None where there is
-        none.
+        """Return the training steps of the segment from a checkpoint; None where no segment starts
+        there.
         """
         start, end = (self._checkpoints.get(place) for place in (index, index + 1))
         if start is None or end is None or index in self._breaks:

@@ -1,4 +1,4 @@
-"""The checkpoints of a span, in turn: a thread reads the next one while a segment is computed."""
+"""Read the checkpoints of a span in turn: a thread reads the next one while a segment is computed."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from ...numerics.objective import Arriving, Objective
     from ..requests import StoredPoints
 
-# bytes of parameters, of which a worker on the CPU has a copy sooner than it must: a larger model
-# computes for so long that the time to read a checkpoint counts for little beside it
+# bytes of parameters up to which a worker on the CPU reads ahead and holds a copy early; a larger
+# model computes for so long that reading hardly counts
 LARGEST = 2**26
 
 
 class PointsAhead(Iterator[tuple[int, Mapping[str, "Tensor"]]]):
     """Training step and tensors of the checkpoints at both ends of some segments.
 
-    Reading is ahead, and copying to a GPU: statistics are recalibrated to a checkpoint where it is
-    asked for. What was wrong with it is raised there too. The thread ends with the context. On a
-    CPU, a checkpoint of a large model is read where it is asked for.
+    Reading runs ahead, and so does copying to a GPU. Statistics are recalibrated, and errors
+    raised, when a checkpoint is asked for. The thread ends with the context. On a CPU, a checkpoint
+    of a large model is read when it is asked for.
 
     Args:
         points: the checkpoints.
@@ -50,8 +50,8 @@ class PointsAhead(Iterator[tuple[int, Mapping[str, "Tensor"]]]):
         self._reader.shutdown()
 
     def begin_next(self) -> None:
-        """Begin to read the checkpoint after the last that was asked for, if there is one and it is
-        not large: it takes memory from here on.
+        """Start to read the next checkpoint, if there is one and it is not large; it uses memory
+        from now on.
         """
         index = next(self._left, None) if self._ahead and self._reading is None else None
         if index is not None:
@@ -59,22 +59,26 @@ class PointsAhead(Iterator[tuple[int, Mapping[str, "Tensor"]]]):
             self._reading = checkpoint.step, self._reader.submit(self._read, checkpoint)
 
     def _read(self, checkpoint: Checkpoint) -> dict[str, Tensor] | Arriving[dict[str, Tensor]]:
-        """Return a checkpoint as it is stored, on its way to a GPU where that computes."""
+        """Return a checkpoint as stored, already on its way to a GPU if one computes."""
         from ...numerics.objective import to_device
 
         stored = read_checkpoint(checkpoint, self._points.names)
         if self._objective.device.type != "cuda":
             return stored
-        # each is freed on the host as soon as it is copied
+        # frees each on the host once it is copied
         return to_device(self._objective.device, "checkpoints").begin(
             lambda copy: {name: copy(stored.pop(name)) for name in list(stored)}
         )
 
     def __next__(self) -> tuple[int, Mapping[str, Tensor]]:
-        """Return the next checkpoint, once it is read."""
+        """Return the next checkpoint, once it is read.
+
+        Raises:
+            StopIteration: after the last one.
+        """
         if not self._ahead:
             checkpoint = checkpoint_at(self._points, next(self._left))
-            give_back(self._objective.parameter_bytes)  # before a checkpoint takes as much
+            give_back(self._objective.parameter_bytes)  # before a checkpoint needs as much
             stored = read_checkpoint(checkpoint, self._points.names)
             return checkpoint.step, point_of(stored, self._objective)
         self.begin_next()
@@ -83,6 +87,5 @@ class PointsAhead(Iterator[tuple[int, Mapping[str, "Tensor"]]]):
         (step, reading), self._reading = self._reading, None
         result = reading.result()
         stored = result if isinstance(result, dict) else result.here()
-        # read-only: three points are in memory anyway, so that nothing is gained by letting the
-        # model hold one of them
+        # read-only: three points are in memory anyway, so letting the model hold one saves nothing
         return step, MappingProxyType(point_of(stored, self._objective))

@@ -1,4 +1,4 @@
-"""Losses over some shards of their data, at nodes of a span: evaluate them, and write the sums."""
+"""Evaluate losses over some shards of their data, at nodes of a span, and write the sums."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 
 
 def replay_in_shards(spec: Spec) -> Spec:
-    """Replay a span, or evaluate shards of it, whichever is asked for."""
+    """Replay a span, or evaluate shards of it, as the request asks."""
     return sum_shards(spec) if isinstance(work_of(spec), ShardRequest) else replay_span(spec)
 
 
 def committed(spec: Spec) -> Spec | None:
-    """Return the answer of a worker that is out of reach, once what it was asked for is written;
-    None before.
+    """Return the answer of a worker that is out of reach, once its results are written; None
+    before.
     """
     from ...results import read_sums
 
@@ -77,7 +77,7 @@ class _Shards:
     """The evaluations of one request.
 
     Args:
-        request: asks for them.
+        request: names losses, nodes and shards.
         manifest: of the run.
         objective: evaluates the losses.
         files: of the sums of the span.
@@ -97,8 +97,9 @@ class _Shards:
 
     @cached_property
     def not_finite(self) -> frozenset[int]:
-        """Return the checkpoints beside the span, of those that nodes need, with a number that is not
-        finite; one of the span itself fails it when it is read.
+        """Return the checkpoints beside the span that nodes need and that are not finite.
+
+        A checkpoint of the span itself that is not finite fails the span when it is read.
         """
         needed = {index for node in self._request.nodes for index in node.checkpoints}
         return frozenset(index for index in needed - self._ends if not self._is_finite(index))
@@ -111,8 +112,9 @@ class _Shards:
         return True
 
     def entries(self) -> Iterator[ShardSums]:
-        """Yield the sums, node by node; none at nodes that need a checkpoint that is not finite, in
-        whose place the driver asks for others.
+        """Yield the sums, node by node; none at nodes that need a checkpoint that is not finite.
+
+        The driver requests other nodes in their place.
         """
         from ...numerics.objective import Along
         from ..sharded_span import ShardSums
@@ -140,7 +142,7 @@ class _Shards:
                     )
 
     def distances(self) -> dict[int, Mapping[str, float]]:
-        """Return Σ|θ′ − θ| of every tensor on the segments that are asked for."""
+        """Return Σ|θ′ − θ| of every tensor on the requested segments."""
         from ...numerics.objective import distances
 
         return {
@@ -149,7 +151,7 @@ class _Shards:
         }
 
     def _parts(self, shard: int) -> dict[str, range | None]:
-        """Return the examples of a shard, by loss; a loss with fewer shards is left out."""
+        """Return the examples of a shard, by loss; losses with fewer shards are missing."""
         parts: dict[str, range | None] = {}
         for loss in self._request.losses:
             record, shards = self._manifest.losses[loss], shards_of(self._manifest, loss)

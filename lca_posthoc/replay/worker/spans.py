@@ -1,4 +1,4 @@
-"""The replay of one span: allocate its segments for the pending losses, write and commit them."""
+"""Replay one span: allocate its segments for the pending losses, write and commit them."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ if TYPE_CHECKING:
     from ...numerics.statistics import SpanSums
     from ...results import ChunkWriter, Marker, RunWriter, SpanReport
 
-# from here on the first segment that moves is measured: the same one however a run is cut or has
-# grown
+# from here on the first segment that moves is measured, so that it is the same one however a run is
+# cut or has grown
 SAMPLED = {
     0,
     64,
     512,
 }
-LOOKED = 64  # segments from there that are looked at
+LOOKED = 64  # segments from there to search
 
 
 def stretch_of(row: int) -> range:
@@ -76,8 +76,8 @@ def stretch_of(row: int) -> range:
 
 
 def looks_back(row: int) -> range:
-    """Return the segments that tell, for a span from `row` on, whether the one that is measured
-    comes before it.
+    """Return the segments to check to tell whether the measured segment lies before a span from
+    `row`.
 
     >>> looks_back(3), looks_back(64), looks_back(200)
     (range(0, 3), range(64, 64), range(0, 0))
@@ -90,8 +90,8 @@ def looks_back(row: int) -> range:
 def replay_span(request: SpanRequest) -> SpanAnswer:
     """Allocate the segments of one span for its pending losses, write and commit them.
 
-    What another worker committed meanwhile (one that was cut off, or whose driver died) is not done
-    again.
+    Losses that another worker has committed meanwhile are skipped: a worker that was cut off, or
+    whose driver died.
     """
     from ...results import RunWriter, SpanReport
 
@@ -101,7 +101,7 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
     pending = [name for name in request.pending if name not in losses]
     if pending:
         objective = ready(request, writer, pending)
-        forget_points(objective)  # those of a span have their own place in memory
+        forget_points(objective)  # a span has its own place in memory
         records = {name: writer.manifest.losses[name] for name in pending}
         cut = [name for name in pending if is_cut(writer.manifest, name)]
         together = [
@@ -122,8 +122,8 @@ def replay_span(request: SpanRequest) -> SpanAnswer:
 
 
 def committed_result(spec: Spec) -> Spec | None:
-    """Return the answer of a span whose worker is out of reach, once everything of it is committed;
-    None before.
+    """Return the answer of a span whose worker is out of reach, once all of it is committed; None
+    before.
     """
     from ...results import RunWriter
 
@@ -140,14 +140,14 @@ def committed_result(spec: Spec) -> Spec | None:
 
 
 def _length(writer: RunWriter, request: SpanRequest) -> int:
-    """Return how many segments a span has, for any of its losses alike."""
+    """Return the number of segments of a span, the same for all of its losses."""
     return int(writer.manifest.of(request.pending[0]).length(request.span))
 
 
 @reported(LossesRequest)
 def losses_at(request: LossesRequest) -> LossesAnswer:
-    """Return losses, groups averaged, at some checkpoints; those that cannot be evaluated there are
-    left out.
+    """Return losses, groups averaged, at some checkpoints; those that cannot be evaluated are
+    missing.
     """
     from ...numerics.objective import is_out_of_memory
     from ...results import RunWriter
@@ -163,17 +163,21 @@ def losses_at(request: LossesRequest) -> LossesAnswer:
             values |= {
                 name: float(np.mean(evaluation.loss)) for name, evaluation in evaluations.items()
             }
-        except SpanError:  # of a checkpoint that cannot be read, whose span will say so
+        except SpanError:  # an unreadable checkpoint, which its span will report
             continue
         except Exception as error:
-            if not is_out_of_memory(error):  # spans go on with smaller batches
+            if not is_out_of_memory(error):  # spans retry with smaller batches
                 raise
     return LossesAnswer(losses=values)
 
 
 def ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Objective:
-    """Return the objective, with the batches that are recorded for some losses and in their
-    order.
+    """Return the objective with the recorded batches of some losses, in their order.
+
+    Args:
+        request: about the run.
+        writer: of the run.
+        losses: names.
     """
     from ...numerics.objective import recalled
 
@@ -190,7 +194,7 @@ def ready(request: RunRequest[Any], writer: RunWriter, losses: list[str]) -> Obj
 
 
 def _markers(writer: RunWriter, request: SpanRequest) -> dict[str, Marker]:
-    """Return the markers of the pending losses of a span that are committed after all."""
+    """Return the markers of a span's pending losses that are committed nevertheless."""
     markers = {name: writer.span_summary(name, request.span) for name in request.pending}
     return {name: marker for name, marker in markers.items() if marker is not None}
 
@@ -202,7 +206,7 @@ def _replay_together(
     losses: list[str],
     report: SpanReport,
 ) -> dict[str, LossSpan]:
-    """Allocate some losses together, with smaller batches where memory runs out."""
+    """Allocate several losses together, with smaller batches where memory runs out."""
     splits = {split for name in losses if (split := writer.manifest.losses[name].on) is not None}
     return with_smaller_batches(
         lambda: _SpanReplay(request, objective, writer, losses, report).run(),
@@ -213,9 +217,7 @@ def _replay_together(
 
 
 class _SpanReplay:
-    """The replay of one span: of several losses at once, or of one loss, block by block of its
-    groups.
-    """
+    """The replay of one span: of several losses at once, or of one loss by blocks of its groups."""
 
     def __init__(
         self,
@@ -256,7 +258,7 @@ class _SpanReplay:
             self.known = files.read()
 
     def run(self) -> dict[str, LossSpan]:
-        """Allocate, write, commit; return what each loss took."""
+        """Allocate, write and commit; return the figures of each loss."""
         with self.writer.chunks() as chunks:
             return self._run(chunks)
 
@@ -268,9 +270,9 @@ class _SpanReplay:
             reached = self._walk(levels, chunks)
             if all(len(of_segment) == 1 for of_segment in reached) or len(self.blocks) == 1:
                 break
-            # the groups of a loss are refined alike
+            # the groups of a loss share a refinement level
             levels = [max(of_segment) for of_segment in reached]
-            chunks.wait()  # before the same chunks are written again
+            chunks.wait()  # before writing the same chunks again
         losses: dict[str, LossSpan] = {}
         seconds = time.perf_counter() - started
         if self.known is not None:
@@ -303,8 +305,8 @@ class _SpanReplay:
         return losses
 
     def _counted(self, name: str, before: tuple[int, int]) -> tuple[int, int]:
-        """Return how often a loss was evaluated with and without a gradient since `before`, or, of
-        one in shards, in all.
+        """Return how often a loss was evaluated with and without a gradient since `before`; in
+        shards, the totals.
         """
         if self.known is not None:
             return self.known.sums.counts(name)
@@ -312,15 +314,15 @@ class _SpanReplay:
         return now[0] - before[0], now[1] - before[1]
 
     def _batch_size(self, name: str) -> int:
-        """Return the batch size a loss was evaluated in; 0 of a term of the parameters."""
+        """Return the batch size of a loss's evaluations; 0 for a term of the parameters."""
         if self.known is not None:
             return self.known.batch_sizes[name]
         on = self.records[name].on
         return 0 if on is None else self.objective.batch_sizes[on]
 
     def _hidden(self, name: str, silent: list[str]) -> list[str]:
-        """Return the tensors that moved and have no gradient but on which the loss depends, through
-        detach() or no_grad().
+        """Return the tensors that moved without a gradient although the loss depends on them,
+        through detach() or no_grad().
         """
         from ...numerics.objective import hidden_from_autograd
 
@@ -336,8 +338,8 @@ class _SpanReplay:
         }
 
     def _walk(self, levels: list[int], chunks: ChunkWriter) -> list[set[int]]:
-        """Allocate every block over all segments, at least at the levels given, and hand it over;
-        return the levels that were reached.
+        """Allocate every block on all segments, at least at the given levels, and write it; return
+        the levels reached.
         """
         self.statistics = self._gathering()
         self.parts = {
@@ -370,10 +372,10 @@ class _SpanReplay:
         return reached
 
     def _walk_known(self, sums: ShardedSpan, chunks: ChunkWriter) -> list[set[int]]:
-        """Do the same from the sums of shards.
+        """Allocate every block from the sums of shards, and write it; return the levels reached.
 
         Raises:
-            SpanError: where some are missing: a file was damaged since the driver read it.
+            SpanError: if sums are missing, because a file was damaged since the driver read it.
         """
         from ...numerics.shards import Wanted
 
@@ -382,7 +384,9 @@ class _SpanReplay:
             try:
                 done = sums.allocate(start, names)
             except Wanted:
-                raise SpanError("sums of shards were damaged meanwhile; run again") from None
+                raise SpanError(
+                    "sums of shards were damaged since they were read; run again"
+                ) from None
             levels, residual = self._take(row, row, done, None)
             reached.append(levels)
             self.report.reach(len(names) * (row + 1), residual)
@@ -393,7 +397,7 @@ class _SpanReplay:
     def _allocate(
         self, part: Objective | _Only, losses: list[str], rows: list[int], levels: list[int]
     ) -> Iterator[tuple[set[int], float]]:
-        """Allocate segments that follow each other, and add each to the statistics.
+        """Allocate consecutive segments, and add each to the statistics.
 
         Args:
             part: evaluates the block's groups.
@@ -420,20 +424,20 @@ class _SpanReplay:
                 self.method,
                 axes=self.axes,
                 at_least=[levels[row] for row in rows],
-                # two are in memory then
+                # two are then in memory
                 begin=points.begin_next,
                 gathering=lambda position: self._gathering_at(rows[position]),
                 parts=None if parts is None else parts.of,
                 paths=None if paths is None else paths.of,
             )
             for position, row in enumerate(rows):
-                # no name holds a segment, with its gradients, while the next one is computed
+                # free a segment, with its gradients, before computing the next one
                 yield self._take(position, row, next(segments), parts)
                 passed.forget(first + position - 1)
 
     def _parts(self, first: int, passed: Passed) -> PartsOfStretch | None:
-        """Return what tells the parts of the motion from a checkpoint on; None where none are asked
-        for.
+        """Return an object that computes the parts of the motion from a checkpoint; None where none
+        are asked for.
         """
         settings = self.request.setup.settings
         if settings.signal is None and settings.directions is None:
@@ -441,14 +445,16 @@ class _SpanReplay:
         return PartsOfStretch(self.request.points, first, passed, self.objective, settings)
 
     def _paths(self, first: int, passed: Passed) -> PathsOfStretch | None:
-        """Return what tells another path from a checkpoint on; None where none is asked for."""
+        """Return an object that builds another path from a checkpoint; None where none is asked
+        for.
+        """
         if self.request.setup.settings.path_band != "on":
             return None
         return PathsOfStretch(self.request.points, self.breaks, first, passed)
 
     def _read(self, segments: slice) -> slice:
-        """Return the segments whose ends are read in turn: some that follow each other, and the one
-        after them where another path is asked for and there is one.
+        """Return the segments whose ends are read in turn: consecutive ones, and the one after them
+        where another path needs it.
         """
         beyond = (
             self.request.setup.settings.path_band == "on"
@@ -458,7 +464,9 @@ class _SpanReplay:
         return slice(segments.start, segments.stop + beyond)
 
     def _gathering_at(self, row: int) -> Mapping[str, Gathers]:
-        """Return what takes in a segment of each loss as it is computed; nothing of sums."""
+        """Return the functions that take a segment of each loss as it is computed; none at levels
+        of sums.
+        """
         from ...numerics.statistics import SpanStatistics
 
         return {
@@ -468,7 +476,7 @@ class _SpanReplay:
         }
 
     def _gathering(self) -> Mapping[str, SpanSums]:
-        """Return what gathers the statistics of each loss at the level of the run."""
+        """Return the statistics of each loss at the level of the run."""
         import torch
 
         from ...numerics.statistics import SpanStatistics, SpanSums
@@ -493,7 +501,7 @@ class _SpanReplay:
                 for name in self.records
             }
         statistics: dict[str, SpanStatistics] = {}
-        first: dict[int, SpanStatistics] = {}  # by the segment from which on they count
+        first: dict[int, SpanStatistics] = {}  # by the segment from which they count
         for name, record in self.records.items():
             since = self.writer.commits(name).counted(self.request.span)
             statistics[name] = SpanStatistics(
@@ -510,8 +518,8 @@ class _SpanReplay:
         return statistics
 
     def _groups_of_examples(self, name: str) -> np.ndarray[Any, Any] | None:
-        """Return the position of the group of every example of a loss that tells them apart, 0
-        without groups; None for other losses.
+        """Return the position of every example's group, 0 without groups; None for losses without
+        per-example results.
         """
         from ...numerics.objective import ElementOrder
 
@@ -530,8 +538,8 @@ class _SpanReplay:
         done: dict[str, SegmentAllocation],
         parts: PartsOfStretch | None,
     ) -> tuple[set[int], float]:
-        """Add a segment, at a position of its stretch, to its row of the statistics; return the
-        levels that losses reached, and the largest residual.
+        """Add a segment of a stretch to its row of the statistics; return the levels that losses
+        reached, and the largest residual.
         """
         for name, statistics in self.statistics.items():
             statistics.add(row, done[name])
@@ -545,8 +553,10 @@ class _SpanReplay:
         return {segment.level for segment in segments}, residual
 
     def _rounding(self) -> dict[str, np.ndarray[Any, Any]]:
-        """Measure what the precision rounds on the segments of the span that are chosen for it;
-        return Σ|A − A*| and Σ|A*| of each loss, (segments, 2), zeros on the others.
+        """Measure the rounding of the precision on the span's chosen segments.
+
+        Returns:
+            Σ|A − A*| and Σ|A*| of each loss, (segments, 2); zeros on the other segments.
         """
         from ...numerics.objective import rounding_errors
 
@@ -580,8 +590,8 @@ class _SpanReplay:
     def _still(self, rows: Iterable[int]) -> bool:
         """Tell whether no parameter moves on some segments.
 
-        One that cannot be read counts as moved: its span says why. Statistics move in every forward
-        pass of training and count for nothing.
+        An unreadable segment counts as moved: its span reports why. Running statistics are ignored,
+        because they move in every forward pass of training.
         """
         try:
             return not any(map(self._moves, rows))
@@ -597,12 +607,12 @@ class _SpanReplay:
 
 
 class _Only:
-    """An objective over some of the groups of its losses.
+    """An objective restricted to some of the groups of its losses.
 
     Args:
         objective: over all of them.
-        groups: some.
-        whole: a loss without groups, which is evaluated as it is; None for none.
+        groups: the chosen ones.
+        whole: a loss without groups, evaluated unchanged; None for none.
     """
 
     def __init__(self, objective: Objective, groups: range, whole: str | None) -> None:

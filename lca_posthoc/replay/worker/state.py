@@ -1,5 +1,5 @@
-"""The state of a worker process: the model and the data, built once in a cache keyed by what they
-were built from; checkpoints on the device; one way of computing, and failures as plain strings.
+"""Hold the state of a worker process: a cache of model and data keyed by their origin, checkpoints
+on the device, fixed compute settings, and failures as plain strings.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Point = dict[str, "Tensor"]
 Asked = TypeVar("Asked")
 
 _STATES: OrderedDict[str, Objective] = OrderedDict()
-# a model holds the values of one point, also where a worker has several threads
+# a model holds the values of one point, even where a worker has several threads
 _ONE_AT_A_TIME = threading.RLock()
 _KEPT = 2
 
@@ -44,9 +44,9 @@ def objective_of(setup: TaskSetup) -> Objective:
         while len(_STATES) >= _KEPT:
             _STATES.popitem(last=False)
         built = build(setup, setup.settings.precision)
-        _recall_statistics(built, setup)  # they are of data that must be the same too
+        _recall_statistics(built, setup)  # statistics are of data that must be the same too
         _same_data(built, setup)
-        key = _key(setup, list(built.losses))  # by name, however they were asked for
+        key = _key(setup, list(built.losses))  # by name, in any order of asking
         _STATES[key] = built
     _STATES.move_to_end(key)
     _recall_statistics(_STATES[key], setup)
@@ -56,6 +56,10 @@ def objective_of(setup: TaskSetup) -> Objective:
 def divided(setup: TaskSetup, objective: Objective) -> Objective:
     """Return the objective with a loss for every entry of losses that return a dict, which later
     requests name.
+
+    Args:
+        setup: names the losses.
+        objective: of the task's own losses.
     """
     other = objective.divided()
     if other is not objective:
@@ -65,7 +69,7 @@ def divided(setup: TaskSetup, objective: Objective) -> Objective:
 
 
 def _recall_statistics(objective: Objective, setup: TaskSetup) -> None:
-    """Recalibrate as was settled when the run was created, if it was yet."""
+    """Recalibrate as settled when the run was created, if it has been."""
     if objective.recalibration is not None:
         objective.recalibration.recall(setup.settings.statistics)
 
@@ -86,7 +90,11 @@ def _key(setup: TaskSetup, losses: list[str]) -> str:
 
 
 def _same_data(objective: Objective, setup: TaskSetup) -> None:
-    """Refuse a task that builds other data here than it did where it was probed."""
+    """Reject a task that builds other data here than where it was probed.
+
+    Raises:
+        InputError: naming what differs, and usual reasons.
+    """
     digests = objective.digests if setup.digests else {}
     for what, digest in setup.digests.items():
         if digests[what] != digest:
@@ -99,7 +107,15 @@ def _same_data(objective: Objective, setup: TaskSetup) -> None:
 
 
 def build(setup: TaskSetup, precision: str) -> Objective:
-    """Build the objective of a task in a precision, anew."""
+    """Build a new objective of a task.
+
+    Args:
+        setup: the task.
+        precision: of computation.
+
+    Raises:
+        ResourceError: if the task needs a GPU and none is visible.
+    """
     import torch
 
     from ...numerics.objective import ObjectiveSettings, build_objective
@@ -111,7 +127,7 @@ def build(setup: TaskSetup, precision: str) -> Objective:
             "no GPU is visible to this worker. Use --device cpu, or make one visible with "
             "CUDA_VISIBLE_DEVICES."
         )
-    with _deterministic():  # once more: what the task's own code sets ends with this
+    with _deterministic():  # again, because the task's own code may change these settings
         return build_objective(
             lambda: task.load(setup.task, delivered(setup.parcel)),
             setup.losses,
@@ -128,8 +144,8 @@ def build(setup: TaskSetup, precision: str) -> Objective:
 
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
-    """Compute on one thread of the CPU, float32 as float32 everywhere, one kernel with and without
-    gradients; put all back afterwards.
+    """Compute on one CPU thread, without reduced float32 precision, and with the same kernels with
+    and without gradients; restore all settings afterwards.
     """
     import torch
 
@@ -151,7 +167,7 @@ def _deterministic() -> Iterator[None]:
 
 
 def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callable[[Spec], Spec]]:
-    """Make a function that answers requests of a kind a task on plain data.
+    """Turn a function that answers requests of a kind into one on plain data.
 
     Failures come back as plain strings: an exception that cannot be unpickled elsewhere would hide
     its cause.
@@ -179,9 +195,7 @@ def reported(kind: type[Asked]) -> Callable[[Callable[[Asked], object]], Callabl
 
 
 def _as_ours(error: Exception, request: object) -> LCAError:
-    """Return an error of ours that says what another one says, and what to do where that is
-    known.
-    """
+    """Return another error as one of this package, with a remedy where one is known."""
     from ...numerics.objective import is_out_of_memory, without_cudnn
 
     if isinstance(error, OSError):
@@ -198,26 +212,46 @@ def _as_ours(error: Exception, request: object) -> LCAError:
 
 
 def checkpoint_at(points: StoredPoints, index: int) -> Checkpoint:
-    """Return a checkpoint of the trajectory, by its position, with the whole paths of its files."""
+    """Return a checkpoint of the trajectory, with the whole paths of its files.
+
+    Args:
+        points: the checkpoints.
+        index: its position.
+    """
     return points.checkpoints[index].under(located(points.root))
 
 
 def point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
-    """Return a checkpoint as losses are evaluated there, see `point_of`."""
+    """Return the point of a checkpoint at which losses are evaluated, see `point_of`.
+
+    Args:
+        points: the checkpoints.
+        index: its position.
+        objective: evaluates the losses.
+    """
     return point_of(_read(points, index), objective)
 
 
 def point_of(stored: Mapping[str, Tensor], objective: Objective) -> Point:
-    """Return a checkpoint that was read as losses are evaluated there: on the device as it is
-    stored, or with statistics recalibrated to its weights.
+    """Return the point of a stored checkpoint at which losses are evaluated: on the device, as
+    stored or with recalibrated statistics.
+
+    Args:
+        stored: the tensors as they were read.
+        objective: evaluates the losses.
     """
     point = _all_placed(stored, objective)
     return point if objective.recalibration is None else objective.recalibration.at(point)
 
 
 def stored_point_at(points: StoredPoints, index: int, objective: Objective) -> Point:
-    """Return a checkpoint on the device, floating tensors in the precision of the run or the one
-    they were stored in, if higher.
+    """Return a checkpoint on the device, floating tensors in the precision of the run or in the
+    stored one, if higher.
+
+    Args:
+        points: the checkpoints.
+        index: its position.
+        objective: whose device and precision the tensors get.
     """
     return _all_placed(_read(points, index), objective)
 
@@ -237,13 +271,13 @@ def _placed(tensor: Tensor, objective: Objective) -> Tensor:
 
 
 class StoredPoint(Mapping[str, "Tensor"]):
-    """A checkpoint each of whose tensors is read when it is asked for, and not kept.
+    """A checkpoint that reads each tensor when it is asked for, and keeps none.
 
     Args:
         points: the checkpoints.
         index: position of this one.
-        objective: whose device and precision the tensors are in.
-        names: the tensors, and what they are called in the files; those of `points` by default.
+        objective: whose device and precision the tensors get.
+        names: maps tensors to their names in the files; that of `points` by default.
     """
 
     def __init__(
@@ -268,8 +302,12 @@ class StoredPoint(Mapping[str, "Tensor"]):
 
 
 def differ(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Iterable[str]) -> bool:
-    """Tell whether any of some tensors is another one at two points; those after the first that is
-    are not looked at.
+    """Tell whether any of some tensors differs between two points; stop at the first that does.
+
+    Args:
+        before: one point.
+        after: another point.
+        names: of the tensors.
     """
     return any(bool((before[name] != after[name]).any()) for name in names)
 
@@ -277,8 +315,13 @@ def differ(before: Mapping[str, Tensor], after: Mapping[str, Tensor], names: Ite
 def point_read_twice(
     points: StoredPoints, index: int, objective: Objective
 ) -> Mapping[str, Tensor]:
-    """Return a checkpoint as losses are evaluated there, whose tensors are read whenever they are
-    needed, where that is all there is to do.
+    """Return a point at which losses are evaluated, whose tensors are read whenever they are
+    needed, unless statistics are recalibrated.
+
+    Args:
+        points: the checkpoints.
+        index: its position.
+        objective: evaluates the losses.
     """
     if objective.recalibration is not None:
         return point_at(points, index, objective)
@@ -286,8 +329,14 @@ def point_read_twice(
 
 
 def first_point(sample: Sample, objective: Objective) -> Mapping[str, Tensor]:
-    """Return the first checkpoint that is there as it is stored, read where it is needed; what is
-    wrong with it is wrong input.
+    """Return the first existing checkpoint as stored, read on demand; its damage is wrong input.
+
+    Args:
+        sample: the probed checkpoints.
+        objective: whose device and precision the tensors get.
+
+    Raises:
+        InputError: if it cannot be read.
     """
     point = StoredPoint(sample.points, sample.first, objective)
     try:

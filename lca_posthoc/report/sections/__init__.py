@@ -1,5 +1,5 @@
-"""One file per finding, of its name: `section()` returns its title and figures, `block(panel, room)`
-its content for one loss.
+"""Sections of the page, one file per finding: `section()` returns its title and figures,
+`block(panel, room)` its content for one loss.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ class SectionModule(Protocol):
     """A file of this folder."""
 
     def section(self) -> Section:
-        """Return the section with its figures, empty as yet."""
+        """Return the section with its figures, still without data."""
 
     def block(self, panel: Panel, room: Room) -> Block | None:
-        """Return what the section shows of one loss, None where it has nothing to show."""
+        """Return what the section shows of one loss; None where it has nothing to show.
+
+        Args:
+            panel: of the loss.
+            room: the bytes for its data.
+        """
 
 
 def section_modules() -> dict[str, SectionModule]:
     """Return the sections of single runs by the name of their finding, in the order of the page.
 
-    A finding that compares several runs has a section too, which takes them together: `compare`.
+    The finding that compares several runs has a section too, which takes them together: `compare`.
     """
     files = {module.name for module in pkgutil.iter_modules(__path__)}
     return {

@@ -1,4 +1,4 @@
-"""Components of repeated blocks by depth."""
+"""Show components of repeated blocks by depth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..panels import Panel, Room
 from .layers import largest
 
 _ROWS = 40
-_LETTERS = 26  # of a name beside an axis
+_LETTERS = 26  # characters of a name beside an axis
 _DEPTHS = 500  # columns
 
 
@@ -32,9 +32,9 @@ def section() -> Section:
         name="blocks",
         title="Blocks",
         reading="The model repeats blocks. Each row is a component that they have in common, its "
-        "kernel and its bias together, each column a block: so one sees at which depth the "
-        "attention, the MLP or the norms did something. Pale cells did little, or are not there. "
-        "What is in no block stands in the table.",
+        "kernel and its bias together, and each column is a block: the picture shows at which depth the "
+        "attention, the MLP or the norms had an effect. Pale cells had little effect, or do not exist. "
+        "The table has the layers outside of blocks.",
         figures={"blocks": chart},
         legends={"blocks": [("helping", "helped"), ("hurting", "hurt")]},
         headings={"blocks": "Components of the blocks, by depth"},
@@ -42,7 +42,12 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block | None:
-    """Return the picture for each group that can be picked; None where no block is repeated."""
+    """Return the picture for each group that can be picked; None where no block is repeated.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("blocks")
     if finding is None:
         return Block(notes=[left_out])
@@ -88,7 +93,7 @@ def block(panel: Panel, room: Room) -> Block | None:
 
 
 def _of(panel: Panel, finding: xr.Dataset, group: int | None) -> Numbers:
-    """Return (component, depth), of a group or the mean over them."""
+    """Return (component, depth), of a group or the mean over groups."""
     values: Numbers = panel.of_group(finding["total"], group).transpose("component", "depth").values
     return values
 
@@ -101,7 +106,7 @@ def _evenly(rows: Numbers, depths: Numbers) -> Numbers:
 
 
 def _sentence(finding: xr.Dataset, names: list[str], total: Numbers) -> str:
-    """Say which component of which block helped and hurt most."""
+    """Name the components that helped and hurt most, with their depths."""
     parts = [f"{count(total.shape[1], 'block')} of {count(len(names), 'component')}."]
     for words, values in (("helped most", -total), ("hurt most", total)):
         if np.nanmax(values) > 0:
@@ -112,11 +117,13 @@ def _sentence(finding: xr.Dataset, names: list[str], total: Numbers) -> str:
 
 
 def _table(panel: Panel, finding: xr.Dataset, notes: list[str]) -> Table:
-    """Return what was done outside of blocks."""
+    """Return the table of layers outside of blocks."""
     values = panel.of_group(finding["outside"], None).values
     shown = largest(values, MOST_ROWS)
     if len(shown) < len(values):
-        notes.append(f"{count(len(values) - len(shown), 'layer')} outside of blocks did less.")
+        notes.append(
+            f"{count(len(values) - len(shown), 'layer')} outside of blocks have smaller sums."
+        )
     rows: list[list[Cell]] = [
         [clean(finding["outside_layer"].values[position]), float(values[position])]
         for position in shown

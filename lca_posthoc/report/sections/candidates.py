@@ -1,4 +1,4 @@
-"""Candidates to try next: layers to freeze, parameters to prune or to initialise again."""
+"""List candidates to try next: layers to freeze, parameters to prune or reinitialise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..content import MOST_ROWS, Block, Cell, Column, Section, Table, clean, cou
 from ..panels import Panel, Room
 from .layers import largest
 
-_NAMED = 20  # units that the finding names unless asked for more
+_NAMED = 20  # units that the finding names by default
 _MOST_DEAD = 1000
 
 
@@ -22,22 +22,27 @@ def section() -> Section:
         title="Candidates",
         reading="These are suggestions to test, not verdicts: freezing a layer changes the path of "
         "every other one. "
-        "Layers that hurt in sum may be worth freezing, units that never did anything worth "
-        "pruning or initialising again.",
+        "Layers that hurt in total may be worth freezing, units without any effect may be worth "
+        "pruning or reinitialising.",
     )
 
 
 def of_layers_alone(candidates: Section) -> Section:
-    """Return the section of a page of runs that keep sums, which name layers alone."""
+    """Return the section for runs that keep sums, which name only layers."""
     reading = (
         "These are suggestions to test, not verdicts: freezing a layer changes the path of every "
-        "other one. Layers that hurt in sum may be worth freezing."
+        "other one. Layers that hurt in total may be worth freezing."
     )
     return replace(candidates, reading=reading)
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return layers above zero, dead units, and the parameters that hurt most."""
+    """Return layers above zero, dead units, and the parameters that hurt most.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("candidates")
     if finding is None:
         return Block(notes=[left_out])
@@ -64,7 +69,7 @@ def block(panel: Panel, room: Room) -> Block:
     ]
     tables = [
         Table(
-            title="Layers that hurt in sum: try freezing them",
+            title="Layers that hurt in total: try freezing them",
             columns=columns,
             rows=rows[:MOST_ROWS],
             open=True,
@@ -94,7 +99,7 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _dead(panel: Panel, finding: xr.Dataset) -> str:
-    """Say how many units had no effect, each counted once however many tensors it has, and name
+    """Tell how many units had no effect, each counted once however many tensors it has, and name
     some.
     """
     dead, most = [clean(name, 60) for name in finding["dead_name"].values], _NAMED
@@ -130,7 +135,7 @@ def _tensors(finding: xr.Dataset, notes: list[str]) -> Table | None:
     shown = largest(elements, MOST_ROWS)
     if len(shown) < len(elements):
         notes.append(
-            f"Silent parameters are listed for the {len(shown)} largest of "
+            f"The table lists silent parameters of the {len(shown)} largest of "
             f"{count(len(elements), 'tensor')}."
         )
     rows: list[list[Cell]] = [
@@ -152,6 +157,6 @@ def _tensors(finding: xr.Dataset, notes: list[str]) -> Table | None:
         title="Parameters without effect, tensor by tensor",
         columns=columns,
         rows=rows,
-        note="Silent: exactly zero on every segment. Never helped: hurt at least once and helped "
-        "never.",
+        note="Silent: exactly zero on every segment. Never helped: hurt at least once and never "
+        "helped.",
     )

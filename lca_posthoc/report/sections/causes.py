@@ -1,4 +1,4 @@
-"""The allocation of each layer by what moved its weights."""
+"""Show the allocation of each layer by what moved its weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..figures import add_level, add_many, steps_figure
 from ..panels import Panel, Room
 from .layers import largest
 
-_LAYERS, _LAYERS_OF_GROUPS = 24, 8  # that can be chosen
+_LAYERS, _LAYERS_OF_GROUPS = 24, 8  # layers that can be chosen
 _ALL = "all causes"
 
 
 def section() -> Section:
-    """Return one figure: the running sums of the causes of the chosen layer."""
+    """Return one figure: the cumulative sums of the causes of the chosen layer."""
     assert len(COLOURS) == len(CAUSES), "every cause has a colour"
     chart = steps_figure("Σ allocation so far", 340)
     add_level(chart, 0)
@@ -30,19 +30,24 @@ def section() -> Section:
     return Section(
         name="causes",
         title="Causes",
-        reading="What moved the weights, and what that did to the loss. Signal is the step that the "
-        "gradient of the whole training loss would have made; noise is what the mini-batch made "
-        "beside it; momentum is the memory of earlier gradients; decay is weight decay; rest is what "
-        "no formula explains. Causes add up to what the layer was allocated. Look at rest first: "
-        "where it is large, the others are not all that moved the weights.",
+        reading="What moved the weights, and how that changed the loss. Signal is the step along the "
+        "gradient of the whole training loss; noise is the difference that the mini-batch "
+        "makes; momentum is the memory of earlier gradients; decay is weight decay; rest is what "
+        "no formula explains. Causes add up to the layer's allocation. Look at rest first: "
+        "where it is large, the other causes explain only a part of the motion.",
         figures={"causes": chart},
         legends={"causes": [*((cause, cause) for cause in CAUSES), ("ink", _ALL)]},
-        headings={"causes": "One layer over training: the running sum of each cause"},
+        headings={"causes": "One layer over training: the cumulative sum of each cause"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the running sums of the layers with the largest sums by cause, and their table."""
+    """Return the cumulative sums of the layers with the largest sums by cause, and their table.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("causes")
     if finding is None:
         return Block(notes=[left_out])
@@ -53,11 +58,11 @@ def block(panel: Panel, room: Room) -> Block:
     names = [clean(name, 60) for name in finding["layer"].values]
     if len(shown) < len(names):
         notes.append(
-            f"The {len(shown):,} layers can be chosen for which causes did most, of {len(names):,}."
+            f"The {len(shown):,} layers with the largest sums of causes can be chosen, of {len(names):,}."
         )
     if len(listed) < len(names):
         notes.append(
-            f"{count(len(names) - len(listed), 'layer')} for which they did less are not "
+            f"{count(len(names) - len(listed), 'layer')} with smaller sums of causes are not "
             "in the table."
         )
     worst = "" if panel.groups is not None else f" {clean(culprits(finding), 400)}"
@@ -102,7 +107,7 @@ def _views(panel: Panel, finding: xr.Dataset, shown: list[int], room: Room) -> d
 
 def _columns(panel: Panel, finding: xr.Dataset, group: int | None) -> list[Numbers]:
     """Return the columns of the table, each (layer,); errors and shares of the mean over groups are
-    not known.
+    unknown.
     """
     total = panel.of_group(finding["total"], group).transpose("cause", "layer").values
     rest = panel.share_of_group(finding["rest_share"], group).values

@@ -1,4 +1,4 @@
-"""Clusters of examples that were learned alike."""
+"""Show clusters of examples that were learned alike."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .layers import largest
 
 _DRAWN = 6  # layers
 _CLUSTERS = 24
-_TEXT = 200  # characters of what an example says
+_TEXT = 200  # characters of an example's text
 
 
 def section() -> Section:
-    """Return one figure: what layers did to the examples of a cluster."""
+    """Return one figure: the effects of layers on the examples of a cluster."""
     chart = steps_figure("change since the start (units of loss)", 320)
     add_level(chart, 0)
     tip = [("layer", "@name"), ("step", "$snap_x{0}"), ("Σ so far", "$snap_y{%.5g}")]
@@ -33,19 +33,24 @@ def section() -> Section:
     return Section(
         name="clusters",
         title="Examples learned alike",
-        reading="Examples to which the layers did much the same at the same time, found by k-means. "
-        "How much of what happened to single examples the clusters leave out, how much they would "
-        "if each example had been learned at other times, and whether another start finds the same "
-        "ones, stands below the figure: read the clusters with it.",
+        reading="Examples on which the layers had similar effects at the same time, found by k-means. "
+        "The text below the figure tells how much of the effects on single examples the clusters "
+        "leave out, how much they would if each example had been learned at its own times, and "
+        "whether another start finds the same clusters. Read the clusters with it.",
         figures={"clusters": chart},
         headings={
-            "clusters": "Mean of one cluster: its loss (thick) and the running sum of each layer"
+            "clusters": "Mean of one cluster: its loss (thick) and the cumulative sum of each layer"
         },
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the means of every cluster, and the table of clusters."""
+    """Return the means of every cluster, and the table of clusters.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("clusters")
     if finding is None:
         return Block(notes=[left_out])
@@ -54,7 +59,9 @@ def block(panel: Panel, room: Room) -> Block:
     size = np.nan_to_num(np.abs(finding["trajectory"].values)).max(axis=(0, 1))
     drawn = largest(size, _DRAWN)
     if len(drawn) < len(names):
-        notes.append(f"Lines are of the {len(drawn)} layers that did most of {len(names):,}.")
+        notes.append(
+            f"Lines show the {len(drawn)} of {len(names):,} layers with the largest effects."
+        )
     filled = int((finding["size"].values > 0).sum())
     shown = min(filled, _CLUSTERS)
     if shown < filled:
@@ -98,7 +105,7 @@ def _view(cluster: xr.Dataset, names: list[str], drawn: list[int], most: int) ->
 
 
 def _table(finding: xr.Dataset, shown: int, per: str) -> Table:
-    """Return the size of each cluster, what it did, and its central example."""
+    """Return the size of each cluster, its figures, and its central example."""
     grouped, worded = "central_group" in finding.coords, "central_text" in finding.coords
     rows: list[list[Cell]] = []
     for cluster in range(shown):

@@ -1,4 +1,4 @@
-"""Several runs beside each other."""
+"""Show several runs side by side."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ def section() -> Section:
     return Section(
         name="compare",
         title="Run against run",
-        reading="The same layer in different runs, so that what is due to the network can be told "
-        "from what is due to the seed or "
-        "the setting. A difference of single runs is an observation; "
-        "for intervals and p-values put repeats, such as seeds, under one label, "
-        "LABEL=RUN, as `lca compare` takes them too.",
+        reading="The same layer in different runs: does it depend on the network, or on the seed or "
+        "the setting? A difference of single runs is an observation. "
+        "For intervals and p-values, put repeats, such as seeds, under one label, "
+        "LABEL=RUN, as for `lca compare`.",
         figures={"compare": chart},
         headings={"compare": "Loss of every run"},
     )
@@ -42,8 +41,13 @@ def section() -> Section:
 def block(
     first: Panel, runs: Sequence[Panel | None], labelled: Sequence[str] | None, room: Room
 ) -> Block | None:
-    """Compare all runs that have the first panel's loss; `labelled` has the label of each run where
-    repeats share one.
+    """Compare all runs that have the first panel's loss.
+
+    Args:
+        first: the first panel.
+        runs: the panel of its loss in each run; None where a run lacks it.
+        labelled: the label of each run, where repeats share one; else None.
+        room: the bytes for its data.
     """
     labels = (
         [panel.run_label if panel is not None else "" for panel in runs]
@@ -113,8 +117,7 @@ def _tables(same: Sequence[tuple[str, Panel]], labelled: bool) -> tuple[list[Tab
     tables.append(_layers(finding, repeats, notes))
     if not labelled and len(same) > 2:
         notes.append(
-            "Runs that are repeats can share a label, as in LABEL=RUN: layers then have intervals "
-            "and p-values."
+            "Repeats can share a label, as in LABEL=RUN; layers then have intervals and p-values."
         )
     return tables, notes
 
@@ -142,13 +145,13 @@ def _runs(finding: xr.Dataset, repeats: bool) -> Table:
         Column("label", "name"),
         Column("runs", "count"),
         Column("loss at the end", "right"),
-        Column("p: as the first label", "plain"),
+        Column("p against the first label", "plain"),
         Column("loss change", "bar"),
         *([Column("helping", "right")] if counted else []),
     ]
     interval = f"{100 * finding.attrs['confidence']:g} %"
     note = (
-        f"In brackets the {interval} t interval of the mean over the runs of a label. p: "
+        f"Brackets: the {interval} t interval of the mean over the runs of a label. p: "
         f"{_test(finding)} against the first label."
     )
     return Table(title="Labels", columns=columns, rows=rows, note=note, open=True)
@@ -179,7 +182,7 @@ def _every(same: Sequence[tuple[str, Panel]]) -> Table:
 
 
 def _layers(finding: xr.Dataset, repeats: bool, notes: list[str]) -> Table:
-    """Return the sum of each layer in each run or label, of labels with repeats also intervals,
+    """Return each layer's sum in each run or label; for labels with repeats also intervals,
     differences and p-values.
     """
     columns_of = {name: finding[name].transpose("label", "layer").values for name in _VALUES}

@@ -1,4 +1,4 @@
-"""The loss curve, true and added up."""
+"""Show the loss curve, measured and added up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Numbers = np.ndarray[Any, Any]
 
 
 def section() -> Section:
-    """Return two figures: the loss, and what the sum misses on every segment."""
+    """Return two figures: the loss, and the residual of every segment."""
     loss = steps_figure("loss", 320)
     add_lines(
         loss,
@@ -42,7 +42,7 @@ def section() -> Section:
         title="Loss curve",
         reading="The dark line is the measured loss; the light band under it is the loss at the "
         "start plus everything allocated since. "
-        "Where they lie on each other the allocation explains the whole change; the residual below "
+        "Where they coincide, the allocation explains the whole change; the residual below "
         "is what it misses on each segment.",
         figures={"curve": loss, "residual": residual},
         legends={
@@ -54,12 +54,17 @@ def section() -> Section:
 
 
 def without_faults(curve: Section) -> Section:
-    """Return the section of a page on which every segment converged."""
+    """Return the section for a page on which every segment converged."""
     return replace(curve, legends={**curve.legends, "residual": []})
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the curve of every group."""
+    """Return the curve of every group.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("curve")
     if finding is None:
         return Block(notes=[left_out])
@@ -77,7 +82,7 @@ def block(panel: Panel, room: Room) -> Block:
             name: thinned(*over_steps(steps, ends, of["loss_start"], of[values]), most)
             for name, values in (("true", "loss"), ("predicted", "predicted"))
         }
-        # Only one row says that it converged: all groups of a segment are refined together.
+        # one row is enough, because all groups of a segment are refined together
         bad = np.flatnonzero(~finding["converged"].values.reshape(len(steps), -1).all(1))
         worst = bad[np.argsort(-abs(residual[bad]))[:200]]
         views["residual"][f"{key}|"] = {
@@ -114,11 +119,11 @@ def _captions(
         added = f"added up, the allocation ends at {plain(predicted)}."
     else:
         added = (
-            f"{panel.missing} are missing, over which nothing is drawn: there the sum begins again "
+            f"{panel.missing} are missing and not drawn: there the sum restarts "
             "at the measured loss."
         )
     return {
-        "curve": f"From step {steps[0]:,} on the loss{of} went from {plain(start)} to "
+        "curve": f"From step {steps[0]:,} on, the loss{of} went from {plain(start)} to "
         f"{plain(end)}; {added}",
         "residual": f"Over {count(len(residual), 'segment')} the residuals{of} add up to "
         f"{signed(float(residual.sum()))}; the largest is "

@@ -1,4 +1,4 @@
-"""The loss change inside a subspace of the motion and outside of it."""
+"""Show the loss change inside a subspace of the motion and outside of it."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def section() -> Section:
     return Section(
         name="directions",
         title="Directions",
-        reading="The motion of the weights is split into the part inside the subspace that the "
-        "directions of this run span and the part outside of it; each is given its share of the loss "
-        "change. Where a subspace captures most of the motion and little of the loss change, the loss "
+        reading="The motion of the weights is split into the part inside the subspace that this "
+        "run's directions span and the part outside of it, each with its share of the loss "
+        "change. If a subspace captures most of the motion and little of the loss change, the loss "
         "fell outside of it. As many random directions capture the share marked by the dashed line.",
         figures={"directions": change, "captured": share},
         legends={
@@ -50,7 +50,12 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the lines of every group, and the table of directions."""
+    """Return the lines of every group, and the table of directions.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("directions")
     if finding is None:
         return Block(notes=[left_out])
@@ -84,7 +89,7 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _lines(panel: Panel, finding: xr.Dataset, group: int | None, most: int) -> View:
-    """Return the running sums of one group."""
+    """Return the cumulative sums of one group."""
     inside, outside = (
         panel.of_group(finding[name], group).values for name in ("inside", "outside")
     )
@@ -103,7 +108,7 @@ def _lines(panel: Panel, finding: xr.Dataset, group: int | None, most: int) -> V
 
 
 def _table(panel: Panel, finding: xr.Dataset, notes: list[str]) -> Table:
-    """Return the directions that did most."""
+    """Return the directions with the largest sums."""
     total = panel.of_group(finding["total"], None).values
     shown = largest(total, MOST_ROWS)
     if len(shown) < len(total):

@@ -1,4 +1,4 @@
-"""The distribution of single allocations."""
+"""Show the distribution of single allocations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..downsample import Json, numbers
 from ..figures import add_boxes, plain_figure
 from ..panels import Panel, Room
 
-_LEAST = 1e-5  # share of a bar that is drawn
+_LEAST = 1e-5  # share below which a bar is not drawn
 _CHOICES = ("how many there are", "what they add up to")
 
 
@@ -22,7 +22,7 @@ def section() -> Section:
     chart = plain_figure(
         "size of an allocation, |A|, in units of loss", "share per doubling", 320, x_axis_type="log"
     )
-    # a phone has room for these
+    # as many as fit on a phone
     chart.xaxis.ticker = FixedTicker(ticks=[10.0**power for power in range(-45, 40, 3)])
     chart.tags = ["percent"]
     tip = [("|A|", "@left{%.2e} to @right{%.2e}"), ("share", "@value{0.00%}")]
@@ -33,7 +33,7 @@ def section() -> Section:
         title="Sizes",
         reading="Each bar counts allocations of one size, those that helped above the line and "
         "those that hurt below, on an axis of "
-        "powers of ten. Chosen to show what they add up to, the same bars tell how few large "
+        "powers of ten. As sums in place of counts, the bars show how few large "
         "allocations carry the change.",
         figures={"distribution": chart},
         legends={"distribution": [("helping", "helped"), ("hurting", "hurt")]},
@@ -42,7 +42,12 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return both histograms of every group."""
+    """Return both histograms of every group.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("distribution")
     if finding is None:
         return Block(notes=[left_out])
@@ -81,11 +86,10 @@ def _boxes(
             np.minimum(abs(lower), abs(upper))[side],
             np.maximum(abs(lower), abs(upper))[side],
         )
-        # The outermost bins reach to zero and to infinity; draw them as wide as an octave.
+        # the outermost bins reach to zero and to infinity; draw them as wide as an octave
         low, high = np.where(low > 0, low, high / 2), np.where(high < 1e30, high, low * 2)
         some = np.flatnonzero((share[side] > _LEAST) & (low > 0))
-        # Bins are of unequal width on a logarithmic axis; only densities make a smooth outline of
-        # them.
+        # bins have unequal width on a logarithmic axis; only densities have a smooth outline
         density = share[side][some] / np.log2(high[some] / low[some])
         boxes[name] = {
             "left": numbers(low[some]),

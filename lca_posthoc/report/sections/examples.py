@@ -1,5 +1,5 @@
-"""Single examples by layer, their stories over training, and how far they pull against each
-other.
+"""Show single examples by layer, their stories over training, and how strongly they pull against
+each other.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from .layers import largest
 
 _LAYERS = 24  # rows of the picture
 _DRAWN = 6  # lines
-_LETTERS = 22  # of a name beside an axis
+_LETTERS = 22  # characters of a name beside an axis
 _FRAMES = 200  # stretches over which interference is drawn
-_TEXT = 200  # characters of what an example says
+_TEXT = 200  # characters of an example's text
 
 
 def section() -> Section:
@@ -55,23 +55,28 @@ def section() -> Section:
     return Section(
         name="examples",
         title="Examples",
-        reading="The loss is a mean over examples, and so is every allocation: here is what each "
-        "layer did to each of them. An example is forgotten when its loss, after it had fallen, rose "
-        "again by more than half of the way. Interference is the share of what a layer did to "
-        "examples that cancels in their mean: at 0 it helps all or hurts all, at 1 what it gives to "
-        "some it takes from others.",
+        reading="The loss is a mean over examples, and so is every allocation. This section shows each "
+        "layer's effect on each of them. An example is forgotten when its loss, after a fall, rises "
+        "again by more than half of the way. Interference is the share of a layer's effects on "
+        "examples that cancels in their mean: at 0 it helps all or hurts all, at 1 its help for "
+        "some costs others as much.",
         figures={"examples": heat, "story": story, "interference": pull},
         legends={"examples": [("helping", "helped"), ("hurting", "hurt")]},
         headings={
-            "examples": "What each layer did to each example",
-            "story": "One example over training: its loss (thick) and the running sum of each layer",
+            "examples": "Effect of each layer on each example",
+            "story": "One example over training: its loss (thick) and the cumulative sum of each layer",
             "interference": "Interference of each layer",
         },
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the picture of the examples, the stories of extremes, and the interference."""
+    """Return the picture of the examples, the stories of extremes, and the interference.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("examples")
     if finding is None:
         return Block(notes=[left_out])
@@ -80,7 +85,9 @@ def block(panel: Panel, room: Room) -> Block:
     names = [clean(name, 60) for name in finding["layer"].values]
     drawn = largest(size, _DRAWN)
     if len(drawn) < len(names):
-        notes.append(f"Lines are of the {len(drawn)} layers that did most of {len(names):,}.")
+        notes.append(
+            f"Lines show the {len(drawn)} of {len(names):,} layers with the largest effects."
+        )
     views: dict[str, dict[str, View]] = {
         "examples": {"|": _heat(finding, names, largest(size, _LAYERS), room, notes)},
         "interference": {"|": _interference(finding, names, drawn)},
@@ -101,7 +108,9 @@ def _heat(
 ) -> View:
     """Return the picture, a row for each layer."""
     if len(shown) < len(names):
-        notes.append(f"The picture has the {len(shown)} layers that did most of {len(names):,}.")
+        notes.append(
+            f"The picture has the {len(shown)} of {len(names):,} layers with the largest effects."
+        )
     most = max(8, min(1000, room.pixels(0.2) // max(1, len(shown))))
     values, together = heat_rows(finding, most)
     if together > 1:
@@ -162,14 +171,14 @@ def _interference(finding: xr.Dataset, names: list[str], drawn: list[int]) -> Vi
 
 
 def _pull(finding: xr.Dataset, names: list[str], drawn: list[int]) -> str:
-    """Say the mean interference of the layers that are drawn."""
+    """Return the mean interference of the layers that are drawn."""
     means = finding["interference_mean"].values
     parts = [f"{names[layer]} {means[layer]:.2f}" for layer in drawn if np.isfinite(means[layer])]
     return f"Mean of all segments: {', '.join(parts)}." if parts else ""
 
 
 def _words(finding: xr.Dataset, story: int, most: int) -> str:
-    """Return what an example says, "" where the run has nothing."""
+    """Return an example's text; "" if the run has none."""
     one = finding.isel(story=story)
     return clean(one["story_text"].item(), most) if "story_text" in one.coords else ""
 
@@ -211,17 +220,19 @@ def _extremes(finding: xr.Dataset) -> Table:
         title="Most helped, most hurt, most forgotten",
         columns=columns,
         rows=rows,
-        note="Forgotten is the loss at the end above its lowest, in units of loss; the most "
-        "forgotten are of examples whose loss had come down before. Mostly by is the layer that did "
-        "most of the change, of forgotten ones since the loss was lowest.",
+        note="Forgotten is the final loss minus the lowest, in units of loss; the most "
+        "forgotten are chosen among examples whose loss had fallen before. Mostly by names the layer "
+        "with the largest part of the change, for forgotten ones since the loss was lowest.",
         open=True,
     )
 
 
 def _layers(finding: xr.Dataset, names: list[str], shown: list[int], notes: list[str]) -> Table:
-    """Return what is said of each layer."""
+    """Return the table of layers."""
     if len(shown) < len(names):
-        notes.append(f"{count(len(names) - len(shown), 'layer')} that did less are not listed.")
+        notes.append(
+            f"{count(len(names) - len(shown), 'layer')} with smaller effects are not listed."
+        )
     columns = ("total", "error", "verdict", "interference_mean", "interference_total")
     counts = ("helped_most", "hurt_most", "forgot_most")
     rows: list[list[Cell]] = [
@@ -246,6 +257,6 @@ def _layers(finding: xr.Dataset, names: list[str], shown: list[int], notes: list
             Column("forgot most", "count"),
         ],
         rows=rows,
-        note="The last three count examples: those the layer helped or hurt more than any other did, "
+        note="The last three columns count examples: those that the layer helped or hurt most of all layers, "
         "and forgotten ones whose loss it raised most since it was lowest.",
     )

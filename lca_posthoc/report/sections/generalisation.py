@@ -1,5 +1,5 @@
-"""Two losses over two splits, such as training and validation, and the layers that lowered one and
-raised the other.
+"""Show two losses over two splits, such as training and validation, and the layers that lowered one
+and raised the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .layers import largest
 
 
 def section() -> Section:
-    """Return one figure: both running sums of a layer."""
+    """Return one figure: both cumulative sums of a layer."""
     chart = steps_figure("Σ allocation so far", 300)
     add_level(chart, 0)
     tip = [("loss", "@name"), ("step", "@x{0}"), ("Σ so far", "@y{%.5g}")]
@@ -27,18 +27,22 @@ def section() -> Section:
         name="generalisation",
         title="One split against another",
         reading="The same path measured on two splits. A layer that lowers the loss on the "
-        "examples the network was trained on and raises "
-        "it on others may be where the network overfits. Where the lines part, what the layer did "
-        "to the one loss does not carry "
+        "training examples and raises "
+        "it on others may be where the network overfits. Where the lines diverge, the layer's effect "
+        "on one loss does not carry "
         "over to the other.",
         figures={"generalisation": chart},
-        headings={"generalisation": "Running sums of one layer on both losses"},
+        headings={"generalisation": "Cumulative sums of one layer on both losses"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block | None:
-    """Return the layers, and the quadrants their parameters lie in, for the run's pair of losses;
-    None for its other losses.
+    """Return the layers, and the quadrants of their parameters, for the run's pair of losses; None
+    for its other losses.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
     """
     pair = partner(panel)
     if pair is None:
@@ -80,7 +84,7 @@ def block(panel: Panel, room: Room) -> Block | None:
 def _views(
     finding: xr.Dataset, pair: tuple[str, str], called: list[str], shown: list[int], most: int
 ) -> dict[str, dict[str, Json]]:
-    """Return the running sums of all layers together, and of each that is shown, on both losses."""
+    """Return the cumulative sums on both losses, of all layers together and of each one shown."""
     x = np.append(finding["step"].values[:1], finding["step_end"].values)
     views: dict[str, dict[str, Json]] = {}
     for place, position in enumerate([None, *shown]):
@@ -113,7 +117,7 @@ def _layers(
 
 def partner(panel: Panel) -> tuple[str, str] | None:
     """Return two complete losses of the panel's run over two splits, such as training and
-    validation; None where it has none.
+    validation; None if there are none.
     """
     return two_splits({name: results for name, results in panel.run.items() if results.complete})
 
@@ -136,7 +140,7 @@ def _more(finding: xr.Dataset, pair: tuple[str, str], called: list[str]) -> list
             Column("Σ on " + pair[1], "bar"),
         ]
         tables.append(
-            Table(title="Parameters by what they did to both", columns=columns, rows=rows)
+            Table(title="Parameters by their effects on both", columns=columns, rows=rows)
         )
     if "worst_name" in finding.coords:
         rows = [

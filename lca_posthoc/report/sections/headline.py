@@ -1,4 +1,4 @@
-"""The top of the page: the measurement, and its main figures."""
+"""Show the top of the page: the measurement, and its main figures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..panels import Panel
 
 @dataclass(frozen=True)
 class Card:
-    """A figure with its name, its meaning, and a mark where it asks for attention."""
+    """A figure with its name, its meaning, and a mark if it needs attention."""
 
     title: str
     value: str
@@ -33,22 +33,20 @@ class Headline:
 
 
 def headline(panel: Panel) -> Headline:
-    """Return the measurement, loss change, residual, share that helped where it was counted, what no
-    cause explains where causes were told apart, layers that hurt, and segments that did not converge.
+    """Return the measurement and its main figures: loss change, residual, share that helped,
+    unexplained share of the causes, layers that hurt, and segments that did not converge.
     """
     figures, whole, record = panel.summary, panel.whole, panel.results.record
     change, residual = whole["loss_change"], whole["residual"]
     groups = (
-        f" The figures are of the mean over {count(len(panel.groups), 'group')}."
+        f" The figures are for the mean over {count(len(panel.groups), 'group')}."
         if panel.groups is not None
         else ""
     )
     segments, total, buffers = figures["segments"], _layers(panel), _buffers(panel)
     done = panel.results.progress()
     over = (
-        ""
-        if done["complete"]
-        else f" over {segments:,} of {done['segments']:,} segments, those that are there"
+        "" if done["complete"] else f" over {segments:,} of {done['segments']:,} finished segments"
     )
     cards = [
         Card(
@@ -75,9 +73,9 @@ def headline(panel: Panel) -> Headline:
 
 
 def _hurting(total: list[tuple[str, float]]) -> Card:
-    """Return how many layers raised the loss, and which did most."""
+    """Return how many layers raised the loss, and which raised it most."""
     hurt, layers = [name for name, value in reversed(total) if value > 0], len(total)
-    nothing = "no layer's parameters add up to more than zero" if layers else "no layers"
+    nothing = "no layer's sum is above zero" if layers else "no layers"
     return Card(
         "Layers that hurt",
         f"{len(hurt):,} of {layers:,}" if hurt else f"none of {layers:,}",
@@ -87,7 +85,7 @@ def _hurting(total: list[tuple[str, float]]) -> Card:
 
 
 def _unconverged(panel: Panel) -> Card:
-    """Return how many segments did not converge, and the largest residual of one."""
+    """Return how many segments did not converge, and the largest residual of any."""
     worst = float(np.max(np.abs(panel.summary["max_segment_residual"])))
     unconverged, segments = panel.summary["unconverged"], panel.summary["segments"]
     tolerance = panel.run.manifest.settings.get("tolerance")
@@ -103,7 +101,7 @@ def _unconverged(panel: Panel) -> Card:
 
 
 def _unfinished(panel: Panel) -> str:
-    """Say which segments the figures are over, where that is not all of training."""
+    """Tell which segments the figures include, if not all of training."""
     return " ".join([*_of_a_part(panel), *_missing(panel)])
 
 
@@ -112,8 +110,8 @@ def _of_a_part(panel: Panel) -> Iterator[str]:
     if manifest.breaks:
         seen, steps = manifest.steps_seen
         yield (
-            f"{count(len(manifest.breaks), 'gap')} between checkpoints left out: every sum and every "
-            f"share here is over {seen:,} of {count(steps, 'training step')}."
+            f"{count(len(manifest.breaks), 'gap')} between checkpoints skipped: all sums and "
+            f"shares here include {seen:,} of {count(steps, 'training step')}."
         )
     if manifest.sampled is not None:
         error = panel.summary["segments_error"]
@@ -121,7 +119,7 @@ def _of_a_part(panel: Panel) -> Iterator[str]:
         yield (
             f"Sums over training are estimates{told} from {manifest.segments:,} of "
             f"{manifest.all_segments:,} segments, drawn at random all over training (--segments "
-            f"{clean(manifest.sampled, 40)}); what needs every segment is left out."
+            f"{clean(manifest.sampled, 40)}); results that need every segment are missing."
         )
 
 
@@ -129,8 +127,8 @@ def _missing(panel: Panel) -> Iterator[str]:
     if panel.results.complete:
         return
     yield (
-        f"This run is not finished: {panel.missing} are missing. Every sum and every share here is "
-        "over the others alone, and lines have gaps where segments are missing. Finish it with lca "
+        f"This run is not finished: {panel.missing} are missing. All sums and shares here "
+        "exclude them, and lines have gaps there. Finish the run with lca "
         "run, then write this page again."
     )
 
@@ -149,20 +147,20 @@ def _helping(panel: Panel) -> Card:
     return Card(
         "Helping",
         percent(whole["helping"]),
-        f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} did "
-        "nothing",
+        f"of parameters × segments; {percent(whole['hurting'])} hurt, {percent(whole['zero'])} had "
+        "no effect",
         bar=(whole["helping"], whole["zero"], whole["hurting"]),
     )
 
 
 def _straight(panel: Panel) -> Card:
-    """Return how many segments are longer than one training step, and what other paths change."""
+    """Return how many segments are longer than one training step, and the change by other paths."""
     figures = panel.summary
     band = figures["path_band"]
-    detail = "what other paths would change is told with --path-band on"
+    detail = "--path-band on measures the change by other paths"
     if band is not None:
         size = float(np.max(np.abs(band)))
-        within = "" if panel.groups is None else " in the group with most"
+        within = "" if panel.groups is None else " in the group with the most"
         detail = f"other paths would move {plain(size)}{within} between modules, Σ ± path"
     if figures["doubling"] is not None:
         detail += (
@@ -178,16 +176,16 @@ def _straight(panel: Panel) -> Card:
 
 
 def _rest(panel: Panel) -> Card:
-    """Return how much of the allocation no cause explains."""
+    """Return the share of the allocation that no cause explains."""
     finding, left_out = panel.find("causes")
     if finding is None:
         return Card("Rest of the causes", "–", left_out)
     share = float(finding["rest_overall"].max())
-    within = "" if panel.groups is None else " in the group with most of it"
+    within = "" if panel.groups is None else " in the group with the most"
     return Card(
         "Rest of the causes",
         percent(share),
-        f"of Σ|A| over parameters{within} is explained by no cause",
+        f"of Σ|A| over parameters{within} are explained by no cause",
         warning=share > LARGE,
     )
 
@@ -229,7 +227,7 @@ def _measured(panel: Panel, split: str | None) -> str:
 
 
 def _buffers(panel: Panel) -> float:
-    """Return what was allocated to buffers, of the mean over the groups where there are any."""
+    """Return the allocation to buffers, for the mean over the groups if there are any."""
     sums = panel.summary["buffers"]
     if sums is None:
         return 0.0

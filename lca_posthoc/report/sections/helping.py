@@ -1,4 +1,4 @@
-"""Shares of parameters that help: per step, and parameter by parameter."""
+"""Show shares of parameters that help: per step, and per parameter."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def section() -> Section:
     return Section(
         name="helping",
         title="Who helps",
-        reading="The first figure has the share of parameters that move the loss down at each "
-        "step, and the share that moves it up. "
-        "Where the bars of the second figure reach beyond the dashed line, parameters help or hurt "
+        reading="The first figure shows the share of parameters that lower the loss at each "
+        "step, and the share that raises it. "
+        "Where the bars of the second figure exceed the dashed line, parameters help or hurt "
         "more often than by chance.",
         figures={"helping": shares, "over_time": over},
         legends={
@@ -64,7 +64,12 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the shares of all parameters and of the larger tensors; heroes and villains."""
+    """Return the shares of all parameters and of the larger tensors; heroes and villains.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("helping")
     if finding is None:
         return Block(notes=[left_out])
@@ -142,7 +147,7 @@ def _shares(panel: Panel, finding: xr.Dataset) -> str:
     of = (
         ""
         if panel.groups is None
-        else "one group's loss (averaged over the groups; of the mean loss it is not known) "
+        else "one group's loss (averaged over the groups; unknown for the mean loss)  "
     )
     return (
         f"On average {percent(float(helping.mean()))} of the parameters help {of}on a segment, "
@@ -164,7 +169,7 @@ def _often(finding: xr.Dataset) -> str:
     chance = math.sqrt(float(expected @ (share - middle) ** 2) / weight)
     return (
         f"{count(total, 'parameter')} had an effect; they help on {percent(mean)} of their "
-        f"segments, with a standard deviation of {percent(spread)}. If each helped by chance alone "
+        f"segments, with a standard deviation of {percent(spread)}. If each helped by chance alone, "
         f"it would be {percent(chance)}."
     )
 
@@ -195,6 +200,6 @@ def _list(finding: xr.Dataset, who: str, title: str) -> Table:
     ]
     note = (
         "p: the chance of as extreme a count for any of the parameters, if all helped "
-        "independently with one probability."
+        "independently with the same probability."
     )
     return Table(title=title, columns=columns, rows=rows, note=note)

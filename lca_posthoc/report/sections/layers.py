@@ -1,4 +1,4 @@
-"""The allocation of each layer, in all and over time."""
+"""Show the allocation of each layer, in total and over time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _DRAWN = 6  # layers ticked at first
 
 
 def section() -> Section:
-    """Return one figure: the running sums of the ticked layers."""
+    """Return one figure: the cumulative sums of the ticked layers."""
     chart = steps_figure("Σ allocation so far", 340)
     add_level(chart, 0)
     add_many(
@@ -39,17 +39,22 @@ def section() -> Section:
     return Section(
         name="layers",
         title="Layers",
-        reading="A layer whose sum is negative lowered the loss; one whose sum is positive raised "
-        "it, and it may be worth a try "
-        "not to move it. Sums grow with the number of parameters, so compare layers of different "
+        reading="A layer with a negative sum lowered the loss. One with a positive sum raised "
+        "it, and freezing it may be worth a try. "
+        "Sums grow with the number of parameters, so compare layers of different "
         "size by the mean.",
         figures={"layers": chart},
-        headings={"layers": "Running sum of each layer"},
+        headings={"layers": "Cumulative sum of each layer"},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the table and the running sums of the layers with the largest sums."""
+    """Return the table and the cumulative sums of the layers with the largest sums.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("layers")
     if finding is None:
         return Block(notes=[left_out])
@@ -64,8 +69,8 @@ def block(panel: Panel, room: Room) -> Block:
     most = room.points(len(shown) * len(panel.choices), 0.4)
     if most <= len(steps):
         notes.append(
-            f"Running sums are drawn with {most:,} of {len(steps) + 1:,} points each, extremes "
-            "kept."
+            f"Cumulative sums are drawn with {most:,} of {len(steps) + 1:,} points each, which keep "
+            "the extremes."
         )
     return Block(
         captions={"layers": sentence(names, total[shown], together["verdict"].values[shown])},
@@ -83,7 +88,7 @@ def _views(
     names: list[str],
     most: int,
 ) -> dict[str, dict[str, View]]:
-    """Return the running sums and the cells of the table, for each group that can be picked."""
+    """Return the cumulative sums and the cells of the table, for each group that can be picked."""
     steps, ends = finding["step"].values, finding["step_end"].values
     views: dict[str, dict[str, View]] = {"layers": {}, "@layers": {}}
     for key, _, group in panel.choices:
@@ -145,7 +150,7 @@ def _table(
         for name, position in zip(names, shown, strict=True)
     ]
     columns = [
-        Column("layer", "name"),  # what a phone shows without scrolling comes first
+        Column("layer", "name"),  # first what a phone shows without scrolling
         Column("Σ allocation", "bar"),
         Column("±", "plain"),
         Column("verdict", "text"),
@@ -167,27 +172,33 @@ def _table(
 
 def _notes(bent: bool, grouped: bool) -> Iterator[str]:
     yield (
-        "±: all errors of the sum that are known together, bounds once and standard errors twice. A "
-        "sum that is no larger cannot be told from zero."
+        "±: all known errors of the sum together, bounds once and standard errors twice. A "
+        "sum no larger than its error cannot be told from zero."
     )
     if bent:
         yield (
-            "± path: what other paths through the same checkpoints would change; no part of the "
+            "± path: the change by other paths through the same checkpoints; it is no part of the "
             "residual, which is 0 for every path."
         )
     if grouped:
-        yield "Helping is a share of parameters in one group: pick a group."
+        yield "Helping is the share of parameters for one group. Pick a group."
 
 
 def sentence(names: list[str], total: np.ndarray[Any, Any], verdict: np.ndarray[Any, Any]) -> str:
-    """Say which layers helped most, which hurt, and which cannot be told from zero."""
+    """Name the layers that helped most, those that hurt, and those that cannot be told from zero.
+
+    Args:
+        names: of the layers.
+        total: their sums, (layer,).
+        verdict: the conclusions on them, (layer,).
+    """
     order = np.argsort(total, kind="stable")
     told = [position for position in order if str(verdict[position]).startswith((HELPS, HURTS))]
     helped = [_named(names, total, position) for position in told if total[position] < 0][:3]
     hurt = [_named(names, total, position) for position in told[::-1] if total[position] > 0]
     best, worst = "No layer lowered the loss", "No layer hurt"
     if helped:
-        best = f"Most of the loss was taken out by {listed(helped)}"
+        best = f"The loss was lowered most by {listed(helped)}"
     elif (total < 0).any():
         best += " by more than its error"
     if hurt:
@@ -203,6 +214,11 @@ def _named(names: list[str], total: np.ndarray[Any, Any], position: int) -> str:
 
 
 def largest(values: np.ndarray[Any, Any], most: int) -> list[int]:
-    """Return the positions of the largest magnitudes, in their own order."""
+    """Return the positions of the largest magnitudes, in their order.
+
+    Args:
+        values: (n,).
+        most: how many.
+    """
     picked = np.argsort(-np.abs(np.nan_to_num(values)), kind="stable")[:most]
     return sorted(picked.tolist())

@@ -1,4 +1,4 @@
-"""Mean intervals between turns of parameters, and traces of a few of them."""
+"""Show mean intervals between turns of parameters, and traces of a few of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SIGNALS = ("weight", "gradient", "allocation")
 
 
 def section() -> Section:
-    """Return three figures under each other: weight, gradient and allocation of one parameter."""
+    """Return three figures below each other: weight, gradient and allocation of one parameter."""
     figures = {}
     for signal in _SIGNALS:
         chart = steps_figure(signal, 170, x="training step" if signal == "allocation" else "")
@@ -35,15 +35,20 @@ def section() -> Section:
         title="Oscillation",
         reading="A weight that turns every few steps swings across the bottom of a valley: it "
         "helps on the way down and hurts on the "
-        "way up. Turns of the weight, of the gradient and of the allocation are counted apart; "
-        "they need not come together.",
+        "way up. Turns of the weight, of the gradient and of the allocation are counted separately; "
+        "they need not coincide.",
         figures=figures,
         headings={f"trace_{signal}": f"One parameter: {signal}" for signal in _SIGNALS},
     )
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return traces to choose from, and the mean interval between turns for each tensor."""
+    """Return traces to choose from, and the mean interval between turns for each tensor.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("oscillation")
     if finding is None:
         return Block(notes=[left_out])
@@ -69,8 +74,8 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _intervals(finding: xr.Dataset) -> str:
-    """Say how often weights, gradients and allocations turn, over all parameters; "" where that is
-    not known.
+    """Tell how often weights, gradients and allocations turn, over all parameters; "" where that is
+    unknown.
     """
     if "overall_interval" not in finding:
         return ""
@@ -117,7 +122,7 @@ def _table(finding: xr.Dataset, notes: list[str], *, is_open: bool) -> Table:
     shown = largest(finding["elements"].values, MOST_ROWS)
     if len(shown) < finding.sizes["tensor"]:
         notes.append(
-            f"Turns are listed for the {len(shown)} largest of "
+            f"The table lists the turns of the {len(shown)} largest of "
             f"{count(finding.sizes['tensor'], 'tensor')}."
         )
     rows: list[list[Cell]] = [

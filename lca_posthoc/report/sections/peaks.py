@@ -1,4 +1,4 @@
-"""Moments at which layers learn together."""
+"""Show moments at which layers learn together."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ..panels import Panel, Room
 
 _LAYERS = 40
 _DOTS = 6000
-_LETTERS = 22  # of a name beside an axis
+_LETTERS = 22  # characters of a name beside an axis
 
 
 def section() -> Section:
-    """Return two figures: when layers peak, and how many alignments chance would give."""
+    """Return two figures: when layers peak, and how many alignments to expect by chance."""
     chart = steps_figure("", 300, y_range=Range1d(0, 1))
     chart.yaxis.ticker = FixedTicker(ticks=[])
     add_dots(
@@ -43,7 +43,7 @@ def section() -> Section:
         reading="A dot is one of a layer's strongest moments of learning, a local minimum of its "
         "allocation; "
         "darker ones are segments at which every layer has one. "
-        "The bars below say how many such coincidences there would be if the layers were shifted "
+        "The bars below show how many such coincidences to expect if the layers were shifted "
         "against each other at random, "
         "each within stretches of training.",
         figures={"peaks": chart, "null": null},
@@ -59,7 +59,12 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return the dots of all groups together and of each one."""
+    """Return the dots of all groups together and of each one.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("peaks")
     if finding is None:
         return Block(notes=[left_out])
@@ -80,8 +85,8 @@ def block(panel: Panel, room: Room) -> Block:
     of = " (all groups together)" if panel.groups is not None else ""
     usual = powerless(finding)
     power = (
-        f" Asking all of {count(len(names), 'layer')} to peak together has no power here: chance "
-        f"alone gives {f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments."
+        f" Asking all of {count(len(names), 'layer')} to peak together has no power here: only "
+        f"{f'{usual:.2f}' if usual >= 0.01 else 'less than 0.01'} such segments are expected by chance."
         if usual is not None
         else ""
     )
@@ -89,8 +94,8 @@ def block(panel: Panel, room: Room) -> Block:
         "peaks": f"All of {count(len(names), 'layer')} peak together at "
         f"{count(observed, 'segment')}{of}.",
         "null": f"Observed: {count(observed)}. Layers shifted within stretches of training, which "
-        f"keeps how often each part of it has "
-        f"peaks, give as many or more with p = {_chance(finding, 'local')}: the one to quote. "
+        f"keeps the number of peaks in each part of it, "
+        f"give as many or more with p = {_chance(finding, 'local')}: quote this one. "
         f"Shifted over the whole of training, as if "
         f"peaks were as likely late as early, p = {_chance(finding, 'shift')}; expected of "
         f"independent layers: {plain(expected)}.{power}",
@@ -116,7 +121,7 @@ def block(panel: Panel, room: Room) -> Block:
 
 
 def _chance(finding: xr.Dataset, which: str) -> str:
-    """Write a p-value, and say where it is the least that so many rotations can give."""
+    """Return a p-value as text, marked if it is the least that so many rotations can give."""
     p, draws = float(finding[f"p_{which}"]), finding.sizes["draw"]
     least = f", the least that {draws:,} rotations can give" if p <= 1 / (draws + 1) else ""
     return plain(p) + least

@@ -1,4 +1,4 @@
-"""Neurons and channels over time."""
+"""Show neurons and channels over time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..figures import add_picture, steps_figure
 from ..panels import Panel, Room
 
 _LAYERS = 12
-_ROWS = 256  # units beside each other in a picture
+_ROWS = 256  # units side by side in a picture
 
 
 def section() -> Section:
@@ -29,7 +29,7 @@ def section() -> Section:
         title="Neurons and channels",
         reading="Each row is a neuron or channel, its incoming weights and its bias together, each "
         "column a stretch of training. "
-        "Rows that stay pale did little: they may be dead, or not needed.",
+        "Units in pale rows had little effect: they may be dead, or not needed.",
         figures={"units": chart},
         legends={"units": [("helping", "helped"), ("hurting", "hurt")]},
         headings={"units": "Units over training"},
@@ -37,7 +37,12 @@ def section() -> Section:
 
 
 def block(panel: Panel, room: Room) -> Block:
-    """Return pictures of the layers with the largest sums, for the mean over groups."""
+    """Return pictures of the layers with the largest sums, for the mean over groups.
+
+    Args:
+        panel: of the loss.
+        room: the bytes for its data.
+    """
     finding, left_out = panel.find("units")
     if finding is None:
         return Block(notes=[left_out])
@@ -55,7 +60,7 @@ def block(panel: Panel, room: Room) -> Block:
     ]
     if len(shown) < len(order):
         notes.append(
-            f"Units are drawn for the {len(shown)} layers that moved most of {len(order):,}."
+            f"Units are drawn for the {len(shown)} layers with the largest sums of {len(order):,}."
         )
     if panel.groups is not None:
         notes.append("Units are drawn for the mean over groups.")
@@ -87,7 +92,7 @@ def block(panel: Panel, room: Room) -> Block:
 def _evenly(
     data: np.ndarray[Any, Any], steps: np.ndarray[Any, Any], ends: np.ndarray[Any, Any]
 ) -> np.ndarray[Any, Any]:
-    """Return (step, unit) with an empty row for each missing segment, so that each row lies at its
+    """Return (step, unit) with an empty row for each missing segment, so that rows lie at their
     steps in the picture.
     """
     after = gaps(steps, ends)
@@ -103,8 +108,8 @@ def _view(
     notes: list[str],
     name: str,
 ) -> View:
-    """Return a picture of some units; where there are more than fit, units are summed in blocks,
-    then steps.
+    """Return a picture of some units; if there are more than fit, sum blocks of units, then of
+    steps.
     """
     units_in_row = max(1, -(-len(rows) // _ROWS))
     units = len(rows)

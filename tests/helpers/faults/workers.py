@@ -204,7 +204,7 @@ def out_of_memory(count: int, _: Path) -> str:
             _tighten(place, out, most, error)
             result = _run(place, out)
             assert result.exit_code == 0, (most, error, result.output)
-            says(result.stderr, "out of memory", "in batches of", "its marker says so")
+            says(result.stderr, "out of memory", "in batches of", "its marker records it")
             sizes = {
                 json.loads(file.read_text())["batch_size"]
                 for file in out.glob("commits/train/0*.json")
