@@ -445,7 +445,7 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """Return the histogram of each segment: counts of single parameters' allocations between
+        """Return the histogram of each segment, which counts single parameters' allocations between
         fixed edges (`edge`), with exact zeros separate.
         """
         return self._open("histogram")

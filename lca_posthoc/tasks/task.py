@@ -130,7 +130,7 @@ class Loss:
 
     @property
     def kind(self) -> str:
-        """Return the form of the loss: "function", "call", "term" or "l2"."""
+        """Return "function", "call", "term" or "l2", the form in which the loss is given."""
         return next(
             kind
             for kind, function in zip(_KINDS, (self.fn, self.call, self.term, self.l2), strict=True)
