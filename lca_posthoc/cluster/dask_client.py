@@ -174,9 +174,9 @@ class DaskClient:
         """Ask the scheduler.
 
         Args:
-            question: a method of the client.
-            arguments: of the method.
-            named: arguments of the method.
+            question: a function that calls the scheduler.
+            arguments: of the function.
+            named: further arguments of the function.
 
         Raises:
             ResourceError: if the scheduler is gone.

@@ -98,11 +98,11 @@ def path_bands(results: LossResults, members: Members) -> Numbers | None:
     """Return how much other paths would change sums over training, ([group, ]sums), in units of
     loss; None where the run did not measure it.
 
-    Two other paths are compared with the straight line: a curve through the same checkpoints, which
-    shifts each long segment, and the line to the next checkpoint but one, minus the sum of both
-    halves. The signed shifts of each path are added, which keeps systematic changes. Twice the root
-    of the sum of their squares, of the path where it is larger, is added for shifts of random
-    signs. For a random part of the segments, both are scaled to all of them.
+    Two other paths are compared with the straight line. One is a curve through the same
+    checkpoints, which gives each long segment a shift. The other is the line to the next checkpoint
+    but one, whose shift is its sum minus those of both halves. The band is |Σ shifts| of both paths
+    together, which holds what is systematic, plus twice the larger √Σ shifts², which covers shifts
+    of random signs. For a random part of the segments, both are scaled to all of them.
 
     Args:
         results: one loss of a run.

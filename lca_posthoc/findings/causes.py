@@ -236,7 +236,7 @@ def size_of_rest(finding: xr.Dataset) -> str:
     segments = int(above.reshape(len(above), -1).any(1).sum())
     return (
         f"{subject}, and above {percent(LARGE)} on {segments:,} of {len(above):,} segments: there, "
-        "the causes of the motion are unknown, and the other causes do not explain it. Possible "
+        "much of the motion has no known cause, and the other causes do not add up to it. Possible "
         "reasons: an optimiser without a formula, Adam's moments that were not recorded, steps without a "
         "record between checkpoints, or weights that were averaged, rounded or otherwise changed."
         f"{_layers_with_rest(finding)}{_buffers(finding)}"

@@ -96,7 +96,7 @@ def described_errors(
     """Return the errors of sums over training as variables: each kind; `error`, all kinds together;
     and `verdict`, the conclusion.
 
-    Bounds are added. Standard errors are independent: they add in quadrature, and the result counts
+    Bounds are added. Standard errors are independent: the root of the sum of their squares counts
     twice. A sum no larger than its error "cannot be told from zero". A larger one "helps, clearly"
     or "hurts, clearly", or only "helps" or "hurts" where some kind of error is unknown. A sum of
     exactly zero "did nothing".
@@ -216,8 +216,8 @@ def over_groups(results: LossResults, by_layer: xr.Dataset) -> xr.Dataset:
     """Return `total`, its errors and its verdict for all groups of a loss together, (layer,).
 
     `attrs["not_known"]` names the unknown kinds of error, as `not_known` does. The bound of the
-    weighted mean over groups is the weighted mean of the bounds. So is its standard error at most,
-    however errors of groups are correlated.
+    weighted mean over groups is the weighted mean of the bounds. Its standard error is at most the
+    weighted mean of the standard errors, however the errors of groups are correlated.
 
     Args:
         results: one loss of a run.

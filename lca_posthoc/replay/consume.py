@@ -377,8 +377,8 @@ def looked_back_at(root: Path, manifest: Manifest, row: int) -> list[int] | None
     """Return the segments that a span must look at to tell whether anything moved in its stretch
     before it.
 
-    None means that something did move, or that nothing comes before it. For removed iterates the
-    answer is recorded.
+    None means that something is known to have moved, or that nothing comes before the span.
+    Segments of removed iterates are omitted, because it is recorded what moved there.
 
     Args:
         root: the directory of the checkpoints.

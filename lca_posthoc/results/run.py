@@ -363,8 +363,8 @@ class LossResults:
 
     @property
     def causes(self) -> xr.Dataset:
-        """Return the causes of the motion, for a run with `--causes`: `allocated` (step[, group],
-        cause, tensor), float64, in units of loss.
+        """Return `allocated` (step[, group], cause, tensor), the allocation by what moved the
+        weights, float64, in units of loss, for a run with `--causes`.
 
         Causes are `signal`, `noise`, `momentum`, `decay` and `rest`, see
         `lca_posthoc.numerics.causes`; summed over them, `allocated` equals that of `tensors`.
@@ -416,8 +416,8 @@ class LossResults:
 
     @property
     def along(self) -> xr.Dataset:
-        """Return the loss along directions, for a run with `--along`: `allocated` (step[, group],
-        direction), float64, in units of loss.
+        """Return `allocated` (step[, group], direction), the loss change along directions, float64,
+        in units of loss, for a run with `--along`.
 
         `remainder` (step[, group]) is the allocation of the rest of the motion: that of all tensors
         minus the directions. `motion` (step, direction) is how far the weights moved along each,
@@ -445,8 +445,8 @@ class LossResults:
 
     @property
     def histogram(self) -> xr.Dataset:
-        """Return the histogram of each segment, which counts single parameters' allocations between
-        fixed edges (`edge`), with exact zeros separate.
+        """Return the counts of single parameters' allocations between fixed edges (`edge`) on each
+        segment, with exact zeros separate.
         """
         return self._open("histogram")
 

@@ -682,7 +682,7 @@ def test_an_unfinished_loss_is_exported_as_far_as_it_is(plain: Path, tmp_path: P
     sorted(run.glob("commits/train/0*.json"))[-1].unlink()
     result = lca("export", run, "-o", tmp_path / "out", "--loss", "train")
     assert result.exit_code == 0, result.output
-    says(result.stderr, "note: curve of loss 'train': ", "of 6 segments are there")
+    says(result.stderr, "note: curve of loss 'train': ", "of 6 segments are finished")
     assert 0 < read_netcdf(tmp_path / "out" / "train" / "curve.nc").sizes["step"] < 6
 
 

@@ -522,7 +522,7 @@ def test_a_finished_follower_is_told_that_nothing_comes_and_not_that_nothing_is_
     with Display() as listen:
         series.replay(follow=True, progress=listen)
     said = " ".join(capsys.readouterr().err.split())
-    says(said, "the training is over, and every span of its iterates is committed")
+    says(said, "no more iterates are expected, and every span of the existing ones is committed")
     assert "nothing to do" not in said
 
 

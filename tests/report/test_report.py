@@ -351,7 +351,7 @@ def test_of_very_many_tensors_the_largest_are_under_the_microscope(
         "hidden.weight",
         "out.weight",
     ]
-    says(Tags(text).text, "Under the microscope are the 2 largest of 4 tensors.")
+    says(Tags(text).text, "The microscope shows the 2 largest of 4 tensors.")
 
 
 def test_small_tensors_are_not_pooled_because_a_large_one_is(
@@ -749,7 +749,7 @@ def test_repeats_are_compared_over_their_labels_whatever_is_shown_in_full(
     assert result.exit_code == 0, result.output
     says(
         Tags((tmp_path / "it.html").read_text()).text,
-        "Of 4 runs the first 2 can be picked",
+        "The first 2 of 4 runs are shown in full",
         "p against the first label",
     )
     with chromium.opened(tmp_path / "it.html") as opened:

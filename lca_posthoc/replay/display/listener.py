@@ -158,8 +158,8 @@ class Display:
         )
 
     def all_is_taken(self) -> None:
-        """Say that the training is over and every span is committed."""
-        self.say("the training is over, and every span of its iterates is committed")
+        """Say that no more iterates are expected and every span is committed."""
+        self.say("no more iterates are expected, and every span of the existing ones is committed")
 
     def _on_done(self, event: SpanDone) -> None:
         state = self._progressed

@@ -356,8 +356,8 @@ def _same_fixed(request: ProbeRequest, objective: Objective) -> None:
             built = objective.tensors.fixed[name].cpu()
             if not torch.equal(built.to(tensor.dtype).to(built.dtype), tensor.to(built.dtype)):
                 raise InputError(
-                    f"Task.fixed names {name!r}, but it is not what the task's model builds in "
-                    f"{checkpoint.files[0]} (step {checkpoint.step}). Leave it out of fixed, so "
+                    f"Task.fixed names {name!r}, but {checkpoint.files[0]} (step {checkpoint.step}) "
+                    "holds another value than the task's model builds. Leave it out of fixed, so "
                     "that it is read from there, or build the model that was trained."
                 )
 
@@ -392,8 +392,8 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
                 )
             if wrong:
                 raise InputError(
-                    f"tensor {name!r} stands in {checkpoint.files[0]} (step {checkpoint.step}) but "
-                    f"not in the task's model, {wrong}. Build the model that was trained; where "
+                    f"tensor {name!r} is in {checkpoint.files[0]} (step {checkpoint.step}) but "
+                    f"not in the task's model, {wrong}. Build the model that was trained; if "
                     f"the loss is the same without it, leave it out: {drop_options([name])}"
                 )
     return [left_out_note([name for name in leftovers if name not in fixed], fixed)]
@@ -522,8 +522,8 @@ def _nothing_derived(
             abs(value), abs(anew), 1e-12
         ):
             raise InputError(
-                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} when the "
-                "model is set to eval anew: a module merges or caches weights in eval mode. Build "
+                f"loss {name!r} at the last checkpoint is {value:.6g}, but {anew:.6g} after "
+                "setting the model to eval mode again: a module merges or caches weights in eval mode. Build "
                 "it so that it does not (merge_weights=False in loralib)."
             )
 
