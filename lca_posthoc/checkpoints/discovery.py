@@ -178,7 +178,7 @@ def series(
         if place.rest:
             if regex is not None:
                 raise InputError(
-                    f"{place} says the step where it has {STEP}, and --pattern says it too. Leave "
+                    f"{place} names the step with {STEP}, and --pattern names it too. Leave "
                     "--pattern out."
                 )
             entries = _formed(place, wanted)
@@ -459,8 +459,8 @@ def _step(
         return int(stated), False
     if stated is not None and is_file:
         raise InputError(
-            f"{path} states {stated[:40]!r} as its step in its metadata, which is no training "
-            "step. Name steps with --pattern."
+            f"{path} states {stated[:40]!r} as its step in its metadata, which is not a "
+            "training step. Name steps with --pattern."
         )
     return step_in_name(name.removesuffix(".safetensors")), True
 

@@ -61,7 +61,7 @@ _OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ),
     (
         (b"\x89HDF\r\n\x1a\n",),
-        "HDF5: where it has a row for every iterate, give it the ending .h5 and convert it with "
+        "HDF5: if it has a row for every iterate, give it the ending .h5 and convert it with "
         "`lca import FILE NEW_DIRECTORY`.",
     ),
     (
@@ -74,17 +74,17 @@ _OTHERS: tuple[tuple[tuple[bytes, ...], str], ...] = (
     ),
     (
         (b"version https://git-lfs",),
-        "a pointer of Git LFS and not the file it stands for: fetch that with `git lfs pull`.",
+        "a Git LFS pointer and not the file it stands for: fetch the file with `git lfs pull`.",
     ),
     (
         (b"<!doctype", b"<html", b"<?xml", b"<head", b"<error"),
-        "a page of HTML or XML, perhaps what a server answered instead of the file: read what it "
-        "says, and download the file again.",
+        "a page of HTML or XML, perhaps a server's answer instead of the file: read it, and "
+        "download the file again.",
     ),
     (
         (b"{", b"["),
-        "text in JSON, perhaps what a server answered instead of the file: read what it says, and "
-        "download it again.",
+        "text in JSON, perhaps a server's answer instead of the file: read it, and download the "
+        "file again.",
     ),
 )
 FLOATING = frozenset({"F8_E5M2", "F8_E4M3", "F8_E8M0", "F16", "BF16", "F32", "F64"})

@@ -175,7 +175,7 @@ class Settings(TypedDict):
         Setting(
             help="With --keep tensors or units: cut the data of every segment into N shards, so that "
             "few segments keep many workers busy; 1 cuts nothing.",
-            shown_default="auto: one for each worker where segments are few",
+            shown_default="auto: one for each worker if segments are few",
             metavar="auto|N",
             normalise=_as_shards,
         ),
@@ -260,7 +260,7 @@ class Settings(TypedDict):
         Setting(
             help="Estimate how much another path through the same checkpoints would change, on "
             "segments longer than one step; takes one or two more evaluations for each.",
-            shown_default="auto: on where there are such segments",
+            shown_default="auto: on if there are such segments",
             choices=PATH_BAND,
             automatic=True,
         ),

@@ -190,7 +190,7 @@ DEFECTS: dict[str, tuple[Callable[[int], Series], str, tuple[str, ...]]] = {
     "float16 widened again": (
         lambda seed: in_type(ordinary(seed), lambda tensor: tensor.half().float()),
         "half precision",
-        ("the float32 weights were F16 before",),
+        ("the float32 weights were converted from F16",),
     ),
     "NaN": (
         lambda seed: ordinary(seed) | {31: spoilt(ordinary(seed)[31], float("nan"))},

@@ -256,7 +256,7 @@ def test_moments_lie_beside_the_files_of_each_place(tmp_path: Path) -> None:
 REFUSALS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "a pattern beside it": (
         ("{root}/step{step}", "--pattern", r"(?P<step>\d+)"),
-        ("says the step where it has {step}, and --pattern says it too",),
+        ("names the step with {step}, and --pattern names it too",),
     ),
     "the step in a bucket": (
         ("memory://ck{step}/model.safetensors",),

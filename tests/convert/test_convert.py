@@ -380,8 +380,8 @@ def test_tied_tensors_are_written_once_and_views_as_they_look(tmp_path: Path) ->
     assert all(torch.equal(found[name], state[name]) for name in found)
     assert [each for each in heard if "left out" in each] == [
         "left out 'head.weight' of every checkpoint: it is 'emb.weight' again, tied to it",
-        "left out '_extra_state' of every checkpoint: it is no tensor but a dict",
-        "left out 'epoch' of every checkpoint: it is no tensor but a int",
+        "left out '_extra_state' of every checkpoint: it is not a tensor but a dict",
+        "left out 'epoch' of every checkpoint: it is not a tensor but a int",
     ]
 
 
@@ -762,8 +762,8 @@ def test_a_directory_that_holds_something_else_is_refused_and_left_as_it_is(
 
 def test_a_file_in_the_place_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "st").write_text("mine")
-    refused(lca("import", series(tmp_path / "saved"), tmp_path / "st"), "is no directory")
-    refused(lca("import", tmp_path / "saved", tmp_path / "st" / "below"), "cannot be made")
+    refused(lca("import", series(tmp_path / "saved"), tmp_path / "st"), "is not a directory")
+    refused(lca("import", tmp_path / "saved", tmp_path / "st" / "below"), "cannot be created")
     assert (tmp_path / "st").read_text() == "mine"
 
 

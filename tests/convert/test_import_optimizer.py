@@ -274,7 +274,7 @@ def test_an_import_tells_of_each_step_as_a_recorder_does(
     TRAININGS[name].run(tmp_path, LAYOUTS[layout])
     heard = told(tmp_path / "saved", tmp_path / "imported")
     assert_told(tmp_path / "imported", tmp_path / "recorded")
-    says(heard[0], f"took {STEPS} steps of", name.split(" ")[0].rstrip(",").replace("layers", "A"))
+    says(heard[0], f"read {STEPS} steps of", name.split(" ")[0].rstrip(",").replace("layers", "A"))
 
 
 @pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD"])
@@ -469,7 +469,7 @@ def test_a_step_that_states_do_not_explain_has_no_record(tmp_path: Path) -> None
         changed(tmp_path, step, of_each_group(lr=0.5))
     (tmp_path / "saved" / "checkpoint-6" / "optimizer.pt").unlink()
     heard = " ".join(told(tmp_path / "saved", tmp_path / "imported"))
-    says(heard, "took 4 steps of AdamW", "do not explain the motion on 2 segments of 6")
+    says(heard, "read 4 steps of AdamW", "do not explain the motion on 2 segments of 6")
     stated = steps_of(tmp_path / "imported")
     assert [step for step, record in stated.items() if record] == [1, 4, 5, 8]
 
@@ -629,7 +629,7 @@ def test_what_transformers_saves_at_every_step_tells_of_its_optimiser(tmp_path: 
     with_transformers(tmp_path, decays=True, save="moments", save_every=1)
     heard = told(tmp_path / "out", tmp_path / "imported")
     says(
-        " ".join(heard), f"took {OPTIMISER_STEPS - 1} steps of AdamW", "first checkpoint is step 1"
+        " ".join(heard), f"read {OPTIMISER_STEPS - 1} steps of AdamW", "first checkpoint is step 1"
     )
     assert_told(tmp_path / "imported", tmp_path / "checkpoints")
 
@@ -638,5 +638,5 @@ def test_what_transformers_saves_at_every_step_tells_of_its_optimiser(tmp_path: 
 def test_what_lightning_saves_at_every_step_tells_of_its_optimiser(tmp_path: Path) -> None:
     with_lightning(tmp_path, decays=True, save="moments", save_every=1)
     heard = told(tmp_path / "out", tmp_path / "imported")
-    says(" ".join(heard), f"took {OPTIMISER_STEPS - 1} steps of AdamW", "left out last.ckpt")
+    says(" ".join(heard), f"read {OPTIMISER_STEPS - 1} steps of AdamW", "left out last.ckpt")
     assert_told(tmp_path / "imported", tmp_path / "checkpoints")

@@ -154,7 +154,7 @@ def test_what_torch_saved_distributed_is_told_as_a_recorder_does(
 ) -> None:
     NAMED[name].run(tmp_path, TORCH[layout])
     heard = told(tmp_path / "saved", tmp_path / "imported")
-    assert any(f"took {STEPS} steps of {name}" in note for note in heard), heard
+    assert any(f"read {STEPS} steps of {name}" in note for note in heard), heard
     assert_weights(tmp_path / "imported", tmp_path / "recorded")
     assert_told(tmp_path / "imported", tmp_path / "recorded")
 
@@ -401,7 +401,7 @@ def test_what_deepspeed_saved_is_told_as_a_recorder_does(
     training = replace(NAMED[name], skipped=())
     training.run(tmp_path, DEEPSPEED[layout])
     heard = told(tmp_path / "saved", tmp_path / "imported")
-    assert any(f"took {STEPS} steps of {name}" in note for note in heard), heard
+    assert any(f"read {STEPS} steps of {name}" in note for note in heard), heard
     assert_weights(tmp_path / "imported", tmp_path / "recorded")
     assert_told(tmp_path / "imported", tmp_path / "recorded")
 

@@ -694,7 +694,7 @@ def test_a_run_made_without_causes_is_not_gone_on_with(lab: Lab, tmp_path: Path)
 
 def test_another_signal_than_that_of_the_run_is_refused(lab: Lab) -> None:
     run = lab.replay("SGD", "train")
-    with pytest.raises(InputError, match=r"Leave --signal out to go on with it"):
+    with pytest.raises(InputError, match=r"Leave --signal out to resume it"):
         replay(lab.training("SGD"), run.path, signal="validation")
 
 

@@ -165,7 +165,7 @@ def test_another_value_than_the_recorded_one_is_refused_by_its_option(
     name: str, value: Any, recorded: Any
 ) -> None:
     (other,) = (case for case, _ in ASKED[name] if case != value)
-    with pytest.raises(InputError, match=rf"Leave {option_of(name)} out to go on with it"):
+    with pytest.raises(InputError, match=rf"Leave {option_of(name)} out to resume it"):
         resolve({name: other}, resolve({name: value}, None))
 
 

@@ -66,14 +66,14 @@ def test_training_that_is_resumed_goes_on_with_the_series(tmp_path: Path) -> Non
         (
             2,
             7,
-            r"step_00000002.safetensors holds other weights than those to be saved, and .* goes "
-            r"on to step 4",
+            r"step_00000002.safetensors holds other weights than those to save, and .* extends "
+            r"to step 4",
         ),
         (4, 7, r"step_00000004.safetensors holds other weights"),
         (
             1,
             1,
-            r"goes on to step 4 and has no step_00000001.safetensors. A series is one training run "
+            r"extends to step 4 and has no step_00000001.safetensors. A series is one training run "
             r"with its own steps",
         ),
     ],
@@ -136,7 +136,7 @@ def test_a_gap_between_the_series_and_its_continuation_is_said(tmp_path: Path) -
         match="ends at step 1 and continues at step 5: the 3 iterates between are missing",
     ):
         saved(tmp_path, model, 5)
-    with pytest.warns(UserWarning, match="at step 12: the 3 between"):
+    with pytest.warns(UserWarning, match="at step 12: the 3 iterates between"):
         saved(tmp_path, model, 12, every=2, on_full="stop")
     saved(tmp_path, model, 13)
 

@@ -283,7 +283,7 @@ FOREIGN: dict[str, tuple[bytes, tuple[str, ...]]] = {
     ),
     "an error in JSON": (
         b'{"error": "Repository not found"}',
-        ("text in JSON", "download it again"),
+        ("text in JSON", "download the file again"),
     ),
 }
 

@@ -66,8 +66,8 @@ def element_codes(codes: Tensor, values: Tensor) -> Tensor:
     """
     if values.shape != codes.shape and values.shape != (codes.numel(),):
         raise InputError(
-            f"group_by gives labels of shape {list(codes.shape)} for a batch of which the loss "
-            f"gives values of shape {list(values.shape)}. Give one label for every value, in the "
+            f"group_by gives labels of shape {list(codes.shape)} for a batch whose loss has "
+            f"values of shape {list(values.shape)}. Give one label for every value, in the "
             "loss's own shape (or values in one row, example by example); or one for every "
             "example."
         )
