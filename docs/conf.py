@@ -138,13 +138,21 @@ def options_text(app: Sphinx, context: Any, lines: list[str]) -> None:
 
 
 def formula(writer: HTML5Translator, node: nodes.math) -> None:
-    """Write a formula within a line as MathML, which browsers typeset without any script."""
+    """Write a formula within a line as MathML, which browsers typeset without any script.
+
+    Raises:
+        SkipNode: always, because the node is written.
+    """
     writer.body.append(tex2mathml(node.astext()))
     raise nodes.SkipNode
 
 
 def displayed_formula(writer: HTML5Translator, node: nodes.math_block) -> None:
-    """Write a formula on a line of its own as MathML."""
+    """Write a formula on a line of its own as MathML.
+
+    Raises:
+        SkipNode: always, because the node is written.
+    """
     writer.body.append(f'<div class="math">{tex2mathml(node.astext(), as_block=True)}</div>')
     raise nodes.SkipNode
 

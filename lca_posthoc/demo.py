@@ -89,6 +89,10 @@ def train(checkpoints: Path) -> None:
 def demo(directory: Path, progress: Listener | None = None) -> Run:
     """Train, record and replay both losses under `directory`, and write `report.html` there.
 
+    Args:
+        directory: where everything is written; it must be empty or missing.
+        progress: receives every event of the run.
+
     Raises:
         InputError: if `directory` exists and is not empty.
     """

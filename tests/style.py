@@ -43,6 +43,8 @@ class Style:
         nameless: variables of `NAMELESS`, by name.
         bodies: statements' lines of each function, without its docstring.
         arguments: of each function.
+        undescribed: "path:line: function" for each public function of two or more arguments whose
+            docstring has no `Args:`.
         positional: "path:line: class" for each dataclass of more than `MANY_FIELDS` fields that is
             built by position.
     """
@@ -57,6 +59,7 @@ class Style:
     nameless: Counter[str] = field(default_factory=Counter)
     bodies: list[int] = field(default_factory=list)
     arguments: list[int] = field(default_factory=list)
+    undescribed: list[str] = field(default_factory=list)
     positional: list[str] = field(default_factory=list)
 
     def add(self, other: Style) -> None:
@@ -99,6 +102,11 @@ def measure(path: Path, tree: ast.Module, aliases: frozenset[str], many: frozens
             style.arguments.append(len(_parameters(node)))
         if isinstance(node, ast.Call) and len(node.args) > MANY_FIELDS and _called(node) in many:
             style.positional.append(f"{path}:{node.lineno}: {_called(node)}")
+    style.undescribed = [
+        f"{path}:{node.lineno}: {node.name}"
+        for node in _public_functions(tree)
+        if len(_parameters(node)) > 1 and "Args:" not in (ast.get_docstring(node) or "")
+    ]
     for name in _variables(tree):
         style.variables += 1
         if name.strip("_") in NAMELESS:
@@ -133,6 +141,21 @@ def large_dataclasses(modules: dict[Path, ast.Module]) -> frozenset[str]:
         if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list)
         and sum(isinstance(statement, ast.AnnAssign) for statement in node.body) > MANY_FIELDS
     )
+
+
+def _public_functions(
+    scope: ast.Module | ast.ClassDef,
+) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Yield the functions of a module and the methods of its classes whose names are public; not
+    commands of click, whose docstrings are their help.
+    """
+    for node in scope.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            is_command = any("click" in ast.unparse(one) for one in node.decorator_list)
+            if not node.name.startswith("_") and not is_command:
+                yield node
+        elif isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from _public_functions(node)
 
 
 def _annotations(tree: ast.Module) -> Iterator[ast.expr]:

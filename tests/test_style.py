@@ -23,6 +23,10 @@ def test_docstrings_open_with_a_verb_or_a_noun(whole: Style) -> None:
     assert whole.clauses == 0
 
 
+def test_functions_describe_their_arguments(whole: Style) -> None:
+    assert whole.undescribed == []
+
+
 def test_variables_are_named_after_what_they_hold(whole: Style) -> None:
     assert whole.nameless.total() <= 0.005 * whole.variables
 
@@ -64,4 +68,5 @@ def test_what_is_measured_is_what_is_written(tmp_path: Path) -> None:
     assert dict(style.nameless) == {"found": 1, "held": 1, "each": 1}
     assert (style.annotations, style.loose) == (9, 3)
     assert (style.long_lines, style.bodies, style.arguments) == (1, [4], [2])
+    assert style.undescribed == [f"{path}:12: build"]
     assert style.positional == [f"{path}:16: Many"]

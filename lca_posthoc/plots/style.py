@@ -399,8 +399,11 @@ def dashes(position: int, count: int = 0) -> LineStyleType:
 
 
 def symmetric(*values: ArrayLike, scale: float | None = None) -> Normalize:
-    """Return limits at equal distance from zero: `scale`, or by default the 99.5 % quantile of
-    |values|, which ignores extremes.
+    """Return limits at equal distance from zero.
+
+    Args:
+        values: arrays of any shapes that the limits are for.
+        scale: the distance; by default the 99.5 % quantile of |values|, which ignores extremes.
     """
     if scale is None:
         sizes = np.abs(np.concatenate([np.ravel(array) for array in values]))

@@ -269,7 +269,11 @@ class Commits:
         return [marker for marker in markers if marker is not None]
 
     def _read(self, span: int) -> Marker | None:
-        """Return the marker of a span; None where it is missing, or empty after a power failure."""
+        """Return the marker of a span; None if it is missing, or empty after a power failure.
+
+        Raises:
+            LCAError: if it is damaged.
+        """
         try:
             return self.load(span)
         except FileNotFoundError:

@@ -86,7 +86,7 @@ def _all(runs: dict[str, str], cases: list[str], limit: float, block: int | None
     import scipy.stats  # noqa: F401  (what any finding imports is not its own memory)
     import xarray  # noqa: F401
 
-    import lca_posthoc.findings
+    import lca_posthoc.findings  # noqa: F401
     import lca_posthoc.results  # noqa: F401
 
     if block is not None:
