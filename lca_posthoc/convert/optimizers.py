@@ -34,8 +34,8 @@ _MOST_COMPARED = 2**20  # comparisons of motions with formulas, for one pair
 _ROUNDINGS, _SHARE = 2.0, 1e-4
 _MOST_STEPS = 2**53
 _LARGEST = 1e300  # of settings
-_OTHER = "they are of another optimiser than Adam, AdamW and SGD with momentum"
-_NO_MEMORY = "they remember no gradients, as of SGD without momentum, so that nothing tells a step"
+_OTHER = "they belong to an optimiser other than Adam, AdamW and SGD with momentum"
+_NO_MEMORY = "they store no gradients, as with SGD without momentum, so they do not show a step"
 
 
 class _Untold(Exception):

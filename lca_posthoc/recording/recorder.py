@@ -537,7 +537,7 @@ def _locked(directory: Path) -> DirectoryLock:
         make_directory(directory)
     except OSError as error:
         raise ResourceError(
-            f"{directory} cannot be made a directory: {error.strerror}. Record elsewhere."
+            f"{directory} cannot be created as a directory: {error.strerror}. Record elsewhere."
         ) from error
     try:
         lock = DirectoryLock(directory)

@@ -389,7 +389,7 @@ UNTOLD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "not plain tensors",
     ),
     "huge": ("AdamW", every(of_each(huge)), "not those of the weights"),
-    "no memory": ("SGD", every(lambda state: state["state"].clear()), "remember no gradients"),
+    "no memory": ("SGD", every(lambda state: state["state"].clear()), "store no gradients"),
 }
 
 
@@ -427,7 +427,7 @@ def test_other_optimisers_are_said(tmp_path: Path, optimizer: Any) -> None:
     says(
         told(tmp_path / "saved", tmp_path / "imported")[0],
         "left out the optimiser's states",
-        "remember no gradients" if optimizer is torch.optim.SGD else "of another optimiser",
+        "store no gradients" if optimizer is torch.optim.SGD else "an optimiser other than",
     )
     assert set(steps_of(tmp_path / "imported").values()) == {None}
 

@@ -407,7 +407,7 @@ def test_iterable_data_that_differs_when_read_again_is_refused(
 ) -> None:
     with pytest.raises(
         InputError,
-        match=r"split 'train' gives other examples when it is read again\. Seed the "
+        match=r"split 'train' yields other examples when it is read again\. Seed the "
         r"generator",
     ):
         split_of(Stream(give))

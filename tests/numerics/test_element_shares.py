@@ -522,7 +522,7 @@ def test_everything_is_as_before_where_the_loss_fails() -> None:
 REFUSED: dict[str, tuple[Callable[[], Task], tuple[str, ...]]] = {
     "a function without a jvp": (
         stated(lambda: Custom(Square)),
-        ("'scale'", "Square, a function of its own, has no jvp", 'per="example"'),
+        ("'scale'", "Square, a custom function, has no jvp", 'per="example"'),
     ),
     "a kernel without a rule": (
         stated(OwnKernel, TOKENS_OF, TEXT),

@@ -411,7 +411,7 @@ def test_a_step_is_a_whole_number(tmp_path: Path, linear: nn.Module, step: Any) 
 
 def test_places_that_cannot_be_recorded_into_are_refused(tmp_path: Path, linear: nn.Module) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="cannot be made a directory: File exists"):
+    with pytest.raises(ResourceError, match="cannot be created as a directory: File exists"):
         Recorder(tmp_path / "file", linear).save(0)
     with pytest.raises(InputError, match="s3://bucket/ck is a URL"):
         Recorder("s3://bucket/ck", linear)

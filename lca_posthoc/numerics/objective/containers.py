@@ -216,7 +216,7 @@ def _of_mapping(thing: Mapping[Any, object], remake: Callable[[dict[Any, Any]], 
 def _of_array(thing: np.ndarray) -> Container:
     def remake(parts: list[Any]) -> np.ndarray:
         array = np.empty(len(parts), dtype=object)
-        for index, part in enumerate(parts):  # assigning all at once, numpy would unpack them
+        for index, part in enumerate(parts):  # numpy would unpack them if all were assigned at once
             array[index] = part
         return array.reshape(thing.shape)
 

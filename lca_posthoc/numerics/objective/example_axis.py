@@ -2,7 +2,7 @@
 
 A shape does not reveal that axis: sequence-first models, attention, and models that flatten batch
 and time do not put the examples first. Every axis whose length is a multiple of the number of
-examples may be theirs, in one of two orders.
+examples may be that axis, with the examples in one of two orders.
 """
 
 from __future__ import annotations

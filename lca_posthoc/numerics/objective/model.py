@@ -200,8 +200,8 @@ class ModelTensors:
                 point[name] = point[name].clone(memory_format=torch.contiguous_format)
 
     def renew(self, point: Mapping[str, Tensor]) -> None:
-        """Copy values in and set the model to eval again, so that modules derive what they derive
-        from weights from these.
+        """Copy values in and set the model to eval again, so that modules recompute what they derive
+        from weights.
         """
         self.module.train(True)
         self.place(point)
