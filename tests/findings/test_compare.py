@@ -395,7 +395,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda deep: compare({"a": [deep]}),
         "label 'a' needs one or more results",
     ),
-    "a number for a label": (lambda deep: compare({1: deep["train"]}), "under label 1"),  # type: ignore[dict-item]
+    "a number for a label": (lambda deep: compare({1: deep["train"]}), "label 1 needs"),  # type: ignore[dict-item]
     "groups": (
         lambda deep: compare({"a": deep["per_class"]}),
         "loss 'per_class' of; has groups; without group_by",
