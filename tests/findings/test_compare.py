@@ -836,7 +836,7 @@ def test_a_comparison_as_tables(arms: Path, tmp_path: Path) -> None:
         "compare_label.csv",
         "compare_label_layer_run.csv",
     } <= files
-    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "t"), "there already")
+    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "t"), "already exists")
     refused(
         lca("compare", arms / "rule.lca", "-o", tmp_path / "x.csv"),
         "a comparison is one file as .nc alone",
