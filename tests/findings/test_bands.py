@@ -188,7 +188,7 @@ def test_bars_are_drawn_with_their_errors(folder: Path) -> None:
     lines = plots.layers(finding)  # over training, by default
     low, high = lines.collections[0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((total - band, total + band))
-    assert "what other paths through" in " ".join(lines.figure.get_supxlabel().split())
+    assert "change by other paths through" in " ".join(lines.figure.get_supxlabel().split())
 
 
 def test_summary_words_what_paths_move_and_which_segments_shares_are_of(folder: Path) -> None:

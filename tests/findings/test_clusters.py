@@ -172,7 +172,7 @@ def test_blocks_change_nothing_and_examples_are_chosen_evenly(
     data = told.examples.assign(weight=weight)
     whole = of(told, data, most=12, draws=3)
     assert whole["example"].values.tolist() == [0, 2, 4, *range(8, 24, 2)]
-    assert "Clusters are of 11 of 24 examples" in whole.attrs["left_out"]
+    assert "Clusters use 11 of 24 examples" in whole.attrs["left_out"]
     monkeypatch.setattr(per_example, "BLOCK", 4)
     xr.testing.assert_allclose(of(told, data, most=12, draws=3), whole)
 

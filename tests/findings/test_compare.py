@@ -395,7 +395,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda deep: compare({"a": [deep]}),
         "label 'a' needs one or more results",
     ),
-    "a number for a label": (lambda deep: compare({1: deep["train"]}), "under label 1"),  # type: ignore[dict-item]
+    "a number for a label": (lambda deep: compare({1: deep["train"]}), "label 1 needs"),  # type: ignore[dict-item]
     "groups": (
         lambda deep: compare({"a": deep["per_class"]}),
         "loss 'per_class' of; has groups; without group_by",
@@ -836,7 +836,7 @@ def test_a_comparison_as_tables(arms: Path, tmp_path: Path) -> None:
         "compare_label.csv",
         "compare_label_layer_run.csv",
     } <= files
-    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "t"), "there already")
+    refused(lca("compare", arms / "rule.lca", "-o", tmp_path / "t"), "already exists")
     refused(
         lca("compare", arms / "rule.lca", "-o", tmp_path / "x.csv"),
         "a comparison is one file as .nc alone",

@@ -315,7 +315,7 @@ def test_a_dataset_larger_than_the_bound_is_read_within_it(
     assert peak < whole / 10
     assert found.sizes["example"] == 500
     assert int(found["fates"].sum()) == examples
-    assert "500 of 8,000 examples, evenly spaced, are in the table" in found.attrs["left_out"]
+    assert "The table has 500 of 8,000 examples, evenly spaced" in found.attrs["left_out"]
 
 
 @pytest.mark.parametrize(

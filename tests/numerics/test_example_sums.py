@@ -291,6 +291,8 @@ def test_a_run_says_why_examples_are_not_told_apart(lab: Lab) -> None:
                 for parameter in model.parameters():
                     parameter *= 1.01
     settings = lab.settings(batch_size=case.batch_size, keep="tensors", out=lab.new_place())
-    with pytest.warns(LCAWarning, match=r"'grouped': a batch holds examples of one .* \(scale: "):
+    with pytest.warns(
+        LCAWarning, match=r"'grouped': each batch holds examples of one .* \(scale: "
+    ):
         found = run(iterates, task, **settings)
     assert found["grouped"].record.sites is None

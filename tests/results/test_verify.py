@@ -178,8 +178,8 @@ def test_swapped_chunks_and_markers_are_found(run: Path) -> None:
     assert [each.span for each in found(run) if isinstance(each, Damage)] == [0, 1]
     with pytest.raises(
         LCAError,
-        match=r"steps/residual, span [01] \(steps .*\): a chunk is not "
-        r"the one",
+        match=r"steps/residual, span [01] \(steps .*\): a chunk differs "
+        r"from the committed one",
     ):
         _ = open_run(run)["train"].steps
     shutil.copy(marker(run, "train", 4), marker(run, "train", 5))
