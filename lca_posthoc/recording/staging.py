@@ -2,7 +2,7 @@
 
 Format: <https://github.com/huggingface/safetensors#format>. This module lays out the bytes itself,
 because `safetensors.torch.save_file` takes seven times the CPU time for a network of 139 tensors,
-on a core that training could use (docs/performance.md).
+on a core that training could use (docs/measurements/recording.md).
 """
 
 from __future__ import annotations

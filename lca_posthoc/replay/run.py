@@ -238,6 +238,8 @@ def run(
     }
     if span is not None and (span < 1 or span & (span - 1)):
         raise InputError(f"span must be a power of two, got {span}.")
+    if isinstance(losses, str):
+        raise InputError(f"losses must be a list of names, such as [{losses!r}], got {losses!r}.")
     if keep_every is not None and not consume:
         raise InputError(
             "--keep-every selects the iterates that --consume keeps. Give both or neither."

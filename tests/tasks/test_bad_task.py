@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import lca_posthoc
+from lca_posthoc.errors import InputError
 from tests.helpers.cli import (
     contents,
     refused,
@@ -316,3 +318,9 @@ def test_task_files_of_the_same_text_in_different_folders_read_their_own_neighbo
     )
     place.task = place.data.parent / "two" / "task.py"
     place.refuses("'hidden.weight'", "[9, 64]")
+
+
+def test_the_name_of_one_loss_is_no_list_of_names(place: Place) -> None:
+    with pytest.raises(InputError, match=r"a list of names, such as \['train'\], got 'train'"):
+        lca_posthoc.run(place.checkpoints, str(place.task), losses="train", out=place.out)  # type: ignore[arg-type]
+    assert not place.out.exists()

@@ -102,7 +102,7 @@ def bytes_needed(
     The others add 19 bytes for every kept parameter and loss, 32 for every parameter of the largest
     tensor, and a tenth of everything. Then come `bookkeeping` of the losses evaluated together, or
     of the largest evaluated alone, and on a CPU, where we choose batches, twice what autograd saves
-    of one. Measured in docs/performance.md.
+    of one. Measured in docs/measurements/memory.md.
 
     Args:
         request: about a sample of the run.
