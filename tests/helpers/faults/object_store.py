@@ -59,7 +59,8 @@ def driver_killed(count: int, _: Path) -> str:
         while kills < count:
             trials.append(keep := next(levels))
             with laid_out(keep=keep) as (place, clean):
-                took = took or [_measured(server, place, cluster) for cluster in (INLINE, LOCAL)]
+                clusters = (INLINE, LOCAL)[:count]
+                took = took or [_measured(server, place, cluster) for cluster in clusters]
                 out, log, of_this_run = server.place() / "run.lca", place / "log", 0
                 environment, drivers = counting(log) | server.environment, []
                 while kills < count and of_this_run < 5:
