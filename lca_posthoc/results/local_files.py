@@ -103,7 +103,8 @@ def read(path: Path, most: int = -1) -> bytes:
         most: bytes to read; -1 for all.
     """
     with path.open("rb") as file:
-        return file.read(most)
+        # Python reserves what is asked for, however short the file is
+        return file.read(min(most, os.fstat(file.fileno()).st_size))
 
 
 def read_part(path: Path, start: int, size: int) -> bytes:
