@@ -1,4 +1,4 @@
-"""A failed test that hangs on a moment is run once more, alone; every other failure stands.
+"""A failed test that depends on timing is run once more, alone; every other failure stands.
 
 A device the suite is told to run on and does not find is wrong usage.
 """
@@ -20,7 +20,7 @@ def pytest_addoption(parser):
     second_run.add_option(parser)
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "moment: hangs on a moment")
+    config.addinivalue_line("markers", "moment: depends on timing")
     second_run.register(config)
 """
 TESTS = """

@@ -1,4 +1,4 @@
-"""A second run, alone, for a failed test whose outcome hangs on a moment.
+"""A second run, alone, for a failed test whose outcome depends on timing.
 
 Such tests carry the marker `moment`: they kill processes, cut wires, or measure what a heap keeps.
 When all tests have been run and no other process runs any, each of them that failed is run once
