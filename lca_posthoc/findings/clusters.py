@@ -45,12 +45,14 @@ class _Data:
 
     `moves` (example, stretch, layer) holds each layer's contribution on each stretch, float64;
     `loss` (example, stretch) the loss at its end, `start` (example,) that at the start of training.
+    `weighted` is the number of examples of nonzero weight, of which these were drawn.
     """
 
     positions: Numbers
     moves: Numbers
     loss: Numbers
     start: Numbers
+    weighted: int
 
     @property
     def trajectories(self) -> Numbers:
@@ -94,7 +96,8 @@ def clusters(
             `--keep`.
         by: as of `layers`.
         clusters: how many.
-        most: the most examples, evenly spaced from the first on; those of weight 0 are excluded.
+        most: the most examples; of more, a random one from each of as many stretches of equal
+            length, by a fixed seed. Examples of weight 0 are excluded.
         frames: the most stretches.
         draws: of the null hypothesis.
         seeds: the number of k-means runs, with seeds 0, 1, ….
@@ -123,10 +126,12 @@ def clusters(
     order = np.argsort(-np.bincount(labels, minlength=clusters), kind="stable")
     labels = np.argsort(order, kind="stable")[labels]
     left_out = unfinished(results)
-    if len(data.positions) < reader.count:
+    if data.weighted < reader.count:
+        left_out.append(f"Excluded: {count(reader.count - data.weighted, reader.per)} of weight 0.")
+    if len(data.positions) < data.weighted:
         left_out.append(
-            f"Clusters use {len(data.positions):,} of {count(reader.count, reader.per)}: "
-            "evenly spaced ones among those of nonzero weight."
+            f"Clusters use {len(data.positions):,} of {count(data.weighted, reader.per)}, drawn at "
+            "random all over the data."
         )
     if space.distinct == 1:
         left_out.append("All examples were learned alike, so there are no clusters.")
@@ -188,13 +193,14 @@ def _read(reader: ExampleReader, most: int, frames: int) -> _Data:
     Raises:
         InputError: if no example has a weight.
     """
-    shown = reader.spread(most)
+    weights = np.concatenate([reader.weights(part) for part in reader.blocks()])
+    weighted = np.flatnonzero(weights > 0)
+    shown = reader.sample(most, weighted)
     borders = stretches(reader.segments, frames)
     ends = borders[1:] - 1
-    parts = list[_Data]()
+    parts = list[tuple[Numbers, Numbers, Numbers, Numbers]]()
     for block in reader.blocks():
         own = shown[(shown >= block.start) & (shown < block.stop)]
-        own = own[reader.weights(own) > 0] if len(own) else own
         if not len(own):
             continue
         moves = np.zeros((len(ends), len(own), len(reader.layers)))
@@ -205,11 +211,11 @@ def _read(reader: ExampleReader, most: int, frames: int) -> _Data:
             last = (ends >= rows.start) & (ends < rows.stop)
             loss[last] = reader.read("loss_end", rows, own)[ends[last] - rows.start]
         start = reader.read("loss_start", slice(0, 1), own)[0]
-        parts.append(_Data(positions=own, moves=moves.transpose(1, 0, 2), loss=loss.T, start=start))
+        parts.append((own, moves.transpose(1, 0, 2), loss.T, start))
     if not parts:
         raise InputError(f"no {reader.per} has a weight, so there is nothing to cluster.")
-    joined = {name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])}
-    return _Data(**joined)
+    positions, moves, loss, start = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return _Data(positions=positions, moves=moves, loss=loss, start=start, weighted=len(weighted))
 
 
 def _trajectories(moves: Numbers) -> Numbers:

@@ -207,9 +207,9 @@ def _missing(
     if results.record.examples < results.record.total and (
         "examples" not in errors or (each_group and results.record.groups is not None)
     ):
-        yield "the examples drawn"
+        yield "using only a part of the examples"
     if results.manifest.sampled is not None and "segments" not in errors:
-        yield "the segments drawn"
+        yield "using only a part of the segments"
 
 
 def over_groups(results: LossResults, by_layer: xr.Dataset) -> xr.Dataset:

@@ -107,7 +107,8 @@ def examples(
             `--keep`.
         by: as of `layers`.
         named: examples whose stories are added, by their number, or "EXAMPLE:INDEX" for elements.
-        most: the most examples in the tables, evenly spaced from the first on.
+        most: the most examples in the tables; of more, a random one from each of as many stretches
+            of equal length, by a fixed seed.
         extremes: how many of the most helped, most hurt and most forgotten have a story, of each.
         frames: the most stretches of consecutive segments in a story.
         least: in units of loss; by default a tenth of the mean loss at the start.
@@ -146,7 +147,7 @@ def examples(
     mean, silent = _mean_at_start(reader)
     threshold = _LEAST * abs(mean) if least is None else least
     tallies = _Tallies(reader, extremes, threshold)
-    shown, rows = reader.spread(most), _Rows()
+    shown, rows = reader.sample(most), _Rows()
     for part in reader.blocks():
         course = _course(reader, part, threshold)
         share = tallies.add(reader, part, course)
@@ -155,11 +156,11 @@ def examples(
     left_out = [*unfinished(results), *sums.attrs["not_known"]]
     if len(shown) < reader.count:
         left_out.append(
-            f"The table has {len(shown):,} of {count(reader.count, reader.per)}, evenly spaced; "
+            f"The table has {len(shown):,} of {count(reader.count, reader.per)}, drawn at random; "
             "sums, counts and extremes include all."
         )
     if silent:
-        left_out.append(f"{count(silent, reader.per)} of weight 0 are excluded.")
+        left_out.append(f"Excluded: {count(silent, reader.per)} of weight 0.")
     chosen = [*tallies.extremes(), *(("named", position) for position in picked)]
     coords: dict[str, object] = {
         "step": reader.table["step"].values,
@@ -512,15 +513,16 @@ def interference_over(finding: xr.Dataset, frames: int) -> xr.Dataset:
     )
 
 
-def default_story(finding: xr.Dataset) -> int | None:
-    """Return the position of the story to show first: the first named one, else the most forgotten,
-    the most hurt, the most helped; None where there is none.
+def stories_to_show(finding: xr.Dataset) -> list[int]:
+    """Return the positions of the stories to show first: all named ones, else the most forgotten, the
+    most hurt or the most helped; empty where there is none.
     """
     kinds = [str(kind) for kind in finding["story_kind"].values]
-    for kind in ("named", "most forgotten", "most hurt", "most helped"):
-        if kind in kinds:
-            return kinds.index(kind)
-    return None
+    named = [position for position, kind in enumerate(kinds) if kind == "named"]
+    for kind in ("most forgotten", "most hurt", "most helped"):
+        if not named and kind in kinds:
+            return [kinds.index(kind)]
+    return named
 
 
 def one_story(finding: xr.Dataset, position: int) -> xr.Dataset:
@@ -546,13 +548,17 @@ def story_name(finding: xr.Dataset, position: int) -> str:
 
 
 def fates(finding: xr.Dataset) -> str:
-    """Count the examples that were learned, kept and forgotten, in words."""
+    """Count the examples that were learned, kept and forgotten, in words; examples of weight 0 are
+    in no count.
+    """
     parts = [
         f"{int(number):,} {name}"
         for name, number in zip(finding["fate_name"].values, finding["fates"].values, strict=True)
     ]
     per, least = str(finding.attrs["per"]), float(finding.attrs["least"])
+    weighted, every = int(finding["fates"].sum()), int(finding.attrs["count"])
+    whole = count(every, per) if weighted == every else f"{weighted:,} of {count(every, per)}"
     return (
-        f"{count(finding.attrs['count'], per)}: {', '.join(parts)}. Learned: the loss fell by "
-        f"{least:.2g} or more from its highest; forgotten: it then rose above the middle again."
+        f"{whole}: {', '.join(parts)}. Learned: the loss fell by {least:.2g} or more from its highest; "
+        "forgotten: it then rose above the middle again."
     )

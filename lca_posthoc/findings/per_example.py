@@ -15,6 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import xarray as xr
 
+from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
 from .common import BLOCK, Numbers, label_of, moving_buffers, tables
@@ -147,15 +148,26 @@ class ExampleReader:
             coords[names["text"]] = (dim, np.array(shown, dtype=object))
         return coords
 
-    def spread(self, most: int) -> Numbers:
-        """Return at most `most` positions of examples, evenly spaced from the first on.
+    def sample(self, most: int, among: Numbers | None = None) -> Numbers:
+        """Return at most `most` positions of examples: all, or one drawn from each of `most` stretches
+        of nearly equal length. The seed is fixed. A fixed stride would pick the same places in every
+        sequence of elements.
+
+        Args:
+            most: positions to return at most.
+            among: the positions to draw from, in order; all by default.
 
         Raises:
             InputError: for fewer than one.
         """
         if most < 1:
             raise InputError(f"at least one example is needed, got {most}.")
-        return np.arange(0, self.count, -(-self.count // most))
+        positions = np.arange(self.count) if among is None else among
+        if len(positions) <= most:
+            return positions
+        edges = np.linspace(0, len(positions), most + 1).astype(int)
+        drawn: Numbers = positions[np.random.default_rng(0).integers(edges[:-1], edges[1:])]
+        return drawn
 
     def position(self, example: int, index: int | None = None) -> int:
         """Return the position along the data's axis of an example, or of an element of it.
@@ -179,8 +191,9 @@ class ExampleReader:
             raise InputError("this loss has results per example, not per element: write EXAMPLE.")
         if not fits.any():
             raise InputError(
-                f"there is no example {example}{'' if index is None else f':{index}'}; examples go "
-                f"from {numbers.min()} to {numbers.max()}."
+                f"the results have no {self.per} {example}{'' if index is None else f':{index}'}. "
+                f"They have {count(self.count, self.per)}, of the numbers {numbers.min()} to "
+                f"{numbers.max()}; `examples['example']` in Python lists them."
             )
         return int(np.flatnonzero(fits)[0])
 

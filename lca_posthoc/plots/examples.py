@@ -15,11 +15,11 @@ from ..base.text import safe_in_figure
 from ..findings.common import Numbers
 from ..findings.errors import untold_sentence
 from ..findings.examples import (
-    default_story,
     fates,
     heat_rows,
     interference_over,
     one_story,
+    stories_to_show,
     story_name,
 )
 from .style import (
@@ -55,10 +55,10 @@ def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """Draw the layers' contributions to each example, the story of one, and the interference of
     layers.
 
-    The story is that of the first named example, else of the most forgotten one.
+    The stories are those of the named examples, else that of the most forgotten one.
 
     Args:
-        found: of `findings.examples`; for another story `findings.examples(…, named=[12])`.
+        found: of `findings.examples`; for other stories `findings.examples(…, named=[12, 7])`.
         figure: an empty figure to draw in; by default a new one.
 
     Returns:
@@ -66,18 +66,19 @@ def examples(found: xr.Dataset, *, figure: Figure | None = None) -> Figure:
     """
     expect(found, "examples")
     untold = untold_sentence(found)
-    figure = fresh_figure(figure, 8.6, 5.2 if untold else 4.9)
-    panels = figure.add_gridspec(2, 2, width_ratios=(1, 1.25))
+    positions = stories_to_show(found)
+    rows = max(1, len(positions)) + 1
+    figure = fresh_figure(figure, 8.6, 0.1 + 2.4 * rows + (0.3 if untold else 0.0))
+    panels = figure.add_gridspec(rows, 2, width_ratios=(1, 1.25))
     sizes = found["absolute"].sum("step").values
     strong, _ = strongest(found, "layer", sizes, _LINES)
     rest = _heat(figure.add_subplot(panels[:, 0]), found, sizes)
-    position = default_story(found)
-    story = figure.add_subplot(panels[0, 1])
-    if position is None:
+    if not positions:
+        story = figure.add_subplot(panels[0, 1])
         tidy(story, x="training step", title=f"no {found.attrs['per']} changed")
-    else:
-        _story(story, found, strong, position)
-    _interference(figure.add_subplot(panels[1, 1]), found, strong)
+    for row, position in enumerate(positions):
+        _story(figure.add_subplot(panels[row, 1]), found, strong, position)
+    _interference(figure.add_subplot(panels[-1, 1]), found, strong)
     note(figure, found, fates(found), rest, untold)
     return figure
 
@@ -131,7 +132,10 @@ def _story(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, position: int) -> 
     if "story_group" in one.coords:
         title += f", group {safe_in_figure(str(one['story_group'].item()))}"
     kind, (layer,) = str(one["story_kind"].item()), labels([one["story_layer"].item()], 22)
-    title += f": mostly by {layer}" if kind == "named" else f": {kind}, mostly by {layer}"
+    what = f"{change[-1]:+.3g}"
+    if kind == "most forgotten":
+        what = f"{float(one['story_forgotten']):.3g} above its lowest"
+    title += f": {'' if kind == 'named' else f'{kind}, '}{what}, mostly by {layer}"
     if "story_text" in one.coords and str(one["story_text"].item()):
         title += f"\n{safe_in_figure(_start(str(one['story_text'].item())))}"
     tidy(ax, x="training step", y="change since the start\n(units of loss)", title=title)
@@ -162,7 +166,7 @@ def _interference(ax: Axes, finding: xr.Dataset, strong: xr.Dataset) -> None:
         ax,
         x="training step",
         y="interference",
-        title=f"interference between {finding.attrs['per']}s; at the right its mean",
+        title=f"interference between {finding.attrs['per']}s; at the right, over all of training",
     )
     ax.set_ylim(0, 1)
     ax.margins(x=0.01)

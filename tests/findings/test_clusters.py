@@ -164,15 +164,22 @@ def test_examples_that_differ_in_time_are() -> None:
 # --- bounds, refusals, figures --------------------------------------------------------------------
 
 
-def test_blocks_change_nothing_and_examples_are_chosen_evenly(
+def test_blocks_change_nothing_and_examples_are_drawn_from_every_part(
     told: Told, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = told.examples["weight"].copy(deep=True)
     weight[:, 6] = 0
     data = told.examples.assign(weight=weight)
     whole = of(told, data, most=12, draws=3)
-    assert whole["example"].values.tolist() == [0, 2, 4, *range(8, 24, 2)]
-    assert "Clusters use 11 of 24 examples" in whole.attrs["left_out"]
+    shown = whole["example"].values
+    edges = np.linspace(0, 23, 13).astype(int)
+    ranks = np.searchsorted(np.delete(np.arange(24), 6), shown)
+    assert (edges[:-1] <= ranks).all()
+    assert (ranks < edges[1:]).all()
+    assert 6 not in shown
+    assert {*np.diff(ranks).tolist()} != {2}  # no stride, which could be that of a sequence
+    assert "Clusters use 12 of 23 examples, drawn at random" in whole.attrs["left_out"]
+    assert "Excluded: 1 example of weight 0." in whole.attrs["left_out"]
     monkeypatch.setattr(per_example, "BLOCK", 4)
     xr.testing.assert_allclose(of(told, data, most=12, draws=3), whole)
 

@@ -158,8 +158,10 @@ def test_causes_and_examples_have_the_errors_of_layers(folder: Path) -> None:
     by_layer, causes = findings.layers(results), findings.causes(results)
     assert causes["layer_error"].values == pytest.approx(by_layer["error"].values)
     assert causes["layer_verdict"].values.tolist() == by_layer["verdict"].values.tolist()
-    # of a cause, what the examples drawn change is not known
-    assert "Unknown errors of the sums: the examples drawn." in causes.attrs["left_out"]
+    # of a cause, what using a part of the examples changes is not known
+    assert (
+        "Unknown errors of the sums: using only a part of the examples." in causes.attrs["left_out"]
+    )
     assert not np.char.endswith(causes["verdict"].values.astype(str), "clearly").any()
     examples = findings.examples(results)
     assert examples["error"].values == pytest.approx(by_layer["error"].values)

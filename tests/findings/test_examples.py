@@ -24,10 +24,10 @@ from lca_posthoc.findings import per_example
 from lca_posthoc.findings.common import layer_of
 from lca_posthoc.findings.examples import (
     FATES,
-    default_story,
     heat_rows,
     interference_over,
     one_story,
+    stories_to_show,
     story_name,
 )
 from lca_posthoc.report import write_report
@@ -197,7 +197,7 @@ def test_interference_is_counted_over_examples_by_their_weights(
     close(found["interference_total"], 1 - abs(counting @ total) / (counting @ abs(total)))
     assert 4 not in found["story_example"].values
     assert int(found["fates"].sum()) == weighed.sizes["example"] - 1
-    assert "1 example of weight 0 are excluded." in found.attrs["left_out"]
+    assert "Excluded: 1 example of weight 0." in found.attrs["left_out"]
 
 
 def test_the_layers_that_did_most_are_counted(told: Told) -> None:
@@ -315,7 +315,7 @@ def test_a_dataset_larger_than_the_bound_is_read_within_it(
     assert peak < whole / 10
     assert found.sizes["example"] == 500
     assert int(found["fates"].sum()) == examples
-    assert "The table has 500 of 8,000 examples, evenly spaced" in found.attrs["left_out"]
+    assert "The table has 500 of 8,000 examples, drawn at random" in found.attrs["left_out"]
 
 
 @pytest.mark.parametrize(
@@ -352,11 +352,11 @@ def test_elements_are_named_by_their_example_and_their_index(told: Told) -> None
     assert found.sizes["element"] == 3 * whole.sizes["example"]
     np.testing.assert_allclose(found["total"], whole["total"], atol=1e-6)
     story = found.sizes["story"] - 1
-    assert default_story(found) == story
+    assert stories_to_show(found) == [story]
     assert (story_name(found, story), found["story_kind"].values[-1]) == ("7:2", "named")
     own = one_story(whole, whole.sizes["story"] - 1)["allocated"]
     np.testing.assert_allclose(one_story(found, story)["allocated"], own * 1.5, atol=1e-5)
-    for name, words in {"7": "EXAMPLE:INDEX, such as 7:0", "7:9": "no example 7:9"}.items():
+    for name, words in {"7": "EXAMPLE:INDEX, such as 7:0", "7:9": "no element 7:9"}.items():
         with pytest.raises(InputError, match=words):
             of(told, elements, named=[name])
 
@@ -364,7 +364,7 @@ def test_elements_are_named_by_their_example_and_their_index(told: Told) -> None
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("24", "no example 24; examples go from 0 to 23"),
+        ("24", "no example 24. They have 24 examples, of the numbers 0 to 23"),
         ("-1", "example by its number"),
         ("seven", "example by its number"),
         ("1:2:3", "example by its number"),
@@ -476,3 +476,10 @@ def test_the_summary_says_what_shows_the_examples(told: Told) -> None:
     assert "24 examples of 'train': `lca plot" in result.output
     assert "examples --loss train" in " ".join(result.output.split())
     assert "examples of" not in lca("summary", told.run.path, "--loss", "plain").output
+
+
+def test_a_figure_has_a_story_for_each_named_example(told: Told) -> None:
+    figure = plots.examples(of(told, told.examples, named=[7, 1]))
+    titles = [ax.get_title(loc="left") for ax in figure.axes]
+    stories = [title for title in titles if title.startswith("example ")]
+    assert [title.split(",")[0] for title in stories] == ["example 7", "example 1"]
