@@ -311,7 +311,7 @@ def _not_trained(folder: Path, models: Sequence[Any]) -> dict[str, Tensor]:
     first = _mapping(models[0], folder)
     module = first.get("module")
     module = module if isinstance(module, Mapping) else {}
-    held = {name: module[name] for name in first.get("buffer_names") or () if name in module}
+    buffers = {name: module[name] for name in first.get("buffer_names") or () if name in module}
     for name, shape in (first.get("frozen_param_shapes") or {}).items():
         parts = [
             (_mapping(model, folder).get("frozen_param_fragments") or {}).get(name)
@@ -322,8 +322,8 @@ def _not_trained(folder: Path, models: Sequence[Any]) -> dict[str, Tensor]:
             raise InputError(f"{folder} lacks a part of the frozen parameter {name!r}. {_AGAIN}")
         whole = torch.cat(present)
         _refuse_short(len(whole), prod(shape))
-        held[name] = whole[: prod(shape)].view(tuple(shape))
-    return held
+        buffers[name] = whole[: prod(shape)].view(tuple(shape))
+    return buffers
 
 
 def _shared(weights: Mapping[str, Tensor], first: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -195,8 +195,8 @@ def _below(directory: Path) -> list[str]:
     """Return the keys of all files below a directory, including its own."""
     store, key = _place(directory)
     with _reached(directory):
-        found = obstore.list(store, key).collect()
-    return sorted(str(each["path"]).removeprefix(key).lstrip("/") for each in found)
+        files = obstore.list(store, key).collect()
+    return sorted(str(file["path"]).removeprefix(key).lstrip("/") for file in files)
 
 
 def _has_files(directory: Path) -> bool:
@@ -250,10 +250,10 @@ def _sweep_trials(directory: Path) -> None:
     for name in names(directory):
         if name.startswith(_TRIAL):
             host, pid, _ = name.removeprefix(_TRIAL).rsplit("-", 2)
-            here = host == socket.gethostname()
+            is_own = host == socket.gethostname()
             with contextlib.suppress(OSError):
                 changed = _meta(directory / name)["last_modified"].timestamp()
-                if not psutil.pid_exists(int(pid)) if here else time.time() - changed > _OLD:
+                if not psutil.pid_exists(int(pid)) if is_own else time.time() - changed > _OLD:
                     remove(directory / name)
 
 
