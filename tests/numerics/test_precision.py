@@ -555,8 +555,8 @@ def test_a_dead_start_that_grew_has_the_errors_of_one_run(place: Place, tmp_path
 @pytest.mark.parametrize(
     ("dead", "said"),
     [
-        ([], "of the parameters do not move at all on sampled segments, and"),
-        ([0], "on sampled segments (1 more, on which nothing moves, are not counted), and"),
+        ([], "of the parameters do not move at all on sampled segments, so"),
+        ([0], "on sampled segments (1 more, on which nothing moves, are not counted), so"),
         (list(range(SEGMENTS)), "nothing moves at all on the 10 sampled segments"),
     ],
     ids=["none", "the first", "all"],
