@@ -340,8 +340,8 @@ def test_a_spec_that_takes_far_longer_than_its_peers_is_named_with_what_it_does(
     [
         (ClusterConfig("tcp://10.1.2.3:8786"), "open to the network without TLS"),
         (ClusterConfig("tcp://head:8786"), "open to the network without TLS"),
-        (ClusterConfig("ucx://10.1.2.3:8786"), "is not known"),
-        (ClusterConfig("somewhere"), "is not known"),
+        (ClusterConfig("ucx://10.1.2.3:8786"), "is unknown"),
+        (ClusterConfig("somewhere"), "is unknown"),
         (ClusterConfig("tcp://"), "not the address of a scheduler"),
         (ClusterConfig("tcp://127.0.0.1"), "not the address of a scheduler"),
         (ClusterConfig("tls://127.0.0.1:port"), "not the address of a scheduler"),
