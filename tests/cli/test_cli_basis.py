@@ -121,7 +121,7 @@ def test_one_file_is_never_written_over(checkpoints: Path, tmp_path: Path) -> No
     out = tmp_path / "b"
     assert lca("basis", checkpoints, "-o", out).exit_code == 0
     before = out.read_bytes()
-    refused(lca("basis", checkpoints, "-o", out, "--random", 2), "is there already")
+    refused(lca("basis", checkpoints, "-o", out, "--random", 2), "already exists")
     assert out.read_bytes() == before
 
 

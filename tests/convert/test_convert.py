@@ -827,7 +827,7 @@ FAULTS = {
     "interrupted": (
         "if count == 4: path.write_bytes(b'half'); os.kill(os.getpid(), signal.SIGINT)",
         130,
-        "again to go on",
+        "again to resume",
     ),
     "full": (
         "if count == 4: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))",
