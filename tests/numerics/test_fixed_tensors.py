@@ -142,7 +142,7 @@ def test_a_stored_mask_with_infinite_entries_is_taken_where_it_is_fixed(
     iterates = met.record(tmp_path / "iterates")
     with pytest.raises(
         InputError,
-        match=r"'mask' holds 6 NaN or Inf .*named in "
+        match=r"'mask' holds 6 NaN or Inf .*If it is a mask that never moves, name it in "
         r"Task\(fixed=\['mask'\]\)",
     ):
         replay(met, iterates, tmp_path / "run")

@@ -475,17 +475,17 @@ def filled_where_missing(model: nn.Module, batch: Record) -> Tensor:
 
 
 WRITING: dict[str, tuple[Loss, Any, str]] = {
-    "values": (Loss(call=ablated_in_place), RECORDS, "batch['x'] is"),
-    "values that are what they were": (Loss(call=zeros_zeroed), RECORDS, "batch['seen'] is"),
-    "the sign of zero": (Loss(call=sign_changed), RECORDS, "batch['seen'] is"),
-    "another tensor": (Loss(call=inputs_replaced), RECORDS, "batch['x'] is"),
-    "keys": (Loss(call=targets_taken_out), RECORDS, "(batch is"),
+    "values": (Loss(call=ablated_in_place), RECORDS, "batch['x'] changed"),
+    "values that are what they were": (Loss(call=zeros_zeroed), RECORDS, "batch['seen'] changed"),
+    "the sign of zero": (Loss(call=sign_changed), RECORDS, "batch['seen'] changed"),
+    "another tensor": (Loss(call=inputs_replaced), RECORDS, "batch['x'] changed"),
+    "keys": (Loss(call=targets_taken_out), RECORDS, "(batch changed"),
     "missing values": (
         Loss(call=filled_where_missing),
         {**RECORDS, "x": torch.where(INPUTS > 2, math.nan, INPUTS)},
-        "batch['x'] is",
+        "batch['x'] changed",
     ),
-    "the model's first layer": (Loss(F.cross_entropy), LABELLED, "batch[0] is"),
+    "the model's first layer": (Loss(F.cross_entropy), LABELLED, "batch[0] changed"),
 }
 
 
