@@ -103,5 +103,5 @@ def test_what_is_no_fraction_and_seed_is_refused(text: str) -> None:
 
 
 def test_too_few_segments_for_a_standard_error_are_refused() -> None:
-    with pytest.raises(InputError, match="of 19 segments are 1"):
+    with pytest.raises(InputError, match="selects 1 of 19 segments"):
         SegmentSample.parse("0.1@7").drawn(19)

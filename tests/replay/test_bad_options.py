@@ -63,7 +63,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "negative workers": (("--workers", "-1"), ("--workers must be 1 or more, got -1",)),
     "unknown cluster": (
         ("--cluster", "nonsense"),
-        ("--cluster 'nonsense' is not known", "local, inline, tcp://"),
+        ("--cluster 'nonsense' is unknown", "local, inline, tcp://"),
     ),
     "steps that are a word": (("--steps", "many"), ("--steps 'many' is not A:B or A:B:K", "0:500")),
     "steps that are one number": (

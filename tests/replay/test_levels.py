@@ -244,7 +244,7 @@ def test_what_is_asked_for_is_taken_whatever_is_free(place: Path, host: Host) ->
 
 
 def test_a_lack_of_space_names_the_levels_that_can_still_be_taken(place: Path, host: Host) -> None:
-    less = "Keep less with --keep units or --keep tensors, write elsewhere with --out, or begin"
+    less = "Keep less with --keep units or --keep tensors, write elsewhere with --out, or start"
     host.space = 1
     with pytest.raises(ResourceError, match=rf"{amount(1)} free\. {less}"):
         replay(place, "run.lca", keep="statistics")

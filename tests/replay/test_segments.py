@@ -219,7 +219,7 @@ REFUSED = {
     "another seed": ({"segments": "0.5@2"}, ["another seed than 1", "0.5@1"]),
     "a smaller fraction": (
         {"segments": "0.1@1"},
-        ["0.5@1, of which 0.1@1 is a part", "nothing to do"],
+        ["0.5@1, which includes 0.1@1", "nothing to do"],
     ),
     "another level": ({"keep": "parameters"}, ["made with --keep units"]),
 }
