@@ -254,7 +254,7 @@ def test_each_level_keeps_what_it_says(levels: Callable[[str], Any]) -> None:
     for part, level in {**beyond, "allocation": "parameters"}.items():
         for results, keep in ((tensors, "tensors"), (units, "units"), (statistics, "statistics")):
             if KEEP.index(keep) < KEEP.index(level):
-                with pytest.raises(LCAError, match=f"--keep {keep}, and .* need --keep {level}"):
+                with pytest.raises(LCAError, match=f"--keep {keep}, but .* need --keep {level}"):
                     getattr(results, part)
 
 
