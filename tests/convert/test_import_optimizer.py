@@ -382,7 +382,11 @@ UNTOLD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         every(of_each(lambda entry: entry.update(step=torch.tensor(0.5)))),
         "count of steps is invalid",
     ),
-    "other slots": ("AdamW", every(of_each(lambda entry: entry.pop("step"))), "an optimiser other than Adam"),
+    "other slots": (
+        "AdamW",
+        every(of_each(lambda entry: entry.pop("step"))),
+        "an optimiser other than Adam",
+    ),
     "sparse": (
         "AdamW",
         every(of_each(lambda entry: entry.update(exp_avg=entry["exp_avg"].to_sparse()))),
