@@ -193,8 +193,9 @@ def _read(reader: ExampleReader, most: int, frames: int) -> _Data:
     Raises:
         InputError: if no example has a weight.
     """
-    weights = np.concatenate([reader.weights(part) for part in reader.blocks()])
-    weighted = np.flatnonzero(weights > 0)
+    weighted = np.flatnonzero(reader.weights(slice(None)) > 0)
+    if not len(weighted):
+        raise InputError(f"no {reader.per} has a weight, so there is nothing to cluster.")
     shown = reader.sample(most, weighted)
     borders = stretches(reader.segments, frames)
     ends = borders[1:] - 1
@@ -212,8 +213,6 @@ def _read(reader: ExampleReader, most: int, frames: int) -> _Data:
             loss[last] = reader.read("loss_end", rows, own)[ends[last] - rows.start]
         start = reader.read("loss_start", slice(0, 1), own)[0]
         parts.append((own, moves.transpose(1, 0, 2), loss.T, start))
-    if not parts:
-        raise InputError(f"no {reader.per} has a weight, so there is nothing to cluster.")
     positions, moves, loss, start = (np.concatenate(each) for each in zip(*parts, strict=True))
     return _Data(positions=positions, moves=moves, loss=loss, start=start, weighted=len(weighted))
 

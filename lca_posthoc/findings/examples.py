@@ -519,10 +519,8 @@ def stories_to_show(finding: xr.Dataset) -> list[int]:
     """
     kinds = [str(kind) for kind in finding["story_kind"].values]
     named = [position for position, kind in enumerate(kinds) if kind == "named"]
-    for kind in ("most forgotten", "most hurt", "most helped"):
-        if not named and kind in kinds:
-            return [kinds.index(kind)]
-    return named
+    others = ("most forgotten", "most hurt", "most helped")
+    return named or [kinds.index(kind) for kind in others if kind in kinds][:1]
 
 
 def one_story(finding: xr.Dataset, position: int) -> xr.Dataset:

@@ -30,7 +30,7 @@ from .layout import ArrayPlan, plan_arrays
 from .lock import is_unreleased
 from .manifest import Manifest
 from .metadata import fits, metadata_files
-from .packs import Pack, is_packed
+from .packs import Pack, read_chunk
 
 _MARKERS = 256  # markers kept in memory while chunks are read, each with its pack if it is small
 
@@ -153,8 +153,7 @@ class CheckedStore(_LossStore):
         if recorded is None:
             raise self._damage(where, "a chunk differs from the committed one")
         try:
-            packed = is_packed(recorded)
-            data = pack.read(recorded) if packed else disk.read(self._place / key)
+            data = read_chunk(self._place / key, recorded, pack)
         except FileNotFoundError:
             raise self._damage(where, "a chunk is missing") from None
         except OSError as error:

@@ -55,9 +55,9 @@ class Pack:
     """
 
     def __init__(self, path: Path, seals: Iterable[Seal]) -> None:
-        self._path, self._bytes = path, b""
+        self._path, self._one_at_a_time = path, threading.Lock()
         self._size = max((seal[0] + seal[2] for seal in seals if is_packed(seal)), default=0)
-        self._is_read, self._one_at_a_time = False, threading.Lock()
+        self._bytes: bytes | None = None
 
     def read(self, seal: Seal) -> bytes:
         """Return the bytes of a chunk, fewer where the pack ends before.
@@ -69,6 +69,20 @@ class Pack:
         if self._size > _WHOLE:
             return disk.read_part(self._path, place, size)
         with self._one_at_a_time:
-            if not self._is_read:
-                self._bytes, self._is_read = disk.read(self._path, self._size), True
-        return self._bytes[place : place + size]
+            if self._bytes is None:
+                self._bytes = disk.read(self._path, self._size)
+            return self._bytes[place : place + size]
+
+
+def read_chunk(path: Path, seal: Seal, pack: Pack) -> bytes:
+    """Return the bytes of a chunk, from a pack or from its own file.
+
+    Args:
+        path: path of its own file.
+        seal: its seal.
+        pack: pack of the span or window it belongs to.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    return pack.read(seal) if is_packed(seal) else disk.read(path)

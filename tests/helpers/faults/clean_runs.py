@@ -20,7 +20,7 @@ import lca_posthoc
 from lca_posthoc import Recorder, open_run
 from lca_posthoc.results import disk
 from lca_posthoc.results.commits import Commits
-from lca_posthoc.results.packs import Pack, is_packed
+from lca_posthoc.results.packs import Pack, read_chunk
 from tests.helpers.cli import contents, task_namespace, write_task
 from tests.helpers.oracle import RULES, Oracle
 
@@ -115,7 +115,7 @@ def stored_chunks(out: Path) -> dict[str, bytes]:
             files = json.loads(disk.read(marker))["files"] if size else {}
             pack = Pack(commits.pack(marker), files.values())
             for path, seal in files.items():
-                found[path] = pack.read(seal) if is_packed(seal) else disk.read(run.path / path)
+                found[path] = read_chunk(run.path / path, seal, pack)
     return found
 
 

@@ -54,19 +54,19 @@ def _server() -> Iterator[ObjectServer]:
 @fault("R24", "kill -9 of the driver of a run in an object store (as R1)", ci=1, full=40)
 def driver_killed(count: int, _: Path) -> str:
     chance, levels, kills, again, trials = random.Random(24), drawn_levels(24), 0, 0, list[str]()
-    took = list[float]()
+    clusters, took = (INLINE, LOCAL)[:count], list[float]()
     with _server() as server:
         while kills < count:
             trials.append(keep := next(levels))
             with laid_out(keep=keep) as (place, clean):
-                clusters = (INLINE, LOCAL)[:count]
                 took = took or [_measured(server, place, cluster) for cluster in clusters]
                 out, log, of_this_run = server.place() / "run.lca", place / "log", 0
                 environment, drivers = counting(log) | server.environment, []
                 while kills < count and of_this_run < 5:
-                    at = kills % 2
-                    cluster = (INLINE, LOCAL)[at]
-                    drivers.append(drive(place, out, *cluster, environment=environment, keep=keep))
+                    at = kills % len(clusters)
+                    drivers.append(
+                        drive(place, out, *clusters[at], environment=environment, keep=keep)
+                    )
                     if drivers[-1].wait(chance.uniform(0, took[at])):
                         assert drivers[-1].returncode == 0, drivers[-1].said
                         break
