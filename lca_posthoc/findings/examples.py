@@ -14,6 +14,7 @@ from ..base.declarations import BY, Finding, Option
 from ..base.text import count
 from ..errors import InputError
 from ..results import LossResults
+from .bands import straight_lines
 from .common import Numbers, Variable, about, described, largest, stretches, unfinished
 from .errors import over_groups
 from .layers import layers
@@ -86,14 +87,15 @@ def examples(
     finding reads its losses at the start of training and at the end of every segment.
 
     *Forgotten* is the final loss minus the lowest: the measure of Chaudhry et al. (2018), who use
-    accuracies of a task, for the loss of an example. The most forgotten are chosen among examples
-    whose loss had fallen by `least` below its start: an example that only got worse had nothing to
-    forget. *Events* are counted in analogy to Toneva et al. (2019), who count how often an example
-    changes from classified correctly to incorrectly. A loss has no such border, so each example has
-    its own: an example is learned when its loss has fallen by `least` from its highest value since
-    training or the last event began. It is forgotten, which is an event, when its loss then rises
-    above the middle between that value and the lowest since. A rise by less than half of `least` is
-    therefore never an event, and one rise counts once.
+    accuracies of a task, for the loss of an example. *Events* are counted in analogy to Toneva et
+    al. (2019), who count how often an example changes from classified correctly to incorrectly. A
+    loss has no such border, so each example has its own: an example is learned when its loss has
+    fallen by `least` below its start. It is forgotten, which is an event, when its loss then rises
+    above the middle between the start and the lowest value since. To be learned again, the loss
+    must fall by `least` below its highest value since the event or below its start, whichever is
+    lower; that value then replaces the start. A rise by less than half of `least` is therefore
+    never an event, one rise counts once, and an example that ends above its start is not learned.
+    The most forgotten examples are chosen among those that are forgotten at the end.
 
     *Interference* of a layer is 1 − |Σ_x W_x a_x| / Σ_x W_x |a_x|, where a_x is the layer's
     allocation for the loss of example x and W_x the example's weight: 0 if the layer helped all
@@ -129,7 +131,7 @@ def examples(
         `weight`; `allocated` and `since_lowest` (example, layer): sums over training, and from the
         lowest loss on, so that Σ_layer since_lowest + the residuals since is `forgotten`.
 
-        By `story`: `story_kind` ("most helped", "most hurt", "most forgotten", "named"),
+        By `story`: `story_kind` ("named", "most forgotten", "most hurt", "most helped"),
         `story_example` (`story_index`, `story_group`, `story_text`), `story_change`,
         `story_forgotten`, `story_layer`, the layer with the largest part in it; and over `stretch`,
         which ends at step `stretch_end`: `story_loss` and `story_allocated` (story, stretch,
@@ -146,7 +148,7 @@ def examples(
     picked = [_position(reader, name) for name in named]
     mean, silent = _mean_at_start(reader)
     threshold = _LEAST * abs(mean) if least is None else least
-    tallies = _Tallies(reader, extremes, threshold)
+    tallies = _Tallies(reader, extremes)
     shown, rows = reader.sample(most), _Rows()
     for part in reader.blocks():
         course = _course(reader, part, threshold)
@@ -159,9 +161,11 @@ def examples(
             f"The table has {len(shown):,} of {count(reader.count, reader.per)}, drawn at random; "
             "sums, counts and extremes include all."
         )
+    if lines := straight_lines(reader.table):
+        left_out.append(f"{lines}.")
     if silent:
         left_out.append(f"Excluded: {count(silent, reader.per)} of weight 0.")
-    chosen = [*tallies.extremes(), *(("named", position) for position in picked)]
+    chosen = [*(("named", position) for position in picked), *tallies.extremes()]
     coords: dict[str, object] = {
         "step": reader.table["step"].values,
         "step_end": ("step", reader.table["step_end"].values),
@@ -225,7 +229,7 @@ def _course(reader: ExampleReader, part: Part, least: float) -> _Course:
         for position, end in enumerate(reader.read("loss_end", rows, part), rows.start):
             lower = end < lowest
             lowest[lower], row[lower] = end[lower], position
-            high = np.where(learned, high, np.maximum(high, end))
+            high = np.where(learned, high, np.minimum(start, np.maximum(high, end)))
             newly = ~learned & (high - end >= least) & (high > end)
             low = np.where(newly, end, np.where(learned, np.minimum(low, end), low))
             lost = learned & (end > (high + low) / 2)
@@ -247,18 +251,18 @@ def _course(reader: ExampleReader, part: Part, least: float) -> _Course:
 class _Tallies:
     """Sums, counts and extremes over all examples."""
 
-    def __init__(self, reader: ExampleReader, extremes: int, least: float) -> None:
+    def __init__(self, reader: ExampleReader, extremes: int) -> None:
         shape = (reader.segments, len(reader.layers))
         self.signed, self.absolute = np.zeros(shape), np.zeros(shape)
         self.total, self.total_absolute = np.zeros(shape[1]), np.zeros(shape[1])
         self.weight, self.weights = 0.0, np.zeros((shape[0], 1))
         self.most = {name: np.zeros(shape[1], dtype=int) for name in ("helped", "hurt", "forgot")}
         self.fates = np.zeros(len(FATES), dtype=int)
-        self._extremes, self._least = extremes, least
+        self._extremes = extremes
         self._best: dict[str, list[tuple[float, int]]] = {
-            "most helped": [],
-            "most hurt": [],
             "most forgotten": [],
+            "most hurt": [],
+            "most helped": [],
         }
 
     def add(self, reader: ExampleReader, part: slice, course: _Course) -> _Share:
@@ -298,11 +302,11 @@ class _Tallies:
     def _keep(self, start: int, course: _Course, weights: Numbers) -> None:
         """Keep the extremes of earlier blocks and of this one."""
         change = course.end - course.start
-        came_down = course.start - course.lowest >= self._least
+        forgotten = course.fate == FATES.index("forgotten")
         for kind, values in (
-            ("most helped", -change),
+            ("most forgotten", np.where(forgotten, course.end - course.lowest, 0.0)),
             ("most hurt", change),
-            ("most forgotten", np.where(came_down, course.end - course.lowest, 0.0)),
+            ("most helped", -change),
         ):
             values = np.where((weights > 0) & np.isfinite(values), values, 0.0)
             entries = [
@@ -514,13 +518,11 @@ def interference_over(finding: xr.Dataset, frames: int) -> xr.Dataset:
 
 
 def stories_to_show(finding: xr.Dataset) -> list[int]:
-    """Return the positions of the stories to show first: all named ones, else the most forgotten, the
-    most hurt or the most helped; empty where there is none.
+    """Return the positions of the stories to show: all named ones, else the first; empty where there
+    is none.
     """
-    kinds = [str(kind) for kind in finding["story_kind"].values]
-    named = [position for position, kind in enumerate(kinds) if kind == "named"]
-    others = ("most forgotten", "most hurt", "most helped")
-    return named or [kinds.index(kind) for kind in others if kind in kinds][:1]
+    kinds = finding["story_kind"].values
+    return np.flatnonzero(kinds == "named").tolist() or list(range(len(kinds)))[:1]
 
 
 def one_story(finding: xr.Dataset, position: int) -> xr.Dataset:
@@ -557,6 +559,6 @@ def fates(finding: xr.Dataset) -> str:
     weighted, every = int(finding["fates"].sum()), int(finding.attrs["count"])
     whole = count(every, per) if weighted == every else f"{weighted:,} of {count(every, per)}"
     return (
-        f"{whole}: {', '.join(parts)}. Learned: the loss fell by {least:.2g} or more from its highest; "
+        f"{whole}: {', '.join(parts)}. Learned: the loss fell by {least:.2g} or more below its start; "
         "forgotten: it then rose above the middle again."
     )

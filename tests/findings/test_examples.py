@@ -61,19 +61,23 @@ def of(told: Told, examples: xr.Dataset, **options: Any) -> xr.Dataset:
 def walk(losses: list[float], least: float) -> tuple[int, int]:
     """The events of one example and its fate, looked for one after the other."""
     events, begin, learned_ever = 0, 0, False
+
+    def border(step: int) -> float:
+        """What the loss must fall below: its start, or its highest since, where that is lower."""
+        return min(losses[0], max(losses[begin : step + 1]))
+
     while True:
         learned = next(
             (
                 step
                 for step in range(begin + 1, len(losses))
-                if max(losses[begin : step + 1]) - losses[step] >= least
-                and max(losses[begin : step + 1]) > losses[step]
+                if border(step) - losses[step] >= least and border(step) > losses[step]
             ),
             None,
         )
         if learned is None:
             return events, 3 if learned_ever else 0
-        learned_ever, high = True, max(losses[begin : learned + 1])
+        learned_ever, high = True, border(learned)
         begin_again = next(
             (
                 step
@@ -215,7 +219,7 @@ def test_extremes_are_the_ends_of_the_sorted_table(told: Told) -> None:
     least = float(np.median(fell))  # of an example that fell by less, nothing can be forgotten
     found = of(told, told.examples, extremes=4, least=least)
     change = (found["loss_end"] - found["loss_start"]).values
-    forgotten = np.where(fell >= least, found["forgotten"].values, 0.0)
+    forgotten = np.where(found["fate"].values == 3, found["forgotten"].values, 0.0)
     assert not np.array_equal(forgotten, found["forgotten"].values)
     expected = {
         "most helped": [at for at in np.argsort(change) if change[at] < 0],
@@ -351,11 +355,10 @@ def test_elements_are_named_by_their_example_and_their_index(told: Told) -> None
     found, whole = of(told, elements, named=["7:2"]), of(told, told.examples, named=[7])
     assert found.sizes["element"] == 3 * whole.sizes["example"]
     np.testing.assert_allclose(found["total"], whole["total"], atol=1e-6)
-    story = found.sizes["story"] - 1
-    assert stories_to_show(found) == [story]
-    assert (story_name(found, story), found["story_kind"].values[-1]) == ("7:2", "named")
-    own = one_story(whole, whole.sizes["story"] - 1)["allocated"]
-    np.testing.assert_allclose(one_story(found, story)["allocated"], own * 1.5, atol=1e-5)
+    assert stories_to_show(found) == [0]
+    assert (story_name(found, 0), found["story_kind"].values[0]) == ("7:2", "named")
+    own = one_story(whole, 0)["allocated"]
+    np.testing.assert_allclose(one_story(found, 0)["allocated"], own * 1.5, atol=1e-5)
     for name, words in {"7": "EXAMPLE:INDEX, such as 7:0", "7:9": "no element 7:9"}.items():
         with pytest.raises(InputError, match=words):
             of(told, elements, named=[name])
@@ -381,10 +384,10 @@ def test_texts_come_from_the_run_or_from_who_asks(told: Told) -> None:
         text=("example", [f"digit {at}" for at in range(told.examples.sizes["example"])])
     )
     found = of(told, worded, named=[3])
-    assert found["story_text"].values[-1] == "digit 3"
+    assert found["story_text"].values[0] == "digit 3"
     assert found["example_text"].values.tolist() == worded["text"].values.tolist()
     given_texts = of(told, worded, named=[3, 4], texts={3: "three"})
-    assert given_texts["story_text"].values[-2:].tolist() == ["three", ""]
+    assert given_texts["story_text"].values[:2].tolist() == ["three", ""]
 
 
 def test_a_loss_that_does_not_tell_its_examples_is_refused(told: Told, tmp_path: Path) -> None:

@@ -190,6 +190,35 @@ def test_losses_on_the_same_batches_share_forward_passes_and_with_the_same_value
     assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (forward, 0)
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "forward", "backward"), [(6, 10, 10), (60, 2, 11)], ids=["one part", "ten parts"]
+)
+def test_in_batch_mode_a_loss_and_its_random_parts_share_batches_that_hardly_mix_parts(
+    batch_size: int, forward: int, backward: int
+) -> None:
+    data = {"train": (torch.randn(120, 12), torch.randint(0, 2, (120,)))}
+    task = Task(Counting, data, {"loss": Loss(F.cross_entropy, on="train")})
+    objective = build_objective(
+        lambda: task,
+        ["all"],
+        ObjectiveSettings(
+            device=torch.device("cpu"),
+            precision="float32",
+            norm_stats="batch",
+            batch_size=batch_size,
+            subset={"train": "0.5@7"},
+        ),
+    )
+    point = {name: each.detach().clone() for name, each in Counting().state_dict().items()}
+    objective.settle_batch_sizes(point)
+    objective.data.share_batches()
+    hidden = objective.replicates_of("loss")
+    assert hidden is not None
+    COUNTED.clear()
+    objective.evaluate(point, ["loss", hidden])
+    assert (COUNTED.count(FORWARD), COUNTED.count(BACKWARD)) == (forward, backward)
+
+
 # --- none shows in another ------------------------------------------------------------------------
 
 

@@ -179,6 +179,39 @@ def test_only_random_examples_come_in_parts_whose_mean_is_the_allocation(
         assert mean == pytest.approx(found["allocated"].values, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.parametrize("keep", ["tensors", "parameters"])
+@pytest.mark.parametrize("batch_size", [10, 30])  # a random part in each batch, or three to four
+def test_in_batch_mode_the_parts_of_a_subset_change_no_sum(
+    replay: Callable[..., Any], tmp_path: Path, batch_size: int, keep: str
+) -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 1))
+
+    torch.manual_seed(0)
+    net = model()
+    with Recorder(tmp_path / "ck", net) as recorder:
+        for step in range(3):
+            recorder.save(step)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.add_(0.05 * torch.randn(parameter.shape))
+    data = {"train": (INPUTS, TARGETS)}
+    given = Task(model, data, {"train": Loss(F.mse_loss, on="train")})
+    settings = {"norm_stats": "batch", "batch_size": batch_size, "keep": keep, "cluster": "inline"}
+    parts = lca_posthoc.run(
+        recorder.directory, given, out=tmp_path / "parts", subset=["0.5@7"], **settings
+    )["train"]
+    positions = ",".join(map(str, parts.positions))
+    whole = lca_posthoc.run(
+        recorder.directory, given, out=tmp_path / "whole", subset=[positions], **settings
+    )["train"]
+    assert (parts.record.replicates, whole.record.replicates) == (10, 0)
+    allocated = parts.tensors["allocated"].values
+    assert allocated == pytest.approx(whole.tensors["allocated"].values, rel=1e-5, abs=1e-7)
+    mean = parts.tensors["replicates"].mean("replicate").values
+    assert mean == pytest.approx(allocated, rel=1e-5, abs=1e-7)
+
+
 def test_losses_with_groups_and_terms_have_no_standard_errors(replay: Callable[..., Any]) -> None:
     losses = {
         "signs": Loss(F.mse_loss, on="train", group_by=lambda inputs, targets: inputs[:, 0] > 0),

@@ -85,8 +85,8 @@ class LossData:
         losses: the evaluated losses by name.
         splits: their splits by name.
         open_split: opens another split of the task.
-        partition_is_given: whether the partition into batches is part of the losses, so that no
-            loss uses the order of another.
+        partition_is_given: whether the partition into batches is part of the losses, which then
+            keep the order of the data.
 
     Attributes:
         batch_sizes: examples per batch, by split.
@@ -167,8 +167,8 @@ class LossData:
         """Let every loss without groups share the batches of a grouped loss on its split, which
         saves a pass; return `batch_order_of`.
 
-        No loss does so in `batch` mode, whose partition is part of the loss, nor with a grouped
-        loss whose groups are processed in blocks or are groups of elements.
+        No loss does so with a grouped loss whose groups are processed in blocks or are groups of
+        elements. In `batch` mode, see `set_batch_order`.
         """
         blocked = set(blocked)
         for name, loss in self._losses.items():
@@ -190,13 +190,18 @@ class LossData:
         return dict(self.batch_order_of)
 
     def set_batch_order(self, name: str, grouped: str | None) -> None:
-        """Let a loss use the batch order of another loss's groups; ignored in `batch` mode.
+        """Let a loss use the batch order of another loss's groups.
+
+        In `batch` mode the partition into batches is part of the loss, and each group that a batch
+        contains needs a backward pass. A loss then shares the batches of its replicates only, and
+        only if most batches contain a single one.
 
         Args:
             name: name of the loss.
             grouped: name of the grouped loss; None for the order of the data.
         """
-        self.batch_order_of[name] = None if self.partition_is_given else grouped
+        shares = not self.partition_is_given or self._hardly_mixes(grouped)
+        self.batch_order_of[name] = grouped if shares else None
 
     def share_orders(self, other: LossData) -> None:
         """Use the batch orders of another objective on the same data, now and later."""
@@ -220,6 +225,17 @@ class LossData:
     def order_at(self, position: int | None) -> Groups | None:
         """Return the batch order of a pass from its key."""
         return None if position is None else self._orders[position]
+
+    def _hardly_mixes(self, grouped: str | None) -> bool:
+        """Return whether the batches of a loss's replicates contain one and a half of them or less,
+        on average, in the order of the data.
+        """
+        if grouped is None or grouped not in self.replicated:
+            return False
+        order, split = self.order(grouped), self._losses[self.replicated[grouped]].split
+        assert isinstance(order, Order), "replicates consist of examples"
+        batches = torch.split(order.codes, self.batch_sizes[str(split)])
+        return 2 * sum(len(torch.unique(codes)) for codes in batches) <= 3 * len(batches)
 
     def _value_source(self, name: str) -> ValueSource:
         whole = self.replicated.get(name, name)

@@ -191,7 +191,7 @@ def _choice(finding: xr.Dataset, story: int) -> str:
 
 
 def _extremes(finding: xr.Dataset) -> Table:
-    """Return the most helped, hurt and forgotten examples."""
+    """Return the most forgotten, hurt and helped examples."""
     grouped, worded = "story_group" in finding.coords, "story_text" in finding.coords
     rows: list[list[Cell]] = []
     for story in range(finding.sizes["story"]):
@@ -217,11 +217,11 @@ def _extremes(finding: xr.Dataset) -> Table:
         *([Column("it is", "text")] if worded else []),
     ]
     return Table(
-        title="Most helped, most hurt, most forgotten",
+        title="Most forgotten, most hurt, most helped",
         columns=columns,
         rows=rows,
         note="Forgotten is the final loss minus the lowest, in units of loss; the most "
-        "forgotten are chosen among examples whose loss had fallen before. Mostly by names the layer "
+        "forgotten are chosen among examples that are forgotten at the end. Mostly by names the layer "
         "with the largest part of the change, for forgotten ones since the loss was lowest.",
         open=True,
     )
