@@ -42,14 +42,24 @@ COLOURS = (
 
 ABOUT = """# All tables of the validation
 
-Written by `docs/examples/validation/report.py`; [Validation](../validation.md) says what was done and
-what follows from it. Rank correlations are Spearman's between what was predicted of the items of one
-comparison and what came of them, as means over comparisons and seeds; slopes are those of what came
-of it against what was predicted, through the origin. Intervals of both are of 95 %, by bootstrap over
-seeds. ▲ is surely above the rank correlation of LCA, ▼ surely below it: the interval of the
-difference, taken seed by seed, does not hold 0. Ways to choose are compared by the rise of the loss:
-the lower, the better; ± is half an interval of 95 % by Student's t. There ▲ is surely above random
-choices, and ▼ surely below, seed by seed; in brackets, with how many of the seeds it is below."""
+The script `docs/examples/validation/report.py` writes this page. [Validation](../validation.md) says
+what was done and what follows from it. There are four experiments: *undo* puts a part of a network
+back to where it was; *freeze* freezes layers and units, or doubles the learning rate of a layer;
+*prune* removes parameters; *batches* leaves out training steps.
+
+* A *comparison* is a set of layers, units or steps of one training. Each has a prediction of how much
+  the loss rises, and an outcome.
+* A *rank correlation* is Spearman's, between the predictions and the outcomes of a comparison. The
+  tables have means over comparisons and seeds.
+* A *slope* is that of the outcomes against the predictions, through the origin.
+* Intervals in brackets are of 95 %, by bootstrap over seeds.
+* Beside a rank correlation, ▲ means that it is above that of LCA, beyond chance, and ▼ that it is
+  below: the interval of the difference, taken seed by seed, does not hold 0.
+
+Tables whose title begins with *Chosen* compare ways to choose what is changed. Their numbers are the
+rise of the loss: the lower, the better. ± is half an interval of 95 % by Student's t. ▲ marks a rise
+above that of random choices, beyond chance and seed by seed, and ▼ one below. Brackets say with how
+many of the seeds the rise is below."""
 
 Stored = dict[str, Any]  # one result file
 Seeds = list[list[Stored]]  # of every seed, its comparisons
@@ -278,10 +288,10 @@ def summary_table(every: Sequence[Results]) -> str:
             "experiment",
             "network",
             "seeds",
-            "steps, batch of examples; measured on",
-            "loss",
+            "steps, batch size of training examples; measured examples",
+            "loss, start → end",
             "processor time of a seed",
-            "elapsed",
+            "elapsed time of a seed",
         ],
         [cells(results, network) for results in every for network in results.files],
     )
