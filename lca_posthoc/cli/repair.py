@@ -43,7 +43,7 @@ def command(run: str, task: str, **options: Any) -> None:
         task: as for `lca run`.
         options: of `repair`, None where not given.
     """
-    from ..replay.run import repair
+    from ..replay.repair import repair
     from ..results import open_run
 
     with prints_to_stderr(), Display() as listen:

@@ -174,7 +174,7 @@ def drive(
     """The loop of `lca run`, timed."""
     from lca_posthoc import results
     from lca_posthoc.cluster import ClusterConfig, open_cluster
-    from lca_posthoc.replay import run as replay
+    from lca_posthoc.replay import pending_spans
     from lca_posthoc.replay.events import Log, Planned, SpanDone
     from lca_posthoc.replay.requests import (
         RunRequest,
@@ -183,6 +183,7 @@ def drive(
         TaskSetup,
         to_plain,
     )
+    from lca_posthoc.replay.status import Status
     from lca_posthoc.replay.stopping import Stop
     from lca_posthoc.tasks.task import Entry
 
@@ -221,7 +222,7 @@ def drive(
             telling["seconds"] += time.thread_time() - before
             telling["times"] += 1
 
-    replay.replay_span = pretend  # type: ignore[attr-defined]
+    pending_spans.replay_span = pretend  # type: ignore[attr-defined]
     entry: Entry = {
         "kind": "file",
         "path": "/somewhere/task.py",
@@ -249,11 +250,23 @@ def drive(
         log = Timed(listen)
         ready, ready_wall = used(), time.monotonic()
         with results.hold(out) as held, log.written_to(partial(results.append_events, out)):
-            writer, status = results.RunWriter(out, manifest, False), replay._Status(log)
-            replay._Spans(writer, common, status, durable=False).replay(cluster, held, None)
+            writer, status = results.RunWriter(out, manifest, False), Status(log)
+            spans = pending_spans.PendingSpans(
+                writer,
+                common,
+                status,
+                durable=False,
+                root=Path(manifest.root),
+                consumer=None,
+                follower=None,
+            )
+            spans.replay(cluster, held, None)
         looped = used()
     ended, wall = used(), time.monotonic() - started
-    spec = to_plain(replay._span_request(common, manifest, 0, ["train"], durable=False))
+    request = pending_spans.span_request(
+        common, manifest, 0, ["train"], Path(manifest.root), durable=False
+    )
+    spec = to_plain(request)
     return {
         "spans": done,
         "events": {"seconds": telling["seconds"], "times": telling["times"]},

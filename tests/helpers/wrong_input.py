@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import pending_spans
 
 from .cli import (
     contents,
@@ -58,14 +58,14 @@ def spans_of(place: Place) -> tuple[int, int, bool]:
 
 def before_span(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[], object]) -> None:
     """Do something just before the replay of a span starts, counted from 0."""
-    original, calls = replay.replay_span, iter(range(10**6))
+    original, calls = pending_spans.replay_span, iter(range(10**6))
 
     def hooked(spec: dict[str, Any]) -> dict[str, Any]:
         if next(calls) == call:
             act()
         return original(spec)
 
-    monkeypatch.setattr(replay, "replay_span", hooked)
+    monkeypatch.setattr(pending_spans, "replay_span", hooked)
 
 
 TRAIN_LOSS = '"train": Loss(F.cross_entropy, on="train")'

@@ -26,7 +26,7 @@ from lca_posthoc.numerics.settings import (
     option_of,
     resolve,
 )
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import driver
 from lca_posthoc.replay.events import silent
 from lca_posthoc.replay.plan import plan
 from tests.helpers.cli import record, write_task
@@ -236,7 +236,7 @@ def test_every_setting_a_caller_gives_reaches_the_record(
         settled.append(resolve(asked, recorded))
         raise _Resolved
 
-    monkeypatch.setattr(replay, "resolve", stop)
+    monkeypatch.setattr(driver, "resolve", stop)
     monkeypatch.setitem(plan.__globals__, "resolve", stop)
     record(tmp_path / "checkpoints")
     write_task(tmp_path / "task.py")

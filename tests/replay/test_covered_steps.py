@@ -17,8 +17,8 @@ import lca_posthoc
 from lca_posthoc import findings, open_run, results
 from lca_posthoc.errors import LCAError, SpanError
 from lca_posthoc.replay import prepare
-from lca_posthoc.replay import run as replay
 from lca_posthoc.replay.events import Note, Planned
+from lca_posthoc.replay.repair import repair
 from lca_posthoc.report import write_report
 from lca_posthoc.results import RunWriter
 from tests.helpers.cli import contents, document, lca, marker, says, write_task
@@ -185,7 +185,7 @@ def test_a_repair_computes_what_is_damaged_and_adds_nothing(
         ).rglob("0"):
             if file.is_file():
                 file.write_bytes(b"damaged")
-    done = replay.repair(behind.out, behind.root / "task.py", cluster="inline")
+    done = repair(behind.out, behind.root / "task.py", cluster="inline")
     assert done.spans == {loss: [2] for loss in losses}
     assert contents(behind.out / "data.zarr") == before
     assert damage_of(behind.out) == []

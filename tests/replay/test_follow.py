@@ -28,10 +28,13 @@ from lca_posthoc.checkpoints.recorded import (
 )
 from lca_posthoc.errors import InputError, Interrupted, LCAError, ResourceError
 from lca_posthoc.recording.writer import Writer
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import pending_spans
 from lca_posthoc.replay.display import Display
 from lca_posthoc.replay.events import Following, Note, Planned, SpanDone, Stage
+from lca_posthoc.replay.follow import Follower
+from lca_posthoc.replay.repair import repair
 from lca_posthoc.replay.shards import is_cut
+from lca_posthoc.replay.stopping import Stop
 from tests.helpers.cli import contents, lca, says, task_namespace, write_task
 from tests.helpers.faults import clean_runs
 from tests.helpers.followed_training import train
@@ -157,7 +160,7 @@ def test_no_iterate_goes_before_all_it_is_needed_for_is_committed(
     series: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before each span everything it reads is there, and what went is of committed spans alone."""
-    seen, original = [], replay.replay_span
+    seen, original = [], pending_spans.replay_span
 
     def hooked(spec: dict[str, Any]) -> dict[str, Any]:
         first = SPAN * spec["span"]
@@ -167,7 +170,7 @@ def test_no_iterate_goes_before_all_it_is_needed_for_is_committed(
         seen.append(set(range(STEPS + 1)) - set(files(series)[0]))
         return original(spec)
 
-    monkeypatch.setattr(replay, "replay_span", hooked)
+    monkeypatch.setattr(pending_spans, "replay_span", hooked)
     series.replay(consume=True, **CAUSES)
     assert seen == [set(range(max(0, SPAN * span - 1))) for span in range(4)]
 
@@ -210,10 +213,10 @@ def test_what_needs_removed_iterates_is_refused_with_the_reason(
     chunks = series.out.glob("data.zarr/train/allocation/out.weight/c/1/**/0")
     next(path for path in chunks if path.is_file()).write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"on steps 2 to 4: .* removed the iterates of steps 2"):
-        replay.repair(series.out, series.task, cluster="inline")
+        repair(series.out, series.task, cluster="inline")
     # of a copy that has them it is repaired
     copy = recorded / "checkpoints"
-    replay.repair(series.out, series.task, checkpoints=copy, cluster="inline")
+    repair(series.out, series.task, checkpoints=copy, cluster="inline")
     assert contents(series.out / "data.zarr") == {
         name: data
         for name, data in contents(recorded / "plain.lca" / "data.zarr").items()
@@ -419,9 +422,9 @@ def test_spans_fit_the_room_twice(
     series: Place, room: int, has_causes: bool, span: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_sign(series.iterates, sign_of(os.getpid(), most_iterates=room))
-    follower = replay.Follower(
+    follower = Follower(
         series.iterates,
-        replay.Stop(),
+        Stop(),
         lambda *_: None,
         lambda _: None,
         consumes=True,

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from lca_posthoc.replay import run as replay
+from lca_posthoc import results
+from lca_posthoc.replay import driver
 from tests.helpers.cli import (
     document,
     lca,
@@ -136,7 +137,7 @@ def test_space_that_runs_out_before_the_first_span_is_said_and_freed_the_run_com
     on_disk: Place, disk: SmallDisk, clean_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk.mount("size=8m")
-    create = replay.results.create
+    create = results.create
 
     def create_and_fill(*arguments: Any) -> Any:
         made = create(*arguments)
@@ -144,7 +145,7 @@ def test_space_that_runs_out_before_the_first_span_is_said_and_freed_the_run_com
         return made
 
     with monkeypatch.context() as patch:
-        patch.setattr(replay.results, "create", create_and_fill)
+        patch.setattr(results, "create", create_and_fill)
         refused(on_disk.run(), "no space left", "run again", code=5)
     disk.free()
     completes_as(on_disk, clean_run)
@@ -157,7 +158,7 @@ def test_space_that_runs_out_while_a_loss_is_added_leaves_the_others_readable(
     assert on_disk.run().exit_code == 0
     before = lca("summary", on_disk.out, "--json").stdout
     with monkeypatch.context() as patch:
-        patch.setattr(replay._Driver, "_check_space", lambda *_: disk.fill())
+        patch.setattr(driver.Driver, "_check_space", lambda *_: disk.fill())
         refused(on_disk.run("--loss", "all"), "no space left", code=5)
     assert lca("summary", on_disk.out, "--json").stdout == before
     disk.free()

@@ -15,7 +15,7 @@ import pytest
 import lca_posthoc
 from lca_posthoc import open_run
 from lca_posthoc.replay.events import SpanDone
-from lca_posthoc.replay.run import repair
+from lca_posthoc.replay.repair import repair
 from tests.helpers.cli import contents, lca, marker, record, refused, write_task
 
 

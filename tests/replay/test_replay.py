@@ -22,10 +22,10 @@ from lca_posthoc import Recorder, open_run, results
 from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.numerics import allocation
 from lca_posthoc.numerics.objective import probe
-from lca_posthoc.replay import prepare
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import driver, prepare
 from lca_posthoc.replay.events import Planned, SpanDone, Stage
 from lca_posthoc.replay.plan import plan
+from lca_posthoc.replay.repair import repair
 from tests.helpers.cli import (
     contents,
     lca,
@@ -151,7 +151,7 @@ def test_a_second_run_evaluates_nothing(
     replayed(place, out)
     before = contents(out)
     monkeypatch.setattr(
-        replay, "prepare", lambda *_, **__: pytest.fail("a finished run was prepared again")
+        driver, "prepare", lambda *_, **__: pytest.fail("a finished run was prepared again")
     )
     _, events = replayed(place, out)
     assert [event for event in events if not isinstance(event, Stage)] == [
@@ -331,13 +331,13 @@ def test_a_span_of_other_data_is_found_and_computed_again(
         patch.setattr(results.boundary_checks, "differ", lambda *_: False)
         patch.setattr(results, "verify", lambda run: iter([damaged]))
         patch.setattr(probe.Identity, "matches", lambda *_: True)
-        replay.repair(out, twisted, cluster="inline")
+        repair(out, twisted, cluster="inline")
     found = [each for each in results.verify(out) if isinstance(each, results.Damage)]
     assert {each.span for each in found} >= ({4, 5, 6} if window == 1 else {3, 4, 7, 8})
     assert all("loss 'train' at step" in each.what for each in found)
     with pytest.raises(InputError, match="its value"):
-        replay.repair(out, twisted, cluster="inline")
-    done = replay.repair(out, place / "small_task.py", cluster="inline")
+        repair(out, twisted, cluster="inline")
+    done = repair(out, place / "small_task.py", cluster="inline")
     assert {*done.spans["train"]} >= {each.span for each in found}
     assert list(results.verify(out)) == []
     identical(arrays(out), reference)

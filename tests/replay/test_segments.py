@@ -20,7 +20,7 @@ from lca_posthoc.errors import InputError, LCAError
 from lca_posthoc.numerics.sampling import SegmentSample, scale, standard_error
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.events import Note
-from lca_posthoc.replay.run import repair
+from lca_posthoc.replay.repair import repair
 from tests.helpers.cli import contents, lca, refused, says, task_namespace, write_task
 from tests.replay.test_replay import arrays, identical, record_training
 

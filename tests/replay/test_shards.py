@@ -23,7 +23,7 @@ from lca_posthoc.cluster import Spec
 from lca_posthoc.errors import SpanError
 from lca_posthoc.findings import summary
 from lca_posthoc.numerics.objective import Objective
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import pending_spans
 from lca_posthoc.replay.events import Note, SpanFailed, silent
 from lca_posthoc.replay.plan import plan
 from lca_posthoc.replay.shards import choose_shards
@@ -175,7 +175,7 @@ def counting(
         asked.append(spec)
         return replay_in_shards(spec)
 
-    monkeypatch.setattr(replay, "replay_in_shards", compute)
+    monkeypatch.setattr(pending_spans, "replay_in_shards", compute)
     return asked
 
 

@@ -19,7 +19,7 @@ from lca_posthoc import open_run
 from lca_posthoc.checkpoints import trajectory
 from lca_posthoc.checkpoints.trajectory import Checkpoint
 from lca_posthoc.errors import InputError, SpanError
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import pending_spans
 from lca_posthoc.replay.events import SpanFailed
 from lca_posthoc.replay.worker import replay_in_shards
 from lca_posthoc.results import Run
@@ -231,7 +231,7 @@ def test_a_run_in_shards_that_was_killed_bends_alike_beside_one_that_is_not_fini
         return replay_in_shards(spec)
 
     with monkeypatch.context() as patched:
-        patched.setattr(replay, "replay_in_shards", compute)
+        patched.setattr(pending_spans, "replay_in_shards", compute)
         with pytest.raises(Stopped):
             replayed(iterates, tmp_path / "run.lca", **options)
     failures(iterates, tmp_path / "run.lca", **options)

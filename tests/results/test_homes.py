@@ -24,7 +24,7 @@ from lca_posthoc import open_run
 from lca_posthoc.errors import InputError, LCAError, ResourceError
 from lca_posthoc.numerics.schema import KEEP
 from lca_posthoc.replay.events import SpanDone
-from lca_posthoc.replay.run import repair
+from lca_posthoc.replay.repair import repair
 from lca_posthoc.results import Damage, Leftover, disk, hold, lock, verify
 from lca_posthoc.results import object_store as stores
 from lca_posthoc.results.commits import COMMITS, DATA, Commits

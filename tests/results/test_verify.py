@@ -344,7 +344,7 @@ def test_verifying_while_a_run_goes_on_finds_nothing(place: Path, run: Path) -> 
 
         marker(run, "train", 0).unlink()
         patch.setattr(
-            "lca_posthoc.replay.run.replay_span",
+            "lca_posthoc.replay.pending_spans.replay_span",
             lambda spec: specs.append(spec) or replay_span(spec),
         )
         replayed(place)

@@ -15,8 +15,7 @@ import torch
 from click.testing import Result
 from safetensors.torch import load, save
 
-from lca_posthoc.replay import prepare
-from lca_posthoc.replay import run as replay
+from lca_posthoc.replay import driver, prepare
 from tests.helpers.cli import run_lca, says, step_file
 
 from . import clean_runs, fault
@@ -131,14 +130,14 @@ def _run(place: Path, out: Path) -> Result:
 
 def _run_damaged_later(place: Path, out: Path, file: Path, spoilt: bytes | None) -> Result:
     """The damage is done when the headers have been read and the task has been looked at."""
-    prepare = replay.prepare
+    prepare = driver.prepare
 
     def prepared(*arguments: Any, **named: Any) -> Any:
         found = prepare(*arguments, **named)
         _put(file, spoilt)
         return found
 
-    with mock.patch.object(replay, "prepare", prepared):
+    with mock.patch.object(driver, "prepare", prepared):
         return _run(place, out)
 
 

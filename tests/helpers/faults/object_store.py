@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 
 from lca_posthoc.replay.events import SpanDone
-from lca_posthoc.replay.run import repair
+from lca_posthoc.replay.repair import repair
 from lca_posthoc.results import Damage, disk, object_store, verify
 from lca_posthoc.results.commits import Commits
 from lca_posthoc.results.runfile import read_manifest

@@ -27,7 +27,7 @@ from lca_posthoc.errors import LCAError
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.display import Display
 from lca_posthoc.replay.events import SpanDone
-from lca_posthoc.replay.run import repair
+from lca_posthoc.replay.repair import repair
 from lca_posthoc.replay.worker import replay_span
 from lca_posthoc.results import Damage, verify
 from lca_posthoc.results.files import write_json
@@ -299,7 +299,7 @@ def replay_twice(count: int, place: Path) -> str:
         for span in range(5):
             marker(out, "train", span).unlink()
         patch.setattr(
-            "lca_posthoc.replay.run.replay_span",
+            "lca_posthoc.replay.pending_spans.replay_span",
             lambda spec: specs.append(spec) or replay_span(spec),
         )
         _resumed(place, out)
