@@ -99,15 +99,18 @@ def _print(planned: Plan, *, asked: bool) -> None:
         console,
     )
     print_words(
-        "Memory and disk are estimates, disk after compression. Time counts evaluations alone, "
-        f"of all losses together, on one {'GPU' if planned.device == 'cuda' else 'CPU core'}; "
-        "start-up, reading, bookkeeping and storing add to it.",
+        "Memory and disk are estimates; disk is the space after compression. The time is that of "
+        "evaluating all losses together, on one "
+        f"{'GPU' if planned.device == 'cuda' else 'CPU core'}. Starting, reading checkpoints, "
+        "adding up allocations and storing results take additional time.",
         console,
     )
     print_words(
-        "An evaluation is one gradient over all examples: at the ends of segments, between them as "
-        "the rule asks, and for other paths where segments are long. Each: the time of one. "
-        "Alone: the loss without the others. Stored: its disk space at the chosen level.",
+        "An evaluation computes the gradient of a loss over all its examples, at one point. A run "
+        "evaluates at the ends of segments, at the points between them that the rule uses, and "
+        "on other paths if segments are long. The column 'each' has the time of one evaluation, "
+        "'alone' the time of all evaluations of this loss if no other loss is computed, and "
+        "'stored' the disk space of the loss at the chosen level of --keep.",
         console,
     )
 

@@ -216,6 +216,10 @@ def _largest(objective: Objective) -> int:
 
 
 def _activations(request: SampleRequest[Any], objective: Objective, names: list[str]) -> float:
+    """Return twice the bytes that autograd saves of a batch: a backward pass holds gradients of
+    these values beside them. 0 if the user set the batch size, and on a GPU, where batches are
+    halved if memory runs out.
+    """
     if objective.device.type == "cuda" or request.setup.settings.batch_size is not None:
         return 0.0
     splits = {name: objective.losses[name].split for name in names}
