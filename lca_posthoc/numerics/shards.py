@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from ..errors import SpanError
-from .allocation import Method, SegmentAllocation, allocate_nodes, between
+from .allocation import Method, allocate_nodes, between
 from .long_segments import lengths_around
 from .nodes import Direction, Line, Node, ends_of
 from .objective import Distances, Evaluation, Motion, Numbers, PartialSums, joined
 from .path import OtherPaths, PathShift, summed_along
+from .segment_allocation import SegmentAllocation
 from .segments import unit_motion
 
 

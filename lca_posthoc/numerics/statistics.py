@@ -16,14 +16,6 @@ from torch import Tensor
 
 from ..checkpoints.trajectory import TensorSpec
 from ..errors import SpanError
-from .allocation import (
-    ExampleAllocation,
-    Gathers,
-    Piece,
-    Scratch,
-    SegmentAllocation,
-    sum_of,
-)
 from .objective import Bundle, FromDevice, Numbers, Reading, Row, blocks, read, rows_of_shapes
 from .path import PathShift
 from .schema import (
@@ -41,6 +33,14 @@ from .schema import (
     holds,
     tensor_fields,
     types_of_totals,
+)
+from .segment_allocation import (
+    ExampleAllocation,
+    Gathers,
+    Piece,
+    Scratch,
+    SegmentAllocation,
+    sum_of,
 )
 from .segments import Axes
 

@@ -19,10 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lca_posthoc import Run, run
-from lca_posthoc.numerics.allocation import Method, SegmentAllocation, allocate_span
+from lca_posthoc.numerics.allocation import Method, allocate_span
 from lca_posthoc.numerics.objective import Objective, ObjectiveSettings, build_objective
 from lca_posthoc.numerics.quadrature import RULES
 from lca_posthoc.numerics.schema import SIGNED, TOTALS
+from lca_posthoc.numerics.segment_allocation import SegmentAllocation
 from lca_posthoc.results import LossResults
 
 from . import oracle

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from lca_posthoc.checkpoints.trajectory import Checkpoint, TensorSpec
-from lca_posthoc.numerics.allocation import SegmentAllocation
 from lca_posthoc.numerics.objective import Motion
 from lca_posthoc.numerics.schema import TOTAL_FIELDS, Totals, join_all, unit_of_totals
+from lca_posthoc.numerics.segment_allocation import SegmentAllocation
 from lca_posthoc.numerics.settings import resolve
 from lca_posthoc.numerics.statistics import SpanStatistics
 from lca_posthoc.replay.prepare import choose_span, choose_window

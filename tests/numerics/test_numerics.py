@@ -20,7 +20,7 @@ from torch import Tensor
 from lca_posthoc import Loss, Task, open_run, run
 from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import SpanError
-from lca_posthoc.numerics.allocation import Method, SegmentAllocation, allocate
+from lca_posthoc.numerics.allocation import Method, allocate
 from lca_posthoc.numerics.objective import (
     Between,
     Evaluation,
@@ -31,6 +31,7 @@ from lca_posthoc.numerics.objective import (
 )
 from lca_posthoc.numerics.quadrature import COMPOSITE, RULES, Family, Rule
 from lca_posthoc.numerics.schema import KEEP, TOTALS, histogram_edges
+from lca_posthoc.numerics.segment_allocation import SegmentAllocation
 from lca_posthoc.numerics.statistics import SpanStatistics, UnitSums, histogram
 from lca_posthoc.replay.events import Note
 from lca_posthoc.results import LossResults

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lca_posthoc import Loss, Task
 from lca_posthoc.errors import SpanError
 from lca_posthoc.numerics import statistics
-from lca_posthoc.numerics.allocation import Gathers, Method, allocate_span
+from lca_posthoc.numerics.allocation import Method, allocate_span
 from lca_posthoc.numerics.objective import (
     Along,
     Motion,
@@ -34,6 +34,7 @@ from lca_posthoc.numerics.objective import (
 from lca_posthoc.numerics.path import Course, OtherPaths, SegmentPath
 from lca_posthoc.numerics.quadrature import COMPOSITE
 from lca_posthoc.numerics.schema import KEEP
+from lca_posthoc.numerics.segment_allocation import Gathers
 from lca_posthoc.numerics.statistics import SpanStatistics, SpanSums, unit_axes
 
 WIDTH, EXAMPLES, SEGMENTS, STEPS = 12, 40, 4, 8  # training steps of a segment

@@ -21,7 +21,6 @@ import lca_posthoc
 from lca_posthoc import Loss, Task
 from lca_posthoc.checkpoints.trajectory import TensorSpec
 from lca_posthoc.errors import LCAError, SpanError
-from lca_posthoc.numerics.allocation import Scratch
 from lca_posthoc.numerics.objective import Row
 from lca_posthoc.numerics.schema import (
     BYTES_OF_TOTALS,
@@ -32,6 +31,7 @@ from lca_posthoc.numerics.schema import (
     types_of_totals,
     unit_of_totals,
 )
+from lca_posthoc.numerics.segment_allocation import Scratch
 from lca_posthoc.numerics.statistics import _Running
 from lca_posthoc.replay import prepare
 from lca_posthoc.replay.prepare import choose_window

@@ -66,6 +66,29 @@ class Membership(Protocol):
         """
 
 
+def _by_code(
+    values: Values, codes: Tensor, groups: range, more_to_come: bool
+) -> Iterator[GroupValues]:
+    """Yield the values of each of some groups.
+
+    Args:
+        values: values and weights of a batch.
+        codes: index of its group for each value, or each example.
+        groups: range of groups to use.
+        more_to_come: as for `Membership.divide`.
+    """
+    results, weights = values
+    present = [code for code in torch.unique(codes).tolist() if code in groups]
+    for code in present:
+        members = (codes == code).to(results.device)
+        yield GroupValues(
+            code,
+            results[members],
+            None if weights is None else weights[members],
+            more_to_come or code != present[-1],
+        )
+
+
 @dataclass(frozen=True)
 class OneGroup:
     """Assign all examples of a batch to one group, also if there are no groups."""
@@ -103,16 +126,7 @@ class SeveralGroups:
             values: values and weights of the batch.
             more_to_come: as for `Membership.divide`.
         """
-        results, weights = values
-        present = [code for code in torch.unique(self.codes).tolist() if code in self.groups]
-        for code in present:
-            members = (self.codes == code).to(results.device)
-            yield GroupValues(
-                code,
-                results[members],
-                None if weights is None else weights[members],
-                more_to_come or code != present[-1],
-            )
+        yield from _by_code(values, self.codes, self.groups, more_to_come)
 
 
 @dataclass(frozen=True)
@@ -134,17 +148,8 @@ class GroupsOfElements:
             values: values and weights of the batch.
             more_to_come: as for `Membership.divide`.
         """
-        results, weights = values
-        codes = element_codes(self.codes, results)
-        present = [code for code in torch.unique(codes).tolist() if code in self.groups]
-        for code in present:
-            members = codes == code
-            yield GroupValues(
-                code,
-                results[members],
-                None if weights is None else weights[members],
-                more_to_come or code != present[-1],
-            )
+        codes = element_codes(self.codes, values[0])
+        yield from _by_code(values, codes, self.groups, more_to_come)
 
 
 @dataclass(frozen=True)

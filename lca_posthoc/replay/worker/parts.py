@@ -16,11 +16,11 @@ from .passed import Passed
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...numerics.allocation import SegmentAllocation
     from ...numerics.along import SegmentDirections, Together
     from ...numerics.causes import SegmentCauses
     from ...numerics.objective import Objective
     from ...numerics.schema import DirectionsRecord
+    from ...numerics.segment_allocation import SegmentAllocation
     from ...numerics.statistics import SpanSums
     from ..requests import RunSettings, StoredPoints
 

@@ -46,8 +46,8 @@ from .state import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ...numerics.allocation import Gathers, SegmentAllocation
     from ...numerics.objective import Along, Evaluation, Motion, Objective
+    from ...numerics.segment_allocation import Gathers, SegmentAllocation
     from ...numerics.shards import ShardedSpan
     from ...numerics.statistics import SpanSums
     from ...results import ChunkWriter, Marker, RunWriter, SpanReport
