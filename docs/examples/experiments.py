@@ -182,8 +182,10 @@ def one(
     return run
 
 
-def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[Any]]:
-    """The training loss of every setting, a run per seed.
+def experiment(
+    out: Path, name: str, size: Size, seeds: int, settings: Sequence[str] = ()
+) -> dict[str, list[Any]]:
+    """The training loss of every setting, or of some, a run per seed.
 
     Raises:
         RuntimeError: where `out` holds runs of another size.
@@ -201,9 +203,10 @@ def experiment(out: Path, name: str, size: Size, seeds: int) -> dict[str, list[A
     images, labels = MODELS[size.model].data()
     # a view would take all images along
     examples = images[: size.images].clone(), labels[: size.images].clone()
-    found: dict[str, list[Any]] = {label: [] for label in EXPERIMENTS[name]}
+    found: dict[str, list[Any]] = {label: [] for label in settings or EXPERIMENTS[name]}
     for seed in range(seeds):
-        for label, setting in EXPERIMENTS[name].items():
+        for label in found:
+            setting = EXPERIMENTS[name][label]
             found[label].append(one(place / label, setting, seed, size, examples)["train"])
             print(
                 f"{name}, {label}, seed {seed}: loss "
@@ -282,6 +285,7 @@ def main() -> None:
     asked.add_argument("out", type=Path)
     asked.add_argument("name", choices=EXPERIMENTS)
     asked.add_argument("--seeds", type=int, default=5)
+    asked.add_argument("--settings", nargs="+", default=(), help="some of them; by default all")
     asked.add_argument("--model", choices=MODELS, default=Size.model)
     asked.add_argument("--images", type=int, default=Size.images)
     asked.add_argument("--iterates", type=int, default=Size.iterates)
@@ -289,10 +293,12 @@ def main() -> None:
     asked.add_argument("--subset", metavar="SHARE@SEED", help="a random part of the images")
     asked.add_argument("--causes", action="store_true", help="what moved the weights")
     given = asked.parse_args()
+    if unknown := set(given.settings) - EXPERIMENTS[given.name].keys():
+        asked.error(f"{given.name} has no setting {', '.join(sorted(unknown))}")
     size = Size(
         given.model, given.images, given.iterates, given.segments, given.subset, given.causes
     )
-    runs = experiment(given.out, given.name, size, given.seeds)
+    runs = experiment(given.out, given.name, size, given.seeds, given.settings)
     print(table(lca.findings.compare(runs)))
     if size.causes:
         print("", table_of_causes(runs), sep="\n")

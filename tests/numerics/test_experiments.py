@@ -145,6 +145,11 @@ def test_the_command_prints_a_line_for_each_setting_and_each_of_its_layers(
         part.splitlines()
         for part in capsys.readouterr().out.split("p against none", 1)[1].split("\n\n")
     )
+    some = ["experiments.py", str(tmp_path), "freeze", *sizes, "--settings", "none", "last"]
+    monkeypatch.setattr("sys.argv", some)
+    example("experiments").main()
+    shown, _ = capsys.readouterr().out.split("p against none", 1)[1].split("\n\n")
+    assert shown.splitlines()[1:] == [settings[1], settings[3]]
     assert [line.split()[:2] for line in settings[1:]] == [
         ["none", "2"],
         ["first", "2"],
