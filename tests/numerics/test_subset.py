@@ -18,6 +18,7 @@ from lca_posthoc import Loss, Recorder, Task
 from lca_posthoc.errors import InputError
 from lca_posthoc.findings import summary
 from lca_posthoc.numerics.objective.batches import positions_of_subset
+from lca_posthoc.replay.events import Note
 from lca_posthoc.results import read_manifest
 from tests.helpers.replayed_cases import arrays
 
@@ -198,9 +199,21 @@ def test_in_batch_mode_the_parts_of_a_subset_change_no_sum(
     data = {"train": (INPUTS, TARGETS)}
     given = Task(model, data, {"train": Loss(F.mse_loss, on="train")})
     settings = {"norm_stats": "batch", "batch_size": batch_size, "keep": keep, "cluster": "inline"}
+    notes: list[str] = []
     parts = lca_posthoc.run(
-        recorder.directory, given, out=tmp_path / "parts", subset=["0.5@7"], **settings
+        recorder.directory,
+        given,
+        out=tmp_path / "parts",
+        subset=["0.5@7"],
+        progress=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+        **settings,
     )["train"]
+    costly = [note for note in notes if "backward passes for each batch" in note]
+    assert len(costly) == (batch_size == 30)
+    assert all(
+        "They take one where the subset has 10 batches or more: 300 examples" in note
+        for note in costly
+    )
     positions = ",".join(map(str, parts.positions))
     whole = lca_posthoc.run(
         recorder.directory, given, out=tmp_path / "whole", subset=[positions], **settings

@@ -200,8 +200,21 @@ class LossData:
             name: name of the loss.
             grouped: name of the grouped loss; None for the order of the data.
         """
-        shares = not self.partition_is_given or self._hardly_mixes(grouped)
+        shares = not self.partition_is_given or (
+            grouped in self.replicated and self.replicates_in_a_batch(grouped) <= 1.5
+        )
         self.batch_order_of[name] = grouped if shares else None
+
+    def replicates_in_a_batch(self, hidden: str) -> float:
+        """Return the mean number of a loss's replicates in a batch, in the order of the data.
+
+        Args:
+            hidden: internal name of the replicates.
+        """
+        order, split = self.order(hidden), self._losses[self.replicated[hidden]].split
+        assert isinstance(order, Order), "replicates consist of examples"
+        batches = torch.split(order.codes, self.batch_sizes[str(split)])
+        return sum(len(torch.unique(codes)) for codes in batches) / len(batches)
 
     def share_orders(self, other: LossData) -> None:
         """Use the batch orders of another objective on the same data, now and later."""
@@ -225,17 +238,6 @@ class LossData:
     def order_at(self, position: int | None) -> Groups | None:
         """Return the batch order of a pass from its key."""
         return None if position is None else self._orders[position]
-
-    def _hardly_mixes(self, grouped: str | None) -> bool:
-        """Return whether the batches of a loss's replicates contain one and a half of them or less,
-        on average, in the order of the data.
-        """
-        if grouped is None or grouped not in self.replicated:
-            return False
-        order, split = self.order(grouped), self._losses[self.replicated[grouped]].split
-        assert isinstance(order, Order), "replicates consist of examples"
-        batches = torch.split(order.codes, self.batch_sizes[str(split)])
-        return 2 * sum(len(torch.unique(codes)) for codes in batches) <= 3 * len(batches)
 
     def _value_source(self, name: str) -> ValueSource:
         whole = self.replicated.get(name, name)

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 
     from ...numerics.objective import Identity, Objective
 
+_MANY_PASSES = 2  # backward passes for a batch
 _NEAR = 16  # segments to search for one that moves
 
 
@@ -101,6 +102,24 @@ def _replicates(objective: Objective, name: str) -> int:
     hidden = objective.replicates_of(name)
     order = None if hidden is None else objective.order(hidden)
     return 0 if order is None else len(order.labels)
+
+
+def _costly_standard_errors(objective: Objective, name: str) -> Iterator[str]:
+    """Yield a note if the standard errors of a random subset take several backward passes for each
+    batch.
+    """
+    hidden = objective.replicates_of(name)
+    if hidden is None or objective.norm_stats != "batch":
+        return
+    passes = objective.data.replicates_in_a_batch(hidden)
+    if passes > _MANY_PASSES:
+        parts, size = _replicates(objective, name), objective.batch_sizes[objective.losses[name].on]
+        yield (
+            f"the standard errors of loss {name!r} take {passes:.2g} backward passes for each batch, "
+            f"one for each of the {parts} parts of the subset in it. They take one where the subset "
+            f"has {counted(parts, 'batch', 'batches')} or more: {counted(parts * size, 'example')} "
+            f"with --batch-size {size}"
+        )
 
 
 def _sites(
@@ -193,6 +212,7 @@ def _probed(request: ProbeRequest, objective: Objective) -> ProbeAnswer:
     first, about_modes = _statistics(request, objective, first, new)
     notes = _leftovers(request, objective)
     notes += [note for name in names for note in _checks(request, objective, name)]
+    notes += [note for name in new for note in _costly_standard_errors(objective, name)]
     if settings.precision == "float64":
         _same_in_float32(request, objective)
     notes += (
