@@ -21,6 +21,7 @@ import pytest
 import lca_posthoc
 from lca_posthoc.cli import COMMANDS
 from tests.helpers.faults import clean_runs
+from tests.helpers.forked_python import program, programs
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXTS = {
@@ -70,7 +71,10 @@ def free_port() -> int:
 def following(place: Path, arguments: list[str], **more: str) -> Iterator[subprocess.Popen[str]]:
     """A process that has the commands of this environment, with all it started ended afterwards."""
     path = os.pathsep.join(
-        [str(place / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        [
+            *map(str, (place / "bin", programs(), Path(sys.executable).parent)),
+            os.environ["PATH"],
+        ]
     )
     package = str(Path(lca_posthoc.__file__).parents[1])
     given = {
@@ -180,7 +184,7 @@ def test_options_in_the_pages_are_those_of_the_commands() -> None:
     """Also in the blocks nobody runs."""
     for command in COMMANDS:
         known = subprocess.run(
-            [sys.executable, "-c", "from lca_posthoc.cli import main; main()", command, "--help"],
+            [program("lca"), command, "--help"],
             capture_output=True,
             text=True,
             check=True,
@@ -256,7 +260,7 @@ def test_the_batch_script_that_is_told_to_end_stops_in_time_and_goes_on_when_sub
 
 def test_jobs_of_dask_jobqueue_replay_and_their_script_is_the_one_of_the_page(slurm: Path) -> None:
     try:
-        heard = said(slurm, [sys.executable, "replay.py", "2"], JOBS=str(slurm / "jobs"))
+        heard = said(slurm, ["python", "replay.py", "2"], JOBS=str(slurm / "jobs"))
     finally:
         for file in (slurm / "jobs").glob("*.pid"):
             with contextlib.suppress(ProcessLookupError):

@@ -21,7 +21,8 @@ from lca_posthoc.replay.display import Stream, showable
 from tests.helpers.cli import (
     says,
 )
-from tests.helpers.terminal import ASCII, LCA, environment, on_terminal, piped
+from tests.helpers.forked_python import program
+from tests.helpers.terminal import ASCII, environment, on_terminal, piped
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 
@@ -132,7 +133,7 @@ def in_a_pipe(place: Path) -> Callable[[str], str]:
 
 def reading(command: str, place: Path) -> list[object]:
     run = place / "r.lca"
-    return [*LCA, command, run, *([f"two={run}"] if command == "compare" else [])]
+    return [program("lca"), command, run, *([f"two={run}"] if command == "compare" else [])]
 
 
 def numbers(text: str) -> list[str]:
@@ -176,14 +177,14 @@ def test_no_colour_means_no_colour(place: Path, out: Path, command: str) -> None
         "a refusal": ["summary", place / "r.lca", "--loss", "none"],
         "a traceback": ["--debug", "summary", place / "r.lca", "--loss", "none"],
     }
-    arguments = [*LCA, *{**calls(place, out), **others}[command]]
+    arguments = [program("lca"), *{**calls(place, out), **others}[command]]
     _, shown = on_terminal(arguments, NO_COLOR="1")
     assert COLOUR.findall(shown) == []
 
 
 def test_without_it_there_are_colours(place: Path, out: Path) -> None:
     """The test above can fail."""
-    assert COLOUR.search(on_terminal([*LCA, *calls(place, out)["run"]])[1])
+    assert COLOUR.search(on_terminal([program("lca"), *calls(place, out)["run"]])[1])
 
 
 # --- streams that cannot show or take everything --------------------------------------------------
@@ -236,7 +237,7 @@ def calls(place: Path, out: Path) -> dict[str, list[object]]:
 def test_no_command_fails_for_signs_its_terminal_lacks(
     place: Path, out: Path, command: str
 ) -> None:
-    done = piped([*LCA, *calls(place, out)[command]], **ASCII)
+    done = piped([program("lca"), *calls(place, out)[command]], **ASCII)
     assert done.returncode == 0, done.stderr
     assert b"Error" not in done.stderr
     assert b"\x1b" not in done.stdout + done.stderr
@@ -278,7 +279,10 @@ def test_signs_become_others(text: str, encoding: str, shown: str) -> None:
 def test_a_pipe_that_is_closed_leaves_the_exit_code_and_says_nothing(
     place: Path, out: Path, command: str
 ) -> None:
-    arguments = [*LCA, *calls(place, out).get(command, [*command.split(), place / "r.lca"])]
+    arguments = [
+        program("lca"),
+        *calls(place, out).get(command, [*command.split(), place / "r.lca"]),
+    ]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(
@@ -308,7 +312,7 @@ def test_a_stderr_that_is_gone_costs_no_run(
         *(["--workers", 1] if cluster == "local" else []),
     ]
     command = [
-        *LCA,
+        program("lca"),
         "run",
         place / "ck",
         "--task",
@@ -334,7 +338,7 @@ def test_a_stderr_that_is_gone_costs_no_run(
 def test_results_that_cannot_be_printed_are_an_error(place: Path) -> None:
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*LCA, "summary", str(place / "r.lca")],
+            [program("lca"), "summary", str(place / "r.lca")],
             stdout=full,
             stderr=subprocess.PIPE,
             env=environment(),

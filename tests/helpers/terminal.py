@@ -10,12 +10,10 @@ import os
 import pty
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 
 PACKAGE = str(Path(__file__).parents[2])
-LCA = (sys.executable, "-c", "from lca_posthoc.cli import main\nif __name__ == '__main__': main()")
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
 
 
