@@ -38,7 +38,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from math import isnan
 from pathlib import Path
@@ -52,10 +52,12 @@ from torch import Tensor, nn
 
 import lca_posthoc as lca
 from shakespeare_tokens import WIDTH, Block, next_character, text
-from validation.agreement import Estimate, mean_over_seeds, rank_correlation
+from validation.agreement import Estimate, mean_over_seeds, rank_correlation, ratio_over_seeds
 
 Weights = dict[str, Tensor]
 Stored = dict[str, Any]  # one result file
+Seeds = Sequence[Stored]  # of one setting
+Results = Mapping[str, Seeds]  # by setting
 Batch = tuple[Tensor, Tensor]
 
 LENGTH = 32  # characters of a passage
@@ -73,14 +75,32 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "AdamW": partial(torch.optim.AdamW, lr=1e-3),
     "SGD": partial(torch.optim.SGD, lr=0.1, momentum=0.9),
 }
-SETTINGS = {f"{text}-{name}": (text, name) for text in TEXTS for name in OPTIMIZERS}
+SETTINGS = {f"{which}-{name}": (which, name) for which in TEXTS for name in OPTIMIZERS}
 WAYS = {
-    "allocated": "its allocation",
-    "put_back": "putting it back",
-    "alone": "moving it alone",
-    "both": "mean of both",
+    "allocated": "allocation",
+    "put_back": "put back",
+    "alone": "moved alone",
+    "both": "mean of back and alone",
 }
-CAUSES = ("signal", "noise", "momentum", "decay", "rest")
+MOTIONS = ("motion", "motion per parameter")
+DEPTH_TABLES = {  # columns, with their titles and digits
+    "allocated": ("Allocation, % of what was forgotten", 1),
+    "put_back": ("Put back, % of what was forgotten", 1),
+    "alone": ("Moved alone, % of what was forgotten", 1),
+    "both": ("Mean of put back and moved alone, %", 1),
+    "per parameter": ("Allocation per 10,000 parameters, %", 1),
+    "worse": ("Passages made worse, %", 0),
+    "motion": ("Motion, Σ|Δθ|", 0),
+    "motion per parameter": ("Motion per 1,000 parameters", 2),
+}
+COLOURS_OF_WAYS = {"allocated": "#222222", "put_back": "#d9572b", "alone": "#56b4e9"}
+CAUSES = {
+    "signal": "#0f8b8d",
+    "noise": "#ddaa33",
+    "momentum": "#8c2f5f",
+    "decay": "#5f4418",
+    "rest": "#9e9e9e",
+}
 
 
 @dataclass(frozen=True)
@@ -286,10 +306,12 @@ def measured(run: lca.Run, before: Weights, after: Weights, held_out: Tensor) ->
     depths = {}
     for depth, name in enumerate(DEPTHS):
         layer, by_cause = (source.sel(layer=str(depth)) for source in (layers, causes))
-        moved = [after[each] - before[each] for each in before if each.startswith(f"{depth}.")]
+        own = [parameter for parameter in before if parameter.startswith(f"{depth}.")]
         depths[name] = {
             "parameters": int(layer["elements"]),
-            "motion": float(sum(tensor.abs().sum() for tensor in moved)),
+            "motion": float(
+                sum((after[parameter] - before[parameter]).abs().sum() for parameter in own)
+            ),
             "allocated": float(layer["total"]),
             "error": float(layer["error"]),
             "verdict": str(layer["verdict"].values),
@@ -315,7 +337,7 @@ def measured(run: lca.Run, before: Weights, after: Weights, held_out: Tensor) ->
     }
 
 
-def one(place: Path, setting: str, seed: int, size: Size) -> Stored:
+def result_of(place: Path, setting: str, seed: int, size: Size) -> Stored:
     """Do one seed of one setting, or read what is there of it.
 
     Raises:
@@ -354,20 +376,40 @@ def one(place: Path, setting: str, seed: int, size: Size) -> Stored:
 
 
 def forgotten(stored: Stored) -> float:
+    """Return the rise of the loss on the first text."""
     start, end = stored["loss"]["first"]
     return end - start
 
 
-def caused(stored: Stored, depth: str, way: str) -> float:
-    """Return what one depth did to the loss of the first text, as one of `WAYS` tells it."""
-    of_depth = stored["depths"][depth]
-    if way == "both":
-        return (of_depth["put_back"] + of_depth["alone"]) / 2
-    return of_depth[way]
+def in_per_cent(number: float, stored: Stored) -> float:
+    """Return a rise of the loss in per cent of what was forgotten."""
+    return 100 * number / forgotten(stored)
+
+
+def columns(stored: Stored, depth: str) -> dict[str, float]:
+    """Return the numbers of one depth; what it caused is in per cent of what was forgotten."""
+    own = stored["depths"][depth]
+    both = (own["put_back"] + own["alone"]) / 2
+    caused = {name: own[name] for name in ("allocated", "error", "put_back", "alone")}
+    shares = {
+        name: in_per_cent(number, stored)
+        for name, number in {**caused, "both": both, **own["causes"]}.items()
+    }
+    return {
+        **shares,
+        "per parameter": shares["allocated"] * 10_000 / own["parameters"],
+        "worse": 100 * own["worse"],
+        "motion": own["motion"],
+        "motion per parameter": own["motion"] * 1000 / own["parameters"],
+    }
+
+
+def over_seeds(seeds: Seeds, depth: str, name: str) -> Estimate:
+    return mean_over_seeds([columns(stored, depth)[name] for stored in seeds])
 
 
 def of_half(stored: Stored, of: str, half: str, way: str) -> float:
-    """Return what several depths together did to the loss of the first text.
+    """Return what several depths together did, in per cent of what was forgotten.
 
     Args:
         stored: one seed.
@@ -376,63 +418,46 @@ def of_half(stored: Stored, of: str, half: str, way: str) -> float:
         way: a key of `WAYS`.
     """
     if way == "allocated":
-        return sum(caused(stored, DEPTHS[depth], way) for depth in HALVES[of][half])
+        return sum(columns(stored, DEPTHS[depth])[way] for depth in HALVES[of][half])
     done = stored["halves"][of][half]
-    return (done["put_back"] + done["alone"]) / 2 if way == "both" else done[way]
+    rise = (done["put_back"] + done["alone"]) / 2 if way == "both" else done[way]
+    return in_per_cent(rise, stored)
 
 
-def share(seeds: Sequence[Stored], number: Callable[[Stored], float]) -> Estimate:
-    """Return a number in per cent of what was forgotten, over seeds."""
-    return mean_over_seeds([100 * number(stored) / forgotten(stored) for stored in seeds])
-
-
-def advantage_of_upper(seeds: Sequence[Stored], way: str, of: str = "blocks") -> Estimate:
+def advantage_of_upper(seeds: Seeds, of: str, way: str) -> Estimate:
     """Return by how much more the upper half caused than the lower one, in per cent of what was
     forgotten.
     """
-    return share(
-        seeds, lambda stored: of_half(stored, of, "upper", way) - of_half(stored, of, "lower", way)
+    return mean_over_seeds(
+        [of_half(stored, of, "upper", way) - of_half(stored, of, "lower", way) for stored in seeds]
     )
 
 
-def verdict(seeds: Sequence[Stored]) -> str:
-    """Return what a setting says of the claim."""
-    both = [advantage_of_upper(seeds, way) for way in ("allocated", "put_back")]
+def verdict(seeds: Seeds) -> str:
+    """Return what a setting does to the claim."""
+    both = [advantage_of_upper(seeds, "blocks", way) for way in ("allocated", "put_back")]
     if all(estimate.low > 0 for estimate in both):
         return "confirms"
     return "refutes" if all(estimate.high < 0 for estimate in both) else "open"
 
 
-def agreement(seeds: Sequence[Stored], one_of: str, other: str) -> Estimate:
-    """Return the rank correlation of two columns over the six depths, over seeds."""
-    return mean_over_seeds(
-        [
+def correlation(seeds: Seeds, one_of: str, other: str) -> Estimate:
+    """Return the rank correlation of two columns over the six depths, over seeds.
+
+    Args:
+        seeds: of one setting.
+        one_of: a column.
+        other: another.
+    """
+    ranks = []
+    for stored in seeds:
+        numbers = [columns(stored, depth) for depth in DEPTHS]
+        ranks.append(
             rank_correlation(
-                [column(stored, depth, one_of) for depth in DEPTHS],
-                [column(stored, depth, other) for depth in DEPTHS],
+                [number[one_of] for number in numbers], [number[other] for number in numbers]
             )
-            for stored in seeds
-        ]
-    )
-
-
-def column(stored: Stored, depth: str, name: str) -> float:
-    """Return what one of `WAYS` tells of a depth, or its motion, whole or per parameter."""
-    of_depth = stored["depths"][depth]
-    if name == "motion per parameter":
-        return of_depth["motion"] / of_depth["parameters"]
-    return of_depth["motion"] if name == "motion" else caused(stored, depth, name)
-
-
-def with_depth(seeds: Sequence[Stored], way: str) -> Estimate:
-    """Return the rank correlation of the four blocks' numbers with their depth, over seeds."""
-    numbers = range(1, BLOCKS + 1)
-    return mean_over_seeds(
-        [
-            rank_correlation(numbers, [caused(stored, DEPTHS[depth], way) for depth in numbers])
-            for stored in seeds
-        ]
-    )
+        )
+    return ratio_over_seeds(ranks, [1.0] * len(ranks))
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -444,10 +469,18 @@ def cell(estimate: Estimate, digits: int) -> str:
     >>> cell(Estimate(-1.25, -1.5, -1.0), 2)
     '−1.25 ± 0.25'
     """
-    number = f"{estimate.value:.{digits}f}".replace("-", "−")
-    if isnan(estimate.low):
-        return number
-    return f"{number} ± {estimate.high - estimate.value:.{digits}f}"
+    half = "" if isnan(estimate.low) else f" ± {estimate.high - estimate.value:.{digits}f}"
+    return f"{estimate.value:.{digits}f}{half}".replace("-", "−")
+
+
+def ranked(estimate: Estimate) -> str:
+    """Return a rank correlation with its interval.
+
+    >>> ranked(Estimate(0.9, 0.83, 1.0))
+    '0.90 (0.83 to 1.00)'
+    """
+    limits = "" if isnan(estimate.low) else f" ({estimate.low:.2f} to {estimate.high:.2f})"
+    return f"{estimate.value:.2f}{limits}".replace("-", "−")
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -455,206 +488,161 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def losses_table(results: Mapping[str, Sequence[Stored]]) -> str:
-    """A row for every setting: losses of both texts before and after the second, and what is left."""
+def losses_table(results: Results) -> str:
+    """Return a table of the losses before and after the second text, and of the errors."""
     rows = []
     for setting, seeds in results.items():
-        first, second = (
-            " → ".join(
-                cell(mean_over_seeds([stored["loss"][name][end] for stored in seeds]), 2)
-                for end in (0, 1)
-            )
+        losses = [
+            [mean_over_seeds([stored["loss"][name][end] for stored in seeds]) for end in (0, 1)]
             for name in ("first", "second")
-        )
-        residual = max(abs(stored["residual"]) / forgotten(stored) for stored in seeds)
-        rest = max(stored["rest"] for stored in seeds)
+        ]
+        depths = [columns(stored, depth) for stored in seeds for depth in DEPTHS]
+        residual = max(abs(in_per_cent(stored["residual"], stored)) for stored in seeds)
         rows.append(
-            (
+            [
                 setting,
-                first,
-                second,
+                *(f"{start.value:.2f} → {end.value:.2f}" for start, end in losses),
                 cell(mean_over_seeds([forgotten(stored) for stored in seeds]), 3),
-                f"{residual:.1%}",
-                f"{rest:.1%}",
+                f"{residual:.2f} %",
+                f"{max(depth['error'] for depth in depths):.2f} %",
+                f"{100 * max(stored['rest'] for stored in seeds):.2f} %",
                 f"{np.mean([stored['processor_seconds'] for stored in seeds]):.0f} s",
-            )
+            ]
         )
-    head = ("setting", "loss on the first text", "loss on the second text", "forgotten")
-    return table(
-        (*head, "largest residual", "largest rest of the causes", "processor time of a seed"), rows
-    )
+    head = ["setting", "loss on the first text", "on the second", "forgotten"]
+    head += ["largest residual", "largest error of a depth", "largest rest"]
+    return table([*head, "processor time of a seed"], rows)
 
 
-def claim_table(results: Mapping[str, Sequence[Stored]]) -> str:
-    """A row for every setting: what the upper two blocks caused more than the lower two."""
+def claim_table(results: Results) -> str:
+    """Return a table of what the upper half caused more than the lower one: of the blocks, and of
+    all depths. Of all depths, to put one half back is to move the other alone.
+    """
+    asked = [("blocks", way) for way in WAYS]
+    asked += [("all depths", way) for way in ("allocated", "put_back")]
     return table(
-        ("setting", *(f"by {name}" for name in WAYS.values()), "the claim"),
+        ["setting", "the claim", *(f"{of}: {WAYS[way]}" for of, way in asked)],
         [
-            (
+            [
                 setting,
-                *(cell(advantage_of_upper(seeds, way), 1) for way in WAYS),
                 verdict(seeds),
-            )
+                *(cell(advantage_of_upper(seeds, of, way), 1) for of, way in asked),
+            ]
             for setting, seeds in results.items()
         ],
     )
 
 
-def depth_table(seeds: Sequence[Stored]) -> str:
-    """A row for every depth of one setting."""
-    rows = []
-    for depth in DEPTHS:
-        of_depth = [stored["depths"][depth] for stored in seeds]
-        parameters = of_depth[0]["parameters"]
-        errors = max(
-            100 * own["error"] / forgotten(stored)
-            for own, stored in zip(of_depth, seeds, strict=True)
-        )
-        hurts = sum(own["verdict"] == "hurts, clearly" for own in of_depth)
-        rows.append(
-            (
-                depth,
-                f"{parameters:,}",
-                cell(share(seeds, partial(caused, depth=depth, way="allocated")), 1),
-                f"{errors:.1f}",
-                f"{hurts} of {len(seeds)}",
-                cell(
-                    share(
-                        seeds,
-                        lambda stored, depth=depth, parameters=parameters: (
-                            caused(stored, depth, "allocated") * 10_000 / parameters
-                        ),
-                    ),
-                    1,
-                ),
-                cell(mean_over_seeds([100 * own["worse"] for own in of_depth]), 0),
-                *(
-                    cell(share(seeds, partial(caused, depth=depth, way=way)), 1)
-                    for way in ("put_back", "alone", "both")
-                ),
-                cell(mean_over_seeds([own["motion"] for own in of_depth]), 0),
-                cell(
-                    mean_over_seeds([1000 * own["motion"] / parameters for own in of_depth]),
-                    2,
-                ),
-            )
-        )
-    head = ("depth", "parameters", "share of what was forgotten, %", "largest error of a seed, %")
-    head += ("hurts, clearly", "share per 10,000 parameters, %", "passages made worse, %")
-    head += ("put back, %", "moved alone, %", "mean of both, %")
-    return table((*head, "Σ\\|Δθ\\|", "Σ\\|Δθ\\| per 1,000 parameters"), rows)
+def depth_table(results: Results, name: str, digits: int) -> str:
+    """Return a table of one column: a row for every depth.
 
-
-def causes_table(seeds: Sequence[Stored]) -> str:
-    """A row for every depth of one setting: its share by what moved it."""
+    Args:
+        results: of all settings.
+        name: of the column.
+        digits: behind the point.
+    """
     return table(
-        ("share of what was forgotten, %", *CAUSES),
+        ["depth", *results],
         [
-            (
-                depth,
-                *(
-                    cell(
-                        share(
-                            seeds,
-                            lambda stored, depth=depth, cause=cause: stored["depths"][depth][
-                                "causes"
-                            ][cause],
-                        ),
-                        1,
-                    )
-                    for cause in CAUSES
-                ),
-            )
+            [depth, *(cell(over_seeds(seeds, depth, name), digits) for seeds in results.values())]
             for depth in DEPTHS
         ],
     )
 
 
-def agreement_table(results: Mapping[str, Sequence[Stored]]) -> str:
-    """A row for every pair of columns: their rank correlation over depths, by setting."""
+def causes_table(results: Results) -> str:
+    """Return a table of the causes of every depth, in per cent of what was forgotten."""
+    return table(
+        ["depth", "cause", *results],
+        [
+            [
+                depth,
+                cause,
+                *(cell(over_seeds(seeds, depth, cause), 1) for seeds in results.values()),
+            ]
+            for depth in DEPTHS
+            for cause in CAUSES
+        ],
+    )
+
+
+def correlations_table(results: Results) -> str:
+    """Return a table of rank correlations over depths."""
     pairs = [("allocated", way) for way in ("put_back", "alone", "both")]
     pairs += [
-        (name, way)
-        for name in ("motion", "motion per parameter")
-        for way in ("allocated", "put_back", "both")
+        (motion, way) for motion in MOTIONS for way in ("allocated", "put_back", "alone", "both")
     ]
-    rows = [
-        (
-            f"{WAYS.get(name, name)} and {WAYS[way]}",
-            *(cell(agreement(seeds, name, way), 2) for seeds in results.values()),
-        )
-        for name, way in pairs
-    ]
-    rows += [
-        (
-            f"depth and {name}, four blocks",
-            *(cell(with_depth(seeds, way), 2) for seeds in results.values()),
-        )
-        for way, name in WAYS.items()
-    ]
-    return table(("rank correlation", *results), rows)
+    return table(
+        ["rank correlation", *results],
+        [
+            [
+                f"{WAYS.get(one_of, one_of)}, {WAYS[other]}",
+                *(ranked(correlation(seeds, one_of, other)) for seeds in results.values()),
+            ]
+            for one_of, other in pairs
+        ],
+    )
 
 
-def tables(results: Mapping[str, Sequence[Stored]]) -> str:
-    """Return all tables."""
-    parts = [
-        losses_table(results),
-        "Upper two blocks minus lower two, in % of what was forgotten:",
-        claim_table(results),
-        agreement_table(results),
-    ]
-    for setting, seeds in results.items():
-        parts += [f"## {setting}", depth_table(seeds), causes_table(seeds)]
-    return "\n\n".join(parts) + "\n"
+def tables(results: Results) -> str:
+    """Return all tables, each below its title."""
+    titled = {
+        "What was forgotten": losses_table(results),
+        "Upper half minus lower half, % of what was forgotten": claim_table(results),
+        **{
+            title: depth_table(results, name, digits)
+            for name, (title, digits) in DEPTH_TABLES.items()
+        },
+        "By cause, % of what was forgotten": causes_table(results),
+        "Rank correlations over the six depths": correlations_table(results),
+    }
+    return "\n\n".join(f"## {title}\n\n{rows}" for title, rows in titled.items()) + "\n"
 
 
 # --- the figure -----------------------------------------------------------------------------------
 
 
-def draw(results: Mapping[str, Sequence[Stored]], path: Path) -> None:
-    """Draw a column for each setting: shares of each depth by allocation and by doing, and below the
+def draw(results: Results, path: Path) -> None:
+    """Draw a column for each setting: the shares of the depths in three ways, and below them the
     allocation by cause.
     """
     figure, axes = plt.subplots(
         2, len(results), figsize=(11, 5.4), sharex=True, sharey="row", layout="constrained"
     )
-    across = np.arange(len(DEPTHS))
-    ways = {"allocated": "#222222", "put_back": "#d9572b", "alone": "#56b4e9"}
-    causes = dict(zip(CAUSES, ("#0f8b8d", "#ddaa33", "#8c2f5f", "#5f4418", "#9e9e9e"), strict=True))
     for (above, below), (setting, seeds) in zip(axes.T, results.items(), strict=True):
-        for order, (way, colour) in enumerate(ways.items()):
-            shares = [share(seeds, partial(caused, depth=depth, way=way)) for depth in DEPTHS]
-            places = across + 0.2 * (order - 1)
-            above.vlines(
-                places,
-                [estimate.low for estimate in shares],
-                [estimate.high for estimate in shares],
-                color=colour,
-            )
-            values = [estimate.value for estimate in shares]
-            above.plot(places, values, "o", markersize=4, color=colour, label=WAYS[way])
         above.set_title(setting.replace("-", ", "), fontsize=9)
-        for order, (cause, colour) in enumerate(causes.items()):
-            values = [
-                share(
-                    seeds,
-                    lambda stored, depth=depth, cause=cause: stored["depths"][depth]["causes"][
-                        cause
-                    ],
-                ).value
-                for depth in DEPTHS
-            ]
-            below.bar(across + 0.16 * (order - 2), values, 0.16, color=colour, label=cause)
-        below.set_xticks(across, DEPTHS, rotation=45, ha="right")
+        draw_shares(above, seeds)
+        draw_causes(below, seeds)
+        below.set_xticks(range(len(DEPTHS)), DEPTHS, rotation=45, ha="right")
         for axis in (above, below):
             axis.axhline(0, color="black", linewidth=0.5)
             axis.tick_params(labelsize=7)
     axes[0, 0].set_ylabel("share of what was forgotten, %", fontsize=8)
-    axes[1, 0].set_ylabel("the same by cause, %", fontsize=8)
+    axes[1, 0].set_ylabel("allocation by cause, %", fontsize=8)
     for axis in axes[:, -1]:
         axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_shares(axis: plt.Axes, seeds: Seeds) -> None:
+    for order, (way, colour) in enumerate(COLOURS_OF_WAYS.items()):
+        for place, depth in enumerate(DEPTHS):
+            estimate = over_seeds(seeds, depth, way)
+            across = place + 0.2 * (order - 1)
+            axis.vlines(across, estimate.low, estimate.high, color=colour)
+            label = WAYS[way] if place == 0 else None
+            axis.plot(across, estimate.value, "o", markersize=4, color=colour, label=label)
+
+
+def draw_causes(axis: plt.Axes, seeds: Seeds) -> None:
+    for order, (cause, colour) in enumerate(CAUSES.items()):
+        values = [over_seeds(seeds, depth, cause).value for depth in DEPTHS]
+        places = np.arange(len(DEPTHS)) + 0.16 * (order - 2)
+        axis.bar(places, values, 0.16, color=colour, label=cause)
+
+
+# --- the command ----------------------------------------------------------------------------------
 
 
 def seeds_of(given: str) -> range:
@@ -673,11 +661,11 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=count)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    size = replace(Size(), **{name: getattr(options, name) for name in asdict(Size())})
+    size = Size(**{name: getattr(options, name) for name in asdict(Size())})
     results: dict[str, list[Stored]] = {setting: [] for setting in SETTINGS}
     for seed in options.seeds:
         for setting, seeds in results.items():
-            seeds.append(one(options.out, setting, seed, size))
+            seeds.append(result_of(options.out, setting, seed, size))
             print(
                 f"{setting}, seed {seed}: forgotten {forgotten(seeds[-1]):.3f}, "
                 f"{seeds[-1]['processor_seconds']:.0f} s of processor time",
