@@ -7,10 +7,11 @@ hostile header costs nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from .paths import is_remote, reached
 
 MAX_HEADER_BYTES = 32 * 2**20
 MAX_TENSORS = 100_000
+_REMEMBERED_BYTES = 2**20
 _SAMPLE = 64 * 2**10
 _BITS = {
     "BOOL": 8,
@@ -113,8 +115,8 @@ class Header:
             of the file.
     """
 
-    tensors: dict[str, TensorHeader]
-    metadata: dict[str, str]
+    tensors: Mapping[str, TensorHeader]
+    metadata: Mapping[str, str]
     size: int
     fingerprint: int
     data_size: int
@@ -168,8 +170,8 @@ def size_and_fingerprint(path: Path, file: BinaryIO) -> tuple[int, int]:
 def _checked_header(path: Path, file: BinaryIO) -> Header:
     size = file.seek(0, os.SEEK_END)
     text = _header_text(path, file, size)
-    tensors, metadata, places = _parse(path, text)
-    data_size = max((end for _, end in places.values()), default=0)
+    table = _parse(path, text)
+    data_size = max((end for _, end in table.places.values()), default=0)
     start = 8 + len(text)
     if start + data_size != size:
         missing = start + data_size - size
@@ -183,8 +185,8 @@ def _checked_header(path: Path, file: BinaryIO) -> Header:
     crc = fingerprint(_remembering(_reader(path, file), samples), size)
     parts = (sample[max(0, start - offset) :] for offset, sample in samples)
     return Header(
-        tensors=tensors,
-        metadata=metadata,
+        tensors=table.tensors,
+        metadata=table.metadata,
         size=size,
         fingerprint=crc,
         data_size=data_size,
@@ -203,11 +205,10 @@ def tensor_places(path: Path, file: BinaryIO) -> dict[str, tuple[TensorHeader, r
         InputError: if the file is not complete.
     """
     text = _header_text(path, file, file.seek(0, os.SEEK_END))
-    tensors, _, places = _parse(path, text)
-    start = 8 + len(text)
+    table, start = _parse(path, text), 8 + len(text)
     return {
-        name: (tensors[name], range(start + begin, start + end))
-        for name, (begin, end) in places.items()
+        name: (table.tensors[name], range(start + begin, start + end))
+        for name, (begin, end) in table.places.items()
     }
 
 
@@ -276,48 +277,73 @@ def _damaged(path: Path, what: str) -> str:
     )
 
 
-def _parse(
-    path: Path, text: bytes
-) -> tuple[dict[str, TensorHeader], dict[str, str], dict[str, tuple[int, int]]]:
-    """Return the tensors of a header, its metadata, and the begin and end of each tensor's data.
+@dataclass(frozen=True)
+class _Table:
+    """Hold what a header says: its tensors, its metadata, and the begin and end of each tensor's
+    data.
+    """
+
+    tensors: Mapping[str, TensorHeader]
+    metadata: Mapping[str, str]
+    places: Mapping[str, tuple[int, int]]
+
+
+def _parse(path: Path, text: bytes) -> _Table:
+    """Parse the JSON of a header.
 
     Raises:
         _DamagedError: if the header is invalid.
     """
+    try:
+        return _table(text) if len(text) > _REMEMBERED_BYTES else _remembered_table(text)
+    except _InvalidError as error:
+        raise _DamagedError(_damaged(path, str(error))) from None
+
+
+class _InvalidError(Exception):
+    """Say what is wrong with a header."""
+
+
+def _table(text: bytes) -> _Table:
+    """Parse the JSON of a header.
+
+    Raises:
+        _InvalidError: if the header is invalid.
+    """
     if text.count(b"{") > MAX_TENSORS + 2:
-        raise _DamagedError(_damaged(path, f"it names more than {MAX_TENSORS:,} tensors"))
+        raise _InvalidError(f"it names more than {MAX_TENSORS:,} tensors")
     try:
         entries = json.loads(
             text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_int=short_integer
         )
     except (ValueError, RecursionError) as error:
-        raise _DamagedError(
-            _damaged(path, f"its header is not valid JSON ({str(error)[:80]})")
-        ) from None
+        raise _InvalidError(f"its header is not valid JSON ({str(error)[:80]})") from None
     if not isinstance(entries, dict):
-        raise _DamagedError(_damaged(path, "its header is not a table of tensors"))
+        raise _InvalidError("its header is not a table of tensors")
     metadata = entries.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _DamagedError(_damaged(path, "its metadata is not a table of words"))
+        raise _InvalidError("its metadata is not a table of words")
     try:
         json.dumps([*entries, metadata], ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise _DamagedError(_damaged(path, "its header holds half a surrogate pair")) from None
+        raise _InvalidError("its header holds half a surrogate pair") from None
     places, tensors = {}, {}
     for name, entry in entries.items():
-        tensors[name], *ends = _entry(path, name, entry)
+        tensors[name], *ends = _entry(name, entry)
         places[name] = (ends[0], ends[1])
     position = 0
     for begin, end in sorted(places.values()):
         if begin != position:
-            raise _DamagedError(
-                _damaged(path, f"its tensors overlap or leave a hole at byte {position:,}")
-            )
+            raise _InvalidError(f"its tensors overlap or leave a hole at byte {position:,}")
         position = end
-    return tensors, metadata, places
+    return _Table(tensors, metadata, places)
+
+
+# tensors of a file are also read one at a time, and parsing takes longer than reading a small one
+_remembered_table = functools.lru_cache(maxsize=8)(_table)
 
 
 def no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -343,7 +369,7 @@ def short_integer(text: str) -> int:
     return int(text)
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
+def _entry(name: str, entry: Any) -> tuple[TensorHeader, int, int]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         whole = all(type(n) is int and 0 <= n < 2**63 for n in (*shape, begin, end))
@@ -358,9 +384,7 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[TensorHeader, int, int]:
     except (TypeError, KeyError, ValueError):
         fits = False
     if not fits:
-        raise _DamagedError(
-            _damaged(path, f"its entry for tensor {name[:80]!r} does not hold together")
-        )
+        raise _InvalidError(f"its entry for tensor {name[:80]!r} does not hold together")
     return TensorHeader(dtype, tuple(shape)), begin, end
 
 
