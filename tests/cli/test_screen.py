@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import psutil
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
@@ -36,7 +37,8 @@ from tests.helpers.cli import (
     says,
     write_task,
 )
-from tests.helpers.terminal import LCA, environment, on_terminal, piped
+from tests.helpers.forked_python import forked, program
+from tests.helpers.terminal import environment, on_terminal, piped
 
 NUMBER = re.compile(r"[+-]?\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?")
 underway_module: Any = sys.modules["lca_posthoc.results.underway"]
@@ -81,7 +83,7 @@ def script_of(how: str, place: Path, gap: Path) -> Path:
 @pytest.mark.parametrize("how", ["default", "silent", "callable"])
 def test_notes_reach_python_as_the_caller_wants_them(place: Path, gap: Path, how: str) -> None:
     script = script_of(how, place, gap)
-    done = piped([sys.executable, script])
+    done = piped([program("python"), script])
     assert done.returncode == 0, done.stderr
     lines = done.stderr.decode().splitlines()
     if how == "default":
@@ -104,14 +106,16 @@ def test_warnings_can_be_filtered(place: Path, gap: Path) -> None:
 def test_a_terminal_shows_stages_a_bar_and_warnings_and_keeps_nothing_that_moves(
     place: Path, gap: Path
 ) -> None:
-    code, shown = on_terminal([sys.executable, script_of("default", place, gap)], 120)
+    code, shown = on_terminal([program("python"), script_of("default", place, gap)], 120)
     assert code == 0, shown
     says(shown, "building and probing the task", "segments", "worst residual", "LCAWarning")
 
 
 def test_the_command_shows_stages_and_a_bar_on_a_terminal(place: Path, out: Path) -> None:
     run = ["run", place / "ck", "--task", place / "task.py", "--loss", "all"]
-    code, shown = on_terminal([*LCA, *run, "--out", out / "größe.lca", "--cluster", "inline"], 120)
+    code, shown = on_terminal(
+        [program("lca"), *run, "--out", out / "größe.lca", "--cluster", "inline"], 120
+    )
     assert code == 0, shown
     says(
         shown,
@@ -140,7 +144,7 @@ def test_what_moves_stays_in_one_line_of_any_terminal(
         "verify": ["verify", place / "r.lca"],
         "import": ["import", out / "saved", out / "imported"],
     }[command]
-    code, shown = on_terminal([*LCA, *call], columns)
+    code, shown = on_terminal([program("lca"), *call], columns)
     assert code == 0, shown
     assert "\x1b[2K" in shown  # something moved
     assert SECOND_LINE not in shown
@@ -265,7 +269,7 @@ def test_where_there_are_stages_alone_each_is_told_when_it_begins(
 
 
 def test_a_plan_tells_its_stages_with_and_without_a_terminal(place: Path, out: Path) -> None:
-    plan = [*LCA, "plan", place / "ck", "--task", place / "task.py"]
+    plan = [program("lca"), "plan", place / "ck", "--task", place / "task.py"]
     lines = piped(plan).stderr.decode().splitlines()
     stages = [
         "reading the headers of the checkpoints",
@@ -353,7 +357,7 @@ def held_run(
     )
     (root / "drive.py").write_text(DRIVE)
     command = [
-        sys.executable,
+        program("python"),
         root / "drive.py",
         "run",
         place / "ck",
@@ -430,15 +434,16 @@ def test_a_status_tells_of_a_run_that_is_not_there_yet(
     process, out, fifo = held(BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
+    driver = forked(psutil.Process(process.pid)).pid
     result = lca("status", out)
     assert result.exit_code == 0
     says(
         result.stdout,
         "does not exist yet: building and probing the task",
-        f"process {process.pid} on ",
+        f"process {driver} on ",
     )
     found = document(lca("status", out, "--json"))
-    assert (found["losses"], found["preparing"]["pid"]) == ({}, process.pid)
+    assert (found["losses"], found["preparing"]["pid"]) == ({}, driver)
     let_go_on(process, fifo)
     assert process.returncode == 0
     assert {path.name for path in tmp_path.iterdir()} >= {"held.lca"}
@@ -551,7 +556,7 @@ def test_a_driver_that_was_killed_while_it_prepared_is_not_in_the_way(
     process, out, _ = held(BEFORE, *INLINE)
     assert process.stderr is not None
     assert next(line for line in process.stderr if "building and probing the task, for" in line)
-    process.kill()
+    forked(psutil.Process(process.pid)).kill()
     process.communicate()
     assert [path.name for path in tmp_path.iterdir() if ".starting-" in path.name] != []
     refused(lca("status", out), "is not a run directory")

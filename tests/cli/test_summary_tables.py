@@ -23,8 +23,9 @@ from lca_posthoc.cli.summary import print_summary
 from lca_posthoc.findings import layers, summary
 from lca_posthoc.replay.display import wrapped
 from tests.helpers.cli import document, lca, refused, says, write_step
+from tests.helpers.forked_python import program
 from tests.helpers.large_runs import Chain, data
-from tests.helpers.terminal import LCA, on_terminal
+from tests.helpers.terminal import on_terminal
 
 NAMES = [
     f"residual_branch_with_a_long_name_{at:02d}_of_the_whole_of_this_network" for at in range(24)
@@ -203,7 +204,7 @@ def test_many_losses_of_sums_are_rows_without_shares(
 
 def test_a_screen_holds_every_line_and_every_number(run: Run) -> None:
     columns = 80
-    code, shown = on_terminal([*LCA, "summary", run.path, "--loss", "train"], columns)
+    code, shown = on_terminal([program("lca"), "summary", run.path, "--loss", "train"], columns)
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert code == 0
     assert max(map(len, plain.splitlines())) <= max(columns, len(f"`lca summary {run.path} --all`"))

@@ -8,10 +8,12 @@ quarter of a run of 0.8 GB.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,25 +108,35 @@ def test_a_synthetic_run_is_whole_and_agrees_with_itself(tmp_path: Path) -> None
 LARGE = pytest.mark.parametrize("shape", ["256,4,2048,2", "512,9,4096,2"], ids=["4 M", "30 M"])
 
 
-def large_replay(shape: str, checkpoints: Path, *options: str) -> Figures:
-    """Replay two segments of a transformer of a shape, which is recorded where it was not yet, in a
-    process of its own.
-    """
-    environment = {**os.environ, "LCA_SHAPE": shape, "OMP_NUM_THREADS": "1"}
-    helper = [sys.executable, "-m", "tests.helpers.large_transformer"]
-    root, (keep, *losses) = Path(__file__).parents[2], options
-    if not checkpoints.exists():
-        command = [*helper, "record", str(checkpoints), "2"]
-        subprocess.run(command, env=environment, cwd=root, check=True)
-    done = subprocess.run(
-        [*helper, keep, str(checkpoints), "2", *losses],
-        env=environment,
-        cwd=root,
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the checkpoints of a transformer of a shape, recorded for the first who asks."""
+
+    @functools.cache
+    def checkpoints_of(shape: str) -> Path:
+        checkpoints = tmp_path_factory.mktemp("transformer") / "checkpoints"
+        of_transformer(shape, "record", str(checkpoints), "2")
+        return checkpoints
+
+    return checkpoints_of
+
+
+def of_transformer(shape: str, *arguments: str) -> str:
+    """What the transformer of a shape prints, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "tests.helpers.large_transformer", *arguments],
+        env={**os.environ, "LCA_SHAPE": shape, "OMP_NUM_THREADS": "1"},
+        cwd=Path(__file__).parents[2],
         check=True,
         stdout=subprocess.PIPE,
         text=True,
-    )
-    figures: Figures = json.loads(done.stdout.splitlines()[-1])
+    ).stdout
+
+
+def large_replay(shape: str, checkpoints: Path, keep: str, *losses: str) -> Figures:
+    """Replay two segments of a transformer of a shape."""
+    printed = of_transformer(shape, keep, str(checkpoints), "2", *losses)
+    figures: Figures = json.loads(printed.splitlines()[-1])
     width, layers, vocabulary, _ = map(int, shape.split(","))
     parameters = width * (vocabulary + 128 + layers * (12 * width + 13) + 2)
     assert figures["parameters"] == parameters
@@ -134,16 +146,18 @@ def large_replay(shape: str, checkpoints: Path, *options: str) -> Figures:
 @pytest.mark.moment
 @pytest.mark.parametrize("keep", ["tensors", "units"])
 @LARGE
-def test_sums_take_sixteen_bytes_a_parameter(shape: str, keep: str, tmp_path: Path) -> None:
-    figures = large_replay(shape, tmp_path / "checkpoints", keep)
+def test_sums_take_sixteen_bytes_a_parameter(
+    shape: str, keep: str, recorded: Callable[[str], Path]
+) -> None:
+    figures = large_replay(shape, recorded(shape), keep)
     most = 400e6 + 16 * figures["parameters"] + figures["activations"]
     assert figures["peak"] <= most, figures
 
 
 @pytest.mark.moment
 @LARGE
-def test_examples_take_what_sums_take(shape: str, tmp_path: Path) -> None:
-    figures = large_replay(shape, tmp_path / "checkpoints", "tensors", "sequences")
+def test_examples_take_what_sums_take(shape: str, recorded: Callable[[str], Path]) -> None:
+    figures = large_replay(shape, recorded(shape), "tensors", "sequences")
     most = 400e6 + 16 * figures["parameters"] + figures["activations"]
     assert figures["peak"] <= most, figures
 
@@ -151,12 +165,11 @@ def test_examples_take_what_sums_take(shape: str, tmp_path: Path) -> None:
 @pytest.mark.moment
 @LARGE
 def test_statistics_take_eighty_bytes_a_parameter_and_thirty_two_for_another_loss(
-    shape: str, tmp_path: Path
+    shape: str, recorded: Callable[[str], Path]
 ) -> None:
     """Over several batches, whose sums are float64."""
-    checkpoints = tmp_path / "checkpoints"
-    one = large_replay(shape, checkpoints, "statistics", "train")
-    two = large_replay(shape, checkpoints, "statistics", "train", "smoothed")
+    one = large_replay(shape, recorded(shape), "statistics", "train")
+    two = large_replay(shape, recorded(shape), "statistics", "train", "smoothed")
     base = 400e6 + one["activations"]
     assert one["peak"] <= base + 80 * one["parameters"], one
     assert two["peak"] <= base + (80 + 32) * two["parameters"], two
