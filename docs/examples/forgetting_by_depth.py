@@ -337,20 +337,31 @@ def measured(run: lca.Run, before: Weights, after: Weights, held_out: Tensor) ->
     }
 
 
+def refuse_another_size(place: Path, size: Size) -> None:
+    """Record the size of everything below `place`, weights and checkpoints too.
+
+    Raises:
+        RuntimeError: if it has another size.
+    """
+    recorded = place / "size.json"
+    if not recorded.exists():
+        place.mkdir(parents=True, exist_ok=True)
+        recorded.write_text(json.dumps(asdict(size)))
+    there = json.loads(recorded.read_text())
+    if there != asdict(size):
+        raise RuntimeError(f"{place} holds {there}, not {asdict(size)}. Name another OUT.")
+
+
 def result_of(place: Path, setting: str, seed: int, size: Size) -> Stored:
     """Do one seed of one setting, or read what is there of it.
 
     Raises:
         RuntimeError: where `place` holds a result of another size.
     """
+    refuse_another_size(place, size)
     file = place / setting / f"seed{seed}.json"
     if file.exists():
-        stored = json.loads(file.read_text())
-        if stored["size"] != asdict(size):
-            raise RuntimeError(
-                f"{file} is of {stored['size']}, not {asdict(size)}. Name another OUT."
-            )
-        return stored
+        return json.loads(file.read_text())
     begun = time.process_time()
     which, optimizer = SETTINGS[setting]
     passages_of_seed = texts(size, seed)
@@ -361,7 +372,6 @@ def result_of(place: Path, setting: str, seed: int, size: Size) -> Stored:
     run = replayed(checkpoints, passages_of_seed.held_out, second)
     after = load_file(lca.open_trajectory(checkpoints).checkpoints[-1].files[0])
     stored = {
-        "size": asdict(size),
         **measured(run, before, after, passages_of_seed.held_out),
         "processor_seconds": round(time.process_time() - begun, 1),
     }

@@ -93,8 +93,9 @@ def examples(
     fallen by `least` below its start. It is forgotten, which is an event, when its loss then rises
     above the middle between the start and the lowest value since. To be learned again, the loss
     must fall by `least` below its highest value since the event or below its start, whichever is
-    lower; that value then replaces the start. A rise by less than half of `least` is therefore
-    never an event, one rise counts once, and an example that ends above its start is not learned.
+    lower; that value then replaces the start. A loss as low as before the event is learned too. A
+    rise by less than half of `least` is therefore never an event, one rise counts once, and an
+    example that ends above its start is not learned.
     The most forgotten examples are chosen among those that are forgotten at the end.
 
     *Interference* of a layer is 1 − |Σ_x W_x a_x| / Σ_x W_x |a_x|, where a_x is the layer's
@@ -230,7 +231,7 @@ def _course(reader: ExampleReader, part: Part, least: float) -> _Course:
             lower = end < lowest
             lowest[lower], row[lower] = end[lower], position
             high = np.where(learned, high, np.minimum(start, np.maximum(high, end)))
-            newly = ~learned & (high - end >= least) & (high > end)
+            newly = ~learned & ((high - end >= least) & (high > end) | ever & (end <= low))
             low = np.where(newly, end, np.where(learned, np.minimum(low, end), low))
             lost = learned & (end > (high + low) / 2)
             learned, ever = (learned | newly) & ~lost, ever | newly
@@ -560,5 +561,5 @@ def fates(finding: xr.Dataset) -> str:
     whole = count(every, per) if weighted == every else f"{weighted:,} of {count(every, per)}"
     return (
         f"{whole}: {', '.join(parts)}. Learned: the loss fell by {least:.2g} or more below its start; "
-        "forgotten: it then rose above the middle again."
+        "forgotten: it then rose by more than half of that fall."
     )

@@ -403,7 +403,7 @@ def tensor_sums(
     Args:
         points: both ends.
         nodes: gradients at the nodes, each with its weight.
-        change: see `_pieces`.
+        change: factors of the nodes in what the last refinement changed; empty if not requested.
         start: the loss at the start.
         gather: collects the pieces if they are final, and decides where to cut tensors.
         final: whether they are final.
@@ -455,7 +455,9 @@ def _added(pieces: Iterable[Piece], row: Row, sums: Tensor) -> Iterator[Piece]:
 
 
 def _sums_of_units(nodes: Sequence[Node], change: Sequence[float]) -> TensorSums:
-    """Return the same if gradients are sums over units; they are then the allocation itself."""
+    """Compute the sums of every tensor from gradients that are sums over units along the motion: they
+    are the allocation itself.
+    """
     total, *changes = _weighted(nodes, change)
     totals = total.totals()
     changed = (

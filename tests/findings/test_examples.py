@@ -60,7 +60,7 @@ def of(told: Told, examples: xr.Dataset, **options: Any) -> xr.Dataset:
 
 def walk(losses: list[float], least: float) -> tuple[int, int]:
     """The events of one example and its fate, looked for one after the other."""
-    events, begin, learned_ever = 0, 0, False
+    events, begin, learned_ever, low = 0, 0, False, 0.0
 
     def border(step: int) -> float:
         """What the loss must fall below: its start, or its highest since, where that is lower."""
@@ -71,7 +71,8 @@ def walk(losses: list[float], least: float) -> tuple[int, int]:
             (
                 step
                 for step in range(begin + 1, len(losses))
-                if border(step) - losses[step] >= least and border(step) > losses[step]
+                if (border(step) - losses[step] >= least and border(step) > losses[step])
+                or (learned_ever and losses[step] <= low)
             ),
             None,
         )
@@ -88,6 +89,7 @@ def walk(losses: list[float], least: float) -> tuple[int, int]:
         )
         if begin_again is None:
             return events, 2 if events else 1
+        low = min(losses[learned:begin_again])
         events, begin = events + 1, begin_again
 
 

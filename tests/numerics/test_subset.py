@@ -211,7 +211,7 @@ def test_in_batch_mode_the_parts_of_a_subset_change_no_sum(
     costly = [note for note in notes if "backward passes for each batch" in note]
     assert len(costly) == (batch_size == 30)
     assert all(
-        "They take one where the subset has 10 batches or more: 300 examples" in note
+        "With 20 batches or more, --subset 600 examples at --batch-size 30" in note
         for note in costly
     )
     positions = ",".join(map(str, parts.positions))
@@ -223,6 +223,26 @@ def test_in_batch_mode_the_parts_of_a_subset_change_no_sum(
     assert allocated == pytest.approx(whole.tensors["allocated"].values, rel=1e-5, abs=1e-7)
     mean = parts.tensors["replicates"].mean("replicate").values
     assert mean == pytest.approx(allocated, rel=1e-5, abs=1e-7)
+
+
+def test_parts_that_cannot_be_told_apart_in_a_batch_give_no_standard_errors_and_say_so(
+    replay: Callable[..., Any],
+) -> None:
+    def flat(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        errors = (model(batch[0]) - batch[1]) ** 2
+        return torch.cat([errors, errors], 1).flatten()
+
+    given = task(flat=Loss(call=flat, on="train"))
+    notes: list[str] = []
+    settings = {"subset": ["0.25@7"], "norm_stats": "batch", "batch_size": 20}
+    run = replay(
+        given,
+        losses=["flat"],
+        progress=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+        **settings,
+    )
+    assert run["flat"].record.replicates == 0
+    assert any("the parts of the subset can be told apart" in note for note in notes)
 
 
 def test_losses_with_groups_and_terms_have_no_standard_errors(replay: Callable[..., Any]) -> None:

@@ -30,7 +30,7 @@ from .precision import float32
 from .probe import (
     Identity,
     check_loss,
-    drop_weightless_replicates,
+    drop_impossible_replicates,
     hidden_from_autograd,
     identify,
     loss_of_sample,
@@ -79,7 +79,7 @@ __all__ = [
     "build_objective",
     "check_loss",
     "distances",
-    "drop_weightless_replicates",
+    "drop_impossible_replicates",
     "float32",
     "free_on",
     "hidden_from_autograd",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -17,6 +18,7 @@ from .reader import Reader
 from .settings import ObjectiveSettings
 
 REPLICATES = 10
+_FEW_REPLICATES = 1.5  # in a batch, on average
 # source of a loss's values: id of the function, and entry of the dict that it returns
 ValueSource = tuple[int, str | None]
 # split of a pass (None for a term of the parameters), and position of its batch order (None for the
@@ -194,14 +196,15 @@ class LossData:
 
         In `batch` mode the partition into batches is part of the loss, and each group that a batch
         contains needs a backward pass. A loss then shares the batches of its replicates only, and
-        only if most batches contain a single one.
+        only if most batches contain a single one: where it is evaluated without them, it pays for
+        those that share a batch.
 
         Args:
             name: name of the loss.
             grouped: name of the grouped loss; None for the order of the data.
         """
         shares = not self.partition_is_given or (
-            grouped in self.replicated and self.replicates_in_a_batch(grouped) <= 1.5
+            grouped in self.replicated and self.replicates_in_a_batch(grouped) <= _FEW_REPLICATES
         )
         self.batch_order_of[name] = grouped if shares else None
 
@@ -213,8 +216,11 @@ class LossData:
         """
         order, split = self.order(hidden), self._losses[self.replicated[hidden]].split
         assert isinstance(order, Order), "replicates consist of examples"
-        batches = torch.split(order.codes, self.batch_sizes[str(split)])
-        return sum(len(torch.unique(codes)) for codes in batches) / len(batches)
+        counts = order.counts
+        batches = range(0, sum(counts), self.batch_sizes[str(split)])
+        # replicates follow each other, so each begins a piece of a batch
+        pieces = {*batches, *itertools.accumulate(counts[:-1])}
+        return len(pieces) / len(batches)
 
     def share_orders(self, other: LossData) -> None:
         """Use the batch orders of another objective on the same data, now and later."""

@@ -299,9 +299,9 @@ def _weightless_elements(
     return int(weighs.int().argmin())
 
 
-def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
-    """Drop standard errors if a random part of the examples has no weight, and return a note about
-    it.
+def drop_impossible_replicates(objective: Objective, name: str) -> list[str]:
+    """Drop standard errors if a random part of the examples has no weight, or if parts in one batch
+    cannot be told apart; return a note about it.
 
     Args:
         objective: the objective.
@@ -311,13 +311,28 @@ def drop_weightless_replicates(objective: Objective, name: str) -> list[str]:
     order = None if hidden is None else objective.order(hidden)
     if hidden is None or order is None:
         return []
-    if _weightless(objective, name, order) is None:
+    if _weightless(objective, name, order) is not None:
+        why = "a tenth of the subset has no weight. Use a larger subset."
+    elif objective.norm_stats == "batch" and not _has_a_value_for_each_example(objective, name):
+        why = (
+            "with --norm-stats batch the first axis of its values must run over the examples, so "
+            "that the parts of the subset can be told apart."
+        )
+    else:
         return []
     del objective.data.replicated[hidden]
-    return [
-        f"loss {name!r} has no standard errors: a tenth of the subset has no weight. Use a "
-        "larger subset."
-    ]
+    return [f"loss {name!r} has no standard errors: {why}"]
+
+
+def _has_a_value_for_each_example(objective: Objective, name: str) -> bool:
+    """Return whether the first axis of a loss's values is as long as the batch, on a sample."""
+    (sample,) = sample_of(objective, name)
+    split = objective.losses[name].on
+    start = _start(objective, name)
+    examples = min(_count(objective, split), objective.splits[split].examples - start)
+    with objective.mode():
+        values = objective.values(name, fresh(sample))[0]
+    return values.shape[:1] == (examples,)
 
 
 def _cut(count: int) -> int:

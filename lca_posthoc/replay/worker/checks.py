@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ...numerics.objective import Identity, Objective
 
 _MANY_PASSES = 2  # backward passes for a batch
+_BATCHES = 20  # with so many, ten parts take 1.5 backward passes for a batch, or fewer
 _NEAR = 16  # segments to search for one that moves
 
 
@@ -112,13 +113,12 @@ def _costly_standard_errors(objective: Objective, name: str) -> Iterator[str]:
     if hidden is None or objective.norm_stats != "batch":
         return
     passes = objective.data.replicates_in_a_batch(hidden)
-    if passes > _MANY_PASSES:
+    if passes >= _MANY_PASSES:
         parts, size = _replicates(objective, name), objective.batch_sizes[objective.losses[name].on]
         yield (
             f"the standard errors of loss {name!r} take {passes:.2g} backward passes for each batch, "
-            f"one for each of the {parts} parts of the subset in it. They take one where the subset "
-            f"has {counted(parts, 'batch', 'batches')} or more: {counted(parts * size, 'example')} "
-            f"with --batch-size {size}"
+            f"one for each of the {parts} parts of the subset in it. With {_BATCHES} batches or more, "
+            f"--subset {_BATCHES * size:,} examples at --batch-size {size}, they take 1.5 or fewer"
         )
 
 
@@ -420,12 +420,12 @@ def _leftovers(request: ProbeRequest, objective: Objective) -> list[str]:
 
 
 def _checks(request: ProbeRequest, objective: Objective, name: str) -> list[str]:
-    from ...numerics.objective import check_loss, drop_weightless_replicates, refuse_mixed
+    from ...numerics.objective import check_loss, drop_impossible_replicates, refuse_mixed
 
     # first, because it names the module that mixes examples
     if objective.losses[name].per is not None:
         refuse_mixed(objective, name)
-    notes: list[str] = check_loss(objective, name) + drop_weightless_replicates(objective, name)
+    notes: list[str] = check_loss(objective, name) + drop_impossible_replicates(objective, name)
     reduction = objective.losses[name].replaced
     if reduction is not None:
         notes.append(
