@@ -146,7 +146,7 @@ def programs() -> Path:
             "OMP_NUM_THREADS": "1",
             "OPENBLAS_NUM_THREADS": "1",  # so that the server has one thread, as what is forked has
         },
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # by whose end it knows that this process has ended
         stdout=subprocess.PIPE,
         cwd=place,
         start_new_session=True,
@@ -175,7 +175,7 @@ def forked(small: psutil.Process) -> psutil.Process:
 
 def _end(server: subprocess.Popen[bytes], place: Path) -> None:
     server.kill()
-    server.wait()
+    server.communicate()
     shutil.rmtree(place)
 
 
@@ -200,10 +200,6 @@ def _write_programs(place: Path, address: str) -> None:
         (place / name).chmod(0o755)
 
 
-def _die_with_the_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _import_all() -> None:
     for module in PRELOADED:
         importlib.import_module(module)
@@ -214,18 +210,23 @@ def _import_all() -> None:
 
 
 def _serve(address: str) -> Request:
-    """Fork a process for each request, and tell how it ended; returns in forked processes alone."""
+    """Fork a process for each request, and tell how it ended, until the test process ends; returns
+    in forked processes alone.
+    """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     kept = _open_files() - {listener.fileno()}
     listener.bind(address)
     listener.listen(128)
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ)
+    waiting.register(sys.stdin, selectors.EVENT_READ)
     children: dict[int, tuple[int, socket.socket]] = {}  # by their descriptors
     print("ready", flush=True)
     while True:
         for key, _ in waiting.select():
-            if key.fileobj is listener:
+            if key.fileobj is sys.stdin:
+                os._exit(0)
+            elif key.fileobj is listener:
                 small, _ = listener.accept()
                 request, received = _received(small)
                 child = os.fork()
@@ -296,7 +297,7 @@ def _take(received: list[int], wanted: list[int], kept: set[int]) -> None:
 
 def _become(request: Request) -> None:
     """Take over what a new interpreter would have been given."""
-    _die_with_the_parent()
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its server
     os.setpgid(0, 0)
     for number in request.ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -400,7 +401,6 @@ def _end_as_an_interpreter(words: list[str]) -> NoReturn:
 
 def main(address: str) -> None:
     """Import everything, serve, and be what was asked for."""
-    _die_with_the_parent()
     _import_all()
     assert threading.active_count() == 1, threading.enumerate()
     programs = Path(address).parent
