@@ -229,6 +229,9 @@ def _serve(address: str) -> Request:
             elif key.fileobj is listener:
                 small, _ = listener.accept()
                 request, received = _received(small)
+                if request is None:
+                    small.close()
+                    continue
                 child = os.fork()
                 if not child:
                     for each in (waiting, listener, small, *(one for _, one in children.values())):
@@ -263,14 +266,22 @@ def _tell(small: socket.socket, number: int) -> None:
         small.sendall(number.to_bytes(8, "little", signed=True))
 
 
-def _received(small: socket.socket) -> tuple[Request, list[int]]:
-    """Read a request, and the descriptors that came with it."""
+def _received(small: socket.socket) -> tuple[Request | None, list[int]]:
+    """Read a request, None of a process that was killed before it had sent it, and the descriptors
+    that came with it.
+    """
     files = array.array("i")
     length, messages, _, _ = small.recvmsg(8, socket.CMSG_SPACE(MOST_FILES * files.itemsize))
     for _, _, given in messages:
         files.frombytes(given)
+    size = int.from_bytes(length, "little")
     with small.makefile("rb") as stream:
-        return Request(*marshal.loads(stream.read(int.from_bytes(length, "little")))), list(files)
+        sent = stream.read(size)
+    if len(sent) < size or not size:
+        for file in files:
+            os.close(file)
+        return None, []
+    return Request(*marshal.loads(sent)), list(files)
 
 
 def _open_files() -> set[int]:
