@@ -326,13 +326,16 @@ def drop_impossible_replicates(objective: Objective, name: str) -> list[str]:
 
 def _has_a_value_for_each_example(objective: Objective, name: str) -> bool:
     """Return whether the first axis of a loss's values is as long as the batch, on a sample."""
-    (sample,) = sample_of(objective, name)
-    split = objective.losses[name].on
+    split = objective.splits[objective.losses[name].on]
     start = _start(objective, name)
-    examples = min(_count(objective, split), objective.splits[split].examples - start)
+    stop = min(start + _count(objective, split.name), split.examples)
+    return _shape_of_values(objective, name, split.sample(start, stop))[:1] == (stop - start,)
+
+
+def _shape_of_values(objective: Objective, name: str, batch: object) -> torch.Size:
+    """Return the shape of a loss's values on a batch, which is not written into."""
     with objective.mode():
-        values = objective.values(name, fresh(sample))[0]
-    return values.shape[:1] == (examples,)
+        return objective.values(name, fresh(batch))[0].shape
 
 
 def _cut(count: int) -> int:
@@ -883,11 +886,10 @@ def _runs_over_examples(objective: Objective, name: str, batch: object, examples
     """
     if not isinstance(objective.order(name), Order):
         return
-    with objective.mode():
-        values = objective.values(name, fresh(batch))[0]
-    if values.shape[0] != examples:
+    shape = _shape_of_values(objective, name, batch)
+    if shape[0] != examples:
         raise InputError(
-            f"loss {name!r} gives values of shape {list(values.shape)} for a batch of {examples} "
+            f"loss {name!r} gives values of shape {list(shape)} for a batch of {examples} "
             "examples; with --norm-stats batch the first axis must run over the examples, so that "
             "their groups can be told apart."
         )
