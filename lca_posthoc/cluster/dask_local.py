@@ -69,10 +69,8 @@ def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> It
         _wait_for(client, len(specs))
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = client.dashboard_link if where.dashboard else None
-            # a nanny whose worker dies at startup gives up; asking for the same number again starts
-            # another one
             workers.full_strength = len(specs)
-            workers.replace = functools.partial(cluster.scale, len(specs))
+            workers.replace = functools.partial(_start_missing, cluster, len(specs))
             yield workers
 
 
@@ -152,6 +150,28 @@ def _wait_for(client: Client, count: int) -> None:
             f"within {duration(ANSWER_SECONDS)} ({error}). Ask for fewer with --workers, or run in this "
             "process with --cluster inline."
         ) from None
+
+
+def _start_missing(cluster: SpecCluster, count: int) -> None:
+    """Start workers until there are `count`, in place of those whose nanny gave up because its
+    worker died at startup; return at once.
+
+    Dask forgets a nanny when the scheduler loses its worker. It keeps one whose worker never
+    connected, and counts it as a worker.
+
+    Args:
+        cluster: of the workers.
+        count: how many there should be.
+    """
+    from distributed import Status
+
+    def start() -> None:
+        failed = [name for name, nanny in cluster.workers.items() if nanny.status == Status.failed]
+        for name in failed:
+            del cluster.workers[name]
+        cluster.scale(count)
+
+    cluster.loop.add_callback(start)
 
 
 def _settle_in() -> WorkerPlugin:

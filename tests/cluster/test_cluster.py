@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from urllib.request import urlopen
 
 import psutil
 import pytest
+from distributed import Status
 
 from lca_posthoc.cluster import Cluster, ClusterConfig, Done, Lost, Retried, Spec, open_cluster
 from lca_posthoc.cluster import dask_client as scheduler_module
@@ -243,19 +245,21 @@ def test_the_dashboard_is_on_loopback_and_only_when_asked_for() -> None:
 
 
 @pytest.mark.moment
-def test_a_worker_whose_nanny_gave_up_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        local_module,
-        "_SETTINGS",
-        {**local_module._SETTINGS, "distributed.deploy.lost-worker-timeout": "1s"},
-    )
+def test_a_worker_that_dies_whenever_it_starts_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kills every worker process until a nanny gives up that never had a connected one."""
+    settings = {**local_module._SETTINGS, "distributed.deploy.lost-worker-timeout": "1s"}
+    monkeypatch.setattr(local_module, "_SETTINGS", settings)
+    of_others = {child.pid for child in psutil.Process().children(recursive=True)}
     with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
         (first,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]
-        nanny = next(iter(opened.replace.func.__self__.workers.values()))  # type: ignore[attr-defined]
-        nanny.auto_restart = False
-        psutil.Process(first).kill()
+        nannies = opened.replace.args[0].workers  # type: ignore[attr-defined]
+        while not any(nanny.status == Status.failed for nanny in nannies.values()):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.pid not in of_others and "spawn_main" in " ".join(child.cmdline()):
+                        child.kill()
+            if not nannies:  # Dask has forgotten the last one, and one more may be started
+                opened.replace()  # type: ignore[attr-defined]
         (second,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]
     assert second != first
 
