@@ -132,8 +132,13 @@ def refuse_other(run: Path) -> None:
 
 
 def _is_being_created(run: Path) -> bool:
-    """Tell whether a place holds only the first files of a run's creation, in an object store."""
-    return disk.is_object_store(run) and {*disk.names(run)} <= _FIRST
+    """Tell whether a place holds only the first files of a run's creation, in an object store, or
+    is a run by now.
+    """
+    if not disk.is_object_store(run):
+        return False
+    names = {*disk.names(run)}
+    return names <= _FIRST or FILE in names
 
 
 def read_manifest(run: Path) -> Manifest:

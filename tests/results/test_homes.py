@@ -30,6 +30,7 @@ from lca_posthoc.results import object_store as stores
 from lca_posthoc.results.commits import COMMITS, DATA, Commits
 from lca_posthoc.results.lock import is_held
 from lca_posthoc.results.packs import is_packed
+from lca_posthoc.results.runfile import refuse_other
 from tests.helpers.cli import lca
 from tests.helpers.faults.clean_runs import lay_out, stored_chunks
 from tests.helpers.object_server import SECRETS, ObjectServer
@@ -493,6 +494,16 @@ def test_what_is_no_run_is_not_written_into(home: Path, place: Path) -> None:
     with pytest.raises(InputError, match="exists and is not a run directory"):
         replayed(place, home / "run.lca")
     assert disk.names(home / "run.lca") == ["notes.txt"]
+
+
+def test_a_run_that_another_driver_has_just_created_is_no_obstacle(
+    object_store: ObjectServer, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = object_store.place() / "run.lca"
+    replayed(place, out)
+    # asked before the other driver had written run.json
+    monkeypatch.setattr("lca_posthoc.results.runfile.exists", lambda _: False)
+    refuse_other(out)
 
 
 # --- a store as users meet it ---------------------------------------------------------------------
