@@ -29,7 +29,7 @@ from lca_posthoc.replay.display import Display
 from lca_posthoc.replay.events import SpanDone
 from lca_posthoc.replay.repair import repair
 from lca_posthoc.replay.worker import replay_span
-from lca_posthoc.results import Damage, verify
+from lca_posthoc.results import Damage, SpanReport, verify
 from lca_posthoc.results.files import write_json
 from lca_posthoc.results.runfile import FORMAT
 from lca_posthoc.tasks.task import pack_task
@@ -130,7 +130,8 @@ def _failing(out: Path, number: int | None, code: int) -> Iterator[list[int]]:
             patch.setattr(os, name, wrapped(getattr(os, name)))
         patch.setattr(io, "open", opened)
         patch.setattr(builtins, "open", opened)
-        # what a display looks up now and then may fail: it shows less
+        # what is written and looked up every few seconds may fail: a display shows less
+        patch.setattr(SpanReport, "_write", lambda report: None)
         patch.setattr(Display, "_read_reports", lambda display: None)
         yield made
 
