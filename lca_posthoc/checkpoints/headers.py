@@ -11,7 +11,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -194,21 +194,26 @@ def _checked_header(path: Path, file: BinaryIO) -> Header:
     )
 
 
-def tensor_places(path: Path, file: BinaryIO) -> dict[str, tuple[TensorHeader, range]]:
-    """Return the type and shape of every tensor of an open file, and its byte range in the file.
+def tensor_places(
+    path: Path, file: BinaryIO, names: Collection[str] | None = None
+) -> dict[str, tuple[TensorHeader, range]]:
+    """Return the type and shape of tensors of an open file, and their byte ranges in the file.
 
     Args:
         path: path of the file, for error messages.
         file: the same file, opened in binary mode.
+        names: names of the tensors; names that the file lacks are skipped. None for all tensors.
 
     Raises:
         InputError: if the file is not complete.
     """
     text = _header_text(path, file, file.seek(0, os.SEEK_END))
     table, start = _parse(path, text), 8 + len(text)
+    wanted = table.places.keys() if names is None else table.places.keys() & names
+    places = sorted((*table.places[name], name) for name in wanted)  # one after another on disk
     return {
         name: (table.tensors[name], range(start + begin, start + end))
-        for name, (begin, end) in table.places.items()
+        for begin, end, name in places
     }
 
 

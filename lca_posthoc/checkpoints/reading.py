@@ -61,8 +61,7 @@ def fingerprint_and_tensors(
     with path.open("rb") as file:
         tensors = {
             name: read_place(file, header, place)
-            for name, (header, place) in tensor_places(path, file).items()
-            if name in names
+            for name, (header, place) in tensor_places(path, file, names).items()
         }
         # Compute this last: it then describes the file that the tensors came from.
         _, own = size_and_fingerprint(path, file)
