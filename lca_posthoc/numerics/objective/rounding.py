@@ -4,7 +4,7 @@ segment, on a sample of the examples, with those one precision higher.
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
@@ -52,7 +52,11 @@ def rounding_errors(
             WholeGradients(tensors) if axes is None else SumsAlong(tensors, Along(axes, [motion]))
         )
         values = partial(side.values, name)
-        return side.evaluate_on_batches(values, _batches(side, name, every), gradients)
+        samples = (
+            side.evaluate_on_batches(values, batches, gradients)
+            for batches in _samples(side, name, every)
+        )
+        return next(filter(_has_weight, samples))
 
     objective.place(start)
     motion = Motion(objective.point, end)
@@ -69,30 +73,38 @@ def rounding_errors(
         }
 
 
-def _batches(objective: Objective, name: str, every: bool) -> Iterator[Any]:
-    """Yield the sample as batches with weight; None for a term of the parameters."""
+def _samples(objective: Objective, name: str, every: bool) -> Iterator[Iterable[Any]]:
+    """Yield samples in order of preference, each as batches; the last one has weight. For a term of
+    the parameters, a batch is None.
+    """
     on = objective.losses[name].split
     if on is None:
-        yield None
+        yield [None]
         return
     split, size = objective.splits[on], objective.batch_sizes[on]
     if every or objective.norm_stats == "batch":  # in batch mode, a batch is part of the loss
         batches = (batch for _, batch in split.batches(size))
-        yield from batches if every else itertools.islice(batches, 1)
+        yield from [batches] if every else ([batch] for batch in batches)
         return
     count = sampled_examples(split.examples)
     positions = split.spread(count)
     whole = torch.arange(count, device="cpu") if positions is None else positions
     most = max(1, size // 2)  # a batch takes twice the memory in the higher precision
-    parts = torch.split(whole, most)
+    spread = None
+    # examples of different shapes only stack in the order of the data
+    with contextlib.suppress(InputError):
+        spread = [split.at(part) for part in torch.split(whole, most)]
+    if spread is not None:
+        yield spread
+    yield [weighty_part(objective, name, min(count, most))]
+
+
+def _has_weight(evaluation: Evaluation) -> bool:
+    """Return whether the weights of the elements do not sum to 0."""
     try:
-        sample = [split.at(part) for part in parts]
-    except InputError:  # examples of different shapes only stack in the order of the data
-        sample = []
-    if any(objective.loss_values.weighs(name, batch) for batch in sample):
-        yield from sample
-    else:
-        yield weighty_part(objective, name, min(count, most))
+        return bool(evaluation.weight > 0)
+    except InputError:
+        return False
 
 
 @torch.no_grad()
