@@ -68,6 +68,7 @@ from workloads import WORKLOADS, Workload, train
 import lca_posthoc
 from lca_posthoc import Task
 from lca_posthoc.replay.events import Planned, SpanDone
+from lca_posthoc.replay.shards import is_cut
 from lca_posthoc.replay.worker import SAMPLED
 
 CORES = len(os.sched_getaffinity(0))
@@ -353,7 +354,8 @@ def time_ours(job: Job) -> Result:
     )
     started, workers = planned[0]
     spans = seconds_of_spans(run, [event for _, event in done])
-    workers = min(workers, len(spans))
+    if not any(is_cut(run.manifest, name) for name in run):  # shards of a span have several workers
+        workers = min(workers, len(spans))
     unchecked = [
         at for at in spans if not SAMPLED & set(range(*run.manifest.rows(at).indices(job.segments)))
     ]
@@ -379,13 +381,13 @@ def seconds_of_spans(run: lca_posthoc.Run, done: list[SpanDone]) -> dict[int, fl
 
     Markers are written before the commit ends. What a worker says of a span beyond them is the
     commit, and on a worker's first span also the building of the model: the least of any span is
-    the commit.
+    the commit. Of a span that was cut into shards, the marker holds all, and the worker says less.
     """
     marked: dict[int, float] = defaultdict(float)
     for losses in run.values():
         for marker in losses.markers:
             marked[marker["span"]] += marker["seconds"]
-    commit = min(event.seconds - marked[event.span] for event in done)
+    commit = max(0.0, min(event.seconds - marked[event.span] for event in done))
     return {span: seconds + commit for span, seconds in marked.items()}
 
 
