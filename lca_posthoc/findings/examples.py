@@ -134,8 +134,10 @@ def examples(
 
         By `story`: `story_kind` ("named", "most forgotten", "most hurt", "most helped"),
         `story_example` (`story_index`, `story_group`, `story_text`), `story_change`,
-        `story_forgotten`, `story_layer`, the layer with the largest part in it; and over `stretch`,
-        which ends at step `stretch_end`: `story_loss` and `story_allocated` (story, stretch,
+        `story_forgotten`, `story_fate`, and `story_layer`, the layer with the largest part in it: the
+        one that raised the loss most since it was lowest, for a forgotten or most forgotten
+        example; else the one that changed it most in the direction in which it changed. And over
+        `stretch`, which ends at step `stretch_end`: `story_loss` and `story_allocated` (story, stretch,
         layer), the cumulative sum. `fates` (fate_name) counts examples.
 
     Raises:
@@ -174,7 +176,7 @@ def examples(
         "fate_name": np.array(FATES, dtype=object),
         **reader.coordinates(shown, reader.per),
     }
-    stories, of_stories = _stories(reader, chosen, frames)
+    stories, of_stories = _stories(reader, chosen, frames, threshold)
     return xr.Dataset(
         {
             **tallies.variables(),
@@ -410,14 +412,14 @@ class _Rows:
 
 
 def _stories(
-    reader: ExampleReader, chosen: list[tuple[str, int]], frames: int
+    reader: ExampleReader, chosen: list[tuple[str, int]], frames: int, least: float
 ) -> tuple[dict[str, Variable], dict[str, object]]:
     """Return the losses and layers of some examples over training, and their coordinates."""
     borders = stretches(reader.segments, frames)
     ends, names = borders[1:] - 1, np.array(list(reader.layers), dtype=object)
     positions = np.array([position for _, position in chosen], dtype=int)
     part, back = np.unique(positions, return_inverse=True)
-    course = _course(reader, part, np.inf)
+    course = _course(reader, part, least)
     summed, since = np.zeros((len(ends), len(part), len(names))), np.zeros((len(part), len(names)))
     loss = np.zeros((len(part), len(ends)))
     for rows in reader.rows():
@@ -427,8 +429,9 @@ def _stories(
         last = (ends >= rows.start) & (ends < rows.stop)
         loss[:, last] = reader.read("loss_end", rows, part)[ends[last] - rows.start].T
     so_far = np.cumsum(summed, axis=0).transpose(1, 0, 2)
+    change, forgotten = course.end - course.start, course.fate == FATES.index("forgotten")
     culprits = [
-        _culprit(kind, so_far[place, -1], since[place])
+        _culprit(_told_by(kind, forgotten[place], change[place]), so_far[place, -1], since[place])
         for (kind, _), place in zip(chosen, back, strict=True)
     ]
     dims = ("story", "stretch")
@@ -438,9 +441,7 @@ def _stories(
         "story_allocated": described(
             ((*dims, "layer"), so_far[back]), "loss", "Σ allocation so far"
         ),
-        "story_change": described(
-            (("story",), (course.end - course.start)[back]), "loss", "change of the loss"
-        ),
+        "story_change": described((("story",), change[back]), "loss", "change of the loss"),
         "story_forgotten": described(
             (("story",), (course.end - course.lowest)[back]),
             "loss",
@@ -451,18 +452,34 @@ def _stories(
         "stretch_start": ("stretch", reader.table["step"].values[borders[:-1]]),
         "stretch_end": ("stretch", reader.table["step_end"].values[ends]),
         "story_kind": ("story", np.array([kind for kind, _ in chosen], dtype=object)),
+        "story_fate": ("story", np.array(FATES, dtype=object)[course.fate[back]]),
         "story_layer": ("story", names[np.array(culprits, dtype=int)]),
         **reader.coordinates(positions, "story", "story_"),
     }
     return variables, coords
 
 
-def _culprit(kind: str, total: Numbers, since: Numbers) -> int:
-    """Return the layer with the largest part in what makes an extreme; for a named example, in the
-    change of its loss.
+def _told_by(kind: str, forgotten: bool, change: float) -> str:
+    """Return the kind of extreme that a story is told as; a named example is one by its fate, or
+    else by the change of its loss.
+
+    >>> _told_by("named", True, 0.5), _told_by("named", False, 0.5), _told_by("named", False, -0.5)
+    ('most forgotten', 'most hurt', 'most helped')
+
+    Args:
+        kind: kind of the story.
+        forgotten: whether the example is forgotten at the end.
+        change: of its loss over training.
     """
+    if kind != "named":
+        return kind
+    return "most forgotten" if forgotten else "most hurt" if change > 0 else "most helped"
+
+
+def _culprit(kind: str, total: Numbers, since: Numbers) -> int:
+    """Return the layer with the largest part in what makes an extreme."""
     of_kind = {"most helped": -total, "most hurt": total, "most forgotten": since}
-    return int(np.argmax(of_kind.get(kind, np.abs(total))))
+    return int(np.argmax(of_kind[kind]))
 
 
 def heat_rows(finding: xr.Dataset, most: int) -> tuple[Numbers, int]:

@@ -190,6 +190,12 @@ class ExampleReader:
         elif index is not None:
             raise InputError("this loss has results per example, not per element: write EXAMPLE.")
         if not fits.any():
+            if (numbers == example).any():  # of elements, by their index
+                indices = self.data["index"].values[numbers == example]
+                raise InputError(
+                    f"example {example} has no element {index}; its elements are "
+                    f"{example}:{indices.min()} to {example}:{indices.max()}."
+                )
             raise InputError(
                 f"the results have no {self.per} {example}{'' if index is None else f':{index}'}. "
                 f"They have {count(self.count, self.per)}, of the numbers {numbers.min()} to "

@@ -132,10 +132,12 @@ def _story(ax: Axes, finding: xr.Dataset, strong: xr.Dataset, position: int) -> 
     if "story_group" in one.coords:
         title += f", group {safe_in_figure(str(one['story_group'].item()))}"
     kind, (layer,) = str(one["story_kind"].item()), labels([one["story_layer"].item()], 22)
+    if kind == "named":
+        kind = "forgotten" if one["story_fate"].item() == "forgotten" else ""
     what = f"{change[-1]:+.3g}"
-    if kind == "most forgotten":
+    if kind in ("forgotten", "most forgotten"):
         what = f"{float(one['story_forgotten']):.3g} above its lowest"
-    title += f": {'' if kind == 'named' else f'{kind}, '}{what}, mostly by {layer}"
+    title += f": {f'{kind}, ' if kind else ''}{what}, mostly by {layer}"
     if "story_text" in one.coords and str(one["story_text"].item()):
         title += f"\n{safe_in_figure(_start(str(one['story_text'].item())))}"
     tidy(ax, x="training step", y="change since the start\n(units of loss)", title=title)
@@ -166,7 +168,7 @@ def _interference(ax: Axes, finding: xr.Dataset, strong: xr.Dataset) -> None:
         ax,
         x="training step",
         y="interference",
-        title=f"interference between {finding.attrs['per']}s; at the right, over all of training",
+        title=f"interference between {finding.attrs['per']}s; at the right, its mean over segments",
     )
     ax.set_ylim(0, 1)
     ax.margins(x=0.01)

@@ -470,6 +470,11 @@ class Task:
             )
         if isinstance(self.fixed, str):
             raise InputError(f"Task.fixed is a list of patterns: fixed=[{self.fixed!r}].")
+        if not isinstance(self.show, Mapping):
+            raise InputError(
+                "Task.show maps a split to a function of a batch: show={'train': label}; got "
+                f"{type(self.show).__name__}."
+            )
         for name, shown in self.show.items():
             if name not in self.data or not callable(shown):
                 raise InputError(

@@ -239,6 +239,29 @@ def test_extremes_are_the_ends_of_the_sorted_table(told: Told) -> None:
         assert one["story_layer"].item() == worst["layer"].values[worst.values.argmax()]
 
 
+def test_a_named_example_is_told_by_its_fate_or_by_the_change_of_its_loss(told: Told) -> None:
+    table = of(told, told.examples)
+    least = float(np.median((table["loss_start"] - table["loss_lowest"]).values))
+    every = table["example"].values.tolist()
+    found = of(told, told.examples, least=least, named=every)
+    ways = set[str]()
+    for story in np.flatnonzero(found["story_kind"].values == "named"):
+        one = found.isel(story=int(story))
+        of_example = found.sel(example=int(one["story_example"]))
+        fate = str(found["fate_name"].values[int(of_example["fate"])])
+        change = float(of_example["loss_end"] - of_example["loss_start"])
+        way = "forgotten" if fate == "forgotten" else "hurt" if change > 0 else "helped"
+        by = {
+            "forgotten": of_example["since_lowest"],
+            "hurt": of_example["allocated"],
+            "helped": -of_example["allocated"],
+        }[way]
+        assert one["story_fate"].item() == fate
+        assert one["story_layer"].item() == by["layer"].values[by.values.argmax()]
+        ways.add(way)
+    assert {"forgotten", "helped"} <= ways
+
+
 # --- streams --------------------------------------------------------------------------------------
 
 
@@ -361,7 +384,11 @@ def test_elements_are_named_by_their_example_and_their_index(told: Told) -> None
     assert (story_name(found, 0), found["story_kind"].values[0]) == ("7:2", "named")
     own = one_story(whole, 0)["allocated"]
     np.testing.assert_allclose(one_story(found, 0)["allocated"], own * 1.5, atol=1e-5)
-    for name, words in {"7": "EXAMPLE:INDEX, such as 7:0", "7:9": "no element 7:9"}.items():
+    for name, words in {
+        "7": "EXAMPLE:INDEX, such as 7:0",
+        "7:9": "example 7 has no element 9; its elements are 7:0 to 7:2",
+        "99:0": "no element 99:0",
+    }.items():
         with pytest.raises(InputError, match=words):
             of(told, elements, named=[name])
 

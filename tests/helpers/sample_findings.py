@@ -419,6 +419,7 @@ def examples() -> xr.Dataset:
         "stretch_start": ("stretch", stretch),
         "stretch_end": ("stretch", stretch + 15),
         "story_kind": ("story", ["most helped", "most forgotten"]),
+        "story_fate": ("story", ["learned and kept", "forgotten"]),
         "story_layer": ("story", ["fc1", "_fc$2"]),
         "story_example": ("story", [0, 7]),
         "story_text": ("story", ["a $zero$", "_a seven"]),

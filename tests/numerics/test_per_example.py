@@ -391,7 +391,7 @@ def test_texts_of_examples_are_recorded(tmp_path: Path) -> None:
 def test_texts_are_one_for_each_example(show: Callable[..., object], tmp_path: Path) -> None:
     recorded(CASES["mlp"], tmp_path / "ck")
     task = replace(task_of(CASES["mlp"]), show={"train": show})
-    with pytest.raises(InputError, match="one text for every example"):
+    with pytest.raises(InputError, match="one str for every example"):
         replay(CASES["mlp"], tmp_path, "run", task=task)
 
 

@@ -49,8 +49,10 @@ def _answer(name: str, show: Callable[..., Any], batch: object, count: int) -> S
     texts = list(answer) if isinstance(answer, Sequence) and not isinstance(answer, str) else None
     if texts is None or len(texts) != count or not all(isinstance(text, str) for text in texts):
         what = type(answer).__name__ if texts is None else f"{len(texts)} entries"
+        if texts and len(texts) == count:
+            what += f" ({type(texts[0]).__name__})"
         raise InputError(
             f"Task.show of split {name!r} gave {what} for a batch of {count} examples. Return a "
-            "list with one text for every example."
+            "list with one str for every example."
         )
     return texts

@@ -153,9 +153,7 @@ class Display:
 
     def nothing_to_do(self) -> None:
         """Say that every span is already committed."""
-        self.say(
-            "nothing to do: every span is committed, and the task file is unchanged since the last run"
-        )
+        self.say("nothing to do: every span is committed")
 
     def all_is_taken(self) -> None:
         """Say that no more iterates are expected and every span is committed."""

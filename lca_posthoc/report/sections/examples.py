@@ -25,9 +25,7 @@ _TEXT = 200  # characters of an example's text
 
 def section() -> Section:
     """Return three figures: examples by layer, the story of one, and interference."""
-    heat = plain_figure(
-        "examples, most helped first", "", 300, x_range=Range1d(0, 1), y_range=Range1d(0, 1)
-    )
+    heat = plain_figure("most helped first", "", 300, x_range=Range1d(0, 1), y_range=Range1d(0, 1))
     heat.yaxis.ticker = FixedTicker(ticks=[])
     heat.xaxis.ticker.min_interval = 1
     heat.ygrid.grid_line_color = None
@@ -63,7 +61,7 @@ def section() -> Section:
         figures={"examples": heat, "story": story, "interference": pull},
         legends={"examples": [("helping", "helped"), ("hurting", "hurt")]},
         headings={
-            "examples": "Effect of each layer on each example",
+            "examples": "Effect of each layer on each example or element",
             "story": "One example over training: its loss (thick) and the cumulative sum of each layer",
             "interference": "Interference of each layer",
         },
