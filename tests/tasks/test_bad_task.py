@@ -147,6 +147,11 @@ TASKS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         ("split 'train'", "[29, 30]", "one target per input"),
     ),
     "a split of no tensors": (TRAIN_DATA, "train = ()", ("split 'train'", "(inputs, targets)")),
+    "texts of no split": (
+        "        data=",
+        "        show=len,\n        data=",
+        ("Task.show maps a split", "got builtin_function_or_method"),
+    ),
     "data that is a number": (
         TRAIN_DATA,
         "train = 7",
