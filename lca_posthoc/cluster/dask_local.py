@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distributed import Client, SpecCluster, Worker, WorkerPlugin
 
 _SILENT = logging.CRITICAL + 1  # Dask logs a client that has left as critical, with a traceback
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0  # seconds after a worker that did not start
 _SETTINGS = {
     "distributed.scheduler.worker-ttl": "30 minutes",
     "distributed.scheduler.work-stealing": False,
@@ -70,7 +71,7 @@ def on_this_host(where: ClusterConfig, device: str, stop: threading.Event) -> It
         with Workers.opened(client, device, stop) as workers:
             workers.dashboard = client.dashboard_link if where.dashboard else None
             workers.full_strength = len(specs)
-            workers.replace = functools.partial(_start_missing, cluster, len(specs))
+            workers.replace = _Replacement(cluster, len(specs))
             yield workers
 
 
@@ -152,9 +153,9 @@ def _wait_for(client: Client, count: int) -> None:
         ) from None
 
 
-def _start_missing(cluster: SpecCluster, count: int) -> None:
-    """Start workers until there are `count`, in place of those whose nanny gave up because its
-    worker died at startup; return at once.
+class _Replacement:
+    """Starts workers in place of lost ones, also of those whose nanny gave up because its worker
+    died at startup. After each of these it pauses, for twice as long as the last time.
 
     Dask forgets a nanny when the scheduler loses its worker. It keeps one whose worker never
     connected, and counts it as a worker.
@@ -163,15 +164,28 @@ def _start_missing(cluster: SpecCluster, count: int) -> None:
         cluster: of the workers.
         count: how many there should be.
     """
-    from distributed import Status
 
-    def start() -> None:
-        failed = [name for name, nanny in cluster.workers.items() if nanny.status == Status.failed]
+    def __init__(self, cluster: SpecCluster, count: int) -> None:
+        self.cluster, self._count = cluster, count
+        self._due, self._pause = 0.0, _FIRST_PAUSE
+
+    def __call__(self) -> None:
+        """Start what is missing, unless it is too early; return at once."""
+        if time.monotonic() >= self._due:
+            self.cluster.loop.add_callback(self._start)
+
+    def _start(self) -> None:
+        from distributed import Status
+
+        workers = self.cluster.workers
+        failed = [name for name, nanny in workers.items() if nanny.status == Status.failed]
         for name in failed:
-            del cluster.workers[name]
-        cluster.scale(count)
-
-    cluster.loop.add_callback(start)
+            del workers[name]
+        if failed:
+            self._due = time.monotonic() + self._pause
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
+        else:
+            self.cluster.scale(self._count)
 
 
 def _settle_in() -> WorkerPlugin:

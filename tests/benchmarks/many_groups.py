@@ -53,8 +53,9 @@ def objective_of(groups: int | None) -> Objective:
     objective.settle_batch_sizes(objective.point)
     objective.data.share_batches()
     if groups is not None:
-        axes = objective.find_examples("train").axes
-        objective.example_axes["train"] = recalled(recorded(axes))
+        check = objective.find_examples("train")
+        assert not check.untold, check.untold
+        objective.example_axes["train"] = recalled(recorded(check.axes))
     return objective
 
 

@@ -252,8 +252,8 @@ def test_a_worker_that_dies_whenever_it_starts_is_replaced(monkeypatch: pytest.M
     of_others = {child.pid for child in psutil.Process().children(recursive=True)}
     with open_cluster(ClusterConfig("local", 1), "cpu", threading.Event()) as opened:
         (first,) = [done.result for done in opened.map(process, [{}]) if isinstance(done, Done)]
-        nannies = opened.replace.args[0].workers  # type: ignore[attr-defined]
-        while not any(nanny.status == Status.failed for nanny in nannies.values()):
+        nannies = opened.replace.cluster.workers  # type: ignore[attr-defined]
+        while not any(nanny.status == Status.failed for nanny in list(nannies.values())):
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     if child.pid not in of_others and "spawn_main" in " ".join(child.cmdline()):

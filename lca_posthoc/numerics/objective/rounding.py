@@ -5,6 +5,7 @@ segment, on a sample of the examples, with those one precision higher.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
@@ -52,11 +53,11 @@ def rounding_errors(
             WholeGradients(tensors) if axes is None else SumsAlong(tensors, Along(axes, [motion]))
         )
         values = partial(side.values, name)
-        samples = (
-            side.evaluate_on_batches(values, batches, gradients)
-            for batches in _samples(side, name, every)
-        )
-        return next(filter(_has_weight, samples))
+        for batches in _samples(side, name, every):
+            evaluation = side.evaluate_on_batches(values, batches, gradients)
+            if _has_weight(evaluation):
+                break
+        return evaluation  # where nothing has weight, the walk refuses the loss by name
 
     objective.place(start)
     motion = Motion(objective.point, end)
@@ -74,8 +75,8 @@ def rounding_errors(
 
 
 def _samples(objective: Objective, name: str, every: bool) -> Iterator[Iterable[Any]]:
-    """Yield samples in order of preference, each as batches; the last one has weight. For a term of
-    the parameters, a batch is None.
+    """Yield samples in order of preference, each as batches. For a term of the parameters, a batch is
+    None.
     """
     on = objective.losses[name].split
     if on is None:
@@ -83,8 +84,9 @@ def _samples(objective: Objective, name: str, every: bool) -> Iterator[Iterable[
         return
     split, size = objective.splits[on], objective.batch_sizes[on]
     if every or objective.norm_stats == "batch":  # in batch mode, a batch is part of the loss
-        batches = (batch for _, batch in split.batches(size))
-        yield from [batches] if every else ([batch] for batch in batches)
+        for first in range(1 if every else -(-split.examples // size)):
+            batches = (batch for _, batch in split.batches(size))
+            yield batches if every else itertools.islice(batches, first, first + 1)
         return
     count = sampled_examples(split.examples)
     positions = split.spread(count)
@@ -100,10 +102,10 @@ def _samples(objective: Objective, name: str, every: bool) -> Iterator[Iterable[
 
 
 def _has_weight(evaluation: Evaluation) -> bool:
-    """Return whether the weights of the elements do not sum to 0."""
+    """Return whether the weights of the elements sum to more than 0."""
     try:
         return bool(evaluation.weight > 0)
-    except InputError:
+    except InputError:  # as reading the totals says of others
         return False
 
 
