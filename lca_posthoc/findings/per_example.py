@@ -180,7 +180,7 @@ class ExampleReader:
             InputError: if there is none, or the loss has elements and `index` is missing.
         """
         numbers = self.data["example"].values
-        fits = numbers == example
+        fits = of_example = numbers == example
         if self.per == "element":
             if index is None:
                 raise InputError(
@@ -190,8 +190,8 @@ class ExampleReader:
         elif index is not None:
             raise InputError("this loss has results per example, not per element: write EXAMPLE.")
         if not fits.any():
-            if (numbers == example).any():  # of elements, by their index
-                indices = self.data["index"].values[numbers == example]
+            if of_example.any():  # an element is missing, not the example
+                indices = self.data["index"].values[of_example]
                 raise InputError(
                     f"example {example} has no element {index}; its elements are "
                     f"{example}:{indices.min()} to {example}:{indices.max()}."

@@ -23,15 +23,9 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
 import workloads  # noqa: E402  (the path is set above)
-from per_example import motions_of, seconds  # noqa: E402
+from per_example import motions_of, prepared, seconds  # noqa: E402
 
-from lca_posthoc.numerics.objective import (  # noqa: E402
-    Objective,
-    ObjectiveSettings,
-    build_objective,
-    recalled,
-    recorded,
-)
+from lca_posthoc.numerics.objective import Objective  # noqa: E402
 
 
 def objective_of(groups: int | None) -> Objective:
@@ -43,20 +37,8 @@ def objective_of(groups: int | None) -> Objective:
     if groups is not None:
         count = len(task.data["train"][0])
         loss = replace(loss, group_by=[number * groups // count for number in range(count)])
-    objective = build_objective(
-        lambda: replace(task, losses={"train": loss}),
-        ["all"],
-        ObjectiveSettings(
-            device=torch.device("cpu"), precision="float32", norm_stats="running", batch_size=None
-        ),
-    )
-    objective.settle_batch_sizes(objective.point)
-    objective.data.share_batches()
-    if groups is not None:
-        check = objective.find_examples("train")
-        assert not check.untold, check.untold
-        objective.example_axes["train"] = recalled(recorded(check.axes))
-    return objective
+    grouped = replace(task, losses={"train": loss})
+    return prepared(grouped, None if groups is None else "train")
 
 
 def main() -> None:

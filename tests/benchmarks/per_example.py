@@ -48,22 +48,25 @@ def objective_of(name: str, examples: int) -> Objective:
     task: Task = getattr(workloads, name)()
     loss = next(iter(task.losses.values()))
     both = {"plain": loss, "per_example": replace(loss, per="example")}
-    objective = build_objective(
-        lambda: replace(task, losses=both),
-        ["all"],
-        ObjectiveSettings(
-            device=torch.device("cpu"),
-            precision="float32",
-            norm_stats="running",
-            batch_size=None,
-            subset={"": f"0:{examples}"},
-        ),
+    return prepared(replace(task, losses=both), "per_example", {"": f"0:{examples}"})
+
+
+def prepared(task: Task, told_apart: str | None, subset: dict[str, str] | None = None) -> Objective:
+    """Return an objective ready to be evaluated, which tells the examples of one loss apart."""
+    settings = ObjectiveSettings(
+        device=torch.device("cpu"),
+        precision="float32",
+        norm_stats="running",
+        batch_size=None,
+        subset=subset or {},
     )
+    objective = build_objective(lambda: task, ["all"], settings)
     objective.settle_batch_sizes(objective.point)
     objective.data.share_batches()
-    check = objective.find_examples("per_example")
-    assert not check.untold, check.untold
-    objective.example_axes["per_example"] = recalled(recorded(check.axes))
+    if told_apart is not None:
+        check = objective.find_examples(told_apart)
+        assert not check.untold, check.untold
+        objective.example_axes[told_apart] = recalled(recorded(check.axes))
     return objective
 
 
